@@ -1,0 +1,36 @@
+# make run    set up and run the main job: a tiny model, one measured run, one row
+# make test   set up and run all tests
+# make check  formatting, lint, types
+# make clean  remove what these made (results/ stays)
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: run test check format clean
+
+run: $(STAMP)
+	@$(BIN)/python -m ldft $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .build .mypy_cache .pytest_cache .ruff_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,16 @@
+#!/bin/sh
+# Make the virtual environment and install ldft with its native module and the tested dependencies. Called by the Makefile.
+set -eu
+fail() { echo "ldft: $1" >&2; exit 1; }
+
+command -v "$PYTHON" >/dev/null || fail "$PYTHON not found; install Python 3.11 to 3.13 (Debian: apt-get install python3)"
+"$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
+  fail "$("$PYTHON" --version) is not supported; use Python 3.11, 3.12 or 3.13, e.g. make run PYTHON=python3.12"
+"$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || fail "Python's venv module is missing (Debian: apt-get install python3-venv)"
+command -v c++ >/dev/null || command -v g++ >/dev/null || fail "no C++ compiler (Debian: apt-get install g++)"
+"$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
+  fail "Python's C headers are missing; ldft and DeepSpeed compile against them (Debian: apt-get install python3-dev)"
+
+[ -x "$VENV/bin/python" ] || { echo "ldft: creating $VENV"; "$PYTHON" -m venv "$VENV"; }
+echo "ldft: installing dependencies under constraints.txt and building the native module (minutes the first time)"
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
