@@ -1,0 +1,1 @@
+"""Host memory: where it is and where it should be."""
