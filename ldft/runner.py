@@ -94,6 +94,7 @@ def run(config: Config) -> Outcome:
         row |= environment.describe()
         config.validate()
         checks.check_machine(config)
+        checks.check_inputs(config, fetch=True)
         with _signals_raise():
             exits, decision, waited_s = _run_ranks(config, folder)
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
@@ -182,6 +183,7 @@ _FROM_RANK_0 = (
     "backward_s",
     "step_s",
     "loss",
+    "learning_rate",
     "model_tflop_dense",
     "model_tflop_attention",
     "pinned",
