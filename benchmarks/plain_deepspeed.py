@@ -47,6 +47,10 @@ dtype = torch.bfloat16 if config["train"]["precision"] == "bf16" else torch.floa
 partitioned = settings["zero_optimization"]["stage"] == 3
 with deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else device:
     model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
+for module in model.modules():  # the family's usual random weights: speed depends on the numbers, by way of power
+    mine = list(module.parameters(recurse=False))
+    with deepspeed.zero.GatheredParameters(mine, modifier_rank=0) if partitioned and mine else torch.no_grad():
+        model._init_weights(module)
 if config["checkpointing"]["mode"] == "gpu":
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 model.train()
