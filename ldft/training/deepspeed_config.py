@@ -92,8 +92,6 @@ def _chosen(config: Config) -> dict[str, Any]:
     fp16: dict[str, Any] = {"enabled": train.precision is Precision.fp16, "loss_scale": train.loss_scale}
     if train.precision is Precision.fp16:
         fp16 |= {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
-    # Stages 1 and 2 add bf16 gradients up in fp32; no ZeRO has no choice, and stage 3 and fp16 follow DeepSpeed's default.
-    in_fp32 = train.precision is Precision.bf16 and offload.stage in (1, 2)
     return {
         "train_batch_size": train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -105,7 +103,7 @@ def _chosen(config: Config) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "bf16": {"enabled": train.precision is Precision.bf16},
         "fp16": fp16,
-        "data_types": {"grad_accum_dtype": "fp32" if in_fp32 else train.precision.name},
+        "data_types": {"grad_accum_dtype": train.precision.name},
         "optimizer": {"type": "AdamW", "params": parameters},
         "zero_optimization": zero,
     }
