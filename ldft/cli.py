@@ -25,18 +25,25 @@ _exit_codes: list[int] = []
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def _task(tree: DictConfig) -> None:
-    """One cell. Returns and never raises for a failed run: Hydra's loop would end there, silently."""
+    """One cell. Returns and never raises: Hydra would add lines of its own, and end a sweep's loop."""
+    try:
+        _exit_codes.append(_cell(tree))
+    except Exception as error:
+        _exit_codes.append(_report(error))
+
+
+def _cell(tree: DictConfig) -> int:
     config = from_dict(tree)
     if config.dry_run:
         from ldft import dry_run
 
         print(dry_run.describe(config), flush=True)
-        return
+        return 0
     outcome = runner.run(config)
     print(runner.summary(outcome, config), flush=True)
     if outcome.status == "invalid":
         _say(outcome.row["error_message"])
-    _exit_codes.append(outcome.exit_code)
+    return outcome.exit_code
 
 
 def _say(line: str) -> None:
@@ -53,27 +60,33 @@ def _keep_traceback() -> Path:
     return log
 
 
+def _overrides() -> list[str]:
+    return [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+
+
+def _report(error: Exception) -> int:
+    """Say an error in one line; returns the exit code. What is of no own type is a bug of ours and keeps its traceback."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        _say(composition.one_line(error, _overrides()))
+        return 2
+    if isinstance(error, LdftError):
+        _say(str(error))
+        return 2
+    log = error.log if isinstance(error, InternalError) else _keep_traceback()
+    _say(f"internal error: this is a bug in ldft; traceback in {log}")
+    return 1
+
+
 def main() -> int:
     """Entry point of `ldft` and `python -m ldft`; returns the exit code."""
     # Composition errors are to reach us instead of Hydra's own printer.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _exit_codes.clear()
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     try:
-        composition.check_overrides(overrides)
+        composition.check_overrides(_overrides())
         _task()
-    except (HydraException, OmegaConfBaseException) as error:
-        _say(composition.one_line(error, overrides))
-        return 2
-    except LdftError as error:
-        _say(str(error))
-        return 2
     except KeyboardInterrupt:
         return 130
-    except InternalError as error:
-        _say(f"internal error: this is a bug in ldft; traceback in {error.log}")
-        return 1
-    except Exception:
-        _say(f"internal error: this is a bug in ldft; traceback in {_keep_traceback()}")
-        return 1
+    except Exception as error:
+        return _report(error)
     return max(_exit_codes, default=0)

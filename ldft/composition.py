@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from ldft.config import Config
 from ldft.config.root import columns
@@ -72,29 +73,32 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
         return _unparsed(error, overrides)
     text = str(error)
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    override = _override_of(text)
     path = re.search(r"full_key: (\S+)", str(cause))
+    reason = str(cause).splitlines()[0]
+    if path and isinstance(cause, InterpolationResolutionError):
+        return f"{path[1]}: {reason}; name a key that exists, or quote the text"
     if path and re.search(r"Key '.*' (?:is not in struct|not in )", str(cause)):
-        return _unknown_key(path[1], override)
+        return _unknown_key(path[1], _value_of(path[1], overrides))
     if path:
-        return _wrong_type(path[1], str(cause).splitlines()[0], text)
+        file = re.search(r"In '([^']+)'", text)
+        where = f" in {file[1]}" if file and file[1] != "config" else ""
+        quoted = re.search(r"[Vv]alue '(.*?)'", reason)
+        value = _value_of(path[1], overrides) or (quoted[1] if quoted else "the value")
+        return f"{path[1]}: '{value}'{where} does not fit; give {_expected(path[1])}"
     ambiguous = re.search(r"Ambiguous value for argument '(.+)'", text)
     if ambiguous:
         key, _, value = ambiguous[1].partition("=")
         return f"{key}: several values ({value}) are a sweep; add -m, or write a list as {key}=[{value}]"
-    field = re.search(r"field '(\S+)' is not Optional", str(cause))
-    if field:
-        return f"{field[1]}: null is not allowed; give {_expected(field[1])}"
     return " ".join(text.split())
 
 
-def _override_of(text: str) -> str:
-    found = re.search(r"(?:use \+|Error merging override |override ')([^'\n]+)", text)
-    return found[1] if found else ""
-
-
-def _value_of(override: str) -> str:
-    return override.partition("=")[2]
+def _value_of(path: str, overrides: list[str]) -> str:
+    """What the user typed for a key, or for what it lies in."""
+    for override in reversed(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        if path == key or path.startswith((f"{key}.", f"{key}[")):
+            return value
+    return ""
 
 
 def _missing(error: MissingConfigException) -> str:
@@ -130,7 +134,8 @@ def _unparsed(error: OverrideParseException, overrides: list[str]) -> str:
     if "=" not in what:
         return f"{what}: not of the form key=value; write e.g. model=tiny or train.iterations=5"
     key = what.partition("=")[0]
-    return f"{key}: cannot read {_value_of(what)}; quote text with special characters, as in '{key}=\"{_value_of(what)}\"'"
+    value = what.partition("=")[2]
+    return f"{key}: cannot read {value}; quote text with special characters, as in '{key}=\"{value}\"'"
 
 
 def _hints(name: str, siblings: list[str], prefix: str) -> str:
@@ -151,14 +156,14 @@ def _hints(name: str, siblings: list[str], prefix: str) -> str:
     return ""
 
 
-def _unknown_key(path: str, override: str) -> str:
+def _unknown_key(path: str, value: str) -> str:
     if path.startswith("hydra."):
         return f"{path}: Hydra has no such key; see python -m ldft --cfg hydra"
     parent, _, name = path.rpartition(".")
     section = type_of(parent)
     siblings = [f.name for f in fields(section)] if is_dataclass(section) else []
     hint = _hints(name, siblings, f"{parent}." if parent else "")
-    value = _value_of(override) or "..."
+    value = value or "..."
     if hint in groups() and hint == _OTHER_NAMES.get(name.lower()):
         return f"{path}: no such key; use {hint}={value}"
     if hint:
@@ -192,12 +197,3 @@ def _expected(path: str) -> str:
         option = f"an option ({path}=...) or " if path in groups() else ""
         return f"{option}a key below it, of {names}"
     return _NOUNS.get(kind, "another type")
-
-
-def _wrong_type(path: str, reason: str, text: str) -> str:
-    override = re.search(r"override ([^\n]+)", text)
-    quoted = re.search(r"[Vv]alue '(.*?)'", reason)
-    value = _value_of(override[1]) if override else (quoted[1] if quoted else "the value")
-    file = re.search(r"In '([^']+)'", text)
-    where = f" in {file[1]}" if file and file[1] != "config" else ""
-    return f"{path}: '{value}'{where} does not fit; give {_expected(path)}"

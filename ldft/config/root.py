@@ -68,6 +68,9 @@ class Config:
 
 def from_dict(values: DictConfig | dict[str, Any]) -> Config:
     """The typed config of a composed or stored tree. Raises omegaconf's errors on an unknown key or a wrong type."""
+    if isinstance(values, DictConfig):
+        # As plain data: from a typed tree, merging would take over what "+key=value" added to it.
+        values = OmegaConf.to_container(values, enum_to_str=True)  # type: ignore[assignment]
     tree = OmegaConf.merge(OmegaConf.structured(Config), values)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
