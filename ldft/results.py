@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from ldft.config import columns as config_columns
@@ -160,6 +159,9 @@ def row_files(results_dir: Path) -> list[Path]:
 
 def read_table(results_dir: str | Path) -> pa.Table:
     """All rows of a results folder, columns of every schema version united. Unreadable files are named on stderr."""
+    # Here, since it imports pandas, which the parent of a run can do without.
+    import pyarrow.dataset as ds
+
     folder = Path(results_dir)
     if not folder.is_dir():
         raise ResultsError(f"{folder} is not a folder; name the results.dir of a run")
