@@ -29,7 +29,6 @@ def check_machine(config: Config) -> None:
                 f"{config.launch.num_ranks} ranks need as many GPUs, {len(gpus)} visible; use 1 to {len(gpus)}",
             )
 
-
         lowest = environment.compute_capability()
         if config.train.precision is Precision.bf16 and lowest is not None and lowest < (8, 0):
             raise ConfigError(

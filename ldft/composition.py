@@ -126,8 +126,6 @@ def _no_option(group: str, option: str, options: Any = None) -> str:
     return f"{group}: '{option}' does not exist; {hint}use one of {', '.join(names)}"
 
 
-
-
 def _unparsed(error: OverrideParseException, overrides: list[str]) -> str:
     override = getattr(error, "override", "") or next((item for item in overrides if item in str(error)), "")
     what = override or " ".join(overrides)

@@ -79,7 +79,9 @@ def _bytes(config: Config) -> list[str]:
     lines += [f"  {role}: {gib(ranks * value)}" for role, value in host.items()]
     lines.append(f"expected {where}, each rank: {gib(sum(device.values()))}")
     lines += [f"  {part}: {gib(value)}" for part, value in device.items()]
-    lines.append(f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, GPUs: {len(environment.gpus())}")
+    lines.append(
+        f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, GPUs: {len(environment.gpus())}"
+    )
     return lines
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 

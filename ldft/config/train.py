@@ -52,7 +52,9 @@ class TrainConfig:
                 "use fewer warm-ups or more iterations",
             )
         if not self.loss_scale >= 0:
-            raise ConfigError("train.loss_scale", f"{self.loss_scale:g} is negative; use 0 (dynamic) or a factor above 0")
+            raise ConfigError(
+                "train.loss_scale", f"{self.loss_scale:g} is negative; use 0 (dynamic) or a factor above 0"
+            )
         if self.loss_scale and self.precision is not Precision.fp16:
             raise ConfigError(
                 "train.loss_scale",

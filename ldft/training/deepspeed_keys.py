@@ -107,7 +107,9 @@ def cleaned(values: dict[str, Any], origin: str) -> dict[str, Any]:
             elif isinstance(value, dict):
                 done[name] = section(value, kind, f"{path}{name}.")
             else:
-                raise ConfigError(where, f"{json.dumps(value)} stands where a section belongs; give it as {{key: value}}")
+                raise ConfigError(
+                    where, f"{json.dumps(value)} stands where a section belongs; give it as {{key: value}}"
+                )
         return done
 
     return section(values, known()["keys"], "")

@@ -34,7 +34,5 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any]) -> A
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=trainable, config=settings, lr_scheduler=scheduler
-    )
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings, lr_scheduler=scheduler)
     return engine

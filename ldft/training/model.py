@@ -27,7 +27,9 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
     """The architecture as a transformers config. Raises ConfigError where transformers cannot build it."""
     if model.family not in CONFIG_MAPPING:
         close = difflib.get_close_matches(model.family, CONFIG_MAPPING.keys(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "use a model_type of transformers, e.g. llama or qwen2"
+        hint = (
+            f"did you mean {' or '.join(close)}?" if close else "use a model_type of transformers, e.g. llama or qwen2"
+        )
         raise ConfigError("model.family", f"transformers has no '{model.family}'; {hint}")
     family = CONFIG_MAPPING[model.family]
     values: dict[str, Any] = {

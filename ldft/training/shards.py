@@ -42,7 +42,8 @@ def folder(model: ModelConfig, *, fetch: bool) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            "model.weights", f"cannot fetch {model.hf_id} from the hub ({reason}); download it and name it by model.path"
+            "model.weights",
+            f"cannot fetch {model.hf_id} from the hub ({reason}); download it and name it by model.path",
         ) from None
 
 

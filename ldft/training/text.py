@@ -29,7 +29,9 @@ def pieces(path: Path) -> Iterator[tuple[str, bool]]:
             file = pq.ParquetFile(path)
             if "text" not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
-                raise ConfigError("data.path", f"{path} has no column text (it has {names}); rename the one to train on")
+                raise ConfigError(
+                    "data.path", f"{path} has no column text (it has {names}); rename the one to train on"
+                )
             for batch in file.iter_batches(columns=["text"], batch_size=256):
                 yield from ((str(text), True) for text in batch.column(0).to_pylist() if text)
         except pa.ArrowInvalid:
@@ -55,7 +57,9 @@ def _document(path: Path, number: int, line: str) -> str:
     except json.JSONDecodeError as error:
         raise ConfigError("data.path", f"{path}, line {number}, is not JSON ({error.msg}); mend it there") from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise ConfigError("data.path", f'{path}, line {number}, has no "text"; give one object {{"text": "..."}} a line')
+        raise ConfigError(
+            "data.path", f'{path}, line {number}, has no "text"; give one object {{"text": "..."}} a line'
+        )
     return str(value["text"])
 
 
@@ -65,7 +69,9 @@ def load_tokenizer(folder: str, vocab_size: int) -> tuple[Tokenizer, int | None]
 
     path = Path(folder).expanduser() / "tokenizer.json"
     if not path.is_file():
-        raise ConfigError("data.tokenizer", f"no tokenizer.json in '{folder}'; name the folder of a saved fast tokenizer")
+        raise ConfigError(
+            "data.tokenizer", f"no tokenizer.json in '{folder}'; name the folder of a saved fast tokenizer"
+        )
     try:
         # tokenizers raises a bare Exception for whatever it cannot parse; JSON is checked first, to keep bugs apart.
         json.loads(path.read_text())

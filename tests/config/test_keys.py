@@ -88,7 +88,14 @@ def run(config: Config) -> Any:
         patch.setattr(environment, "compute_capability", lambda: (9, 0))
         patch.setattr(launch, "wait", lambda ranks, timeout_s, tick: fake.update(timeout_s=timeout_s) or True)
         row = runner.run(config).row
-    names = ("system", "warmup_iterations", "tokens_per_iteration", "iteration_median_s", "cfg.numa.name", "cfg.model.name")
+    names = (
+        "system",
+        "warmup_iterations",
+        "tokens_per_iteration",
+        "iteration_median_s",
+        "cfg.numa.name",
+        "cfg.model.name",
+    )
     return dict(fake) | {name: row[name] for name in names}
 
 
@@ -204,6 +211,8 @@ def test_changing_a_key_shows(key: str, places: dict[str, str], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("observe", dict.fromkeys(entry[1] for entry in CHANGES.values()), ids=lambda o: o.__name__)
-def test_nothing_shows_without_a_change(observe: Callable[[Config], Any], tmp_path: Path, places: dict[str, str]) -> None:
+def test_nothing_shows_without_a_change(
+    observe: Callable[[Config], Any], tmp_path: Path, places: dict[str, str]
+) -> None:
     same = [compose(*SMALL, f"results.dir={tmp_path}/results") for _ in range(2)]
     assert observe(same[0]) == observe(same[1])

@@ -18,9 +18,7 @@ from ldft.environment import CONF_DIR
 from tests.conftest import compose, options
 
 EVERY = sorted(
-    (file.parent.name, file.stem)
-    for file in CONF_DIR.glob("*/*.yaml")
-    if file.parent.name not in ("local", "hydra")
+    (file.parent.name, file.stem) for file in CONF_DIR.glob("*/*.yaml") if file.parent.name not in ("local", "hydra")
 )
 
 
@@ -62,7 +60,13 @@ def test_help_names_every_group_option_and_key(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     for group in composition.groups():
         assert f"{group}: {', '.join(options(group))}" in done.stdout
-    for part in ("Examples", "python -m ldft model=llama3_8b", "iterations: 5", "conf/local/default.yaml", "ldft --shell-completion"):
+    for part in (
+        "Examples",
+        "python -m ldft model=llama3_8b",
+        "iterations: 5",
+        "conf/local/default.yaml",
+        "ldft --shell-completion",
+    ):
         assert part in done.stdout, part
     assert "powered by Hydra" not in done.stdout.lower()
 
@@ -79,7 +83,9 @@ def test_a_machines_own_defaults_are_taken_and_the_command_line_wins(tmp_path: P
         "# @package _global_\ndefaults:\n  - override /model: nano\nsystem: rack7\ntrain: {iterations: 9}\n"
     )
     done = say("--config-dir", str(tmp_path), "--cfg", "job", "train.iterations=8", cwd=tmp_path)
-    assert "system: rack7" in done.stdout and "name: nano" in done.stdout and "iterations: 8" in done.stdout, done.stderr
+    assert "system: rack7" in done.stdout and "name: nano" in done.stdout and "iterations: 8" in done.stdout, (
+        done.stderr
+    )
     ignored = subprocess.run(["git", "check-ignore", "-q", "conf/local/default.yaml"], cwd=CONF_DIR.parent, check=False)
     assert ignored.returncode in (0, 128)  # 128: not a git checkout
 
@@ -95,7 +101,12 @@ def test_tab_completes_options_and_keys(tmp_path: Path) -> None:
 
     def completions(word: str) -> list[str]:
         done = subprocess.run(
-            ["bash", "complete.sh", word], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PATH": path}, check=True
+            ["bash", "complete.sh", word],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            check=True,
         )
         return done.stdout.split()
 
@@ -105,7 +116,9 @@ def test_tab_completes_options_and_keys(tmp_path: Path) -> None:
 
 def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
     start = time.monotonic()
-    done = say("model=llama3_8b", "dry_run=true", "launch.device=cpu", "seq_len=32k", "launch.num_ranks=2", cwd=tmp_path)
+    done = say(
+        "model=llama3_8b", "dry_run=true", "launch.device=cpu", "seq_len=32k", "launch.num_ranks=2", cwd=tmp_path
+    )
     took_s = time.monotonic() - start
     assert done.returncode == 0 and done.stderr == ""
     for part in (
@@ -136,7 +149,9 @@ def test_the_parent_imports_neither_torch_nor_what_brings_it(tmp_path: Path) -> 
 
 
 def test_config_is_importable_without_torch_and_hydra(tmp_path: Path) -> None:
-    code = "import sys; import ldft.config; print([name for name in ('torch', 'hydra', 'pyarrow') if name in sys.modules])"
+    code = (
+        "import sys; import ldft.config; print([name for name in ('torch', 'hydra', 'pyarrow') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -62,7 +62,9 @@ def files(tmp_path: Path, word_tokenizer: Callable[..., Path]) -> str:
     for name, data in (("cut", b"\0" * 9), ("sharded", b"\0" * 16)):
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
-    (folder / "sharded" / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00001-of-00002.safetensors"}}')
+    (folder / "sharded" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"w": "model-00001-of-00002.safetensors"}}'
+    )
     (folder / "bare").mkdir()
     return str(folder)
 
@@ -112,16 +114,24 @@ WRONG = {
     # DeepSpeed's keys
     "offload.deepspeed.gradient_cliping=1": ["offload.deepspeed.gradient_cliping", "gradient_clipping"],
     "offload.deepspeed.zero_optimization.sub_group=1": ["zero_optimization.sub_group:", "sub_group_size?"],
-    "offload.deepspeed.overlap_comm=true": ["offload.deepspeed.overlap_comm", "did you mean zero_optimization.overlap_comm?"],
+    "offload.deepspeed.overlap_comm=true": [
+        "offload.deepspeed.overlap_comm",
+        "did you mean zero_optimization.overlap_comm?",
+    ],
     "offload.deepspeed.zero_optimization.sub_group_size=lots": ['"lots" is not a whole number'],
-    "offload.deepspeed.train_batch_size=8": ["offload.deepspeed.train_batch_size: 8 contradicts train.micro_batch_size"],
+    "offload.deepspeed.train_batch_size=8": [
+        "offload.deepspeed.train_batch_size: 8 contradicts train.micro_batch_size"
+    ],
     "offload.deepspeed.zero_optimization.stage=1": ["stage: 1 contradicts offload.stage, which makes it 3"],
     "offload.deepspeed.amp.enabled=true": ["offload.deepspeed.amp", "removed"],
     "offload.deepspeed_file=$F/nowhere.json": ["offload.deepspeed_file: cannot read", "nowhere.json"],
     "offload.deepspeed_file=$F/broken.json": ["offload.deepspeed_file", "broken.json is not JSON (line 2, column 10"],
     "offload.deepspeed_file=$F/twice.json": ["offload.deepspeed_file", "'steps_per_print' twice"],
     "offload.deepspeed_file=$F/list.json": ["offload.deepspeed_file", "no JSON object"],
-    "offload.deepspeed_file=$F/other_clip.json": ["offload.deepspeed_file", "1.0 contradicts optimizer.gradient_clipping"],
+    "offload.deepspeed_file=$F/other_clip.json": [
+        "offload.deepspeed_file",
+        "1.0 contradicts optimizer.gradient_clipping",
+    ],
     # files
     "model.weights=pretrained": ["model.path: empty", "name a folder"],
     "model.weights=pretrained model.path=$F/nowhere": ["model.path: '", "nowhere' is not a folder", "*.safetensors"],
@@ -172,9 +182,14 @@ def test_more_ranks_than_gpus_and_old_gpus_are_refused(ldft: CLI, monkeypatch: p
     monkeypatch.setattr(environment, "driver", lambda: None)
     monkeypatch.setattr(environment, "compute_capability", lambda: (7, 5))
     done = ldft("launch.device=cuda", "launch.num_ranks=2")
-    assert (done.exit_code, done.stderr) == (2, "ldft: launch.num_ranks: 2 ranks need as many GPUs, 1 visible; use 1 to 1\n")
+    assert (done.exit_code, done.stderr) == (
+        2,
+        "ldft: launch.num_ranks: 2 ranks need as many GPUs, 1 visible; use 1 to 1\n",
+    )
     done = ldft()
-    assert done.exit_code == 2 and "train.precision: bf16 needs" in done.stderr and "here is 7.5; use fp16" in done.stderr
+    assert (
+        done.exit_code == 2 and "train.precision: bf16 needs" in done.stderr and "here is 7.5; use fp16" in done.stderr
+    )
 
 
 def test_a_bug_says_internal_error_and_keeps_its_traceback(ldft: CLI, monkeypatch: pytest.MonkeyPatch) -> None:

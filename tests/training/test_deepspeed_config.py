@@ -1,4 +1,4 @@
-"""The DeepSpeed config: complete, the seed's where it should be, extended by the user, and never by a key that DeepSpeed ignores."""
+"""The DeepSpeed config: complete, the seed's where asked for, extended by the user, never by a key that DeepSpeed ignores."""
 
 from __future__ import annotations
 
@@ -48,8 +48,12 @@ def test_the_seeds_file_and_the_seed_option_say_the_same(tmp_path: Path) -> None
 
 
 def test_the_users_keys_win_over_the_file_and_the_file_over_ours(tmp_path: Path) -> None:
-    (tmp_path / "base.json").write_text('{"zero_optimization": {"sub_group_size": 1e6, "reduce_bucket_size": 1e6}, "dump_state": true}')
-    both = settings(f"offload.deepspeed_file={tmp_path}/base.json", "offload.deepspeed.zero_optimization.sub_group_size=7")
+    (tmp_path / "base.json").write_text(
+        '{"zero_optimization": {"sub_group_size": 1e6, "reduce_bucket_size": 1e6}, "dump_state": true}'
+    )
+    both = settings(
+        f"offload.deepspeed_file={tmp_path}/base.json", "offload.deepspeed.zero_optimization.sub_group_size=7"
+    )
     assert both["zero_optimization"]["sub_group_size"] == 7
     assert both["zero_optimization"]["reduce_bucket_size"] == 1_000_000 and both["dump_state"] is True
     assert both["zero_optimization"]["allgather_bucket_size"] == 500_000_000
@@ -58,7 +62,9 @@ def test_the_users_keys_win_over_the_file_and_the_file_over_ours(tmp_path: Path)
 @pytest.mark.parametrize("option", options("offload"))
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_deepspeed_takes_every_option_as_it_is_meant(option: str, precision: str) -> None:
-    values = settings(f"offload={option}", f"train.precision={precision}", "train.micro_batch_size=2", device=Device.cuda)
+    values = settings(
+        f"offload={option}", f"train.precision={precision}", "train.micro_batch_size=2", device=Device.cuda
+    )
     engine.check(values)
     taken = DeepSpeedConfig(values)
     assert taken.train_micro_batch_size_per_gpu == 2 and taken.gradient_clipping == 0.9
@@ -70,7 +76,8 @@ def test_deepspeed_takes_every_option_as_it_is_meant(option: str, precision: str
 
 def test_loss_scaling_is_dynamic_unless_it_is_given() -> None:
     assert settings("train.precision=fp16")["fp16"] | {"loss_scale": 0} == {
-        "enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1,
+        "enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2,
+        "min_loss_scale": 1,
     }  # fmt: skip
     assert settings("train.precision=fp16", "train.loss_scale=128")["fp16"]["loss_scale"] == 128
     assert settings("offload=seed", "train.precision=fp16")["fp16"]["initial_scale_power"] == 6
@@ -91,12 +98,14 @@ def test_every_key_of_ours_is_in_the_list() -> None:
 def test_deepspeed_would_have_been_silent() -> None:
     """Why the list exists: the release takes this without a word. When it no longer does, so much the better."""
     DeepSpeedConfig(settings() | {"gradient_cliping": 1.0})
-    with pytest.raises(ConfigError, match="did you mean gradient_clipping, which is optimizer.gradient_clipping in ldft"):
+    with pytest.raises(
+        ConfigError, match=r"did you mean gradient_clipping, which is optimizer.gradient_clipping in ldft"
+    ):
         settings("offload.deepspeed.gradient_cliping=1.0")
 
 
 def test_what_deepspeed_alone_refuses_is_the_users_error_too() -> None:
-    with pytest.raises(ConfigError, match="offload.deepspeed: DeepSpeed refuses .*reduce_bucket_size"):
+    with pytest.raises(ConfigError, match=r"offload.deepspeed: DeepSpeed refuses .*reduce_bucket_size"):
         engine.check(settings("offload.deepspeed.zero_optimization.reduce_bucket_size=-1"))
 
 

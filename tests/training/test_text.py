@@ -23,7 +23,9 @@ WORDS = "a b c d e f g h i j"
 def config(tmp_path: Path, word_tokenizer: Callable[..., Path]) -> Config:
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": doc, "n": 1}) + "\n" for doc in DOCUMENTS))
     made = Config()
-    made.data = DataConfig(kind=DataKind.text, path=str(tmp_path / "docs.jsonl"), tokenizer=str(word_tokenizer(WORDS, end="</s>")))
+    made.data = DataConfig(
+        kind=DataKind.text, path=str(tmp_path / "docs.jsonl"), tokenizer=str(word_tokenizer(WORDS, end="</s>"))
+    )
     made.seq_len.tokens = 4
     return made
 
@@ -52,7 +54,11 @@ def test_any_split_over_ranks_sees_the_same_samples(config: Config, kind: str) -
         config.data = DataConfig()
 
     def samples(ranks: int, micro: int, steps: int) -> list:
-        config.launch.num_ranks, config.train.micro_batch_size, config.train.gradient_accumulation_steps = ranks, micro, steps
+        config.launch.num_ranks, config.train.micro_batch_size, config.train.gradient_accumulation_steps = (
+            ranks,
+            micro,
+            steps,
+        )
         return [
             row
             for iteration in range(2)
@@ -67,12 +73,18 @@ def test_any_split_over_ranks_sees_the_same_samples(config: Config, kind: str) -
         assert samples(*split) == whole, split
 
 
-def test_a_long_line_less_file_is_cut_without_losing_tokens(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_line_less_file_is_cut_without_losing_tokens(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "long.txt").write_text("".join(f"{word}\n" for word in (WORDS.split() * 50)))
     whole = text.stream(str(tmp_path / "long.txt"), config.data.tokenizer, 16, 500).tolist()
     text.stream.cache_clear()
     monkeypatch.setattr(text, "_PIECE_BYTES", 7)
-    assert text.stream(str(tmp_path / "long.txt"), config.data.tokenizer, 16, 500).tolist() == whole == list(range(10)) * 50
+    assert (
+        text.stream(str(tmp_path / "long.txt"), config.data.tokenizer, 16, 500).tolist()
+        == whole
+        == list(range(10)) * 50
+    )
 
 
 def test_zeros_and_repeat() -> None:

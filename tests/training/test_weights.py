@@ -62,7 +62,12 @@ def process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(operators.cache_dir()))
     operators.load(device="cpu", offloads_optimizer=False, say=lambda text: None)
     deepspeed.init_distributed(
-        dist_backend="gloo", auto_mpi_discovery=False, init_method=f"file://{tmp_path}/store", rank=0, world_size=1, verbose=False
+        dist_backend="gloo",
+        auto_mpi_discovery=False,
+        init_method=f"file://{tmp_path}/store",
+        rank=0,
+        world_size=1,
+        verbose=False,
     )
     yield
     torch.distributed.destroy_process_group()
@@ -102,7 +107,9 @@ def test_under_zero_3_only_one_parameter_is_whole_at_a_time(
 def test_what_does_not_fit_is_refused(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, _ = saved
     base = ("offload=none", "model.weights=pretrained", f"model.path={folder}")
-    with pytest.raises(ConfigError, match=r"model.path: .* is \[512, 64\] in .*saved, \[256, 64\] in nano; choose the model="):
+    with pytest.raises(
+        ConfigError, match=r"model.path: .* is \[512, 64\] in .*saved, \[256, 64\] in nano; choose the model="
+    ):
         model.build(config_of(*base, "model.vocab_size=256"), {}, CPU)
     with pytest.raises(ConfigError, match=r"has no tensor model.layers.2\.\S+, which nano needs; choose the model="):
         model.build(config_of(*base, "model.num_layers=3"), {}, CPU)
@@ -130,9 +137,15 @@ def test_a_file_cut_short_is_refused_at_any_length(saved: tuple[Path, dict[str, 
     ("overrides", "says"),
     [
         (["model.family=lama"], r"model.family: transformers has no 'lama'; did you mean .*llama"),
-        (["model.extra={rms_norm_epz:1.0}"], r"model.extra.rms_norm_epz: transformers' llama has no such key; did you mean rms_norm_eps"),
+        (
+            ["model.extra={rms_norm_epz:1.0}"],
+            r"model.extra.rms_norm_epz: transformers' llama has no such key; did you mean rms_norm_eps",
+        ),
         (["model.extra={hidden_size:1}"], r"model.extra.hidden_size: ldft sets this"),
-        (["model.rope_scaling={rope_type:yearn}"], r"model.rope_scaling.rope_type: 'yearn' does not exist; use one of .*yarn"),
+        (
+            ["model.rope_scaling={rope_type:yearn}"],
+            r"model.rope_scaling.rope_type: 'yearn' does not exist; use one of .*yarn",
+        ),
         (["model.sliding_window=9"], r"model.sliding_window: 9: transformers' llama has none; use 0"),
         (["model.family=gemma2", "model.hidden_size=66"], r"model: transformers refuses this gemma2: .*not a multiple"),
     ],
