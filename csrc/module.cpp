@@ -4,6 +4,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <sched.h>
 
 #include <cerrno>
 #include <map>
@@ -117,6 +118,8 @@ NB_MODULE(_native, m) {
         return std::make_tuple(now.regions, now.bytes, now.ranges);
       },
       "(regions, bytes, mappings) reserved in this process now.");
+  m.def("is_live", &ldft::is_live, "address"_a, "Whether a region that starts there is reserved now.");
+  m.def("current_cpu", [] { return sched_getcpu(); }, "CPU that the calling thread runs on now; -1 when unknown.");
   m.def("note_exit", &ldft::note_exit, "The interpreter is ending: leave registered memory to the kernel.");
 
   nb::class_<Handle>(m, "Region",

@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <mutex>
+#include <set>
 #include <system_error>
 
 #include "system.h"
@@ -17,11 +19,21 @@ namespace ldft {
 namespace {
 
 std::atomic<std::size_t> live_regions{0}, live_bytes{0}, live_ranges{0};
+std::mutex starts_mutex;
+std::set<std::uintptr_t>& starts() {  // never destroyed: regions may be released while the process ends
+  static auto* set = new std::set<std::uintptr_t>;
+  return *set;
+}
 std::atomic<unsigned> generation{0};  // forks between the first process and this one
 
-// Children of fork count one generation more. fork(2) by any library passes here; a bare clone(2) does not.
+// Children of fork count one generation more, and find the mutex free. fork(2) by any library passes here; a bare
+// clone(2) does not.
 void watch_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++generation; });
+  static const int registered = pthread_atfork([] { starts_mutex.lock(); }, [] { starts_mutex.unlock(); },
+                                               [] {
+                                                 ++generation;
+                                                 starts_mutex.unlock();
+                                               });
   if (registered != 0) throw std::system_error(registered, std::generic_category(), "pthread_atfork");
 }
 
@@ -68,6 +80,13 @@ Region::Region(std::size_t bytes, bool huge) {
   if (start + length > end) munmap(reinterpret_cast<void*>(end), start + length - end);
   // The other way round too: where the machine gives every process huge pages, a region without them has to say so.
   const int advice = align > page ? MADV_HUGEPAGE : MADV_NOHUGEPAGE;
+  try {
+    const std::lock_guard<std::mutex> lock(starts_mutex);
+    starts().insert(address_);
+  } catch (...) {
+    munmap(reinterpret_cast<void*>(address_), bytes_);
+    throw;
+  }
   huge_ = madvise(reinterpret_cast<void*>(address_), bytes_, advice) == 0 && align > page;
   generation_ = generation;
   count(+1);
@@ -102,19 +121,30 @@ void Region::hide_from_children() {
 bool Region::inherited() const noexcept { return generation_ != generation; }
 
 void Region::release() noexcept {
-  if (address_ == 0) return;
-  if (!(hidden_ && inherited())) {
-    if (bytes_ >= kParallelRelease) discard(address_, bytes_);
-    munmap(reinterpret_cast<void*>(address_), bytes_);
-  }
+  const std::uintptr_t address = address_;
+  const std::size_t bytes = bytes_;
+  if (address == 0) return;
+  // Forgotten first: as soon as it is unmapped, another thread's region may start at the same address.
   abandon();
+  if (hidden_ && inherited()) return;
+  if (bytes >= kParallelRelease) discard(address, bytes);
+  munmap(reinterpret_cast<void*>(address), bytes);
 }
 
 void Region::abandon() noexcept {
   if (address_ == 0) return;
+  {
+    const std::lock_guard<std::mutex> lock(starts_mutex);
+    starts().erase(address_);
+  }
   count(-1);
   address_ = 0;
   bytes_ = 0;
+}
+
+bool is_live(std::uintptr_t address) {
+  const std::lock_guard<std::mutex> lock(starts_mutex);
+  return starts().count(address) > 0;
 }
 
 Usage usage() noexcept { return {live_regions, live_bytes, live_ranges}; }

@@ -62,4 +62,7 @@ struct Usage {
 };
 Usage usage() noexcept;
 
+// Whether a region that starts at `address` is reserved now.
+bool is_live(std::uintptr_t address);
+
 }  // namespace ldft
