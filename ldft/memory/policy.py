@@ -1,7 +1,7 @@
 """Where memory shall go: one typed placement for the process and for each tensor, checked against the machine.
 
-Needs neither torch nor numpy: a worker sets its policy before it imports them, since the policy belongs to the thread and memory
-that was touched earlier stays where it is.
+Needs neither torch nor numpy: a worker sets its policy before it imports them, since the policy belongs to the thread
+and memory that was touched earlier stays where it is.
 """
 
 import errno
@@ -24,11 +24,13 @@ _MOST_KERNEL_WEIGHT = 255
 
 
 class PlacementError(ValueError):
-    """A placement that is wrong in itself or on this machine. One line, for the user: key, value, what is allowed, the fix."""
+    """A placement that is wrong in itself or on this machine. One line, for the user: key, value, what is allowed, the
+    fix."""
 
 
 class HostMemoryError(MemoryError):
-    """Host memory that could not be had, or not where it was asked for. One line, for the user. Nothing stays allocated."""
+    """Host memory that could not be had, or not where it was asked for. One line, for the user. Nothing stays
+    allocated."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -36,15 +38,16 @@ class Placement:
     """Where pages shall be."""
 
     kind: str = "default"
-    """default: whatever the process does. bind: on any of the nodes, nearest first, and nowhere else. preferred: the same, but
-    elsewhere when they are full. interleave: evenly over the nodes. weighted_interleave: in proportion to the weights."""
+    """default: whatever the process does. bind: on any of the nodes, nearest first, and nowhere else. preferred: the
+    same, but elsewhere when they are full. interleave: evenly over the nodes. weighted_interleave: in proportion to the
+    weights."""
     nodes: tuple[int, ...] = ()
     """Node numbers. Empty for default; for the interleaves empty means every node with memory."""
     weights: tuple[int, ...] = ()
     """One positive integer a node, in their order; weighted_interleave only."""
     method: str = "auto"
-    """Who interleaves a tensor: the kernel page by page (kernel), ranges with a policy of their own (stripes), or the first where
-    it gives the shares asked for, else the second (auto)."""
+    """Who interleaves a tensor: the kernel page by page (kernel), ranges with a policy of their own (stripes), or the
+    first where it gives the shares asked for, else the second (auto)."""
 
     def __post_init__(self) -> None:
         # Lists come from configuration files.
@@ -112,11 +115,15 @@ def _check_alone(placement: Placement, key: str) -> None:
     if len(set(nodes)) != len(nodes):
         raise PlacementError(f"{key}.nodes: {list(nodes)} names a node twice; name each once")
     if kind == "default" and nodes:
-        raise PlacementError(f"{key}.nodes: kind default takes no nodes, got {list(nodes)}; use kind bind or interleave")
+        raise PlacementError(
+            f"{key}.nodes: kind default takes no nodes, got {list(nodes)}; use kind bind or interleave"
+        )
     if kind in ("bind", "preferred") and not nodes:
         raise PlacementError(f"{key}.nodes: kind {kind} needs at least one node, such as [0]")
     if kind != "weighted_interleave" and weights:
-        raise PlacementError(f"{key}.weights: kind {kind} takes no weights, got {list(weights)}; use kind weighted_interleave")
+        raise PlacementError(
+            f"{key}.weights: kind {kind} takes no weights, got {list(weights)}; use kind weighted_interleave"
+        )
     for weight in weights:
         if not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= _MOST_STRIPES_WEIGHT:
             raise PlacementError(f"{key}.weights: {weight!r} must be an integer from 1 to {_MOST_STRIPES_WEIGHT}")
@@ -125,8 +132,8 @@ def _check_alone(placement: Placement, key: str) -> None:
 def kernel_policy(placement: Placement) -> tuple[int, tuple[int, ...]]:
     """The kernel's policy for a resolved placement.
 
-    bind becomes "preferred": a full node then spills to another one, which is seen afterwards, where MPOL_BIND has the kernel
-    kill the process. Several preferred nodes need Linux 5.15.
+    bind becomes "preferred": a full node then spills to another one, which is seen afterwards, where MPOL_BIND has the
+    kernel kill the process. Several preferred nodes need Linux 5.15.
     """
     if placement.kind == "default":
         return MPOL_DEFAULT, ()
@@ -148,8 +155,9 @@ def kernel_has_weights(placement: Placement, topology: Topology) -> bool:
 def set_process_policy(policy: Placement, topology: Topology | None = None, key: str = "numa") -> Placement:
     """Make `policy` that of the calling thread and of all threads and processes that it starts from now on.
 
-    Call it before anything that starts threads or allocates much: what is touched already stays where it is. Returns the policy
-    with its nodes filled in. Raises PlacementError when the machine cannot do it, and HostMemoryError when the kernel refuses.
+    Call it before anything that starts threads or allocates much: what is touched already stays where it is. Returns
+    the policy with its nodes filled in. Raises PlacementError when the machine cannot do it, and HostMemoryError when
+    the kernel refuses.
     """
     topology = topology or read_topology()
     placement = policy.resolve(topology, key)
@@ -175,9 +183,12 @@ def process_policy(topology: Topology | None = None) -> Placement:
         return Placement()
     if mode == MPOL_WEIGHTED:
         weights = (topology or read_topology()).weights
-        return Placement(kind="weighted_interleave", nodes=tuple(nodes), weights=tuple(weights.get(n, 1) for n in nodes))
-    names = {MPOL_PREFERRED: "preferred", MPOL_PREFERRED_MANY: "preferred", MPOL_BIND: "bind", MPOL_INTERLEAVE: "interleave"}
-    return Placement(kind=names.get(mode, "default"), nodes=tuple(nodes) if mode in names else ())
+        return Placement(
+            kind="weighted_interleave", nodes=tuple(nodes), weights=tuple(weights.get(n, 1) for n in nodes)
+        )
+    names = {MPOL_PREFERRED: "preferred", MPOL_PREFERRED_MANY: "preferred", MPOL_BIND: "bind"}
+    names[MPOL_INTERLEAVE] = "interleave"
+    return Placement(kind=names[mode], nodes=tuple(nodes)) if mode in names else Placement()
 
 
 def is_harmless(error: OSError, placement: Placement, topology: Topology) -> bool:
@@ -210,7 +221,9 @@ def _require_kernel_weights(placement: Placement, topology: Topology, key: str) 
             "use kind interleave"
         )
     if max(placement.weights) > _MOST_KERNEL_WEIGHT:
-        raise PlacementError(f"{key}.weights: {max(placement.weights)} is above the kernel's largest weight, {_MOST_KERNEL_WEIGHT}")
+        raise PlacementError(
+            f"{key}.weights: {max(placement.weights)} is above the kernel's largest weight, {_MOST_KERNEL_WEIGHT}"
+        )
     if not kernel_has_weights(placement, topology):
         have = ":".join(str(topology.weights.get(n, "none")) for n in placement.nodes)
         raise PlacementError(
