@@ -10,6 +10,7 @@ child. At the end of the interpreter memory that is still registered is left to 
 """
 
 import atexit
+import contextlib
 import math
 import time
 import warnings
@@ -18,10 +19,10 @@ from typing import Any
 
 import torch
 
-from .. import _native
-from .placing import Report, place, settings
-from .policy import HostMemoryError, Placement, is_harmless
-from .topology import Topology, read_topology
+from ldft import _native
+from ldft.memory.placing import Report, place, settings
+from ldft.memory.policy import HostMemoryError, Placement, is_harmless
+from ldft.memory.topology import Topology, read_topology
 
 # One cudaHostRegister of 512 GiB or more fails on current drivers (its page table passes 2^31 bytes); 64 GiB is far
 # from that.
@@ -69,7 +70,9 @@ def allocate(
     address = region.address
     flat = torch.from_dlpack(region.capsule(_unregister if pin else None))
     _remember(address, report)
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, size)
+    # Strides spelt out: quantised dtypes do not work them out themselves.
+    strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
+    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, size, strides)
 
 
 def report_of(tensor: torch.Tensor) -> Report:
@@ -173,7 +176,5 @@ def _unregister(address: int) -> None:
 
 def _clear_cuda_error() -> None:
     """A failed call leaves its error for the next kernel launch to report; let a launch of ours take it."""
-    try:
+    with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
-    except RuntimeError:
-        pass

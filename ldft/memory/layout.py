@@ -12,9 +12,9 @@ the end (csrc/stripes.cpp).
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import _native
-from .policy import Placement, kernel_has_weights, kernel_policy
-from .topology import Topology
+from ldft import _native
+from ldft.memory.policy import Placement, kernel_has_weights, kernel_policy
+from ldft.memory.topology import Topology
 
 MOST_STRIPES = 4096
 _STRIPE = 2 << 20

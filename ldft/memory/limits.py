@@ -6,7 +6,7 @@ A process that touches more than this is killed, not told. So callers ask here f
 from dataclasses import dataclass
 from pathlib import Path
 
-from .topology import SYSFS, node_meminfo, read_meminfo
+from ldft.memory.topology import SYSFS, node_meminfo, read_meminfo
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")

@@ -5,11 +5,11 @@ import os
 import time
 from dataclasses import dataclass
 
-from .. import _native
-from .layout import Layout, Range, bytes_by_node, clip, plan
-from .limits import free_memory, free_on_node
-from .policy import HostMemoryError, Placement, explain, is_harmless
-from .topology import Topology, format_list
+from ldft import _native
+from ldft.memory.layout import Layout, Range, bytes_by_node, clip, plan
+from ldft.memory.limits import free_memory, free_on_node
+from ldft.memory.policy import HostMemoryError, Placement, explain, is_harmless
+from ldft.memory.topology import Topology, format_list
 
 log = logging.getLogger(__name__)
 

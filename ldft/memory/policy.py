@@ -9,8 +9,9 @@ import platform
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from .. import _native
-from .topology import SYSFS, WEIGHTS_FOLDER, Topology, format_list, read_topology
+from ldft import _native
+from ldft.errors import ConfigError, LdftError
+from ldft.memory.topology import SYSFS, WEIGHTS_FOLDER, Topology, format_list, read_topology
 
 KINDS = ("default", "bind", "preferred", "interleave", "weighted_interleave")
 METHODS = ("auto", "kernel", "stripes")
@@ -23,12 +24,12 @@ _MOST_STRIPES_WEIGHT = 1 << 20
 _MOST_KERNEL_WEIGHT = 255
 
 
-class PlacementError(ValueError):
+class PlacementError(ConfigError, ValueError):
     """A placement that is wrong in itself or on this machine. One line, for the user: key, value, what is allowed, the
     fix."""
 
 
-class HostMemoryError(MemoryError):
+class HostMemoryError(LdftError, MemoryError):
     """Host memory that could not be had, or not where it was asked for. One line, for the user. Nothing stays
     allocated."""
 
@@ -85,20 +86,24 @@ class Placement:
         for id in nodes:
             if id not in online:
                 raise PlacementError(
-                    f"{key}.nodes: node {id} does not exist on this machine (online: {format_list(online)}); {NO_NUMA}"
+                    f"{key}.nodes",
+                    f"node {id} does not exist on this machine (online: {format_list(online)}); {NO_NUMA}",
                 )
             if topology.node(id).total_bytes == 0:
                 raise PlacementError(
-                    f"{key}.nodes: node {id} has no memory (nodes with memory: {format_list(topology.memory_nodes)}); {NO_NUMA}"
+                    f"{key}.nodes",
+                    f"node {id} has no memory (nodes with memory: {format_list(topology.memory_nodes)}); {NO_NUMA}",
                 )
             if id not in topology.allowed:
                 raise PlacementError(
-                    f"{key}.nodes: node {id} is outside this process's cpuset (allowed: {format_list(topology.allowed)}); "
-                    "choose from those, or widen the cpuset (cpuset.mems of the container or job)"
+                    f"{key}.nodes",
+                    f"node {id} is outside this process's cpuset (allowed: {format_list(topology.allowed)}); "
+                    "choose from those, or widen the cpuset (cpuset.mems of the container or job)",
                 )
         if self.kind == "weighted_interleave" and len(self.weights) != len(nodes):
             raise PlacementError(
-                f"{key}.weights: {len(self.weights)} weights for {len(nodes)} nodes ({format_list(nodes)}); give one a node"
+                f"{key}.weights",
+                f"{len(self.weights)} weights for {len(nodes)} nodes ({format_list(nodes)}); give one a node",
             )
         return replace(self, nodes=nodes)
 
@@ -107,26 +112,26 @@ def _check_alone(placement: Placement, key: str) -> None:
     """What is wrong on any machine."""
     kind, nodes, weights = placement.kind, placement.nodes, placement.weights
     if kind not in KINDS:
-        raise PlacementError(f"{key}.kind: {kind!r} is unknown; choose from {', '.join(KINDS)}")
+        raise PlacementError(f"{key}.kind", f"{kind!r} is unknown; choose from {', '.join(KINDS)}")
     if placement.method not in METHODS:
-        raise PlacementError(f"{key}.method: {placement.method!r} is unknown; choose from {', '.join(METHODS)}")
+        raise PlacementError(f"{key}.method", f"{placement.method!r} is unknown; choose from {', '.join(METHODS)}")
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in nodes):
-        raise PlacementError(f"{key}.nodes: {list(nodes)} must be node numbers, such as [0,3]")
+        raise PlacementError(f"{key}.nodes", f"{list(nodes)} must be node numbers, such as [0,3]")
     if len(set(nodes)) != len(nodes):
-        raise PlacementError(f"{key}.nodes: {list(nodes)} names a node twice; name each once")
+        raise PlacementError(f"{key}.nodes", f"{list(nodes)} names a node twice; name each once")
     if kind == "default" and nodes:
         raise PlacementError(
-            f"{key}.nodes: kind default takes no nodes, got {list(nodes)}; use kind bind or interleave"
+            f"{key}.nodes", f"kind default takes no nodes, got {list(nodes)}; use kind bind or interleave"
         )
     if kind in ("bind", "preferred") and not nodes:
-        raise PlacementError(f"{key}.nodes: kind {kind} needs at least one node, such as [0]")
+        raise PlacementError(f"{key}.nodes", f"kind {kind} needs at least one node, such as [0]")
     if kind != "weighted_interleave" and weights:
         raise PlacementError(
-            f"{key}.weights: kind {kind} takes no weights, got {list(weights)}; use kind weighted_interleave"
+            f"{key}.weights", f"kind {kind} takes no weights, got {list(weights)}; use kind weighted_interleave"
         )
     for weight in weights:
         if not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= _MOST_STRIPES_WEIGHT:
-            raise PlacementError(f"{key}.weights: {weight!r} must be an integer from 1 to {_MOST_STRIPES_WEIGHT}")
+            raise PlacementError(f"{key}.weights", f"{weight!r} must be an integer from 1 to {_MOST_STRIPES_WEIGHT}")
 
 
 def kernel_policy(placement: Placement) -> tuple[int, tuple[int, ...]]:
@@ -217,16 +222,18 @@ def weight_commands(placement: Placement) -> str:
 def _require_kernel_weights(placement: Placement, topology: Topology, key: str) -> None:
     if not topology.has_weighted_interleave:
         raise PlacementError(
-            f"{key}.kind: weighted_interleave for a whole process needs Linux 6.9 or later, this is {platform.release()}; "
-            "use kind interleave"
+            f"{key}.kind",
+            f"weighted_interleave for a whole process needs Linux 6.9 or later, this is {platform.release()}; "
+            "use kind interleave",
         )
     if max(placement.weights) > _MOST_KERNEL_WEIGHT:
         raise PlacementError(
-            f"{key}.weights: {max(placement.weights)} is above the kernel's largest weight, {_MOST_KERNEL_WEIGHT}"
+            f"{key}.weights", f"{max(placement.weights)} is above the kernel's largest weight, {_MOST_KERNEL_WEIGHT}"
         )
     if not kernel_has_weights(placement, topology):
         have = ":".join(str(topology.weights.get(n, "none")) for n in placement.nodes)
         raise PlacementError(
-            f"{key}.weights: the kernel's weights for nodes {','.join(map(str, placement.nodes))} are {have}, not "
-            f"{':'.join(map(str, placement.weights))}; run as root, or have root run: {weight_commands(placement)}"
+            f"{key}.weights",
+            f"the kernel's weights for nodes {','.join(map(str, placement.nodes))} are {have}, not "
+            f"{':'.join(map(str, placement.weights))}; run as root, or have root run: {weight_commands(placement)}",
         )

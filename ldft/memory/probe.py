@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .topology import SYSFS, parse_list
+from ldft.memory.topology import SYSFS, parse_list
 
 PROC = Path("/proc")
 CATEGORIES = ("huge", "heap", "stack", "private")
@@ -118,16 +118,6 @@ def process_memory(pids: int | Iterable[int], proc: Path = PROC, sysfs: Path = S
         table.pids.append(pid)
         table.names.append((_read(folder / "comm") or "?").strip())
     return table
-
-
-def pages_of_mapping(address: int, pid: int | str = "self", proc: Path = PROC) -> dict[int, int]:
-    """Node -> bytes of the one mapping (VMA) that starts at `address`, as numa_maps has it; empty when there is
-    none."""
-    for line in (_read(proc / str(pid) / "numa_maps") or "").splitlines():
-        start, _, rest = line.partition(" ")
-        if int(start, 16) == address:
-            return {id: size for id, _, size, _ in _numa_maps(f"{start} {rest}")}
-    return {}
 
 
 def _numa_maps(text: str) -> Iterator[tuple[int, str, int, bool]]:
