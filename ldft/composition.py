@@ -148,7 +148,7 @@ def _hints(name: str, siblings: list[str], prefix: str) -> str:
     if close:
         return f"{prefix}{close[0]}"
     if prefix == "":
-        close = difflib.get_close_matches(name, [*known, *(key.split(".")[-1] for key in every)], n=1)
+        close = difflib.get_close_matches(name, [*known, *(key.split(".")[-1] for key in every)], n=1, cutoff=0.7)
         if close:
             return close[0] if close[0] in known else next(key for key in every if key.split(".")[-1] == close[0])
     return ""

@@ -58,7 +58,8 @@ class Config:
 
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
-        for part in (self.model, self.offload, self.seq_len, self.optimizer, self.data, self.train, self.launch):
+        parts = (self.model, self.offload, self.numa, self.seq_len, self.optimizer, self.data, self.train, self.launch)
+        for part in parts:
             part.validate()
         if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:
             raise ConfigError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")

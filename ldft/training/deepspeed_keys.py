@@ -1,5 +1,6 @@
-"""Keys of DeepSpeed's config that a user writes (offload.deepspeed, offload.deepspeed_file): known ones, of the right type, and none
-that ldft sets itself. DeepSpeed ignores most keys that it does not know, and a run with a misspelt one would measure something else."""
+"""Keys of DeepSpeed's config that a user writes (offload.deepspeed, offload.deepspeed_file): known, of the right type, not ldft's.
+
+DeepSpeed ignores most keys that it does not know, and a run with a misspelt one would measure something else."""
 
 from __future__ import annotations
 
