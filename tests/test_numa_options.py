@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import FAST
 
 from ldft import _native, nodes
 from ldft.config import Config
@@ -20,7 +19,7 @@ NODE = read_topology().memory_nodes[0]
 def test_default_inherits_and_records_what_the_caller_set(ldft) -> None:
     _native.set_thread_policy(MPOL_INTERLEAVE, [NODE])  # as `numactl --interleave` does before it starts a program
     try:
-        done = ldft(*FAST)
+        done = ldft()
     finally:
         _native.set_thread_policy(MPOL_DEFAULT, [])
     assert done.exit_code == 0, done.stdout + done.stderr
@@ -30,7 +29,7 @@ def test_default_inherits_and_records_what_the_caller_set(ldft) -> None:
 
 
 def test_a_policy_is_applied_and_its_shares_are_in_the_row_and_on_screen(ldft) -> None:
-    done = ldft(*FAST, "numa=bind_0", f"numa.nodes=[{NODE}]")
+    done = ldft("numa=bind_0", f"numa.nodes=[{NODE}]")
     assert done.exit_code == 0, done.stdout + done.stderr
     row = done.row
     assert row.numa_policy == f"bind of node {NODE}" and row["cfg.numa.kind"] == "bind"
@@ -52,7 +51,7 @@ def test_a_policy_is_applied_and_its_shares_are_in_the_row_and_on_screen(ldft) -
     ],
 )
 def test_nodes_that_do_not_exist_are_one_line_and_exit_code_2(ldft, arguments, key) -> None:
-    done = ldft(*FAST, *arguments)
+    done = ldft(*arguments)
     assert done.exit_code == 2 and done.row.status == "invalid"
     if "99" in key or len(read_topology().nodes) > 3:
         assert done.row.error_message.startswith(key)
