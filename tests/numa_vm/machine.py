@@ -33,6 +33,7 @@ TOOLS = {
     "cpio": "cpio",
     "depmod": "kmod",
     "xz": "xz-utils",
+    "numactl": "numactl",
 }
 MODULES = ["virtio_pci", "9pnet_virtio", "9p", "overlay"]
 TIMED_OUT, BROKEN = 124, 125
@@ -62,7 +63,9 @@ def require_ready() -> None:
     if platform.machine() != "x86_64":
         raise MachineError(f"the guest uses this machine's files and is x86-64; this machine is {platform.machine()}")
     if not find_tool("qemu-system-x86_64"):
-        raise MachineError("QEMU (qemu-system-x86_64) is not installed; set it up with `make numa-vm` (as root, Debian 12 or later)")
+        raise MachineError(
+            "QEMU (qemu-system-x86_64) is not installed; set it up with `make numa-vm` (as root, Debian 12 or later)"
+        )
     marker = cache() / "stamp"
     if not marker.exists():
         raise MachineError(f"no kernel in {cache()}; set it up with `make numa-vm` (Debian 12 or later)")
@@ -73,7 +76,9 @@ def require_ready() -> None:
 def command(*args: str | Path, cwd: Path | None = None) -> str:
     """Runs a program of the set-up and returns its output; a failure shows the last lines of what it said."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"}
-    done = subprocess.run([str(a) for a in args], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(a) for a in args], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     if done.returncode:
         said = " / ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         raise MachineError(f"`{Path(args[0]).name} {' '.join(map(str, args[1:]))[:120]}` failed: {said}")
@@ -88,22 +93,29 @@ def debian_release() -> int:
         release = {}
     name, version = release.get("ID", "an unknown system"), release.get("VERSION_ID", "")
     if name != "debian" or not shutil.which("apt-get"):
-        raise MachineError(f"the set-up takes QEMU and a kernel from Debian's packages, this is {name}; use Debian 12 or later")
+        raise MachineError(
+            f"the set-up takes QEMU and a kernel from Debian's packages, this is {name}; use Debian 12 or later"
+        )
     # testing and unstable have no VERSION_ID
     major = int(version.split(".")[0]) if version else 99
     if major < 12:
-        raise MachineError(f"this is Debian {version}; weighted interleave needs a kernel of Debian 12's backports or later")
+        raise MachineError(
+            f"this is Debian {version}; weighted interleave needs a kernel of Debian 12's backports or later"
+        )
     return major
 
 
 def install_tools() -> None:
     missing = [package for tool, package in TOOLS.items() if not find_tool(tool)]
+    if os.geteuid() == 0:  # fresh images come without package lists, and the kernel is looked up in them too
+        command("apt-get", "update", "-qq")
     if not missing:
         return
     if os.geteuid() != 0:
-        raise MachineError(f"not root, and packages are missing; first run, as root: apt-get install {' '.join(missing)}")
+        raise MachineError(
+            f"not root, and packages are missing; first run, as root: apt-get install {' '.join(missing)}"
+        )
     print(f"numa-vm: installing {' '.join(missing)}", flush=True)
-    command("apt-get", "update", "-qq")
     command("apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing)
 
 
@@ -116,7 +128,7 @@ def mirror(codename: str) -> str:
     for suite in (f"{codename}-backports", codename, f"{codename}-updates"):
         if suite in known:
             return known[suite]
-    raise MachineError("apt knows no Debian mirror; check /etc/apt/sources.list* and run `apt-get update`")
+    raise MachineError("apt knows no Debian mirror; check /etc/apt/sources.list* and, as root, run `apt-get update`")
 
 
 def apt_options(work: Path, release: int) -> list[str]:
@@ -144,12 +156,10 @@ def apt_options(work: Path, release: int) -> list[str]:
 def fetch_kernel(work: Path, release: int) -> Path:
     """Unpacks Debian's kernel for cloud and bare machines; returns the folder that holds boot/ and lib/modules/."""
     options = apt_options(work, release)
-    if release > 12 and not command("apt-cache", "depends", "linux-image-amd64").strip() and os.geteuid() == 0:
-        command("apt-get", "update", "-qq")
     depends = command("apt-cache", *options, "depends", "linux-image-amd64").splitlines()
     names = [line.split()[-1] for line in depends if "Depends: linux-image-" in line]
     if not names:
-        raise MachineError("apt knows no linux-image-amd64; run `apt-get update` and try again")
+        raise MachineError("apt knows no linux-image-amd64; run, as root, `apt-get update` and try again")
     print(f"numa-vm: fetching {names[0]}", flush=True)
     # apt drops its privileges for a download when its own user may write there, and warns otherwise; as root is fine.
     command("apt-get", *options, "-o", "APT::Sandbox::User=root", "download", "-qq", names[0], cwd=work)
@@ -277,7 +287,9 @@ def run(words: list[str], folder: Path, limit_s: float) -> int:
         return int(status.read_text())
     said = [line for line in console.read_text(errors="replace").splitlines() if line.strip()]
     panic = next((line for line in said if "Kernel panic" in line), "")
-    last = panic or next((line for line in said if line.startswith("numa-vm:")), "") or (said[-1] if said else "nothing")
+    last = (
+        panic or next((line for line in said if line.startswith("numa-vm:")), "") or (said[-1] if said else "nothing")
+    )
     raise MachineError(
         f"the guest ended without a status after {time.monotonic() - began:.0f} s (QEMU's exit status {done.returncode});"
         f" its console, {console}, says: {last.strip()}"
