@@ -1,6 +1,6 @@
 """The independent witness: a process of its own that reads where another process's pages are, and shares no code with ldft.
 
-It answers one JSON line for each line it gets, {"pid", "address", "bytes"}, from three files and calls of the kernel:
+It answers one JSON line for each line it gets, {"pid", "ranges", "weights"}, from three files and calls of the kernel:
 numa_maps (pages by node of each mapping, and its policy), maps and smaps (where a mapping ends, and how much of it is in huge
 pages), and move_pages for the pages of the range alone, since a mapping may be larger than one tensor.
 Standard library only: it starts in two seconds in the emulated machine, before torch is there.
@@ -44,17 +44,17 @@ def mappings(pid: int) -> list[dict]:
     return rows
 
 
-def moved(pid: int, first: int, count: int) -> dict[str, int]:
-    """Pages by node of `count` pages from `first`; "-1" where a page was not touched."""
-    pages = (ctypes.c_void_p * count)(*range(first, first + count * PAGE, PAGE))
-    nodes = (ctypes.c_int * count)()
-    if libc.syscall(MOVE_PAGES, pid, ctypes.c_ulong(count), pages, None, nodes, 0):
+def moved(pid: int, first: int, length: int) -> list[int]:
+    """Node of each of `length` pages from `first`; -1 where a page was not touched."""
+    pages = (ctypes.c_void_p * length)(*range(first, first + length * PAGE, PAGE))
+    nodes = (ctypes.c_int * length)()
+    if libc.syscall(MOVE_PAGES, pid, ctypes.c_ulong(length), pages, None, nodes, 0):
         raise OSError(ctypes.get_errno(), "move_pages")
-    totals: dict[str, int] = {}
-    for node in nodes:
-        key = str(max(node, -1))
-        totals[key] = totals.get(key, 0) + 1
-    return totals
+    return [max(node, -1) for node in nodes]
+
+
+def count(nodes: list[int]) -> dict[str, int]:
+    return {str(node): nodes.count(node) for node in sorted(set(nodes))}
 
 
 def add(rows: list[dict]) -> dict[str, int]:
@@ -65,25 +65,39 @@ def add(rows: list[dict]) -> dict[str, int]:
     return totals
 
 
+def worst_prefix(nodes: list[int], weights: dict[str, int]) -> float:
+    """Of all beginnings of the range: by how many pages a node is at most off its share of that beginning."""
+    total = sum(weights.values())
+    shares = {int(node): weight / total for node, weight in weights.items()}
+    counts, worst = dict.fromkeys(shares, 0), 0.0
+    for done in range(0, len(nodes), 64):
+        for node in nodes[done : done + 64]:
+            counts[node] = counts.get(node, 0) + 1
+        length = min(done + 64, len(nodes))
+        worst = max(worst, *(abs(count - length * shares.get(node, 0)) for node, count in counts.items()))
+    return worst
+
+
 def answer(request: dict) -> dict:
-    """Of one range: pages by numa_maps over its mappings, by move_pages over exactly the range, and what the mappings say."""
+    """Of ranges [[address, bytes], ...]: pages by numa_maps over their mappings together, and by move_pages over each range."""
     rows = mappings(request["pid"])
-    if "address" not in request:
-        return {
-            "nodes": add(rows),
-            "anonymous_nodes": add([row for row in rows if row["anonymous"] and not row["file"]]),
-        }
-    first = request["address"] // PAGE * PAGE
-    last = -(-(request["address"] + request["bytes"]) // PAGE) * PAGE
-    rows = [row for row in rows if row["start"] < last and row["end"] > first]
-    return {
+    if not request["ranges"]:
+        return {"nodes": add(rows), "anonymous_nodes": add([row for row in rows if row["anonymous"] and not row["file"]])}
+    spans = [(a // PAGE * PAGE, -(-(a + size) // PAGE) * PAGE) for a, size in request["ranges"]]
+    rows = [row for row in rows if any(row["start"] < last and row["end"] > first for first, last in spans)]
+    found = [moved(request["pid"], first, (last - first) // PAGE) for first, last in spans]
+    reply = {
         "nodes": add(rows),
-        "exact_nodes": moved(request["pid"], first, (last - first) // PAGE),
-        "outside_bytes": sum(max(first - r["start"], 0) + max(r["end"] - last, 0) for r in rows),
+        "exact_nodes": [count(nodes) for nodes in found],
+        # Neighbours with the same policy are one mapping for the kernel: then numa_maps counts more than was asked about.
+        "outside_bytes": sum(r["end"] - r["start"] for r in rows) - sum(last - first for first, last in spans),
         "mappings": len(rows),
         "policies": sorted({row["policy"] for row in rows}),
         "huge_kib": sum(row["huge_kib"] for row in rows),
     }
+    if "weights" in request:
+        reply["worst_prefix"] = max(worst_prefix(nodes, request["weights"]) for nodes in found)
+    return reply
 
 
 class Reader:
@@ -93,18 +107,26 @@ class Reader:
         words = [sys.executable, "-I", "-S", __file__]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __call__(self, pid: int, address: int | None = None, size: int = 0) -> dict:
+    def __call__(self, pid: int, ranges: list[tuple[int, int]], weights: dict[int, int] | None = None) -> dict:
+        """Pages by node of the ranges (address, bytes) of a process; of all it has mapped when there are none."""
         assert self.process.stdin and self.process.stdout
-        request = {"pid": pid} if address is None else {"pid": pid, "address": address, "bytes": size}
+        request = {"pid": pid, "ranges": ranges} | ({"weights": weights} if weights else {})
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        reply = json.loads(self.process.stdout.readline() or '{"error": "the reader died"}')
+        reply = json.loads(self.process.stdout.readline() or '{"error": "it died"}')
         if "error" in reply:
             raise RuntimeError(f"reader: {reply['error']}")
-        for name in ("nodes", "exact_nodes", "anonymous_nodes"):
+        for name in ("nodes", "anonymous_nodes"):
             if name in reply:
-                reply[name] = {int(node): count for node, count in reply[name].items()}
+                reply[name] = integers(reply[name])
+        if "exact_nodes" in reply:
+            reply["exact_nodes"] = [integers(counts) for counts in reply["exact_nodes"]]
         return reply
+
+
+def integers(counts: dict[str, int]) -> dict[int, int]:
+    """JSON has no integer keys."""
+    return {int(node): count for node, count in sorted(counts.items())}
 
 
 if __name__ == "__main__":
