@@ -107,6 +107,15 @@ def check_tensor(tensor, spec: tuple, huge: bool, *, alone: bool = True) -> dict
     return seen
 
 
+@CASES.add("auto_uses_the_kernel_where_its_weights_are_those_asked_for")
+def auto_chooses() -> None:
+    """The first case: the weights are there before the first allocation, as in a run (ldft reads the machine once a process)."""
+    set_kernel_weights((0, 3), (1, 2))
+    for weights, method in (((1, 2), "kernel"), ((2, 4), "kernel"), ((5, 2), "stripes")):
+        tensor = allocate(("weighted_interleave", (0, 3), weights, "auto"), 64 << 20, False)
+        check_tensor(tensor, ("weighted_interleave", (0, 3), weights, method), False)
+
+
 def one_tensor(name: str, mib: int, huge: bool) -> dict:
     spec = KINDS[name]
     if spec[0] == "weighted_interleave" and spec[3] == "kernel":
@@ -131,7 +140,13 @@ for _name in KINDS:
 @CASES.add("odd_sizes")
 def odd_sizes() -> None:
     """Sizes that are no multiple of anything: shares are exact to one page still."""
-    for name in ("bind_3", "interleave_striped_0_2_3", "weighted_striped_5_2", "weighted_striped_1_2_3", "weighted_striped_255_1"):
+    for name in (
+        "bind_3",
+        "interleave_striped_0_2_3",
+        "weighted_striped_5_2",
+        "weighted_striped_1_2_3",
+        "weighted_striped_255_1",
+    ):
         for size in (1, PAGE, PAGE + 1, 3 * PAGE, 7 * PAGE - 1, (2 << 20) + 5, (33 << 20) + 12345):
             for huge in (False, True):
                 tensor = allocate(KINDS[name], size, huge)
@@ -140,14 +155,6 @@ def odd_sizes() -> None:
                     check_shares(exact, KINDS[name], -(-size // PAGE), huge)
                 except AssertionError as error:
                     raise AssertionError(f"{name}, {size} bytes, huge={huge}: {error}") from None
-
-
-@CASES.add("auto_uses_the_kernel_where_its_weights_are_those_asked_for")
-def auto_chooses() -> None:
-    set_kernel_weights((0, 3), (1, 2))
-    for weights, method in (((1, 2), "kernel"), ((2, 4), "kernel"), ((5, 2), "stripes")):
-        tensor = allocate(("weighted_interleave", (0, 3), weights, "auto"), 64 << 20, False)
-        check_tensor(tensor, ("weighted_interleave", (0, 3), weights, method), False)
 
 
 @CASES.add("auto_after_the_kernels_weights_changed")

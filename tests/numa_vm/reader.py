@@ -82,7 +82,10 @@ def answer(request: dict) -> dict:
     """Of ranges [[address, bytes], ...]: pages by numa_maps over their mappings together, and by move_pages over each range."""
     rows = mappings(request["pid"])
     if not request["ranges"]:
-        return {"nodes": add(rows), "anonymous_nodes": add([row for row in rows if row["anonymous"] and not row["file"]])}
+        return {
+            "nodes": add(rows),
+            "anonymous_nodes": add([row for row in rows if row["anonymous"] and not row["file"]]),
+        }
     spans = [(a // PAGE * PAGE, -(-(a + size) // PAGE) * PAGE) for a, size in request["ranges"]]
     rows = [row for row in rows if any(row["start"] < last and row["end"] > first for first, last in spans)]
     found = [moved(request["pid"], first, (last - first) // PAGE) for first, last in spans]
