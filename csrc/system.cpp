@@ -1,5 +1,7 @@
 #include "system.h"
 
+#include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -26,6 +28,18 @@ NodeMask mask_of(const std::vector<int>& nodes) {
   }
   return mask;
 }
+
+// struct pm_scan_arg, struct page_region and their constants in <linux/fs.h>, which headers before Linux 6.7 do not
+// have.
+struct ScanArgument {
+  std::uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+  std::uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+struct ScanRegion {
+  std::uint64_t start, end, categories;
+};
+constexpr std::uint64_t kIsPresent = 1 << 3, kIsHuge = 1 << 6;
+constexpr unsigned long kPagemapScan = _IOWR('f', 16, ScanArgument);
 
 }  // namespace
 
@@ -77,6 +91,34 @@ void move_pages_to(void** pages, std::size_t count, const int* targets) {
       errno != EBUSY) {
     fail("move_pages");
   }
+}
+
+HugeScan::HugeScan() : pagemap_(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) {}
+
+HugeScan::~HugeScan() {
+  if (pagemap_ >= 0) close(pagemap_);
+}
+
+std::vector<std::pair<std::uintptr_t, std::uintptr_t>> HugeScan::find(std::uintptr_t address, std::size_t bytes) const {
+  std::vector<std::pair<std::uintptr_t, std::uintptr_t>> found;
+  std::array<ScanRegion, 64> regions;
+  std::uintptr_t at = address;
+  while (pagemap_ >= 0 && at < address + bytes) {
+    ScanArgument argument{};
+    argument.size = sizeof argument;
+    argument.start = at;
+    argument.end = address + bytes;
+    argument.vec = reinterpret_cast<std::uintptr_t>(regions.data());
+    argument.vec_len = regions.size();
+    argument.category_mask = kIsPresent | kIsHuge;  // both
+    argument.return_mask = kIsHuge;
+    const int count = ioctl(pagemap_, kPagemapScan, &argument);
+    if (count < 0) return {};
+    for (int i = 0; i < count; ++i) found.emplace_back(regions[i].start, regions[i].end);
+    if (argument.walk_end <= at) break;
+    at = argument.walk_end;
+  }
+  return found;
 }
 
 std::vector<int> nodes_of_pages(std::uintptr_t address, std::size_t bytes) {

@@ -38,6 +38,21 @@ std::pair<int, std::vector<int>> thread_policy();
 void query_pages(void** pages, std::size_t count, int* nodes);
 void move_pages_to(void** pages, std::size_t count, const int* targets);
 
+// Which parts of a range are mapped by huge pages, by the PAGEMAP_SCAN ioctl (Linux 6.7). Knowing that, one page stands
+// for the whole of a huge one, and asking where pages are costs a fraction.
+class HugeScan {
+ public:
+  HugeScan();
+  ~HugeScan();
+  HugeScan(const HugeScan&) = delete;
+  HugeScan& operator=(const HugeScan&) = delete;
+  // [start, end) pairs in order. Empty where the kernel cannot tell.
+  std::vector<std::pair<std::uintptr_t, std::uintptr_t>> find(std::uintptr_t address, std::size_t bytes) const;
+
+ private:
+  int pagemap_;
+};
+
 // Node of each page in [address, address + bytes); -1 where a page has none.
 std::vector<int> nodes_of_pages(std::uintptr_t address, std::size_t bytes);
 

@@ -14,6 +14,7 @@
 #include <system_error>
 #include <thread>
 
+#include "region.h"
 #include "system.h"
 
 namespace ldft {
@@ -128,23 +129,45 @@ void touch(std::uintptr_t base, const std::vector<Group>& groups) {
 
 Census census(std::uintptr_t base, const std::vector<Range>& ranges, std::size_t threads) {
   const std::size_t page = page_size();
+  const std::size_t huge = huge_page_size();
+  const HugeScan scan;
   threads = std::max<std::size_t>(1, std::min(threads, total(ranges) / kPiece));
   std::vector<Census> parts(threads);
   share_out(base, {Group{ranges, {}, threads}}, [&](std::size_t thread, const Piece& piece) {
-    const std::size_t count = piece.bytes / page;
-    std::vector<void*> pages(count);
-    std::vector<int> nodes(count);
-    for (std::size_t i = 0; i < count; ++i) pages[i] = reinterpret_cast<void*>(piece.address + i * page);
-    query_pages(pages.data(), count, nodes.data());
+    // Every page is asked for, or stands behind the first of the huge page that it is part of.
+    std::vector<void*> pages;
+    std::vector<std::size_t> counts;
+    const auto ask = [&](std::uintptr_t from, std::uintptr_t to, std::size_t step) {
+      for (; from < to; from += step) {
+        pages.push_back(reinterpret_cast<void*>(from));
+        counts.push_back(std::min(step, to - from) / page);
+      }
+    };
+    std::uintptr_t at = piece.address;
+    const std::uintptr_t end = piece.address + piece.bytes;
+    if (huge > 0 && piece.bytes >= huge) {
+      for (const auto& [start, stop] : scan.find(piece.address, piece.bytes)) {
+        const std::uintptr_t first = std::max(at, (start + huge - 1) / huge * huge);
+        const std::uintptr_t last = std::min(stop, end) / huge * huge;
+        if (first >= last) continue;
+        ask(at, first, page);
+        ask(first, last, huge);
+        at = last;
+      }
+    }
+    ask(at, end, page);
+    std::vector<int> nodes(pages.size());
+    query_pages(pages.data(), pages.size(), nodes.data());
     Census& part = parts[thread];
-    for (const int node : nodes) {
-      if (node < 0) {
-        ++part.absent;
+    for (std::size_t i = 0; i < nodes.size(); ++i) {
+      if (nodes[i] < 0) {
+        part.absent += counts[i];
         continue;
       }
-      if (static_cast<std::size_t>(node) >= part.pages.size()) part.pages.resize(node + 1);
-      ++part.pages[node];
-      if (piece.node >= 0 && node != piece.node) ++part.misplaced;
+      const auto node = static_cast<std::size_t>(nodes[i]);
+      if (node >= part.pages.size()) part.pages.resize(node + 1);
+      part.pages[node] += counts[i];
+      if (piece.node >= 0 && nodes[i] != piece.node) part.misplaced += counts[i];
     }
   });
   Census sum;

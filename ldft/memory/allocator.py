@@ -1,14 +1,16 @@
-"""Tensors in host memory that is where it was asked for, zero, and pinned on request. Native code in csrc/ does the work.
+"""Tensors in host memory that is where it was asked for, zero, and pinned on request. Native code in csrc/ does the
+work.
 
 Reserve (whole pages, nothing more), set the policy, touch with many threads, verify with move_pages(2), then register with CUDA:
-registered pages can no longer move, so the order matters. Zeros cost nothing extra: the kernel clears a page before it hands it
-out, hence one write a page is the whole of touching.
+registered pages can no longer move, so the order matters. Zeros cost nothing extra: the kernel clears a page before it
+hands it out, hence one write a page is the whole of touching.
 
-After fork a child sees ordinary tensors copied on write; pinned ones are left out of it, and reading one there ends the child.
-At the end of the interpreter memory that is still registered is left to the kernel.
+After fork a child sees ordinary tensors copied on write; pinned ones are left out of it, and reading one there ends the
+child. At the end of the interpreter memory that is still registered is left to the kernel.
 """
 
 import atexit
+import contextlib
 import math
 import time
 import warnings
@@ -17,12 +19,13 @@ from typing import Any
 
 import torch
 
-from .. import _native
-from .placing import Report, place, settings
-from .policy import HostMemoryError, Placement, is_harmless
-from .topology import Topology, read_topology
+from ldft import _native
+from ldft.memory.placing import Report, place, settings
+from ldft.memory.policy import HostMemoryError, Placement, is_harmless
+from ldft.memory.topology import Topology, read_topology
 
-# One cudaHostRegister of 512 GiB or more fails on current drivers (its page table passes 2^31 bytes); 64 GiB is far from that.
+# One cudaHostRegister of 512 GiB or more fails on current drivers (its page table passes 2^31 bytes); 64 GiB is far
+# from that.
 REGISTER_CHUNK = 64 << 30
 
 _reports: dict[int, Report] = {}
@@ -45,12 +48,12 @@ def allocate(
 
     pin: register it with CUDA (the current device's context); without CUDA warn once and go on unpinned.
     strict: raise HostMemoryError, with nothing left allocated, when a page is not where it was asked for. Not strict: such pages
-        are logged as one warning and counted in `report_of(tensor).spilled_pages`. Kind preferred always allows them, default
-        asks for nothing. An interleave by the kernel is exact to one page, with huge pages to one of those.
+        are logged as one warning and counted in `report_of(tensor).spilled_pages`. Kind preferred always allows them,
+        default asks for nothing. An interleave by the kernel is exact to one page, with huge pages to one of those.
     huge_pages: overrides settings.huge_pages.
 
-    The memory lives as long as any view of the tensor. Raises PlacementError when the placement does not suit the machine, and
-    HostMemoryError when memory is short: before touching it, as far as the kernel's own figures can tell.
+    The memory lives as long as any view of the tensor. Raises PlacementError when the placement does not suit the
+    machine, and HostMemoryError when memory is short: before touching it, as far as the kernel's own figures can tell.
     """
     size = (shape,) if isinstance(shape, int) else tuple(shape)
     needed = math.prod(size) * dtype.itemsize
@@ -67,11 +70,14 @@ def allocate(
     address = region.address
     flat = torch.from_dlpack(region.capsule(_unregister if pin else None))
     _remember(address, report)
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, size)
+    # Strides spelt out: quantised dtypes do not work them out themselves.
+    strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
+    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, size, strides)
 
 
 def report_of(tensor: torch.Tensor) -> Report:
-    """The report on the memory that a tensor, or a view of one, lives in. Raises KeyError for memory that is not ours."""
+    """The report on the memory that a tensor, or a view of one, lives in. Raises KeyError for memory that is not
+    ours."""
     address = tensor.untyped_storage().data_ptr()
     if not _native.is_live(address):
         raise KeyError(f"no memory of ours at {address:#x}")
@@ -88,7 +94,8 @@ def can_pin() -> bool:
 
 
 def pages_by_node(tensor: torch.Tensor) -> dict[int, int]:
-    """Node -> base pages of it that the tensor lies in, as move_pages(2) says now. Pages without memory yet are under -1.
+    """Node -> base pages of it that the tensor lies in, as move_pages(2) says now. Pages without memory yet are under
+    -1.
 
     Works for any CPU tensor. A view that skips elements counts from its first byte to its last.
     """
@@ -158,7 +165,8 @@ def _register(region: _native.Region, report: Report) -> None:
 
 
 def _unregister(address: int) -> None:
-    """Called when the last user of pinned memory is gone, before it goes back to the kernel. Raising here keeps it mapped."""
+    """Called when the last user of pinned memory is gone, before it goes back to the kernel. Raising here keeps it
+    mapped."""
     cudart: Any = torch.cuda.cudart()
     for start in _registered.pop(address):
         code = int(cudart.cudaHostUnregister(start))
@@ -168,7 +176,5 @@ def _unregister(address: int) -> None:
 
 def _clear_cuda_error() -> None:
     """A failed call leaves its error for the next kernel launch to report; let a launch of ours take it."""
-    try:
+    with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
-    except RuntimeError:
-        pass

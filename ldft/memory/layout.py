@@ -1,24 +1,27 @@
-"""How a placement becomes policies over one range of memory: by the kernel as a whole, or by stripes with a policy each.
+"""How a placement becomes policies over one range of memory: by the kernel as a whole, or by stripes with a policy
+each.
 
-Stripes. A range with a policy of its own is one mapping (VMA) for the kernel, and a process may have vm.max_map_count of them (65530
-by default), shared with everything else it maps. So stripes are huge pages (2 MiB), doubled until one tensor has at most
-MOST_STRIPES of them and at most an eighth of what is left of our half of the process's limit: each tensor leaves seven eighths
-to those after it, so that it never runs out. The stripe decides only how fine nodes alternate, never the shares: these are exact to
-one page, since each node's remainder of less than a stripe follows at the end (csrc/stripes.cpp).
+Stripes. A range with a policy of its own is one mapping (VMA) for the kernel, and a process may have vm.max_map_count
+of them (65530 by default), shared with everything else it maps. So stripes are huge pages (2 MiB), doubled until one
+tensor has at most MOST_STRIPES of them and at most an eighth of what is left of our half of the process's limit: each
+tensor leaves seven eighths to those after it, so that it never runs out. The stripe decides only how fine nodes
+alternate, never the shares: these are exact to one page, since each node's remainder of less than a stripe follows at
+the end (csrc/stripes.cpp).
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import _native
-from .policy import Placement, kernel_has_weights, kernel_policy
-from .topology import Topology
+from ldft import _native
+from ldft.memory.policy import Placement, kernel_has_weights, kernel_policy
+from ldft.memory.topology import Topology
 
 MOST_STRIPES = 4096
 _STRIPE = 2 << 20
 _MAP_COUNT = Path("/proc/sys/vm/max_map_count")
-# The kernel's pattern is fixed by absolute addresses. A tensor holds whole cycles of it and one cut cycle, which puts a node off its
-# share by at most weight * (1 - share) units. More than this part of the tensor, and more than one unit, is too much.
+# The kernel's pattern is fixed by absolute addresses. A tensor holds whole cycles of it and one cut cycle, which puts a
+# node off its share by at most weight * (1 - share) units. More than this part of the tensor, and more than one unit,
+# is too much.
 _KERNEL_ERROR = 256
 
 Range = tuple[int, int, int]
@@ -43,7 +46,8 @@ class Layout:
     tolerance: float = 0
 
     def misplaced(self, pages: dict[int, int], outside_range: int) -> int:
-        """Pages that are not where they were asked for, from the pages found by node and those outside their range's node."""
+        """Pages that are not where they were asked for, from the pages found by node and those outside their range's
+        node."""
         if self.allowed is not None:
             outside = sum(count for node, count in pages.items() if node not in self.allowed)
             if outside:
@@ -58,7 +62,8 @@ class Layout:
 
 
 def plan(placement: Placement, topology: Topology, size: int, huge: bool, *, stripes: bool = False) -> Layout:
-    """The layout of `size` bytes (whole pages) under a resolved placement; `stripes` insists on those for the interleaves."""
+    """The layout of `size` bytes (whole pages) under a resolved placement; `stripes` insists on those for the
+    interleaves."""
     whole = [(0, size, -1)]
     if placement.kind == "default":
         return Layout(method="none", ranges=whole)
@@ -72,7 +77,9 @@ def plan(placement: Placement, topology: Topology, size: int, huge: bool, *, str
     error = _kernel_error(weights, huge)
     if method == "auto":
         has = placement.kind == "interleave" or kernel_has_weights(placement, topology)
-        method = "kernel" if has and error <= max(_unit(huge), size // _native.page_size() / _KERNEL_ERROR) else "stripes"
+        method = (
+            "kernel" if has and error <= max(_unit(huge), size // _native.page_size() / _KERNEL_ERROR) else "stripes"
+        )
     if method == "kernel":
         policy, nodes = kernel_policy(placement)
         return Layout(

@@ -6,11 +6,12 @@ A process that touches more than this is killed, not told. So callers ask here f
 from dataclasses import dataclass
 from pathlib import Path
 
-from .topology import SYSFS, node_meminfo, read_meminfo
+from ldft.memory.topology import SYSFS, node_meminfo, read_meminfo
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
-# Kept free for the rest of the system and for what the estimate of the kernel misses: 1/64 of the machine, at most 1 GiB.
+# Kept free for the rest of the system and for what the estimate of the kernel misses: 1/64 of the machine, at most 1
+# GiB.
 RESERVE_SHARE, RESERVE_MOST = 64, 1 << 30
 _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" by a number near 2^63
 
@@ -28,8 +29,8 @@ def free_memory(
 ) -> Free:
     """What this process can still touch: MemAvailable less a reserve, or what its tightest cgroup leaves.
 
-    `capacity_bytes` is for virtual machines that show less memory than they can grow to: the machine's size as the user knows it,
-    used in place of MemTotal. The cgroup's limit counts in either case.
+    `capacity_bytes` is for virtual machines that show less memory than they can grow to: the machine's size as the user
+    knows it, used in place of MemTotal. The cgroup's limit counts in either case.
     """
     info = read_meminfo(proc / "meminfo")
     total, available = info.get("MemTotal", 0), info.get("MemAvailable", info.get("MemFree", 0))
@@ -38,11 +39,14 @@ def free_memory(
         total = capacity_bytes
     best = Free(bytes=max(0, available - min(RESERVE_MOST, total // RESERVE_SHARE)), limit="MemAvailable")
     left = cgroup_left(proc, cgroups)
-    return Free(bytes=max(0, left), limit="the cgroup's memory limit") if left is not None and left < best.bytes else best
+    return (
+        Free(bytes=max(0, left), limit="the cgroup's memory limit") if left is not None and left < best.bytes else best
+    )
 
 
 def free_on_node(id: int, sysfs: Path = SYSFS) -> int | None:
-    """Bytes that the node can still give: free pages, and page cache that the kernel drops on demand. None: no such node known."""
+    """Bytes that the node can still give: free pages, and page cache that the kernel drops on demand. None: no such
+    node known."""
     info = node_meminfo(id, sysfs)
     if not info:
         return None
@@ -51,7 +55,8 @@ def free_on_node(id: int, sysfs: Path = SYSFS) -> int | None:
 
 
 def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
-    """Bytes until the tightest memory cgroup of this process is full (page cache that it can drop not counted); None: no limit."""
+    """Bytes until the tightest memory cgroup of this process is full (page cache that it can drop not counted); None:
+    no limit."""
     left: list[int] = []
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
@@ -68,7 +73,8 @@ def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
             limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        # Every ancestor limits too. In a container the path may be that of the host, of which only the end is visible here.
+        # Every ancestor limits too. In a container the path may be that of the host, of which only the end is visible
+        # here.
         folder = root / path.strip("/")
         for place in (folder, *folder.parents):
             if not place.is_relative_to(root):

@@ -5,11 +5,11 @@ import os
 import time
 from dataclasses import dataclass
 
-from .. import _native
-from .layout import Layout, Range, bytes_by_node, clip, plan
-from .limits import free_memory, free_on_node
-from .policy import HostMemoryError, Placement, explain, is_harmless
-from .topology import Topology, format_list
+from ldft import _native
+from ldft.memory.layout import Layout, Range, bytes_by_node, clip, plan
+from ldft.memory.limits import free_memory, free_on_node
+from ldft.memory.policy import HostMemoryError, Placement, explain, is_harmless
+from ldft.memory.topology import Topology, format_list
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ class Settings:
     huge_pages: bool = True
     """Ask for transparent huge pages; base pages where the kernel has none."""
     capacity_gib: float | None = None
-    """This machine's memory, GiB, for virtual machines that show less and grow as it is touched; None: what the kernel says."""
+    """This machine's memory, GiB, for virtual machines that show less and grow as it is touched; None: what the kernel
+    says."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,11 +61,13 @@ class Report:
 settings = Settings()
 
 
-def place(placement: Placement, topology: Topology, needed: int, huge: bool, strict: bool) -> tuple[_native.Region, Report]:
+def place(
+    placement: Placement, topology: Topology, needed: int, huge: bool, strict: bool
+) -> tuple[_native.Region, Report]:
     """A region of at least `needed` bytes under a resolved placement, all of it touched and verified.
 
-    Raises HostMemoryError, with nothing left allocated, when memory is short, when the kernel refuses, and, if `strict`, when a
-    page is not where it was asked for.
+    Raises HostMemoryError, with nothing left allocated, when memory is short, when the kernel refuses, and, if
+    `strict`, when a page is not where it was asked for.
     """
     page = _native.page_size()
     size = -(-needed // page) * page
@@ -152,8 +155,8 @@ def _groups(
 ) -> list[tuple[list[Range], list[int], int]]:
     """Ranges with the CPUs that touch them: those nearest to the node, of the ones this process may run on.
 
-    A range that wants no node in particular is touched from the CPUs nearest to all nodes allowed to it; for kind default
-    (whatever the process does) from those of the node that the caller runs on, as memset would.
+    A range that wants no node in particular is touched from the CPUs nearest to all nodes allowed to it; for kind
+    default (whatever the process does) from those of the node that the caller runs on, as memset would.
     """
     by_cpus: dict[tuple[int, ...], list[Range]] = {}
     for item in ranges:
@@ -218,7 +221,8 @@ def _require_free_nodes(layout: Layout, placement: Placement, topology: Topology
     if short:
         each = need or {}
         rooms = ", ".join(
-            f"node {n}: {_gib(each[n])} of {_gib(free[n])}" if n in each else f"node {n}: {_gib(free[n])}" for n in placement.nodes
+            f"node {n}: {_gib(each[n])} of {_gib(free[n])}" if n in each else f"node {n}: {_gib(free[n])}"
+            for n in placement.nodes
         )
         raise HostMemoryError(
             f"{placement.describe()}: {_gib(size)} asked for does not fit ({rooms} free); nothing was touched. {_fix(placement)}"

@@ -1,7 +1,7 @@
 """Where memory shall go: one typed placement for the process and for each tensor, checked against the machine.
 
-Needs neither torch nor numpy: a worker sets its policy before it imports them, since the policy belongs to the thread and memory
-that was touched earlier stays where it is.
+Needs neither torch nor numpy: a worker sets its policy before it imports them, since the policy belongs to the thread
+and memory that was touched earlier stays where it is.
 """
 
 import errno
@@ -9,8 +9,9 @@ import platform
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from .. import _native
-from .topology import SYSFS, WEIGHTS_FOLDER, Topology, format_list, read_topology
+from ldft import _native
+from ldft.errors import ConfigError, LdftError
+from ldft.memory.topology import SYSFS, WEIGHTS_FOLDER, Topology, format_list, read_topology
 
 KINDS = ("default", "bind", "preferred", "interleave", "weighted_interleave")
 METHODS = ("auto", "kernel", "stripes")
@@ -23,12 +24,14 @@ _MOST_STRIPES_WEIGHT = 1 << 20
 _MOST_KERNEL_WEIGHT = 255
 
 
-class PlacementError(ValueError):
-    """A placement that is wrong in itself or on this machine. One line, for the user: key, value, what is allowed, the fix."""
+class PlacementError(ConfigError, ValueError):
+    """A placement that is wrong in itself or on this machine. One line, for the user: key, value, what is allowed, the
+    fix."""
 
 
-class HostMemoryError(MemoryError):
-    """Host memory that could not be had, or not where it was asked for. One line, for the user. Nothing stays allocated."""
+class HostMemoryError(LdftError, MemoryError):
+    """Host memory that could not be had, or not where it was asked for. One line, for the user. Nothing stays
+    allocated."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -36,15 +39,16 @@ class Placement:
     """Where pages shall be."""
 
     kind: str = "default"
-    """default: whatever the process does. bind: on any of the nodes, nearest first, and nowhere else. preferred: the same, but
-    elsewhere when they are full. interleave: evenly over the nodes. weighted_interleave: in proportion to the weights."""
+    """default: whatever the process does. bind: on any of the nodes, nearest first, and nowhere else. preferred: the
+    same, but elsewhere when they are full. interleave: evenly over the nodes. weighted_interleave: in proportion to the
+    weights."""
     nodes: tuple[int, ...] = ()
     """Node numbers. Empty for default; for the interleaves empty means every node with memory."""
     weights: tuple[int, ...] = ()
     """One positive integer a node, in their order; weighted_interleave only."""
     method: str = "auto"
-    """Who interleaves a tensor: the kernel page by page (kernel), ranges with a policy of their own (stripes), or the first where
-    it gives the shares asked for, else the second (auto)."""
+    """Who interleaves a tensor: the kernel page by page (kernel), ranges with a policy of their own (stripes), or the
+    first where it gives the shares asked for, else the second (auto)."""
 
     def __post_init__(self) -> None:
         # Lists come from configuration files.
@@ -82,20 +86,24 @@ class Placement:
         for id in nodes:
             if id not in online:
                 raise PlacementError(
-                    f"{key}.nodes: node {id} does not exist on this machine (online: {format_list(online)}); {NO_NUMA}"
+                    f"{key}.nodes",
+                    f"node {id} does not exist on this machine (online: {format_list(online)}); {NO_NUMA}",
                 )
             if topology.node(id).total_bytes == 0:
                 raise PlacementError(
-                    f"{key}.nodes: node {id} has no memory (nodes with memory: {format_list(topology.memory_nodes)}); {NO_NUMA}"
+                    f"{key}.nodes",
+                    f"node {id} has no memory (nodes with memory: {format_list(topology.memory_nodes)}); {NO_NUMA}",
                 )
             if id not in topology.allowed:
                 raise PlacementError(
-                    f"{key}.nodes: node {id} is outside this process's cpuset (allowed: {format_list(topology.allowed)}); "
-                    "choose from those, or widen the cpuset (cpuset.mems of the container or job)"
+                    f"{key}.nodes",
+                    f"node {id} is outside this process's cpuset (allowed: {format_list(topology.allowed)}); "
+                    "choose from those, or widen the cpuset (cpuset.mems of the container or job)",
                 )
         if self.kind == "weighted_interleave" and len(self.weights) != len(nodes):
             raise PlacementError(
-                f"{key}.weights: {len(self.weights)} weights for {len(nodes)} nodes ({format_list(nodes)}); give one a node"
+                f"{key}.weights",
+                f"{len(self.weights)} weights for {len(nodes)} nodes ({format_list(nodes)}); give one a node",
             )
         return replace(self, nodes=nodes)
 
@@ -104,29 +112,33 @@ def _check_alone(placement: Placement, key: str) -> None:
     """What is wrong on any machine."""
     kind, nodes, weights = placement.kind, placement.nodes, placement.weights
     if kind not in KINDS:
-        raise PlacementError(f"{key}.kind: {kind!r} is unknown; choose from {', '.join(KINDS)}")
+        raise PlacementError(f"{key}.kind", f"{kind!r} is unknown; choose from {', '.join(KINDS)}")
     if placement.method not in METHODS:
-        raise PlacementError(f"{key}.method: {placement.method!r} is unknown; choose from {', '.join(METHODS)}")
+        raise PlacementError(f"{key}.method", f"{placement.method!r} is unknown; choose from {', '.join(METHODS)}")
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in nodes):
-        raise PlacementError(f"{key}.nodes: {list(nodes)} must be node numbers, such as [0,3]")
+        raise PlacementError(f"{key}.nodes", f"{list(nodes)} must be node numbers, such as [0,3]")
     if len(set(nodes)) != len(nodes):
-        raise PlacementError(f"{key}.nodes: {list(nodes)} names a node twice; name each once")
+        raise PlacementError(f"{key}.nodes", f"{list(nodes)} names a node twice; name each once")
     if kind == "default" and nodes:
-        raise PlacementError(f"{key}.nodes: kind default takes no nodes, got {list(nodes)}; use kind bind or interleave")
+        raise PlacementError(
+            f"{key}.nodes", f"kind default takes no nodes, got {list(nodes)}; use kind bind or interleave"
+        )
     if kind in ("bind", "preferred") and not nodes:
-        raise PlacementError(f"{key}.nodes: kind {kind} needs at least one node, such as [0]")
+        raise PlacementError(f"{key}.nodes", f"kind {kind} needs at least one node, such as [0]")
     if kind != "weighted_interleave" and weights:
-        raise PlacementError(f"{key}.weights: kind {kind} takes no weights, got {list(weights)}; use kind weighted_interleave")
+        raise PlacementError(
+            f"{key}.weights", f"kind {kind} takes no weights, got {list(weights)}; use kind weighted_interleave"
+        )
     for weight in weights:
         if not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= _MOST_STRIPES_WEIGHT:
-            raise PlacementError(f"{key}.weights: {weight!r} must be an integer from 1 to {_MOST_STRIPES_WEIGHT}")
+            raise PlacementError(f"{key}.weights", f"{weight!r} must be an integer from 1 to {_MOST_STRIPES_WEIGHT}")
 
 
 def kernel_policy(placement: Placement) -> tuple[int, tuple[int, ...]]:
     """The kernel's policy for a resolved placement.
 
-    bind becomes "preferred": a full node then spills to another one, which is seen afterwards, where MPOL_BIND has the kernel
-    kill the process. Several preferred nodes need Linux 5.15.
+    bind becomes "preferred": a full node then spills to another one, which is seen afterwards, where MPOL_BIND has the
+    kernel kill the process. Several preferred nodes need Linux 5.15.
     """
     if placement.kind == "default":
         return MPOL_DEFAULT, ()
@@ -148,8 +160,9 @@ def kernel_has_weights(placement: Placement, topology: Topology) -> bool:
 def set_process_policy(policy: Placement, topology: Topology | None = None, key: str = "numa") -> Placement:
     """Make `policy` that of the calling thread and of all threads and processes that it starts from now on.
 
-    Call it before anything that starts threads or allocates much: what is touched already stays where it is. Returns the policy
-    with its nodes filled in. Raises PlacementError when the machine cannot do it, and HostMemoryError when the kernel refuses.
+    Call it before anything that starts threads or allocates much: what is touched already stays where it is. Returns
+    the policy with its nodes filled in. Raises PlacementError when the machine cannot do it, and HostMemoryError when
+    the kernel refuses.
     """
     topology = topology or read_topology()
     placement = policy.resolve(topology, key)
@@ -175,9 +188,12 @@ def process_policy(topology: Topology | None = None) -> Placement:
         return Placement()
     if mode == MPOL_WEIGHTED:
         weights = (topology or read_topology()).weights
-        return Placement(kind="weighted_interleave", nodes=tuple(nodes), weights=tuple(weights.get(n, 1) for n in nodes))
-    names = {MPOL_PREFERRED: "preferred", MPOL_PREFERRED_MANY: "preferred", MPOL_BIND: "bind", MPOL_INTERLEAVE: "interleave"}
-    return Placement(kind=names.get(mode, "default"), nodes=tuple(nodes) if mode in names else ())
+        return Placement(
+            kind="weighted_interleave", nodes=tuple(nodes), weights=tuple(weights.get(n, 1) for n in nodes)
+        )
+    names = {MPOL_PREFERRED: "preferred", MPOL_PREFERRED_MANY: "preferred", MPOL_BIND: "bind"}
+    names[MPOL_INTERLEAVE] = "interleave"
+    return Placement(kind=names[mode], nodes=tuple(nodes)) if mode in names else Placement()
 
 
 def is_harmless(error: OSError, placement: Placement, topology: Topology) -> bool:
@@ -206,14 +222,18 @@ def weight_commands(placement: Placement) -> str:
 def _require_kernel_weights(placement: Placement, topology: Topology, key: str) -> None:
     if not topology.has_weighted_interleave:
         raise PlacementError(
-            f"{key}.kind: weighted_interleave for a whole process needs Linux 6.9 or later, this is {platform.release()}; "
-            "use kind interleave"
+            f"{key}.kind",
+            f"weighted_interleave for a whole process needs Linux 6.9 or later, this is {platform.release()}; "
+            "use kind interleave",
         )
     if max(placement.weights) > _MOST_KERNEL_WEIGHT:
-        raise PlacementError(f"{key}.weights: {max(placement.weights)} is above the kernel's largest weight, {_MOST_KERNEL_WEIGHT}")
+        raise PlacementError(
+            f"{key}.weights", f"{max(placement.weights)} is above the kernel's largest weight, {_MOST_KERNEL_WEIGHT}"
+        )
     if not kernel_has_weights(placement, topology):
         have = ":".join(str(topology.weights.get(n, "none")) for n in placement.nodes)
         raise PlacementError(
-            f"{key}.weights: the kernel's weights for nodes {','.join(map(str, placement.nodes))} are {have}, not "
-            f"{':'.join(map(str, placement.weights))}; run as root, or have root run: {weight_commands(placement)}"
+            f"{key}.weights",
+            f"the kernel's weights for nodes {','.join(map(str, placement.nodes))} are {have}, not "
+            f"{':'.join(map(str, placement.weights))}; run as root, or have root run: {weight_commands(placement)}",
         )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 SYSFS = Path("/sys")
 NVIDIA = "0x10de"
-# Since 6.9 the kernel has weighted interleave and this folder; since 6.16 also a file that lets it compute the weights itself. Some
-# builds name that file after the type that a macro turned its name into.
+# Since 6.9 the kernel has weighted interleave and this folder; since 6.16 also a file that lets it compute the weights
+# itself. Some builds name that file after the type that a macro turned its name into.
 WEIGHTS_FOLDER = Path("kernel/mm/mempolicy/weighted_interleave")
 AUTO_FILES = ("auto", "__auto_type")
 
@@ -90,7 +90,8 @@ def read_topology(sysfs: Path = SYSFS, status: Path = Path("/proc/self/status"))
 
 
 def read_weights(sysfs: Path = SYSFS) -> tuple[dict[int, int], bool | None]:
-    """The kernel's weights (node -> weight, empty when it has none) and whether it computes them itself (None: it cannot)."""
+    """The kernel's weights (node -> weight, empty when it has none) and whether it computes them itself (None: it
+    cannot)."""
     folder = sysfs / WEIGHTS_FOLDER
     weights = {}
     for path in folder.glob("node*"):

@@ -1,0 +1,36 @@
+"""Every config key of ldft, typed, with its unit and its checks. Importable without torch and without Hydra."""
+
+from ldft.config.checkpointing import CheckpointingConfig
+from ldft.config.data import DataConfig, DataKind
+from ldft.config.launch import Device, LaunchConfig
+from ldft.config.memory import MemoryConfig
+from ldft.config.model import ModelConfig
+from ldft.config.numa import NumaConfig
+from ldft.config.offload import OffloadConfig, OffloadDevice
+from ldft.config.optimizer import OptimizerConfig
+from ldft.config.root import Config, ResultsConfig, columns, from_dict, run_id, to_dict
+from ldft.config.seq_len import SeqLenConfig
+from ldft.config.train import Precision, TrainConfig
+
+__all__ = [
+    "CheckpointingConfig",
+    "Config",
+    "DataConfig",
+    "DataKind",
+    "Device",
+    "LaunchConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "NumaConfig",
+    "OffloadConfig",
+    "OffloadDevice",
+    "OptimizerConfig",
+    "Precision",
+    "ResultsConfig",
+    "SeqLenConfig",
+    "TrainConfig",
+    "columns",
+    "from_dict",
+    "run_id",
+    "to_dict",
+]

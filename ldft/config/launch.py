@@ -1,0 +1,36 @@
+"""How many processes run, on what device, for how long at the most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ldft.errors import ConfigError
+
+
+class Device(Enum):
+    """auto is cuda when the machine has an NVIDIA GPU, else cpu."""
+
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    num_ranks: int = 1
+    """Worker processes, one a GPU on cuda (the seed's NUM_GPUS)."""
+
+    device: Device = Device.auto
+    """Device type of every rank."""
+
+    timeout_s: float = 0.0
+    """Seconds after which the ranks are ended and the row says timeout; 0 is no limit. Not part of the run's identity."""
+
+    def validate(self) -> None:
+        if self.num_ranks < 1:
+            raise ConfigError("launch.num_ranks", f"{self.num_ranks} is too small; use 1 or more")
+        if self.timeout_s < 0:
+            raise ConfigError(
+                "launch.timeout_s", f"{self.timeout_s:g} is negative; use seconds above 0, or 0 for no limit"
+            )

@@ -1,0 +1,73 @@
+"""The model: a Hugging Face id and the full architecture, so that random weights need no download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldft.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    name: str = "tiny"
+    """Short name, kept in the row."""
+
+    hf_id: str = ""
+    """Hugging Face hub id that the architecture was published under; empty for models of our own."""
+
+    family: str = "llama"
+    """Architecture family: the `model_type` of transformers (llama, qwen2, mistral, gemma2, ...)."""
+
+    weights: str = "random"
+    """Initial weights: random, drawn from train.seed."""
+
+    num_layers: int = 2
+    """Decoder layers."""
+
+    hidden_size: int = 64
+    """Width of the residual stream, elements."""
+
+    intermediate_size: int = 256
+    """Width of the MLP, elements."""
+
+    num_attention_heads: int = 4
+    """Query heads."""
+
+    num_key_value_heads: int = 4
+    """Key and value heads (fewer than query heads: grouped-query attention)."""
+
+    head_dim: int = 16
+    """Width of a head, elements."""
+
+    vocab_size: int = 256
+    """Rows of the token embedding."""
+
+    max_position_embeddings: int = 131072
+    """Longest sequence the model was published for, tokens. Longer ones run; what the model makes of them is another matter."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    """transformers' rope scaling parameters (rope_type, factor, ...); empty for none."""
+
+    tie_word_embeddings: bool = False
+    """Whether the output projection is the token embedding."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the family's transformers config (windows, soft caps, biases, norms), passed through as they are."""
+
+    def validate(self) -> None:
+        for key in ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+                    "head_dim", "vocab_size", "max_position_embeddings"):  # fmt: skip
+            if getattr(self, key) < 1:
+                raise ConfigError(f"model.{key}", f"{getattr(self, key)} is too small; use 1 or more")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                "model.num_key_value_heads",
+                f"{self.num_key_value_heads} does not divide model.num_attention_heads={self.num_attention_heads}; "
+                "use a divisor",
+            )
+        if self.weights != "random":
+            raise ConfigError("model.weights", f"'{self.weights}' is not available; use random")

@@ -1,0 +1,43 @@
+"""The optimizer and its numbers; the defaults are the seed repository's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ldft.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    name: str = "adamw"
+    """Update rule."""
+
+    learning_rate: float = 1e-4
+    """Step size."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay, per step and unit of learning rate."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the first and second moment."""
+
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    gradient_clipping: float = 0.9
+    """Largest global L2 norm of the gradient; 0 turns clipping off."""
+
+    def validate(self) -> None:
+        if self.name != "adamw":
+            raise ConfigError("optimizer.name", f"'{self.name}' does not exist; use adamw")
+        if not self.learning_rate > 0:
+            raise ConfigError(
+                "optimizer.learning_rate", f"{self.learning_rate:g} is not positive; use a number above 0"
+            )
+        for key in ("weight_decay", "eps", "gradient_clipping"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError(f"optimizer.{key}", f"{getattr(self, key):g} is negative; use 0 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                "optimizer.betas", f"{list(self.betas)} is not two numbers in [0, 1); use e.g. [0.9,0.95]"
+            )

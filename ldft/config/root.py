@@ -1,0 +1,125 @@
+"""The root of the config tree, its plain-data form, and the identity of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldft.config.checkpointing import CheckpointingConfig
+from ldft.config.data import DataConfig
+from ldft.config.launch import Device, LaunchConfig
+from ldft.config.memory import MemoryConfig
+from ldft.config.model import ModelConfig
+from ldft.config.numa import NumaConfig
+from ldft.config.offload import OffloadConfig
+from ldft.config.optimizer import OptimizerConfig
+from ldft.config.seq_len import SeqLenConfig
+from ldft.config.train import TrainConfig
+from ldft.errors import ConfigError
+
+# Keys that say where results go or how long to wait, not what is measured.
+_NOT_IDENTITY = ("results", "launch.timeout_s")
+# Raised when a key's meaning changes, so that old and new results of one command line stay apart.
+_IDENTITY_VERSION = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class ResultsConfig:
+    dir: str = "results"
+    """Folder that receives one folder a run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    numa: NumaConfig = field(default_factory=NumaConfig)
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    seq_len: SeqLenConfig = field(default_factory=SeqLenConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    results: ResultsConfig = field(default_factory=ResultsConfig)
+
+    system: str = ""
+    """A free name for the machine, kept in the row (the seed's SYSTEM_TYPE)."""
+
+    def validate(self) -> None:
+        """Check values and combinations that need no look at the machine. Raises ConfigError."""
+        for part in (self.model, self.offload, self.seq_len, self.optimizer, self.train, self.launch):
+            part.validate()
+        if self.launch.device is Device.auto:
+            raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
+
+
+def from_dict(values: DictConfig | dict[str, Any]) -> Config:
+    """The typed config of a composed or stored tree. Raises omegaconf's errors on an unknown key or a wrong type."""
+    tree = OmegaConf.merge(OmegaConf.structured(Config), values)
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain data (dicts, lists, scalars; enums by name), as JSON takes it."""
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def columns(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Every leaf key as (dotted key, Python type): enums and dicts are str (a dict as JSON), lists keep their type."""
+    hints = get_type_hints(schema)
+    for f in fields(schema):
+        hint = hints[f.name]
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = next(arg for arg in get_args(hint) if arg is not type(None))
+        if is_dataclass(hint):
+            yield from columns(hint, f"{prefix}{f.name}.")
+        elif (isinstance(hint, type) and issubclass(hint, Enum)) or get_origin(hint) is dict:
+            yield f"{prefix}{f.name}", str
+        else:
+            yield f"{prefix}{f.name}", hint
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every leaf value by dotted key, in the types that `columns` names."""
+
+    def value_of(key: str) -> Any:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        value = _plain(value)
+        return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+
+    return {key: value_of(key) for key, _ in columns()}
+
+
+def run_id(config: Config) -> str:
+    """Twelve hex digits that name what is measured: the same resolved config gives the same id."""
+    identity = {
+        key: value
+        for key, value in flatten(config).items()
+        if not any(key == name or key.startswith(name + ".") for name in _NOT_IDENTITY)
+    }
+    text = json.dumps({"version": _IDENTITY_VERSION, **identity}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

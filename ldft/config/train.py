@@ -1,0 +1,51 @@
+"""How much is trained and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ldft.errors import ConfigError
+
+
+class Precision(Enum):
+    """Type of compute weights, gradients and activations. Master weights and moments are fp32."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    micro_batch_size: int = 1
+    """Sequences a rank trains on at once."""
+
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes before each update."""
+
+    iterations: int = 5
+    """Updates, warm-up included."""
+
+    warmup_iterations: int = 2
+    """First iterations that are kept in the row but count in no median."""
+
+    precision: Precision = Precision.bf16
+    """Compute precision."""
+
+    seed: int = 0
+    """Seed of weights and tokens."""
+
+    def validate(self) -> None:
+        for key in ("micro_batch_size", "gradient_accumulation_steps", "iterations"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"train.{key}", f"{getattr(self, key)} is too small; use 1 or more")
+        if self.warmup_iterations < 0:
+            raise ConfigError("train.warmup_iterations", f"{self.warmup_iterations} is negative; use 0 or more")
+        if self.warmup_iterations >= self.iterations:
+            raise ConfigError(
+                "train.warmup_iterations",
+                f"{self.warmup_iterations} leaves none of train.iterations={self.iterations} to measure; "
+                "use fewer warm-ups or more iterations",
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError("train.seed", f"{self.seed} is out of range; use 0 to {2**31 - 1}")

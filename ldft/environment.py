@@ -1,0 +1,153 @@
+"""What a run ran on: source, versions, CPU, GPU, kernel, NUMA nodes. Read by the parent, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+# A wheel carries the tree inside the package; a checkout has it beside the package.
+CONF_DIR = PACKAGE_DIR / "conf" if (PACKAGE_DIR / "conf").is_dir() else PACKAGE_DIR.parent / "conf"
+
+_PACKAGES = ("ldft", "torch", "deepspeed", "transformers", "hydra-core", "omegaconf", "pyarrow", "numpy")
+
+
+@cache
+def gpus() -> tuple[str, ...]:
+    """Models of the GPUs that CUDA would show, by NVML; empty without a driver. Honours CUDA_VISIBLE_DEVICES."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return tuple(names)
+    # CUDA stops at the first entry that it cannot resolve; entries may be indices or GPU-... names, which need no look-up here.
+    chosen = []
+    for entry in (part.strip() for part in visible.split(",")):
+        if entry.isdigit() and int(entry) < len(names):
+            chosen.append(names[int(entry)])
+        elif entry.startswith(("GPU-", "MIG-")) and names:
+            chosen.append(names[0])
+        else:
+            break
+    return tuple(chosen)
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver."""
+    if not gpus():
+        return None
+    import pynvml
+
+    return str(pynvml.nvmlSystemGetDriverVersion())
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(PACKAGE_DIR), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def source_commit() -> tuple[str | None, bool | None]:
+    """Commit of the package's source and whether it was edited since; (None, None) where that is not known.
+
+    A copy that travels without its history (a wheel, a folder sent to another machine) may carry them in `ldft/commit.json`,
+    as `python -m ldft.environment` writes it: commit, and the hash of the source at that commit.
+    """
+    # A package that is installed inside somebody else's checkout is not part of it.
+    if _git("ls-files", "--error-unmatch", __file__) is not None and (commit := _git("rev-parse", "HEAD")):
+        return commit, bool(_git("status", "--porcelain"))
+    stamp = PACKAGE_DIR / "commit.json"
+    if not stamp.is_file():
+        return None, None
+    known = json.loads(stamp.read_text())
+    return known["commit"], known["source_hash"] != source_hash() or known["dirty"]
+
+
+def source_hash() -> str:
+    """Twelve hex digits over the package's Python files and the config tree: tells rows of edited code apart."""
+    digest = hashlib.sha256()
+    for root, pattern in ((PACKAGE_DIR, "*.py"), (CONF_DIR, "*.yaml")):
+        for path in sorted(root.rglob(pattern)):
+            name = path.relative_to(root)
+            if name.parts[0] != "local":  # a machine's own defaults are in the config columns
+                digest.update(str(name).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.lower().startswith(("model name", "cpu model")):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def host_memory_gib() -> float:
+    """MemTotal. Some virtual machines show little at the start and grow as memory is touched."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) / 2**20
+    raise AssertionError("/proc/meminfo has no MemTotal")
+
+
+def topology() -> list[dict[str, Any]]:
+    """NUMA nodes with their cores, memory and distances; one node 0 where the kernel has no NUMA support."""
+    nodes = []
+    for folder in Path("/sys/devices/system/node").glob("node[0-9]*"):
+        meminfo = (folder / "meminfo").read_text().split()
+        nodes.append(
+            {
+                "node": int(folder.name[4:]),
+                "cpus": (folder / "cpulist").read_text().strip(),
+                "memory_gib": int(meminfo[meminfo.index("MemTotal:") + 1]) / 2**20,
+                "distances": [int(d) for d in (folder / "distance").read_text().split()],
+            }
+        )
+    whole = {"node": 0, "cpus": f"0-{(os.cpu_count() or 1) - 1}", "memory_gib": host_memory_gib(), "distances": [10]}
+    return sorted(nodes, key=lambda node: node["node"]) or [whole]
+
+
+def describe() -> dict[str, Any]:
+    """The environment columns of a row."""
+    commit, dirty = source_commit()
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "source_hash": source_hash(),
+        "versions": list(versions.items()),
+        "kernel": platform.release(),
+        "cpu": _cpu_model(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "host_memory_gib": host_memory_gib(),
+        "gpus": list(gpus()),
+        "driver": driver(),
+        "topology_json": json.dumps(topology()),
+    }
+
+
+if __name__ == "__main__":
+    commit, dirty = source_commit()
+    stamp = {"commit": commit, "dirty": dirty, "source_hash": source_hash()}
+    (PACKAGE_DIR / "commit.json").write_text(json.dumps(stamp))
+    print(stamp)

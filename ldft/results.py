@@ -1,0 +1,181 @@
+"""The row: its schema with units, writing one file a run, and the one reader that unifies schema versions."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from ldft.config import columns as config_columns
+from ldft.errors import ResultsError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+ROW_FILE = "row.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    name: str
+    type: pa.DataType
+    unit: str
+    description: str
+
+
+_TEXT, _INT, _FLOAT, _FLOATS = pa.string(), pa.int64(), pa.float64(), pa.list_(pa.float64())
+_NODES = pa.list_(
+    pa.struct(
+        [
+            ("host", _TEXT),
+            ("node", _INT),
+            ("huge_gib", _FLOAT),
+            ("heap_gib", _FLOAT),
+            ("stack_gib", _FLOAT),
+            ("private_gib", _FLOAT),
+            ("total_gib", _FLOAT),
+        ]
+    )
+)
+
+# Columns are added, never renamed or retyped. The README's table is generated from this list.
+MEASURED = [
+    Column("run_id", _TEXT, "", "names what is measured: hash of the resolved config"),
+    Column("attempt", _INT, "", "1 for the first try at this run_id in this results folder"),
+    Column("system", _TEXT, "", "the user's name for the machine"),
+    Column("started_at", pa.timestamp("us", tz="UTC"), "UTC", "when the parent claimed the attempt"),
+    Column("duration_s", _FLOAT, "s", "from the claim to the row"),
+    Column("parent_s", _FLOAT, "s", "the parent's own part of that: without the time it waited for the ranks"),
+    Column("hosts", pa.list_(_TEXT), "", "machines that ran ranks"),
+    Column("device_type", _TEXT, "", "cuda or cpu"),
+    Column("status", _TEXT, "", "ok, invalid, skipped, oom_device, oom_host, timeout, interrupted, error"),
+    Column("exit_code", _INT, "", "exit code of the first rank that failed; null when a signal ended it"),
+    Column("signal", _TEXT, "", "signal that ended the first rank that failed, e.g. SIGSEGV"),
+    Column("error_type", _TEXT, "", "exception type, where there was one"),
+    Column("error_message", _TEXT, "", "one line"),
+    Column("log_path", _TEXT, "", "log of the rank that failed, else of rank 0; relative to the results folder"),
+    Column("config_json", _TEXT, "", "the resolved config, exactly"),
+    Column("deepspeed_config_json", _TEXT, "", "the effective DeepSpeed config"),
+    Column("parameters", _INT, "", "parameters of the model"),
+    Column("trainable_parameters", _INT, "", "parameters that the optimizer updates"),
+    Column("iteration_s", _FLOATS, "s", "each iteration, barrier to barrier, slowest rank; the first warmup ones included"),
+    Column("forward_s", _FLOATS, "s", "forward part of each iteration, on that rank"),
+    Column("backward_s", _FLOATS, "s", "backward part"),
+    Column("step_s", _FLOATS, "s", "optimizer part"),
+    Column("warmup_iterations", _INT, "", "leading samples that count in no median"),
+    Column("iteration_median_s", _FLOAT, "s", "median of iteration_s after warm-up"),
+    Column("loss", _FLOATS, "", "loss of each iteration, mean over ranks and accumulation steps"),
+    Column("tokens_per_iteration", _INT, "tokens", "over all ranks and accumulation steps"),
+    Column("tokens_per_s", _FLOAT, "tokens/s", "tokens_per_iteration / iteration_median_s, all ranks together"),
+    Column("model_tflop_dense", _FLOAT, "TFLOP", "model FLOPs of an iteration in matrix products with weights"),
+    Column("model_tflop_attention", _FLOAT, "TFLOP", "model FLOPs of an iteration in causal attention"),
+    Column("model_tflops_per_s", _FLOAT, "TFLOP/s", "model FLOPs over iteration_median_s, per rank; recomputation not counted"),
+    Column("mfu", _FLOAT, "", "model_tflops_per_s over the device's dense peak; null where the peak is not known"),
+    Column("peak_vram_allocated_gib", _FLOATS, "GiB", "torch's peak of allocated device memory, per rank"),
+    Column("peak_vram_reserved_gib", _FLOATS, "GiB", "torch's peak of reserved device memory, per rank"),
+    Column("peak_host_gib", _FLOAT, "GiB", "sum over ranks of peak resident memory less file pages"),
+    Column("peak_rss_gib", _FLOATS, "GiB", "peak resident memory of each rank as wait4 reports it, file pages included"),
+    Column("pinned", pa.bool_(), "", "whether offloaded tensors that DMA touches were pinned"),
+    Column("init_s", _FLOAT, "s", "from the start of rank 0's interpreter to the first iteration"),
+    Column("init_imports_s", _FLOAT, "s", "part of init_s: importing torch, transformers and DeepSpeed"),
+    Column("init_operators_s", _FLOAT, "s", "part of init_s: compiling or loading DeepSpeed's operators"),
+    Column("init_rendezvous_s", _FLOAT, "s", "part of init_s: process group"),
+    Column("init_model_s", _FLOAT, "s", "part of init_s: building and initialising the model"),
+    Column("init_engine_s", _FLOAT, "s", "part of init_s: deepspeed.initialize"),
+    Column("nodes", _NODES, "GiB", "resident memory by NUMA node and kind, sum over ranks, after the last iteration"),
+    Column("git_commit", _TEXT, "", "commit of the package's source, where it is a git checkout"),
+    Column("git_dirty", pa.bool_(), "", "whether that checkout had uncommitted changes"),
+    Column("source_hash", _TEXT, "", "hash of the package's Python files and of the config tree"),
+    Column("versions", pa.map_(_TEXT, _TEXT), "", "Python and the packages that matter"),
+    Column("kernel", _TEXT, "", "kernel release"),
+    Column("cpu", _TEXT, "", "CPU model"),
+    Column("num_cores", _INT, "", "cores this run was allowed"),
+    Column("host_memory_gib", _FLOAT, "GiB", "MemTotal"),
+    Column("gpus", pa.list_(_TEXT), "", "GPU models of the machine"),
+    Column("driver", _TEXT, "", "NVIDIA driver"),
+    Column("topology_json", _TEXT, "", "NUMA nodes: cores, memory, distances"),
+]  # fmt: skip
+
+_CONFIG_TYPES = {
+    str: _TEXT,
+    int: _INT,
+    float: _FLOAT,
+    bool: pa.bool_(),
+    list[float]: _FLOATS,
+    list[int]: pa.list_(_INT),
+}
+
+
+def all_columns() -> list[Column]:
+    """Every column of a row: the measured ones, then `cfg.<dotted key>` for each config key."""
+    return MEASURED + [
+        Column(f"cfg.{key}", _CONFIG_TYPES[kind], "", f"config key {key}") for key, kind in config_columns()
+    ]
+
+
+def schema() -> pa.Schema:
+    """The row's schema; unit and description are field metadata."""
+    return pa.schema(
+        [pa.field(c.name, c.type, metadata={"unit": c.unit, "description": c.description}) for c in all_columns()],
+        metadata={"ldft.schema_version": str(SCHEMA_VERSION)},
+    )
+
+
+def write_row(row: dict[str, Any], path: Path) -> None:
+    """Write one row to `path`, whole or not at all. Columns that are missing in `row` are null.
+
+    Raises ResultsError when the file cannot be written; nothing is left behind then.
+    """
+    target = schema()
+    unknown = sorted(row.keys() - set(target.names))
+    assert not unknown, f"columns without a schema entry: {unknown}"
+    table = pa.Table.from_pylist([{name: row.get(name) for name in target.names}], schema=target)
+    # The temporary name is hidden and has no parquet suffix: no reader's pattern finds it.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResultsError(
+            f"cannot write {path}: {error.strerror}; free space or choose another results.dir"
+        ) from error
+
+
+def row_files(results_dir: Path) -> list[Path]:
+    """Every file that holds rows."""
+    return sorted(results_dir.glob(f"*/attempt-*/{ROW_FILE}"))
+
+
+def read_table(results_dir: str | Path) -> pa.Table:
+    """All rows of a results folder, columns of every schema version united. Unreadable files are named on stderr."""
+    folder = Path(results_dir)
+    if not folder.is_dir():
+        raise ResultsError(f"{folder} is not a folder; name the results.dir of a run")
+    schemas, files = [], []
+    for path in row_files(folder):
+        try:
+            schemas.append(pq.read_schema(path))
+            files.append(str(path))
+        except (OSError, pa.ArrowInvalid) as error:
+            print(f"ldft: skipped unreadable {path}: {error}", file=sys.stderr)
+    if not files:
+        return schema().empty_table()
+    unified = pa.unify_schemas([schema(), *schemas], promote_options="permissive")
+    return ds.dataset(files, schema=unified, format="parquet").to_table()
+
+
+def read(results_dir: str | Path) -> pd.DataFrame:
+    """All rows of a results folder as a pandas DataFrame, one row an attempt."""
+    frame: pd.DataFrame = read_table(results_dir).to_pandas()
+    return frame

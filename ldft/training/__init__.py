@@ -1,0 +1,1 @@
+"""Model, data, DeepSpeed engine and the timed loop: what a worker does."""

@@ -1,0 +1,42 @@
+"""Model FLOPs by formula, and the peak rates that MFU divides by."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ldft.config import ModelConfig, Precision
+
+# Dense bf16 tensor-core peaks in TFLOP/s from the vendor's datasheets (without sparsity), by a part of the name that CUDA
+# gives. First match counts, so the more special names stand first. A device that is not here has no MFU.
+_PEAK_BF16_TFLOPS_PER_S = (
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("GH200", 989.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("RTX A6000", 154.8),
+    ("L40S", 362.0),
+)
+
+
+def peak_tflops_per_s(device_name: str, precision: Precision) -> float | None:
+    """Dense peak of a device in the given precision; None where it is not known."""
+    if precision is not Precision.bf16:
+        return None
+    return next((peak for part, peak in _PEAK_BF16_TFLOPS_PER_S if part in device_name), None)
+
+
+def model_tflop(model: PreTrainedModel, config: ModelConfig, tokens: int, seq_len: int) -> tuple[float, float]:
+    """TFLOP of one iteration on `tokens` tokens in sequences of `seq_len`: (dense, attention).
+
+    Dense: 6 FLOPs a token and weight of each linear layer, forward and backward. Attention: per layer and token 6 x seq_len x
+    heads x head_dim, that is the causal half of two products of 2 FLOPs, times three for forward and backward (PaLM, appendix B,
+    halved for causality). What gradient checkpointing computes again is not counted.
+    """
+    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+    attention = seq_len * config.num_attention_heads * config.head_dim * config.num_layers
+    return 6e-12 * tokens * weights, 6e-12 * tokens * attention

@@ -1,0 +1,99 @@
+"""The timed loop.
+
+An iteration goes from barrier and synchronise to barrier and synchronise; its time is that of the slowest rank, and the parts
+are that rank's. On CUDA the parts are read from events, so that nothing waits inside the iteration that would not otherwise.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ldft.config import Config
+from ldft.training import data
+
+
+@dataclass(slots=True)
+class Samples:
+    """Raw samples of every iteration so far, in seconds; the same on all ranks."""
+
+    iteration_s: list[float] = field(default_factory=list)
+    forward_s: list[float] = field(default_factory=list)
+    backward_s: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+
+
+class _Clock:
+    """Marks in the order of the device's work; differences in seconds once the device has been synchronised."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def differences_s(self) -> list[float]:
+        pairs = itertools.pairwise(self._marks)
+        return [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs]
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def run(config: Config, engine: Any, device: torch.device, report: Callable[[Samples], None]) -> Samples:
+    """Train `train.iterations` updates; `report` is called after each with all samples so far."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    steps = config.train.gradient_accumulation_steps
+    samples = Samples()
+    # Python's collector would stop the world at moments of its own choosing; it runs between the iterations instead.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    for iteration in range(config.train.iterations):
+        batches = [data.batch(config, iteration, step, rank).to(device) for step in range(steps)]
+        clock = _Clock(device)
+        losses = []
+        _settle(device)
+        start = time.perf_counter()
+        clock.mark()
+        for tokens in batches:
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            clock.mark()
+            engine.backward(loss)
+            clock.mark()
+            engine.step()
+            clock.mark()
+            losses.append(loss.detach())
+        _settle(device)
+        total_s = time.perf_counter() - start
+        parts = clock.differences_s()
+        mine = [total_s, *(sum(parts[part::3]) for part in range(3)), float(torch.stack(losses).float().mean())]
+        table = torch.empty(ranks, len(mine), dtype=torch.float64, device=device)
+        dist.all_gather_into_tensor(table, torch.tensor([mine], dtype=torch.float64, device=device))
+        slowest = table[table[:, 0].argmax()].tolist()
+        samples.iteration_s.append(slowest[0])
+        samples.forward_s.append(slowest[1])
+        samples.backward_s.append(slowest[2])
+        samples.step_s.append(slowest[3])
+        samples.loss.append(float(table[:, 4].mean()))
+        gc.collect()
+        report(samples)
+    gc.enable()
+    return samples

@@ -1,0 +1,61 @@
+"""DeepSpeed compiles its C++ operators at first use. We let it do so early, once, and say so.
+
+The cache is ours and named after what the compiled code depends on: DeepSpeed builds for the very CPU it runs on, so a cache in a
+home folder that several machines share would kill the others with an illegal instruction.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """TORCH_EXTENSIONS_DIR where it is set, else a folder of ours for this CPU, Python, torch and DeepSpeed."""
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if chosen:
+        return Path(chosen)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = [line for line in lines if line.lower().startswith(("flags", "features", "model name"))][:2]
+    key = hashlib.sha256("\n".join(cpu).encode()).hexdigest()[:8]
+    versions = f"py{platform.python_version()}-torch{metadata.version('torch')}-ds{metadata.version('deepspeed')}"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "ldft" / "operators" / f"{key}-{versions}"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One builder a machine. torch's own lock files wait for ever on a builder that was killed; under ours they are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".ldft.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for stale in folder.glob("*/lock"):
+            stale.unlink()
+        yield
+
+
+def load(*, device: str, offloads_optimizer: bool, say: Callable[[str], None]) -> None:
+    """Compile (minutes, once) or load (seconds) the operators that this run will use."""
+    from deepspeed.accelerator import get_accelerator
+
+    folder = cache_dir()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    names = (["ShareMemCommBuilder"] if device == "cpu" else []) + (["CPUAdamBuilder"] if offloads_optimizer else [])
+    for name in names:
+        if name == "ShareMemCommBuilder":
+            from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder
+        else:
+            Builder = get_accelerator().get_op_builder(name)
+        builder = Builder()
+        with _locked(folder):
+            if not list((folder / builder.name).glob("*.so")):
+                say(f"compiling DeepSpeed's {builder.name} (a minute or two, once on this machine)")
+            else:
+                say(f"loading DeepSpeed's {builder.name}")
+            builder.load(verbose=False)

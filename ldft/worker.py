@@ -1,0 +1,153 @@
+"""One rank, in an interpreter of its own: `python -m ldft.worker ATTEMPT_DIR`, started by the parent with the rank variables set.
+
+Reports by rewriting rank-<r>.json after each phase and iteration, so that a death at any moment leaves what was reached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ldft import attempt
+from ldft.config import Config, OffloadDevice, from_dict
+from ldft.errors import LdftError
+from ldft.verdict import OOM_DEVICE, OOM_HOST
+
+
+class _Report:
+    """What this rank has so far."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = folder / f"rank-{rank}.json"
+        self._values: dict[str, Any] = {"init": {}}
+        self._phase_start: float | None = None
+        self._phase_name = ""
+
+    def put(self, **values: Any) -> None:
+        self._values |= values
+        attempt.write_json(self._path, self._values)
+
+    def phase(self, name: str, text: str) -> None:
+        """End the phase before, whose duration goes into the row as init_<name>_s, and begin another."""
+        now = time.monotonic()
+        if self._phase_start is not None:
+            self._values["init"][f"init_{self._phase_name}_s"] = now - self._phase_start
+        self._phase_start, self._phase_name = now, name
+        self.put(phase=name, phase_text=text)
+
+    def train(self, interpreter_start: float) -> None:
+        self.phase("train", "training")
+        self._phase_start = None
+        self._values["init"]["init_s"] = time.time() - interpreter_start
+        self.put()
+
+
+def _kind_of(error: BaseException) -> str | None:
+    """oom_device or oom_host, where the exception says so."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return OOM_DEVICE
+    # torch's CPU allocator raises a bare RuntimeError that quotes the system's text.
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return OOM_HOST
+    return None
+
+
+def _peak_host_gib() -> float:
+    """Peak resident memory of this process less its file pages."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return (int(fields["VmHWM"].split()[0]) - int(fields["RssFile"].split()[0])) / 2**20
+
+
+def _train(config: Config, report: _Report, rank: int, interpreter_start: float) -> None:
+    report.phase("imports", "importing torch, transformers and DeepSpeed")
+    import deepspeed
+    import torch
+
+    from ldft.training import deepspeed_config, flops, loop, model, operators
+
+    device_type = config.launch.device.name
+    device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+
+    report.phase("operators", "loading DeepSpeed's operators")
+    operators.load(
+        device=device_type,
+        offloads_optimizer=config.offload.optimizer is OffloadDevice.cpu,
+        say=lambda text: report.put(phase_text=text),
+    )
+
+    report.phase("rendezvous", "waiting for all ranks")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device_type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        init_method=f"file://{os.environ['LDFT_RENDEZVOUS_DIR']}/store",
+        rank=rank,
+        world_size=config.launch.num_ranks,
+        verbose=False,
+    )
+
+    report.phase("model", f"building {config.model.name}")
+    settings = deepspeed_config.build(config)
+    network = model.build(config, settings, device)
+    tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
+    dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
+    name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
+    report.put(
+        deepspeed_config_json=json.dumps(settings),
+        parameters=model.num_parameters(network),
+        trainable_parameters=model.num_parameters(network, trainable=True),
+        model_tflop_dense=dense,
+        model_tflop_attention=attention,
+        peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
+        pinned=deepspeed_config.pins(config) and config.offload.optimizer is OffloadDevice.cpu,
+    )
+
+    report.phase("engine", "initialising DeepSpeed")
+    engine, *_ = deepspeed.initialize(
+        model=network, model_parameters=[p for p in network.parameters() if p.requires_grad], config=settings
+    )
+
+    report.train(interpreter_start)
+    loop.run(config, engine, device, lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)))
+    report.phase("teardown", "ending")
+    engine.destroy()
+    torch.distributed.destroy_process_group()
+
+
+def _memory(device: Any) -> dict[str, float]:
+    import torch
+
+    values = {"peak_host_gib": _peak_host_gib()}
+    if device.type == "cuda":
+        values["peak_vram_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        values["peak_vram_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return values
+
+
+def main() -> int:
+    interpreter_start = time.time()
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    config = from_dict(attempt.read_json(folder / "config.json"))
+    report = _Report(folder, rank)
+    try:
+        _train(config, report, rank, interpreter_start)
+    except BaseException as error:
+        traceback.print_exc()
+        kind = "invalid" if isinstance(error, LdftError) else _kind_of(error)
+        text = " ".join(str(error).split())[:500]
+        report.put(error_type=type(error).__name__, error_message=text or type(error).__name__, error_kind=kind)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
