@@ -6,6 +6,7 @@ pages), and move_pages for the pages of the range alone, since a mapping may be 
 Standard library only: it starts in two seconds in the emulated machine, before torch is there.
 """
 
+import array
 import ctypes
 import json
 import re
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 PAGE = 4096
+ABSENT = 255
 MOVE_PAGES = 279  # the number of the system call on x86-64
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -23,9 +25,10 @@ def mappings(pid: int) -> list[dict]:
     ends, huge = {}, {}
     start = 0
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            start = int(found[1], 16)
-            ends[start] = int(found[2], 16)
+        if not line[0].isupper():  # a mapping's first line; those of its fields begin with a capital
+            first, _, last = line.split(" ", 1)[0].partition("-")
+            start = int(first, 16)
+            ends[start] = int(last, 16)
         elif line.startswith("AnonHugePages:"):
             huge[start] = int(line.split()[1])
     rows = []
@@ -44,17 +47,18 @@ def mappings(pid: int) -> list[dict]:
     return rows
 
 
-def moved(pid: int, first: int, length: int) -> list[int]:
-    """Node of each of `length` pages from `first`; -1 where a page was not touched."""
-    pages = (ctypes.c_void_p * length)(*range(first, first + length * PAGE, PAGE))
-    nodes = (ctypes.c_int * length)()
-    if libc.syscall(MOVE_PAGES, pid, ctypes.c_ulong(length), pages, None, nodes, 0):
+def moved(pid: int, first: int, length: int) -> bytes:
+    """Node of each of `length` pages from `first`, one byte each; ABSENT where a page has no memory of its own."""
+    pages = array.array("Q", range(first, first + length * PAGE, PAGE))
+    nodes = array.array("i", bytes(4 * length))
+    addresses = [ctypes.c_void_p(numbers.buffer_info()[0]) for numbers in (pages, nodes)]
+    if libc.syscall(MOVE_PAGES, pid, ctypes.c_ulong(length), addresses[0], None, addresses[1], 0):
         raise OSError(ctypes.get_errno(), "move_pages")
-    return [max(node, -1) for node in nodes]
+    return bytes(node if node >= 0 else ABSENT for node in nodes)
 
 
-def count(nodes: list[int]) -> dict[str, int]:
-    return {str(node): nodes.count(node) for node in sorted(set(nodes))}
+def count(nodes: bytes) -> dict[str, int]:
+    return {str(-1 if node == ABSENT else node): nodes.count(node) for node in set(nodes)}
 
 
 def add(rows: list[dict]) -> dict[str, int]:
@@ -65,16 +69,15 @@ def add(rows: list[dict]) -> dict[str, int]:
     return totals
 
 
-def worst_prefix(nodes: list[int], weights: dict[str, int]) -> float:
+def worst_prefix(nodes: bytes, weights: dict[str, int]) -> float:
     """Of all beginnings of the range: by how many pages a node is at most off its share of that beginning."""
-    total = sum(weights.values())
-    shares = {int(node): weight / total for node, weight in weights.items()}
-    counts, worst = dict.fromkeys(shares, 0), 0.0
-    for done in range(0, len(nodes), 64):
-        for node in nodes[done : done + 64]:
-            counts[node] = counts.get(node, 0) + 1
-        length = min(done + 64, len(nodes))
-        worst = max(worst, *(abs(count - length * shares.get(node, 0)) for node, count in counts.items()))
+    total, step = sum(weights.values()), 64
+    worst = 0.0
+    for node, weight in weights.items():
+        number = 0
+        for start in range(0, len(nodes), step):
+            number += nodes.count(int(node), start, start + step)
+            worst = max(worst, abs(number - min(start + step, len(nodes)) * weight / total))
     return worst
 
 
