@@ -31,6 +31,7 @@ REGISTER_CHUNK = 64 << 30
 _reports: dict[int, Report] = {}
 _registered: dict[int, list[int]] = {}
 _machine: list[Topology] = []
+_warned = False
 # Exit handlers run before the interpreter takes anything apart, this one before torch's (imported above).
 atexit.register(_native.note_exit)
 
@@ -56,6 +57,8 @@ def allocate(
     machine, and HostMemoryError when memory is short: before touching it, as far as the kernel's own figures can tell.
     """
     size = (shape,) if isinstance(shape, int) else tuple(shape)
+    if any(length < 0 for length in size):
+        raise ValueError(f"allocate: the shape {size} has a negative length")
     needed = math.prod(size) * dtype.itemsize
     topology = _topology()
     placement = policy.resolve(topology, "placement")
@@ -88,8 +91,10 @@ def can_pin() -> bool:
     """Whether memory can be pinned: torch sees a CUDA device. Warns, once a process, when it does not."""
     if torch.cuda.is_available():
         return True
-    # The default filter shows a warning once a place.
-    warnings.warn("no CUDA device: host memory stays unpinned", RuntimeWarning, stacklevel=3)
+    global _warned
+    if not _warned:
+        warnings.warn("no CUDA device: host memory stays unpinned", RuntimeWarning, stacklevel=3)
+        _warned = True
     return False
 
 

@@ -167,7 +167,7 @@ def set_process_policy(policy: Placement, topology: Topology | None = None, key:
     topology = topology or read_topology()
     placement = policy.resolve(topology, key)
     if placement.kind == "weighted_interleave":
-        _require_kernel_weights(placement, topology, key)
+        require_kernel_weights(placement, topology, key)
     mode, nodes = kernel_policy(placement)
     try:
         _native.set_thread_policy(mode, list(nodes))
@@ -219,7 +219,8 @@ def weight_commands(placement: Placement) -> str:
     return "; ".join(f"echo {weight} > {SYSFS / WEIGHTS_FOLDER}/node{node}" for node, weight in pairs)
 
 
-def _require_kernel_weights(placement: Placement, topology: Topology, key: str) -> None:
+def require_kernel_weights(placement: Placement, topology: Topology, key: str, *, ratio: bool = True) -> None:
+    """Raise PlacementError when the kernel cannot weight a whole process so, or, with `ratio`, does not now."""
     if not topology.has_weighted_interleave:
         raise PlacementError(
             f"{key}.kind",
@@ -230,7 +231,7 @@ def _require_kernel_weights(placement: Placement, topology: Topology, key: str) 
         raise PlacementError(
             f"{key}.weights", f"{max(placement.weights)} is above the kernel's largest weight, {_MOST_KERNEL_WEIGHT}"
         )
-    if not kernel_has_weights(placement, topology):
+    if ratio and not kernel_has_weights(placement, topology):
         have = ":".join(str(topology.weights.get(n, "none")) for n in placement.nodes)
         raise PlacementError(
             f"{key}.weights",

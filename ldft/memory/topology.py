@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SYSFS = Path("/sys")
+STATUS = Path("/proc/self/status")
 NVIDIA = "0x10de"
 # Since 6.9 the kernel has weighted interleave and this folder; since 6.16 also a file that lets it compute the weights
 # itself. Some builds name that file after the type that a macro turned its name into.
@@ -71,7 +72,7 @@ class Topology:
         return ()
 
 
-def read_topology(sysfs: Path = SYSFS, status: Path = Path("/proc/self/status")) -> Topology:
+def read_topology(sysfs: Path = SYSFS, status: Path = STATUS) -> Topology:
     """Read the machine. `status` is the file that names the nodes allowed to this process (Mems_allowed_list)."""
     folder = sysfs / "devices/system/node"
     online = parse_list(_text(folder / "online")) if folder.is_dir() else ()
