@@ -158,17 +158,18 @@ def weights_lock() -> dict:
     return said
 
 
-@CASES.add("weights_without_root_name_the_commands")
-def weights_without_root() -> dict:
-    """No root: one line that has the commands for root, and after these it works."""
-    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+@CASES.add("weights_that_we_may_not_write_name_the_commands")
+def weights_without_rights() -> dict:
+    """Without the right to write there (a container, where /sys is read-only): one line that has the commands for root, and once
+    root ran them it works."""
+    jail = ("unshare", "--mount", "sh", "-c", 'mount -o remount,bind,ro /sys && exec "$@"', "sh")
     set_kernel_weights(ALL, (1, 1, 1, 1))
-    said = Child("policy", POLICIES["weighted_0_3"], prefix=nobody).end()
+    said = Child("policy", POLICIES["weighted_0_3"], prefix=jail).end()
     commands = f"echo 1 > {WEIGHTS}/node0; echo 2 > {WEIGHTS}/node3"
     check(commands in said.get("error", ""), said)
     subprocess.run(["sh", "-c", commands], check=True)
-    with Child("policy", POLICIES["weighted_0_3"], prefix=nobody) as child:
-        check_ranges(child.process.pid, child.said["ranges"], POLICIES["weighted_0_3"], "without root")
+    with Child("policy", POLICIES["weighted_0_3"], prefix=jail) as child:
+        check_ranges(child.process.pid, child.said["ranges"], POLICIES["weighted_0_3"], "without rights")
     set_kernel_weights(ALL, (1, 1, 1, 1))
     return said
 

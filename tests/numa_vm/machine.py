@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """An emulated machine with four NUMA nodes: QEMU in software emulation, a 6.12 kernel of Debian, this machine's files.
 
-machine.py setup                                  install QEMU where it is missing and fetch the kernel (Debian 12 or later, x86-64)
+machine.py setup                                  install QEMU if missing, fetch the kernel (Debian 12 or later, x86-64)
 machine.py run [-t SECONDS] [-o FOLDER] CMD...    boot, run CMD as root from the current folder, exit with its status
 machine.py check                                  exit 0 when it is set up, else say what is missing
 
-Nodes 0 and 1 have one CPU each, nodes 2 and 3 have memory only, as CXL expanders do. Where pages land in there is real (the
-kernel's own policy code, move_pages, numa_maps); how long anything takes there means nothing. The guest sees this machine's
-file system, read-only under an overlay in RAM; only FOLDER (default .numa-vm) is written through, and has the same path in there.
+Nodes 0 and 1 have one CPU each, nodes 2 and 3 have memory only, as CXL expanders do. Where pages land in there is real
+(the kernel's own policy code, move_pages, numa_maps); how long anything takes there means nothing. The guest sees this
+machine's file system, read-only under an overlay in RAM; only FOLDER (default .numa-vm) is written through, and has the
+same path in there.
 Exit status: the command's; 124 after a time-out; 125 when the machine itself fails.
 
 LDFT_NUMA_VM_CACHE  where kernel and initial RAM disk are kept (default: ldft/numa-vm in the user's cache folder)
@@ -132,7 +133,7 @@ def mirror(codename: str) -> str:
 
 
 def apt_options(work: Path, release: int) -> list[str]:
-    """Options for apt that find a kernel of 6.9 or later: Debian 12's own is 6.1, so there its backports, in lists of our own."""
+    """Options for apt that find a kernel of 6.9 or later: Debian 12's own is 6.1, so its backports, in lists of our own."""
     if release > 12:
         return []
     keyring = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -237,17 +238,17 @@ def numa_arguments() -> list[str]:
 
 
 def start_script(words: list[str], folder: Path) -> str:
-    """What the guest's first process runs after the mounts. The console is the kernel's; the second port is the command's."""
+    """What the guest's first process runs after the mounts. The console is the kernel's, the second port the command's."""
     control = shlex.quote(str(folder / ".machine"))
     exports = {name: os.environ[name] for name in ("HOME", "PATH", "LANG", "TERM") if name in os.environ}
     return "\n".join(
         [
             *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-            "exec </dev/null >/dev/ttyS1 2>&1",
             "stty -F /dev/ttyS1 -opost 2>/dev/null",
-            f"cd {shlex.quote(os.getcwd())} &&",
-            shlex.join(words),
-            f"echo $? > {control}/status.new; mv {control}/status.new {control}/status; sync",
+            f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
+            # Through a pipe: a program that sees a terminal would draw progress lines on it.
+            f"{{ {shlex.join(words)}; echo $? > {control}/status.new; }} </dev/null 2>&1 | cat > /dev/ttyS1",
+            f"mv {control}/status.new {control}/status; sync",
             "echo o > /proc/sysrq-trigger; sleep 60",
             "",
         ]
@@ -255,7 +256,7 @@ def start_script(words: list[str], folder: Path) -> str:
 
 
 def run(words: list[str], folder: Path, limit_s: float) -> int:
-    """Boots, runs `words` and returns its status; raises MachineError when the machine did not come to an end by itself."""
+    """Boots, runs `words`, returns its status; raises MachineError when the machine did not come to an end by itself."""
     require_ready()
     folder = folder.absolute()
     control = folder / ".machine"
@@ -291,8 +292,8 @@ def run(words: list[str], folder: Path, limit_s: float) -> int:
         panic or next((line for line in said if line.startswith("numa-vm:")), "") or (said[-1] if said else "nothing")
     )
     raise MachineError(
-        f"the guest ended without a status after {time.monotonic() - began:.0f} s (QEMU's exit status {done.returncode});"
-        f" its console, {console}, says: {last.strip()}"
+        f"the guest ended without a status after {time.monotonic() - began:.0f} s (QEMU's exit status {done.returncode}); "
+        f"its console, {console}, says: {last.strip()}"
     )
 
 

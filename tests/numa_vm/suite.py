@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-MODULES = ["guest_full"]
+MODULES = ["guest_placement", "guest_full", "guest_process"]
 
 
 class Cases(dict[str, Callable[[], dict | None]]):

@@ -1,4 +1,4 @@
-"""The emulated machine itself: what it looks like inside, its exit status, and one clear line when something is wrong."""
+"""The emulated machine itself: what is inside, its exit status, and one clear line when something is wrong."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def test_four_nodes_two_with_cpus_and_only_one_folder_is_written_through(numa_vm
     kept.write_text("host")
     done = call("run", "-o", numa_vm, "sh", "-c", LOOK, "sh", numa_vm, kept)
     assert done.returncode == 42, done.stderr
-    assert done.stdout.split()[:8] == "node0 cpus=0 node1 cpus=1 node2 cpus= node3 cpus=".split()
+    assert done.stdout.split()[:8] == ["node0", "cpus=0", "node1", "cpus=1", "node2", "cpus=", "node3", "cpus="]
     assert done.stdout.split()[8:12] == ["node0", "node1", "node2", "node3"], (
         "no weights for weighted interleave in sysfs"
     )
