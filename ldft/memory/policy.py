@@ -73,12 +73,16 @@ class Placement:
             return {node: weight / sum(weights) for node, weight in zip(self.nodes, weights, strict=True)}
         return None
 
+    def validate(self, key: str = "numa") -> None:
+        """Raise PlacementError for what is wrong on any machine."""
+        _check_alone(self, key)
+
     def resolve(self, topology: Topology, key: str = "numa") -> "Placement":
         """This placement with its nodes filled in, after checking it against the machine.
 
         Raises PlacementError, which names `key`.nodes and the like.
         """
-        _check_alone(self, key)
+        self.validate(key)
         if self.kind == "default":
             return self
         nodes = self.nodes or topology.memory_nodes

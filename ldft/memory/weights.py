@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ldft.memory.policy import HostMemoryError, Placement, kernel_has_weights, require_kernel_weights
+from ldft.memory.policy import Placement, PlacementError, kernel_has_weights, require_kernel_weights
 from ldft.memory.topology import STATUS, SYSFS, WEIGHTS_FOLDER, auto_file, read_topology, read_weights
 
 STATE = Path("/run/ldft")
@@ -25,8 +25,8 @@ def kernel_weights(
 ) -> Iterator[None]:
     """Have the kernel's weights be those of `placement` while the block runs. Other kinds than weighted_interleave: nothing.
 
-    Raises PlacementError when the kernel cannot do it or we may not (the line has the commands for root), and HostMemoryError
-    when another run holds the weights.
+    Raises PlacementError when the kernel cannot do it, when we may not (the line has the commands for root), and when another
+    run holds the weights.
     """
     if placement.kind != "weighted_interleave":
         yield
@@ -63,7 +63,7 @@ def restore_kernel_weights(*, sysfs: Path = SYSFS, state: Path = STATE) -> bool:
     try:
         with _lock(state, exclusive=True):
             return _put_back(sysfs, state)
-    except (HostMemoryError, OSError):
+    except (PlacementError, OSError):
         return False
 
 
@@ -86,7 +86,7 @@ def _put_back(sysfs: Path, state: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(state: Path, *, exclusive: bool) -> Iterator[None]:
-    """Hold the lock, or raise HostMemoryError that names its holder. It goes with the process, however that ends."""
+    """Hold the lock, or raise PlacementError that names its holder. It goes with the process, however that ends."""
     path = state / "lock"
     try:
         if os.access(state.parent, os.W_OK):
@@ -96,14 +96,17 @@ def _lock(state: Path, *, exclusive: bool) -> Iterator[None]:
         if not exclusive and isinstance(error, FileNotFoundError):  # root has never changed the weights for anyone
             yield
             return
-        raise HostMemoryError(f"numa.weights: cannot use {path} ({error.strerror}); it must be writable for root") from error
+        raise PlacementError(
+            "numa.weights", f"cannot use {path} ({error.strerror}); root must be able to write it"
+        ) from error
     with file:
         try:
             fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError as error:
             holder = _holder(state)
-            raise HostMemoryError(
-                f"numa.weights: the kernel's weights are in use by another run{holder}; there is one set a machine, wait for it"
+            raise PlacementError(
+                "numa.weights",
+                f"the kernel's weights are in use by another run{holder}; there is one set a machine, wait for it",
             ) from error
         yield
 

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from ldft.memory.policy import HostMemoryError, Placement, PlacementError
+from ldft.memory.policy import Placement, PlacementError
 from ldft.memory.topology import WEIGHTS_FOLDER, read_topology, read_weights
 from ldft.memory.weights import kernel_weights, restore_kernel_weights
 
@@ -90,11 +90,11 @@ def test_a_new_run_after_a_crash_puts_back_the_original_not_the_crashed_ones(pla
 def test_two_runs_cannot_have_them_at_once(places, state):
     process = hold(places, "sys.stdin.read()")
     try:
-        with pytest.raises(HostMemoryError, match=rf"in use by another run \(process {process.pid}\)"):
+        with pytest.raises(PlacementError, match=rf"in use by another run \(process {process.pid}\)"):
             with kernel_weights(Placement(kind="weighted_interleave", nodes=(0, 2), weights=(1, 9)), **places):
                 pass
         # Not even to look on while they happen to fit: the other run will put them back.
-        with pytest.raises(HostMemoryError), kernel_weights(WANTED, **places):
+        with pytest.raises(PlacementError), kernel_weights(WANTED, **places):
             pass
         assert not restore_kernel_weights(**state)
         assert read_weights(places["sysfs"])[0] == {0: 3, 1: 1, 2: 1, 5: 1}
