@@ -1,5 +1,6 @@
-"""Cases: the policy of a whole process, and the kernel's weights that it borrows. Each in fresh processes (child.py), looked at from
-outside. Runs in the emulated machine.
+"""Cases: the policy of a whole process, and the kernel's weights that it borrows. Runs in the emulated machine.
+
+Each is about fresh processes (child.py), looked at from outside.
 """
 
 import json
