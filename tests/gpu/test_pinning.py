@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,9 +85,10 @@ def test_a_registration_that_fails_keeps_nothing(monkeypatch):
         def __getattr__(self, name):
             return getattr(real, name)
 
-    monkeypatch.setattr(torch.cuda, "cudart", lambda failing=Failing(): failing)
+    failing = Failing()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: failing)
     before = _native.usage()
-    with pytest.raises(HostMemoryError, match="cudaHostRegister: .* could not be pinned"):
+    with pytest.raises(HostMemoryError, match=r"cudaHostRegister: .* could not be pinned"):
         allocate(SIZE, torch.uint8, HERE, pin=True)
     assert _native.usage() == before
     assert float(torch.ones(4, device="cuda").sum()) == 4  # the error is not left for the next kernel
@@ -98,8 +100,8 @@ def test_a_forked_child_neither_sees_nor_unregisters_it():
     child = os.fork()
     if child == 0:
         del tensor
-        with open("/proc/self/maps") as maps:
-            ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in maps]
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in maps]
         os._exit(1 if any(start <= address < end for start, end in ranges) else 0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert tensor.is_pinned()
