@@ -220,7 +220,7 @@ def setup() -> None:
     next((kernel / "boot").glob("vmlinuz-*")).replace(cache() / "vmlinuz")
     shutil.rmtree(work)
     (cache() / "stamp").write_text(stamp())
-    print(f"numa-vm: ready in {cache()}; try: {HERE.name}/{Path(__file__).name} run numactl -H")
+    print(f"numa-vm: ready in {cache()}; try: tests/numa_vm/machine.py run numactl -H")
 
 
 def numa_arguments() -> list[str]:
@@ -237,9 +237,9 @@ def numa_arguments() -> list[str]:
     return ["-smp", str(cpus), "-m", f"{total}M", *arguments]
 
 
-def start_script(words: list[str], folder: Path) -> str:
+def start_script(words: list[str], control: Path) -> str:
     """What the guest's first process runs after the mounts. The console is the kernel's, the second port the command's."""
-    control = shlex.quote(str(folder / ".machine"))
+    status = shlex.quote(str(control / "status"))
     exports = {name: os.environ[name] for name in ("HOME", "PATH", "LANG", "TERM") if name in os.environ}
     return "\n".join(
         [
@@ -247,8 +247,8 @@ def start_script(words: list[str], folder: Path) -> str:
             "stty -F /dev/ttyS1 -opost 2>/dev/null",
             f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
             # Through a pipe: a program that sees a terminal would draw progress lines on it.
-            f"{{ {shlex.join(words)}; echo $? > {control}/status.new; }} </dev/null 2>&1 | cat > /dev/ttyS1",
-            f"mv {control}/status.new {control}/status; sync",
+            f"{{ {shlex.join(words)}; echo $? > {status}.new; }} </dev/null 2>&1 | cat > /dev/ttyS1",
+            f"mv {status}.new {status}; sync",
             "echo o > /proc/sysrq-trigger; sleep 60",
             "",
         ]
@@ -259,15 +259,15 @@ def run(words: list[str], folder: Path, limit_s: float) -> int:
     """Boots, runs `words`, returns its status; raises MachineError when the machine did not come to an end by itself."""
     require_ready()
     folder = folder.absolute()
-    control = folder / ".machine"
+    control = folder / ".machine" / str(os.getpid())  # two machines may share a folder
     control.mkdir(parents=True, exist_ok=True)
     if "," in str(folder):
         raise MachineError(f"{folder}: QEMU takes no comma in the path of the written-through folder")
     status, console = control / "status", control / "console.log"
     status.unlink(missing_ok=True)
     console.write_text("")
-    (control / "start.sh").write_text(start_script(words, folder))
-    quiet = f"console=ttyS0 quiet panic=-1 numa_vm_out={os.fsencode(folder).hex()}"
+    (control / "start.sh").write_text(start_script(words, control))
+    quiet = f"console=ttyS0 quiet panic=-1 numa_vm_out={os.fsencode(folder).hex()} numa_vm_run={os.getpid()}"
     share = "security_model=none,multidevs=remap"
     arguments = [
         # Nothing is left running when this process is killed.
@@ -285,7 +285,9 @@ def run(words: list[str], folder: Path, limit_s: float) -> int:
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"time-out: the guest was still running after {limit_s:.0f} s") from None
     if status.exists():
-        return int(status.read_text())
+        code = int(status.read_text())
+        shutil.rmtree(control)
+        return code
     said = [line for line in console.read_text(errors="replace").splitlines() if line.strip()]
     panic = next((line for line in said if "Kernel panic" in line), "")
     last = (

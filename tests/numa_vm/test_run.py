@@ -30,12 +30,15 @@ def command(folder: Path, name: str, variables: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def runs(numa_vm, portable_ops) -> Path:
-    """The folder with the results of all runs, of this session alone."""
+def runs(numa_vm, portable_ops, request) -> Path:
+    """The folder with the results of the runs that were selected, of this session alone."""
+    wanted = [
+        item.callspec.params["name"] for item in request.session.items if "runs" in getattr(item, "fixturenames", ())
+    ]
     folder = numa_vm / "runs"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    script = "\n".join(command(folder, name, portable_ops) for name in RUNS)
+    script = "\n".join(command(folder, name, portable_ops) for name in wanted)
     try:
         boot(numa_vm, ["sh", "-c", script], RUNS_LIMIT_S)
     except (machine.MachineError, TimeoutError) as error:
