@@ -23,5 +23,6 @@ def test_process(check_case, name):
     check_case(name)
 
 
-def test_the_guest_came_to_its_end(check_case):
-    check_case("complete")
+def test_the_guest_came_to_its_end(guest_cases):
+    assert guest_cases["status"]["error"] is None
+    assert "complete" in guest_cases
