@@ -1,5 +1,6 @@
 # make run    set up and run the main job: a tiny model, one measured run, one row
 # make test   set up and run all tests
+# make numa-vm  set up the emulated four-node machine, so that `make test` runs its tests too (Debian 12 or later, root)
 # make check  formatting, lint, types
 # make clean  remove what these made (results/ stays)
 PYTHON ?= python3
@@ -8,13 +9,16 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: run test check format clean
+.PHONY: run test numa-vm check format clean
 
 run: $(STAMP)
 	@$(BIN)/python -m ldft $(ARGS)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
+
+numa-vm:
+	@$(PYTHON) tests/numa_vm/machine.py setup
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -32,8 +32,8 @@ class Progress:
         return text + (f", {seconds(left)} left" if left else "")
 
     def show(self, report: dict[str, Any]) -> None:
-        """Show the newest partial result; an empty one means that the rank is still starting."""
-        report = report or {"phase": "start", "phase_text": "starting Python"}
+        """Show the newest partial result; one without a phase means that the rank is still starting."""
+        report = {"phase": "start", "phase_text": "starting Python"} | report
         times = report.get("iteration_s", [])
         if not self._terminal:
             for count in range(self._count + 1, len(times) + 1):
