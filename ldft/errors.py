@@ -15,5 +15,9 @@ class ConfigError(LdftError):
         super().__init__(f"{key}: {problem}")
 
 
+class CombinationError(ConfigError):
+    """Each value is right, together they make no sense. Invalid in a single run; a sweep's grid may hold such cells: skipped."""
+
+
 class ResultsError(LdftError):
     """A row cannot be written or read."""

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -23,7 +24,8 @@ def cache_dir() -> Path:
         return Path(chosen)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line for line in lines if line.lower().startswith(("flags", "features", "model name"))][:2]
-    key = hashlib.sha256("\n".join(cpu).encode()).hexdigest()[:8]
+    # The build names the sources in this environment: environments that shared a folder would rebuild in turn, for minutes.
+    key = hashlib.sha256("\n".join([*cpu, sys.prefix]).encode()).hexdigest()[:8]
     versions = f"py{platform.python_version()}-torch{metadata.version('torch')}-ds{metadata.version('deepspeed')}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "ldft" / "operators" / f"{key}-{versions}"
