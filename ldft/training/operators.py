@@ -18,13 +18,13 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """TORCH_EXTENSIONS_DIR where it is set, else a folder of ours for this CPU, Python, torch and DeepSpeed."""
+    """TORCH_EXTENSIONS_DIR where it is set, else a folder of ours for this CPU, environment, torch and DeepSpeed."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen:
         return Path(chosen)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line for line in lines if line.lower().startswith(("flags", "features", "model name"))][:2]
-    # The build names the sources in this environment: environments that shared a folder would rebuild in turn, for minutes.
+    # The build files hold the paths of torch and DeepSpeed: two virtual environments would rebuild each other's operators.
     key = hashlib.sha256("\n".join([*cpu, sys.prefix]).encode()).hexdigest()[:8]
     versions = f"py{platform.python_version()}-torch{metadata.version('torch')}-ds{metadata.version('deepspeed')}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
