@@ -56,6 +56,12 @@ def _stays(row: Row, config: Config) -> bool:
     return config.rerun is Rerun.failed and status not in _FAILED
 
 
+def has_row(config: Config, history: History) -> bool:
+    """Whether a cell is answered by what `history` last saw; if so, it need not be launched at all."""
+    row = history.row(run_id(config), history.latest_number(run_id(config)))
+    return row is not None and _stays(row, config)
+
+
 def decide(config: Config, history: History) -> Decision:
     """What to do with a cell. Reads the results folder, changes nothing."""
     number, row, alive = history.newest(run_id(config))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -13,23 +15,40 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ldft import runner
+from ldft import cell, runner
 from ldft.config import Config, from_dict
 from ldft.environment import CONF_DIR
-from ldft.errors import LdftError
+from ldft.errors import LdftError, ResultsError
+from ldft.history import History
+
+
+@dataclass
+class _SweeperConfig:
+    """Hydra's way to a plugin is its class by name."""
+
+    _target_: str = "hydra_plugins.ldft.sweeper.LdftSweeper"
+    params: dict[str, Any] = field(default_factory=dict)
+    points: list[dict[str, Any]] = field(default_factory=list)
+
 
 ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(group="hydra/sweeper", name="ldft", node=_SweeperConfig)
 
-_exit_codes: list[int] = []
+exit_codes: list[int] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def _task(tree: DictConfig) -> None:
     """One cell. Returns and never raises for a failed run: Hydra's loop would end there, silently."""
     config = from_dict(tree)
+    if config.sweep.started_at:
+        # A cell of a sweep, on a machine where a launcher put it.
+        cell.run(config, History(runner.prepare(config)))
+        return
+    config.sweep.validate()
     outcome = runner.run(config)
     print(runner.summary(outcome, config), flush=True)
-    _exit_codes.append(outcome.exit_code)
+    exit_codes.append(outcome.exit_code)
 
 
 def main() -> int:
@@ -43,7 +62,7 @@ def main() -> int:
         return 2
     except LdftError as error:
         print(f"ldft: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, ResultsError) else 2
     except KeyboardInterrupt:
         return 130
     except Exception:
@@ -51,4 +70,4 @@ def main() -> int:
         log.write_text(traceback.format_exc())
         print(f"ldft: internal error: this is a bug in ldft; traceback in {log}", file=sys.stderr)
         return 1
-    return max(_exit_codes, default=0)
+    return max(exit_codes, default=0)

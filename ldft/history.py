@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldft import attempt
+from ldft.results import ROW_FILE
 from ldft.rows import Reader, keys
 
 OOM = ("oom_device", "oom_host")
@@ -54,13 +55,15 @@ class History:
     def refresh(self) -> None:
         """Look at the folder again."""
         tables = self._reader.tables()
-        self._of_file = {
-            path: self._of_file.get(path) or dict(zip(keys(table), table.to_pylist(), strict=True))
-            for path, table in tables.items()
-        }
+        blank = dict.fromkeys(COLUMNS)  # a file of an older version lacks some
+        for path, table in tables.items():
+            if path not in self._of_file:
+                rows = [blank | row for row in table.to_pylist()]
+                self._of_file[path] = dict(zip(keys(table), rows, strict=True))
+        self._of_file = {path: self._of_file[path] for path in tables}
         self._rows = {}
-        for rows in self._of_file.values():
-            for (run_id, number), row in rows.items():
+        for found in self._of_file.values():
+            for (run_id, number), row in found.items():
                 self._rows.setdefault(run_id, {})[number] = row
 
     def row(self, run_id: str, number: int) -> Row | None:
@@ -74,6 +77,10 @@ class History:
     def latest_rows(self) -> list[Row]:
         """The newest row of every run."""
         return [rows[max(rows)] for rows in self._rows.values()]
+
+    def num_loose(self) -> int:
+        """Rows that are in a file of their own."""
+        return sum(path.name == ROW_FILE for path in self._of_file)
 
     def newest(self, run_id: str) -> tuple[int, Row | None, bool]:
         """A run's newest attempt: its number (0: none), its row if it has one, and whether somebody works on it.

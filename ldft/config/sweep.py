@@ -41,5 +41,8 @@ class SweepConfig:
             raise ConfigError("sweep.repeats", f"{self.repeats} is too small; use 1 or more")
         if self.budget < 0:
             raise ConfigError("sweep.budget", f"{self.budget} is negative; use a number of cells, or 0 for all")
+        if not self.started_at and (self.repeats > 1 or self.budget):
+            key = "sweep.repeats" if self.repeats > 1 else "sweep.budget"
+            raise ConfigError(key, "it is for sweeps, and this is a single run; add -m")
         if "/" in self.name:
             raise ConfigError("sweep.name", f"'{self.name}' names a file of the results folder; use no slash")
