@@ -184,7 +184,7 @@ def read(results_dir: str | Path) -> pd.DataFrame:
 def _export(results_dir: str, output: str | None) -> None:
     """Write all rows as CSV; lists and structs become JSON."""
     frame = read(results_dir)
-    for name in frame.select_dtypes(object).columns:
+    for name in [name for name in frame.columns if frame[name].dtype.kind == "O"]:
         frame[name] = [
             value if value is None or isinstance(value, str | bool | int | float) else json.dumps(value, default=_plain)
             for value in frame[name]
