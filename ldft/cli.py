@@ -41,14 +41,24 @@ exit_codes: list[int] = []
 def _task(tree: DictConfig) -> None:
     """One cell. Returns and never raises for a failed run: Hydra's loop would end there, silently."""
     config = from_dict(tree)
-    if config.sweep.started_at:
-        # A cell of a sweep, on a machine where a launcher put it.
-        cell.run(config, History(runner.prepare(config)))
+    try:
+        if config.sweep.started_at:
+            # A cell of a sweep, on a machine where a launcher put it; the sweep reads what became of it from its row.
+            cell.run(config, History(runner.prepare(config)))
+            return
+        config.sweep.validate()
+        outcome = runner.run(config)
+    except LdftError as error:
+        exit_codes.append(_refuse(error))
         return
-    config.sweep.validate()
-    outcome = runner.run(config)
     print(runner.summary(outcome, config), flush=True)
     exit_codes.append(outcome.exit_code)
+
+
+def _refuse(error: LdftError) -> int:
+    """One line; the exit code."""
+    print(f"ldft: {error}", file=sys.stderr)
+    return 1 if isinstance(error, ResultsError) else 2
 
 
 def main() -> int:
@@ -61,8 +71,7 @@ def main() -> int:
         print(f"ldft: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except LdftError as error:
-        print(f"ldft: {error}", file=sys.stderr)
-        return 1 if isinstance(error, ResultsError) else 2
+        return _refuse(error)
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -156,7 +156,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_rows_alone(tmp_path) ->
         with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
             while True:
                 filler.write(b"x" * 4096)
-        with pytest.raises(ResultsError, match="No space left on device; free space or choose another results.dir"):
+        with pytest.raises(ResultsError, match="No space left on device; free space"):
             results.write_row({"run_id": "x"}, disk / "row.parquet")
         with pytest.raises(ResultsError, match="nothing was removed"):
             rows.compact(disk)
@@ -169,7 +169,15 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_rows_alone(tmp_path) ->
 
 
 def test_the_documented_duckdb_lines_work_on_loose_and_merged_rows(tmp_path, monkeypatch) -> None:
-    node = {"host": "h", "node": 0, "huge_gib": 0.0, "heap_gib": 1.0, "stack_gib": 0.0, "private_gib": 0.0, "total_gib": 1.0}
+    node = {
+        "host": "h",
+        "node": 0,
+        "huge_gib": 0.0,
+        "heap_gib": 1.0,
+        "stack_gib": 0.0,
+        "private_gib": 0.0,
+        "total_gib": 1.0,
+    }
     leave(tmp_path / "results", config(train__seed=1), tokens_per_s=5.0, nodes=[node, node | {"node": 3}])
     rows.compact(tmp_path / "results")
     leave(tmp_path / "results", config(train__seed=2), tokens_per_s=7.0)
