@@ -6,16 +6,11 @@ one results folder.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
 from ldft import cell, rows, runner, stop
-from ldft.config import from_dict, run_id
 from ldft.errors import LdftError, ResultsError
 from ldft.history import History, Row
 from ldft.plan import Cell, Plan
@@ -26,37 +21,21 @@ _COMPACT_AT = 200
 
 
 class Sweep:
-    """Runs a plan. `launch` hands cells to the launcher, which composes each and calls `task`, or its like elsewhere."""
+    """Runs a plan, cell by cell in this process, which starts each cell's own; or by a launcher that takes them elsewhere."""
 
-    def __init__(self, plan: Plan, launch: Callable[[list[list[str]], int], None]) -> None:
+    def __init__(self, plan: Plan, launch_elsewhere: Callable[[list[list[str]]], None] | None = None) -> None:
         self._plan = plan
-        self._launch = launch
+        self._launch_elsewhere = launch_elsewhere
         self._results_dir = runner.prepare(plan.configs[plan.cells[0].run_id])
         self._history = History(self._results_dir)
         self._view = View(plan, self._results_dir)
-        self._now = plan.cells[0]
-        self._done: cell.Done | None = None
-        self._error: BaseException | None = None
-        self._bug: BaseException | None = None
+        self._bugs: list[BaseException] = []
         self._sources: tuple[Any, ...] | None = None
 
-    def task(self, tree: DictConfig) -> None:
-        """One cell, called by the launcher. What it raises Hydra swallows, or prints in its own way: it is kept for `run`."""
-        try:
-            config = from_dict(tree)
-            self._done = cell.run(config, self._history, self._view.show)
-            if run_id(config) != self._now.run_id:
-                # A yaml file was edited since the plan was made. The source hash tells, and warns; onlookers need the new id.
-                self._plan.configs[run_id(config)] = config
-                self._now.run_id = run_id(config)
-                self._plan.save(self._results_dir)
-        finally:
-            self._error = sys.exc_info()[1]
-
-    def run(self, *, elsewhere: bool = False) -> int:
+    def run(self) -> int:
         """Run every cell that needs it. Returns the exit code: 0 all ok or skipped, 1 not so, 130 interrupted.
 
-        elsewhere: the launcher takes all cells at once, to other machines, and returns when they have ended.
+        Raises ResultsError where a row cannot be written: no further cell could leave one.
         """
         self._plan.save(self._results_dir)
         self._history.refresh()
@@ -66,9 +45,8 @@ class Sweep:
             if not cell.has_row(self._plan.configs[one.run_id], self._history)
         ]
         self._view.start(self._history, len(todo))
-        if elsewhere:
-            if todo:
-                self._launch([one.overrides for _, one in todo], 0)
+        if self._launch_elsewhere and todo:
+            self._launch_elsewhere([one.overrides for _, one in todo])
         else:
             with stop.noting(), self._view.live():
                 left = [(index, one) for index, one in todo if self._cell(index, one) is cell.Do.leave]
@@ -77,33 +55,37 @@ class Sweep:
         self._history.refresh()
         if self._history.num_loose() >= _COMPACT_AT:
             self._compact()
-        if self._bug:
-            raise self._bug
+        if self._bugs:
+            raise self._bugs[0]
         return self._view.end(self._history, stop.noted())
 
     def _cell(self, index: int, one: Cell) -> cell.Do | None:
+        """Do what the cell needs. None where it came to nothing."""
         if stop.noted():
             return None
-        self._now = one
         self._view.begin(index, one)
-        self._error = self._done = None
-        try:
-            self._launch([one.overrides], index)
-        except (HydraException, OmegaConfBaseException) as error:  # a yaml file was edited since the plan was made
-            self._error = error
-        if isinstance(self._error, LdftError):  # of the results folder: no cell could leave a row
-            raise self._error
-        if self._done is None:
-            # A bug in ldft. Its row says so; the other cells need not suffer from it.
-            self._view.say(f"ldft: internal error in {one.label}: {self._error}")
-            self._bug = self._bug or self._error
+        done = None
+        with self._bug_kept(one):
+            done = cell.run(self._plan.configs[one.run_id], self._history, self._view.show)
+        if done is None:
             return None
-        self._view.finish(index, one, self._done)
-        if self._done.row and self._done.do is cell.Do.run:
-            self._warn_of_changes(self._done.row)
+        self._view.finish(index, one, done)
+        if done.row and done.do is cell.Do.run:
+            self._warn_of_changes(done.row)
         if self._history.num_loose() >= _COMPACT_AT:
             self._compact()
-        return self._done.do
+        return done.do
+
+    @contextmanager
+    def _bug_kept(self, one: Cell) -> Iterator[None]:
+        """A bug of ldft in one cell, which has its row, is not to cost the others theirs; `run` raises it at the end."""
+        try:
+            yield
+        except LdftError:  # of the results folder: no cell could leave a row
+            raise
+        except Exception as error:
+            self._view.say(f"ldft: internal error in {one.label}: {type(error).__name__}: {error}")
+            self._bugs.append(error)
 
     def _compact(self) -> None:
         try:

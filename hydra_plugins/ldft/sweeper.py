@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -28,12 +27,6 @@ class LdftSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config
-
-    def _launcher(self, task: Callable[[DictConfig], Any]) -> Launcher:
-        assert self._context is not None
-        return Plugins.instance().instantiate_launcher(
-            hydra_context=self._context, task_function=task, config=self._config
-        )
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         assert self._context is not None
@@ -61,6 +54,8 @@ class LdftSweeper(Sweeper):
         """Plan all cells, then run them. The exit code goes to ldft.cli, which Hydra's own return path does not reach."""
         from ldft import cli, plan, sweep
 
+        assert self._context is not None
+
         named = [f"{key}={value}" for key, value in self._params.items()]
         fixed, swept = self._choices([*named, *arguments])
         points = []
@@ -69,7 +64,11 @@ class LdftSweeper(Sweeper):
             points.append(choices)
             swept |= set(choices) | several
         planned = plan.make(plan.grid(fixed, points), self._compose, swept, time.time())
-        elsewhere = type(self._launcher(self._task)).__name__ != "BasicLauncher"
-        batch = sweep.Sweep(planned, lambda cells, index: launcher.launch(cells, initial_job_idx=index))
-        launcher = self._launcher(self._task if elsewhere else batch.task)
-        cli.exit_codes.append(batch.run(elsewhere=elsewhere))
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=self._context, task_function=self._task, config=self._config
+        )
+        # Hydra's basic launcher runs jobs in this process, and so do we: it would compose each cell a second time, from
+        # whatever the yaml files hold by then, and it swallows errors.
+        here = isinstance(launcher, BasicLauncher)
+        elsewhere = None if here else lambda cells: launcher.launch(cells, initial_job_idx=0)
+        cli.exit_codes.append(sweep.Sweep(planned, elsewhere).run())
