@@ -157,7 +157,8 @@ def write_row(row: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            pq.write_table(table, file)
+            # What helps many rows is a burden to a file of one: half the size and a third of the time without it.
+            pq.write_table(table, file, use_dictionary=False, write_statistics=False, compression="none")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -64,7 +64,8 @@ class Reader:
     def _load(self, path: Path) -> pa.Table | None:
         if path not in self._seen and path not in self.unreadable:
             try:
-                table = pq.ParquetFile(path).read(columns=self._columns)
+                # Threads cost more than they save on a file of one row.
+                table = pq.ParquetFile(path).read(columns=self._columns, use_threads=path.name != ROW_FILE)
                 # Types are never changed from version to version; a file that clashes is none of ours.
                 if not table.schema.equals(self._united):
                     self._united = pa.unify_schemas([self._united, table.schema], promote_options="permissive")

@@ -163,8 +163,10 @@ class View:
             return
         from rich.live import Live
 
-        with Live(auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False) as self._live:
+        with Live(auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as self._live:
             yield
+            self._now = None
+            self.show({})
         self._live = None
 
     def begin(self, index: int, one: Cell) -> None:
