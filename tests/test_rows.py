@@ -83,6 +83,23 @@ def test_a_death_in_the_middle_of_compaction_loses_and_doubles_nothing(ten, monk
     assert duckdb.sql(query).fetchall() == [(10,)]
 
 
+@pytest.mark.parametrize("moment", ["before the loose files are listed", "after"])
+def test_a_compaction_that_ends_while_a_reader_looks_costs_no_row(ten, monkeypatch, moment) -> None:
+    listed = rows.loose_files
+    calls = []
+
+    def while_we_look(folder: Path) -> list[Path]:
+        calls.append(folder)
+        if len(calls) > 1:  # compaction lists files too
+            return listed(folder)
+        before = listed(folder)
+        rows.compact(folder)
+        return listed(folder) if moment.startswith("before") else before
+
+    monkeypatch.setattr(rows, "loose_files", while_we_look)
+    assert sorted(seeds(ten)) == list(range(10))
+
+
 def _write_rows(folder: Path, first: int) -> None:
     for seed in range(first, first + 60):
         leave(folder, config(train__seed=seed))
@@ -95,7 +112,7 @@ def _compact_on_and_on(folder: Path, until: float) -> None:
 
 def test_readers_see_every_row_while_others_write_and_compact(tmp_path) -> None:
     context = multiprocessing.get_context("spawn")
-    until = time.time() + 12
+    until = time.time() + 6
     others = [
         context.Process(target=_write_rows, args=(tmp_path, 0)),
         context.Process(target=_compact_on_and_on, args=(tmp_path, until)),
