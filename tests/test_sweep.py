@@ -143,13 +143,12 @@ def test_twelve_cells_of_which_five_fail_give_twelve_rows_and_are_resumed(tmp_pa
         fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int(fields["total_rss"] if "total_rss" in fields else fields["anon"])
 
-    def join() -> None:
-        (group / "cgroup.procs").write_text(str(os.getpid()))
-        # Of the group, which holds the parent too, the kernel is to choose the worker.
-        Path("/proc/self/oom_score_adj").write_text("-1000")
-
     def starve(worker: psutil.Process) -> None:
+        # Of the group, which holds the parent too, the kernel is to choose the worker: once it is the bigger one.
         Path(f"/proc/{worker.pid}/oom_score_adj").write_text("1000")
+        status = Path(f"/proc/{worker.pid}/status")
+        while int(status.read_text().partition("RssAnon:")[2].split()[0]) < 150 << 10:
+            time.sleep(0.02)
         for spare_mib in range(20, 200, 20):
             with contextlib.suppress(OSError):  # v1 refuses a limit below what it can reclaim at once
                 limit.write_text(str(anonymous() + (spare_mib << 20)))
@@ -161,7 +160,7 @@ def test_twelve_cells_of_which_five_fail_give_twelve_rows_and_are_resumed(tmp_pa
     (tmp_path / "sweep" / "twelve.yaml").write_text(SWEEP_OF_TWELVE)
     line = ("--config-dir", str(tmp_path), "+sweep=twelve")
     try:
-        sweep = start(*line, before=join)
+        sweep = start(*line, before=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
         Assassin(
             sweep,
             {
