@@ -91,6 +91,7 @@ MEASURED = [
     Column("warmup_iterations", _INT, "", "leading samples that count in no median"),
     Column("iteration_median_s", _FLOAT, "s", "median of iteration_s after warm-up"),
     Column("loss", _FLOATS, "", "loss of each iteration, mean over ranks and accumulation steps"),
+    Column("learning_rate", _FLOATS, "", "learning rate of each iteration's update"),
     Column("tokens_per_iteration", _INT, "tokens", "over all ranks and accumulation steps"),
     Column("tokens_per_s", _FLOAT, "tokens/s", "tokens_per_iteration / iteration_median_s, all ranks together"),
     Column("model_tflop_dense", _FLOAT, "TFLOP", "model FLOPs of an iteration in matrix products with weights"),

@@ -37,6 +37,8 @@ class Sweep:
 
         Raises ResultsError where a row cannot be written: no further cell could leave one.
         """
+        if self._plan.configs[self._plan.cells[0].run_id].dry_run:
+            return self._dry_run()
         self._plan.save(self._results_dir)
         self._history.refresh()
         todo = [
@@ -58,6 +60,14 @@ class Sweep:
         if self._bugs:
             raise self._bugs[0]
         return self._view.end(self._history, stop.noted())
+
+    def _dry_run(self) -> int:
+        from ldft import dry_run
+
+        for index, one in enumerate(self._plan.cells):
+            print(f"[{index + 1}/{len(self._plan.cells)}] {one.label}")
+            print(dry_run.describe(self._plan.configs[one.run_id]), flush=True)
+        return 0
 
     def _cell(self, index: int, one: Cell) -> cell.Do | None:
         """Do what the cell needs. None where it came to nothing."""

@@ -22,11 +22,11 @@ from ldft.config.offload import OffloadConfig
 from ldft.config.optimizer import OptimizerConfig
 from ldft.config.seq_len import SeqLenConfig
 from ldft.config.sweep import Rerun, SweepConfig
-from ldft.config.train import TrainConfig
-from ldft.errors import ConfigError
+from ldft.config.train import Precision, TrainConfig
+from ldft.errors import CombinationError, ConfigError
 
 # Keys that say where results go, how long to wait or what else runs, not what is measured.
-_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun")
+_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun", "dry_run")
 # Raised when a key's meaning changes, so that old and new results of one command line stay apart.
 _IDENTITY_VERSION = 1
 
@@ -61,6 +61,9 @@ class Config:
     system: str = ""
     """A free name for the machine, kept in the row (the seed's SYSTEM_TYPE)."""
 
+    dry_run: bool = False
+    """Print what would run and end; nothing is started or written."""
+
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
         for part in (
@@ -69,6 +72,7 @@ class Config:
             self.numa,
             self.seq_len,
             self.optimizer,
+            self.data,
             self.train,
             self.launch,
             self.sweep,
@@ -76,12 +80,17 @@ class Config:
             part.validate()
         if self.repeat < 1:
             raise ConfigError("repeat", f"{self.repeat} is too small; use 1 or more")
+        if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:
+            raise CombinationError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")
         if self.launch.device is Device.auto:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
 
 
 def from_dict(values: DictConfig | dict[str, Any]) -> Config:
     """The typed config of a composed or stored tree. Raises omegaconf's errors on an unknown key or a wrong type."""
+    if isinstance(values, DictConfig):
+        # As plain data: from a typed tree, merging would take over what "+key=value" added to it.
+        values = OmegaConf.to_container(values, enum_to_str=True)  # type: ignore[assignment]
     tree = OmegaConf.merge(OmegaConf.structured(Config), values)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
