@@ -195,9 +195,14 @@ def test_the_documented_duckdb_lines_work_on_loose_and_merged_rows(tmp_path, mon
         "private_gib": 0.0,
         "total_gib": 1.0,
     }
-    leave(tmp_path / "results", config(train__seed=1), tokens_per_s=5.0, nodes=[node, node | {"node": 3}])
+    leave(
+        tmp_path / "results",
+        config(model__name="tiny", train__seed=1),
+        tokens_per_s=5.0,
+        nodes=[node, node | {"node": 3}],
+    )
     rows.compact(tmp_path / "results")
-    leave(tmp_path / "results", config(train__seed=2), tokens_per_s=7.0)
+    leave(tmp_path / "results", config(model__name="tiny", train__seed=2), tokens_per_s=7.0)
     leave(tmp_path / "results", config(train__seed=3), 1, "error", error_message="why", log_path="x.log")
     monkeypatch.chdir(tmp_path)
     lines = [line.strip() for line in (results.__doc__ or "").splitlines() if line.strip().endswith(";")]
