@@ -48,7 +48,7 @@ def test_a_grid_is_ordered_by_length(planned) -> None:
 
 
 def test_hydras_own_sweep_words_work(planned) -> None:
-    assert len(planned("-m", "model=glob(*,exclude=llama*)").cells) == 2
+    assert len(planned("-m", "model=glob([nano,tiny])").cells) == 2
     seeds = planned("-m", "model=nano", "train.seed=range(3)", "train.precision=choice(bf16,fp32)")
     assert labels(seeds)[0] == "nano 1k default train.seed=0 train.precision=bf16" and len(seeds.cells) == 6
 
@@ -104,7 +104,7 @@ def test_the_plan_is_read_back_as_it_was(planned, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("-m", "model=nano,bogus"), "model/bogus"),
+        (("-m", "model=nano,bogus"), "bogus"),
         (("-m", "model=nano", "train.iterationz=1,2"), "train.iterationz"),
         (("-m", "model=nano", "train.seed=1,x"), "train.seed"),
         (("-m", "model=nano", "sweep.repeats=0"), "sweep.repeats: 0"),
