@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldft import attempt, checks, environment, launch, results, stop, verdict
+from ldft import attempt, checks, environment, launch, nodes, results, stop, verdict
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError
+from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
 
 _HEARTBEAT_S = 10.0
@@ -60,6 +61,7 @@ def run(
         row |= environment.describe()
         config.validate()
         checks.check_machine(config)
+        restore_kernel_weights()  # what a run that died may have left
         if show:
             exits, decision, waited_s = _run_ranks(config, folder, show)
         else:
@@ -67,6 +69,7 @@ def run(
             with Progress(train.iterations, train.warmup_iterations, tokens_per_iteration(config)) as progress:
                 exits, decision, waited_s = _run_ranks(config, folder, progress.show)
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
+        row |= nodes.columns(reports, row["hosts"][0])
         row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
         row["parent_s"] = -waited_s  # to which _row adds the whole
     return Outcome(row["status"], row, folder / results.ROW_FILE)
@@ -140,7 +143,11 @@ def _run_ranks(
             attempt.beat(folder)
 
     try:
-        with stop.raising(), launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks:
+        with (
+            stop.raising(),
+            kernel_weights(config.numa.placement),
+            launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
+        ):
             exits = ranks.exits
             wait_start = time.monotonic()
             in_time = launch.wait(ranks, config.launch.timeout_s, tick)
@@ -217,6 +224,8 @@ def summary(outcome: Outcome, config: Config) -> str:
             f"[RESULT] Tokens (total): {row['tokens_per_iteration']}",
             f"[RESULT] Throughput (total): {row['tokens_per_s']:.2f} (token/s)",
         ]
+    reports = [attempt.rank_report(outcome.row_path.parent, rank) for rank in range(config.launch.num_ranks)]
+    lines += nodes.lines(row, reports)
     what = f"{config.model.name} {config.seq_len.tokens} tokens {row['device_type']} x{config.launch.num_ranks}"
     lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
     if outcome.status != "ok":

@@ -63,7 +63,16 @@ class Config:
 
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
-        for part in (self.model, self.offload, self.seq_len, self.optimizer, self.train, self.launch, self.sweep):
+        for part in (
+            self.model,
+            self.offload,
+            self.numa,
+            self.seq_len,
+            self.optimizer,
+            self.train,
+            self.launch,
+            self.sweep,
+        ):
             part.validate()
         if self.repeat < 1:
             raise ConfigError("repeat", f"{self.repeat} is too small; use 1 or more")
