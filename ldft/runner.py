@@ -152,13 +152,14 @@ def _run_ranks(
 
     try:
         with (
-            stop.raising(),
+            stop.noting(),
             kernel_weights(config.numa.placement),
             launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
         ):
             exits = ranks.exits
             wait_start = time.monotonic()
-            in_time = launch.wait(ranks, config.launch.timeout_s, tick)
+            with stop.raising():
+                in_time = launch.wait(ranks, config.launch.timeout_s, tick)
     except stop.Stopped as told:
         interrupted = told.name
     waited_s = time.monotonic() - wait_start

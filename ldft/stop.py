@@ -1,7 +1,7 @@
 """Being told to stop: SIGINT (Ctrl-C), SIGTERM, SIGHUP.
 
-Around the ranks of a run a signal raises, so that they are ended and the row says interrupted. Around a sweep it is noted: the
-cell at work ends as above, and no further cell begins. A signal that comes between two cells counts for the next.
+While ranks work a signal raises, so that they are ended and the row says interrupted. While they are started or ended, and between
+the cells of a sweep, it is noted: no rank is lost half-way, and what comes next does not begin.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _noted: str | None = None
+_depth = 0
 
 
 class Stopped(BaseException):
@@ -39,16 +40,21 @@ def noted() -> str | None:
 
 @contextmanager
 def noting() -> Iterator[None]:
-    """A signal ends nothing by itself; `noted` tells of it."""
-    global _noted
+    """A signal ends nothing by itself; `noted` tells of it. Contexts of a run lie within that of its sweep."""
+    global _depth, _noted
 
     def note(number: int, frame: FrameType | None) -> None:
         global _noted
         _noted = signal.Signals(number).name
 
-    _noted = None
-    with _handled_by(note):
-        yield
+    if _depth == 0:
+        _noted = None
+    _depth += 1
+    try:
+        with _handled_by(note):
+            yield
+    finally:
+        _depth -= 1
 
 
 @contextmanager
