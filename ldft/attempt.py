@@ -29,8 +29,12 @@ HEARTBEAT_DEAD_S = 300.0
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that readers see whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(value))
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,6 +125,7 @@ def try_claim(results_dir: Path, run_id: str, number: int) -> Path | None:
             shutil.rmtree(unfinished)
             return None
     except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise ConfigError("results.dir", f"cannot write in {results_dir} ({error.strerror}); choose another") from None
     return folder_of(results_dir, run_id, number)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldft import attempt, runner
+from ldft import attempt, checks, runner
 from ldft.config import Config, from_dict, run_id
 from ldft.errors import ConfigError
 from ldft.progress import length
@@ -107,7 +107,7 @@ def make(
     settings: dict[str, set[str]] = {}
     for overrides in cells:
         config = from_dict(compose(overrides))
-        runner.prepare(config)
+        checks.resolve_device(config)
         for key in ("sweep", "rerun", "results", "repeat"):
             settings.setdefault(key, set()).add(str(getattr(config, key)))
             if len(settings[key]) > 1:

@@ -87,10 +87,14 @@ def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str
 
 def prepare(config: Config) -> Path:
     """Settle what the run's identity needs from this machine. Returns the results folder, made and writable."""
-    results_dir = Path(config.results.dir).expanduser().absolute()
-    checks.check_results_dir(results_dir)
+    checks.check_results_dir(results_dir(config))
     checks.resolve_device(config)
-    return results_dir
+    return results_dir(config)
+
+
+def results_dir(config: Config) -> Path:
+    """The results folder, which need not exist yet."""
+    return Path(config.results.dir).expanduser().absolute()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ldft import cell, rows, runner, stop
+from ldft import cell, checks, rows, runner, stop
 from ldft.errors import LdftError, ResultsError
 from ldft.history import History, Row
 from ldft.plan import Cell, Plan
@@ -26,7 +26,7 @@ class Sweep:
     def __init__(self, plan: Plan, launch_elsewhere: Callable[[list[list[str]]], None] | None = None) -> None:
         self._plan = plan
         self._launch_elsewhere = launch_elsewhere
-        self._results_dir = runner.prepare(plan.configs[plan.cells[0].run_id])
+        self._results_dir = runner.results_dir(plan.configs[plan.cells[0].run_id])
         self._history = History(self._results_dir)
         self._view = View(plan, self._results_dir)
         self._bugs: list[BaseException] = []
@@ -39,6 +39,7 @@ class Sweep:
         """
         if self._plan.configs[self._plan.cells[0].run_id].dry_run:
             return self._dry_run()
+        checks.check_results_dir(self._results_dir)
         self._plan.save(self._results_dir)
         self._history.refresh()
         todo = [
