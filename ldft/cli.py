@@ -13,23 +13,24 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ldft import composition, runner
+from ldft import cell, composition, runner
 from ldft.config import from_dict
 from ldft.environment import CONF_DIR
-from ldft.errors import InternalError, LdftError
+from ldft.errors import InternalError, LdftError, ResultsError
+from ldft.history import History
 
 composition.register()
 
-_exit_codes: list[int] = []
+exit_codes: list[int] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def _task(tree: DictConfig) -> None:
     """One cell. Returns and never raises: Hydra would add lines of its own, and end a sweep's loop."""
     try:
-        _exit_codes.append(_cell(tree))
+        exit_codes.append(_cell(tree))
     except Exception as error:
-        _exit_codes.append(_report(error))
+        exit_codes.append(_report(error))
 
 
 def _cell(tree: DictConfig) -> int:
@@ -39,6 +40,11 @@ def _cell(tree: DictConfig) -> int:
 
         print(dry_run.describe(config), flush=True)
         return 0
+    if config.sweep.started_at:
+        # A cell of a sweep, on a machine where a launcher put it; the sweep reads what became of it from its row.
+        cell.run(config, History(runner.prepare(config)))
+        return 0
+    config.sweep.validate()
     outcome = runner.run(config)
     print(runner.summary(outcome, config), flush=True)
     if outcome.status == "invalid":
@@ -71,7 +77,7 @@ def _report(error: Exception) -> int:
         return 2
     if isinstance(error, LdftError):
         _say(str(error))
-        return 2
+        return 1 if isinstance(error, ResultsError) else 2
     log = error.log if isinstance(error, InternalError) else _keep_traceback()
     _say(f"internal error: this is a bug in ldft; traceback in {log}")
     return 1
@@ -81,7 +87,7 @@ def main() -> int:
     """Entry point of `ldft` and `python -m ldft`; returns the exit code."""
     # Composition errors are to reach us instead of Hydra's own printer.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _exit_codes.clear()
+    exit_codes.clear()
     try:
         composition.check_overrides(_overrides())
         _task()
@@ -89,4 +95,4 @@ def main() -> int:
         return 130
     except Exception as error:
         return _report(error)
-    return max(_exit_codes, default=0)
+    return max(exit_codes, default=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -34,12 +34,22 @@ _OTHER_NAMES = {
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
+@dataclass
+class _Sweeper:
+    """Hydra's way to a plugin is its class by name."""
+
+    _target_: str = "hydra_plugins.ldft.sweeper.LdftSweeper"
+    params: dict[str, Any] = field(default_factory=dict)
+    points: list[dict[str, Any]] = field(default_factory=list)
+
+
 def register() -> None:
-    """Store the typed schema for Hydra, with open sections left open."""
+    """Store the typed schema for Hydra, with open sections left open, and the sweeper."""
     schema = OmegaConf.structured(Config)
     for path in OPEN:
         OmegaConf.set_struct(OmegaConf.select(schema, path), False)
     ConfigStore.instance().store(name="schema", node=schema)
+    ConfigStore.instance().store(group="hydra/sweeper", name="ldft", node=_Sweeper)
 
 
 def groups() -> dict[str, list[str]]:

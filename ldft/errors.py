@@ -17,6 +17,10 @@ class ConfigError(LdftError):
         super().__init__(f"{key}: {problem}")
 
 
+class CombinationError(ConfigError):
+    """Each value is right, together they make no sense. Invalid in a single run; a sweep's grid may hold such cells: skipped."""
+
+
 class InternalError(Exception):
     """A bug of ours, met within an attempt; its traceback is in the attempt's log already."""
 

@@ -16,6 +16,14 @@ def seconds(value: float) -> str:
     return f"{int(value // 3600)}h{int(value % 3600 // 60):02d}m"
 
 
+def length(tokens: int) -> str:
+    """A sequence length as its option is called: 4k, 1m; any other is a plain number."""
+    for unit, size in (("m", 2**20), ("k", 2**10)):
+        if tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
 class Progress:
     """Shows a rank's partial results as they come. A context: leaving it ends the live line."""
 

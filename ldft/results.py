@@ -1,7 +1,21 @@
-"""The row: its schema with units, writing one file a run, and the one reader that unifies schema versions."""
+"""The row: its schema with units, and writing it. `read` gives all rows of a folder (how: rows.py).
+
+    python -m ldft.results compact results/                   merge rows into bigger files
+    python -m ldft.results export --csv results/ > rows.csv
+
+The rows are plain parquet. With duckdb, one query over loose and merged files of every schema version (a row lies in two
+files while a compaction works, hence the distinct):
+
+    create view rows as select distinct on (run_id, attempt) * from read_parquet('results/**/row*.parquet', union_by_name=true);
+    select "cfg.model.name", "cfg.seq_len.tokens", max(tokens_per_s) from rows where status = 'ok' group by all order by all;
+    select run_id, status, error_message, log_path from rows where status not in ('ok', 'skipped');
+    select run_id, unnest(nodes, recursive := true) from rows where status = 'ok';
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -51,6 +65,9 @@ _SHARES = pa.list_(
 MEASURED = [
     Column("run_id", _TEXT, "", "names what is measured: hash of the resolved config"),
     Column("attempt", _INT, "", "1 for the first try at this run_id in this results folder"),
+    Column("series_id", _TEXT, "", "run_id without the sequence length: rows of one series differ in nothing else"),
+    Column("sweep", _TEXT, "", "name of the sweep that ran it; null for a single run"),
+    Column("repeat", _INT, "", "which repetition of the same measurement, from 1"),
     Column("system", _TEXT, "", "the user's name for the machine"),
     Column("started_at", pa.timestamp("us", tz="UTC"), "UTC", "when the parent claimed the attempt"),
     Column("duration_s", _FLOAT, "s", "from the claim to the row"),
@@ -147,7 +164,8 @@ def write_row(row: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            pq.write_table(table, file)
+            # What helps many rows is a burden to a file of one: half the size and a third of the time without it.
+            pq.write_table(table, file, use_dictionary=False, write_statistics=False, compression="none")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -158,33 +176,59 @@ def write_row(row: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def row_files(results_dir: Path) -> list[Path]:
-    """Every file that holds rows."""
-    return sorted(results_dir.glob(f"*/attempt-*/{ROW_FILE}"))
-
-
-def read_table(results_dir: str | Path) -> pa.Table:
+def read_table(results_dir: str | Path, columns: list[str] | None = None) -> pa.Table:
     """All rows of a results folder, columns of every schema version united. Unreadable files are named on stderr."""
-    # Here, since it imports pandas, which the parent of a run can do without.
-    import pyarrow.dataset as ds
+    from ldft import rows
 
-    folder = Path(results_dir)
-    if not folder.is_dir():
-        raise ResultsError(f"{folder} is not a folder; name the results.dir of a run")
-    schemas, files = [], []
-    for path in row_files(folder):
-        try:
-            schemas.append(pq.read_schema(path))
-            files.append(str(path))
-        except (OSError, pa.ArrowInvalid) as error:
-            print(f"ldft: skipped unreadable {path}: {error}", file=sys.stderr)
-    if not files:
-        return schema().empty_table()
-    unified = pa.unify_schemas([schema(), *schemas], promote_options="permissive")
-    return ds.dataset(files, schema=unified, format="parquet").to_table()
+    return rows.read_table(results_dir, columns)
 
 
 def read(results_dir: str | Path) -> pd.DataFrame:
     """All rows of a results folder as a pandas DataFrame, one row an attempt."""
     frame: pd.DataFrame = read_table(results_dir).to_pandas()
     return frame
+
+
+def _export(results_dir: str, output: str | None) -> None:
+    """Write all rows as CSV; lists and structs become JSON."""
+    frame = read(results_dir)
+    for name in [name for name in frame.columns if frame[name].dtype.kind == "O"]:
+        frame[name] = [
+            value if value is None or isinstance(value, str | bool | int | float) else json.dumps(value, default=_plain)
+            for value in frame[name]
+        ]
+    frame.to_csv(output or sys.stdout, index=False)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def main() -> int:
+    """`python -m ldft.results`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ldft.results", description="Work on a folder of rows.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    compact = commands.add_parser("compact", help="merge the rows of many runs into one file, without loss")
+    export = commands.add_parser("export", help="write all rows in one table")
+    for command in (compact, export):
+        command.add_argument("results_dir", nargs="?", default="results", help="default: results")
+    export.add_argument("--csv", action="store_true", required=True, help="comma-separated values, lists as JSON")
+    export.add_argument("-o", "--output", help="file to write; default: standard output")
+    arguments = parser.parse_args()
+    try:
+        if not Path(arguments.results_dir).is_dir():
+            raise ResultsError(f"{arguments.results_dir} is not a folder; name the results.dir of a run")
+        if arguments.command == "export":
+            _export(arguments.results_dir, arguments.output)
+        else:
+            from ldft import rows
+
+            print(f"ldft: merged {rows.compact(Path(arguments.results_dir))} rows")
+    except ResultsError as error:
+        print(f"ldft: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

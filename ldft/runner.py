@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import json
 import socket
 import statistics
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from ldft import attempt, checks, environment, launch, nodes, results, verdict
-from ldft.config import Config, run_id, to_dict
+from ldft import attempt, checks, environment, launch, nodes, results, stop, verdict
+from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
-from ldft.errors import ConfigError, InternalError
+from ldft.errors import CombinationError, ConfigError, InternalError
 from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
 
@@ -40,28 +38,6 @@ class Outcome:
         return {"ok": 0, "skipped": 0, "invalid": 2, "interrupted": 130}.get(self.status, 1)
 
 
-class _Interrupted(BaseException):
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise _Interrupted, once: what follows (ending ranks, the row) is not to be cut short."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        for other in handlers:
-            signal.signal(other, signal.SIG_IGN)
-        raise _Interrupted(signal.Signals(number).name)
-
-    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, previous in handlers.items():
-            signal.signal(number, previous)
-
-
 def tokens_per_iteration(config: Config) -> int:
     """Tokens of one update, over all ranks and accumulation steps."""
     train = config.train
@@ -69,17 +45,68 @@ def tokens_per_iteration(config: Config) -> int:
     return sequences * config.seq_len.tokens
 
 
-def run(config: Config) -> Outcome:
+def run(
+    config: Config,
+    claimed: tuple[Path, int] | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> Outcome:
     """Run one config. Returns the outcome, whatever it is; raises only ConfigError for a results folder that cannot be
-    used, ResultsError for a row that cannot be written, and bugs."""
-    started = time.time()
-    results_dir = Path(config.results.dir).expanduser().absolute()
-    checks.check_results_dir(results_dir)
+    used, ResultsError for a row that cannot be written, and bugs.
+
+    claimed: the attempt's folder and number, where the caller has claimed it. show: called about ten times a second with what
+    rank 0 has so far; without it the terminal shows a line of progress.
+    """
+    results_dir = prepare(config)
+    folder, number = claimed or attempt.claim(results_dir, run_id(config))
+    with _row(config, folder, number) as row:
+        row |= environment.describe()
+        config.validate()
+        checks.check_machine(config)
+        checks.check_inputs(config, fetch=True)
+        restore_kernel_weights()  # what a run that died may have left
+        if show:
+            exits, decision, waited_s = _run_ranks(config, folder, show)
+        else:
+            train = config.train
+            with Progress(train.iterations, train.warmup_iterations, tokens_per_iteration(config)) as progress:
+                exits, decision, waited_s = _run_ranks(config, folder, progress.show)
+        reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
+        row |= nodes.columns(reports, row["hosts"][0])
+        row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
+        row["parent_s"] = -waited_s  # to which _row adds the whole
+    return Outcome(row["status"], row, folder / results.ROW_FILE)
+
+
+def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str) -> Outcome:
+    """Leave a row that says why this cell of a sweep was not run."""
+    folder, number = claimed
+    with _row(config, folder, number) as row:
+        row |= environment.describe() | {"status": "skipped", "error_type": error_type, "error_message": reason}
+    return Outcome("skipped", row, folder / results.ROW_FILE)
+
+
+def prepare(config: Config) -> Path:
+    """Settle what the run's identity needs from this machine. Returns the results folder, made and writable."""
+    checks.check_results_dir(results_dir(config))
     checks.resolve_device(config)
-    folder, number = attempt.claim(results_dir, run_id(config))
+    return results_dir(config)
+
+
+def results_dir(config: Config) -> Path:
+    """The results folder, which need not exist yet."""
+    return Path(config.results.dir).expanduser().absolute()
+
+
+@contextmanager
+def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
+    """The row of an attempt, to be filled in the context; it is written in any case, a refusal or a bug in it."""
+    started = time.time()
     row: dict[str, Any] = {
         "run_id": run_id(config),
         "attempt": number,
+        "series_id": series_id(config),
+        "sweep": config.sweep.name or None,
+        "repeat": config.repeat,
         "system": config.system,
         "started_at": datetime.fromtimestamp(started, UTC),
         "hosts": [socket.gethostname()],
@@ -88,66 +115,62 @@ def run(config: Config) -> Outcome:
         "warmup_iterations": config.train.warmup_iterations,
         "tokens_per_iteration": tokens_per_iteration(config),
     }
-    waited_s = 0.0
     try:
-        attempt.write_json(folder / "config.json", to_dict(config))
-        row["config_json"] = (folder / "config.json").read_text()
+        row["config_json"] = json.dumps(to_dict(config))
         row |= {f"cfg.{key}": value for key, value in flatten(config).items()}
-        row |= environment.describe()
-        config.validate()
-        checks.check_machine(config)
-        checks.check_inputs(config, fetch=True)
-        restore_kernel_weights()  # what a run that died may have left
-        with _signals_raise(), kernel_weights(config.numa.placement):
-            exits, decision, waited_s = _run_ranks(config, folder)
-        reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
-        row |= nodes.columns(reports, row["hosts"][0])
-        row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
+        attempt.write_json(folder / "config.json", to_dict(config))
+        yield row
     except ConfigError as error:
-        row |= {"status": "invalid", "error_type": "ConfigError", "error_message": str(error)}
+        status = "skipped" if isinstance(error, CombinationError) and config.sweep.started_at else "invalid"
+        row |= {"status": status, "error_type": type(error).__name__, "error_message": str(error)}
     except Exception as error:
         log = folder / "internal-error.log"
         log.write_text(traceback.format_exc())
         row |= {"error_type": type(error).__name__, "error_message": f"internal error: {error}"}
-        row["log_path"] = str(log.relative_to(results_dir))
+        row["log_path"] = str(log.relative_to(folder.parents[1]))
         raise InternalError(log) from error
     except BaseException as error:
         row |= {"error_type": type(error).__name__, "error_message": f"ended by {type(error).__name__}"}
         raise
     finally:
         row["duration_s"] = time.time() - started
-        row["parent_s"] = row["duration_s"] - waited_s
+        row["parent_s"] = row["duration_s"] + row.get("parent_s", 0.0)
         results.write_row(row, folder / results.ROW_FILE)
-    return Outcome(row["status"], row, folder / results.ROW_FILE)
 
 
-def _run_ranks(config: Config, folder: Path) -> tuple[list[launch.RankExit], verdict.Verdict, float]:
-    """Start the ranks, wait for them, and say how it went."""
+def _run_ranks(
+    config: Config, folder: Path, show: Callable[[dict[str, Any]], None]
+) -> tuple[list[launch.RankExit], verdict.Verdict, float]:
+    """Start the ranks, wait for them, and say how it went and how long they were waited for."""
     kills_before = verdict.oom_kills()
+    exits: list[launch.RankExit] = []
     interrupted, in_time = None, True
-    last_beat = time.monotonic()
-    train = config.train
-    ranks = launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name)
-    wait_start = time.monotonic()
-    with ranks, Progress(train.iterations, train.warmup_iterations, tokens_per_iteration(config)) as progress:
+    last_beat = wait_start = time.monotonic()
 
-        def tick() -> None:
-            nonlocal last_beat
-            progress.show(attempt.rank_report(folder, 0))
-            if time.monotonic() - last_beat > _HEARTBEAT_S:
-                last_beat = time.monotonic()
-                os.utime(folder / "started.json")
+    def tick() -> None:
+        nonlocal last_beat
+        show(attempt.rank_report(folder, 0))
+        if time.monotonic() - last_beat > _HEARTBEAT_S:
+            last_beat = time.monotonic()
+            attempt.beat(folder)
 
-        try:
-            in_time = launch.wait(ranks, config.launch.timeout_s, tick)
-        except _Interrupted as stop:
-            interrupted = stop.name
-        waited_s = time.monotonic() - wait_start
-        ranks.end()
+    try:
+        with (
+            stop.noting(),
+            kernel_weights(config.numa.placement),
+            launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
+        ):
+            exits = ranks.exits
+            wait_start = time.monotonic()
+            with stop.raising():
+                in_time = launch.wait(ranks, config.launch.timeout_s, tick)
+    except stop.Stopped as told:
+        interrupted = told.name
+    waited_s = time.monotonic() - wait_start
     reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
     kills = verdict.oom_kills() - kills_before
-    decision = verdict.judge(ranks.exits, reports, timed_out=not in_time, interrupted=interrupted, new_oom_kills=kills)
-    return ranks.exits, decision, waited_s
+    decision = verdict.judge(exits, reports, timed_out=not in_time, interrupted=interrupted, new_oom_kills=kills)
+    return exits, decision, waited_s
 
 
 def _judged(decision: verdict.Verdict, folder: Path, results_dir: Path) -> dict[str, Any]:

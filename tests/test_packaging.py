@@ -62,6 +62,15 @@ def test_the_wheel_composes_its_own_conf_tree_in_an_unrelated_folder(from_wheel,
     assert str(ROOT) not in where.stdout.replace(str(from_wheel), "")
 
 
+def test_the_wheel_sweeps_in_an_unrelated_folder(from_wheel, tmp_path) -> None:
+    # A value that the cell refuses: a row each, without ranks.
+    line = [str(from_wheel / "ldft"), "-m", "model=nano", "train.iterations=0", "train.seed=1,2", "launch.device=cpu"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "2 cells: 2 invalid" in done.stdout, done.stdout + done.stderr
+    status = [str(from_wheel / "python"), "-m", "ldft.status"]
+    assert "2 invalid" in subprocess.run(status, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+
+
 def test_the_parent_never_imports_torch(command, tmp_path) -> None:
     interpreter, *rest = command()
     done = subprocess.run(

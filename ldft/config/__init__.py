@@ -8,8 +8,9 @@ from ldft.config.model import ModelConfig, Weights
 from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig, OffloadDevice
 from ldft.config.optimizer import OptimizerConfig, Schedule
-from ldft.config.root import Config, ResultsConfig, columns, from_dict, run_id, to_dict
+from ldft.config.root import Config, ResultsConfig, columns, from_dict, run_id, series_id, to_dict
 from ldft.config.seq_len import SeqLenConfig
+from ldft.config.sweep import Rerun, SweepConfig
 from ldft.config.train import Precision, TrainConfig
 
 __all__ = [
@@ -26,13 +27,16 @@ __all__ = [
     "OffloadDevice",
     "OptimizerConfig",
     "Precision",
+    "Rerun",
     "ResultsConfig",
     "Schedule",
     "SeqLenConfig",
+    "SweepConfig",
     "TrainConfig",
     "Weights",
     "columns",
     "from_dict",
     "run_id",
+    "series_id",
     "to_dict",
 ]

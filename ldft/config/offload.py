@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from ldft.errors import ConfigError
+from ldft.errors import CombinationError, ConfigError
 
 
 class OffloadDevice(Enum):
@@ -37,8 +37,10 @@ class OffloadConfig:
         if self.stage not in (0, 1, 2, 3):
             raise ConfigError("offload.stage", f"{self.stage} does not exist; use 0, 1, 2 or 3")
         if self.parameters is OffloadDevice.cpu and self.stage != 3:
-            raise ConfigError("offload.parameters", f"cpu needs offload.stage=3, not {self.stage}; use none or stage 3")
+            raise CombinationError(
+                "offload.parameters", f"cpu needs offload.stage=3, not {self.stage}; use none or stage 3"
+            )
         if self.optimizer is OffloadDevice.cpu and self.stage == 0:
-            raise ConfigError(
+            raise CombinationError(
                 "offload.optimizer", "cpu needs offload.stage=1, 2 or 3, not 0; use none or a higher stage"
             )

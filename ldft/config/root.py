@@ -21,11 +21,12 @@ from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig
 from ldft.config.optimizer import OptimizerConfig
 from ldft.config.seq_len import SeqLenConfig
+from ldft.config.sweep import Rerun, SweepConfig
 from ldft.config.train import Precision, TrainConfig
-from ldft.errors import ConfigError
+from ldft.errors import CombinationError, ConfigError
 
-# Keys that say where results go or how long to wait, not what is measured.
-_NOT_IDENTITY = ("results", "launch.timeout_s", "dry_run")
+# Keys that say where results go, how long to wait or what else runs, not what is measured.
+_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun", "dry_run")
 # Raised when a key's meaning changes, so that old and new results of one command line stay apart.
 _IDENTITY_VERSION = 1
 
@@ -50,6 +51,13 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     results: ResultsConfig = field(default_factory=ResultsConfig)
 
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    rerun: Rerun = Rerun.missing
+    """Which cells of a sweep run again; a single run always runs."""
+
+    repeat: int = 1
+    """Which repetition of the same measurement this is; a sweep counts it up to sweep.repeats."""
+
     system: str = ""
     """A free name for the machine, kept in the row (the seed's SYSTEM_TYPE)."""
 
@@ -58,11 +66,22 @@ class Config:
 
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
-        parts = (self.model, self.offload, self.numa, self.seq_len, self.optimizer, self.data, self.train, self.launch)
-        for part in parts:
+        for part in (
+            self.model,
+            self.offload,
+            self.numa,
+            self.seq_len,
+            self.optimizer,
+            self.data,
+            self.train,
+            self.launch,
+            self.sweep,
+        ):
             part.validate()
+        if self.repeat < 1:
+            raise ConfigError("repeat", f"{self.repeat} is too small; use 1 or more")
         if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:
-            raise ConfigError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")
+            raise CombinationError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")
         if self.launch.device is Device.auto:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
 
@@ -123,12 +142,21 @@ def flatten(config: Config) -> dict[str, Any]:
     return {key: value_of(key) for key, _ in columns()}
 
 
-def run_id(config: Config) -> str:
-    """Twelve hex digits that name what is measured: the same resolved config gives the same id."""
+def _identity(config: Config, without: tuple[str, ...] = ()) -> str:
     identity = {
         key: value
         for key, value in flatten(config).items()
-        if not any(key == name or key.startswith(name + ".") for name in _NOT_IDENTITY)
+        if not any(key == name or key.startswith(name + ".") for name in _NOT_IDENTITY + without)
     }
     text = json.dumps({"version": _IDENTITY_VERSION, **identity}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_id(config: Config) -> str:
+    """Twelve hex digits that name what is measured: the same resolved config gives the same id."""
+    return _identity(config)
+
+
+def series_id(config: Config) -> str:
+    """The same without the sequence length: runs of one series differ in nothing else."""
+    return _identity(config, without=("seq_len",))

@@ -1,0 +1,74 @@
+"""ldft's sweeper, where Hydra looks for plugins. Plans with ldft.plan, runs with ldft.sweep, launches with the chosen launcher."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class LdftSweeper(Sweeper):
+    """params: what hydra.sweeper.params means to Hydra's own sweeper: swept values by key, the grid.
+
+    points: sets of overrides that belong together, one or more cells each; they multiply with the grid.
+    """
+
+    def __init__(self, params: dict[str, Any], points: list[dict[str, Any]]) -> None:
+        self._params = params
+        self._points = points
+        self._context: HydraContext | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._task, self._config = hydra_context, task_function, config
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        assert self._context is not None
+        tree = self._context.config_loader.load_sweep_config(self._config, overrides).copy()
+        tree._set_flag(["struct", "readonly"], [False, False])
+        del tree["hydra"]
+        return tree
+
+    def _choices(self, texts: list[str]) -> tuple[dict[str, list[str]], set[str]]:
+        """Override texts by key, and the keys that have several."""
+        assert self._context is not None
+        choices, swept = {}, set()
+        for override in OverridesParser.create(config_loader=self._context.config_loader).parse_overrides(texts):
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                choices[key.lstrip("+")] = [override.input_line or key]
+                continue
+            if not override.is_discrete_sweep():
+                raise HydraException(f"{override.input_line}: a grid needs single values; use choice(), range() or a,b")
+            choices[key.lstrip("+")] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            swept.add(key.lstrip("+"))
+        return choices, swept
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Plan all cells, then run them. The exit code goes to ldft.cli, which Hydra's own return path does not reach."""
+        from ldft import cli, plan, sweep
+
+        assert self._context is not None
+
+        named = [f"{key}={value}" for key, value in self._params.items()]
+        fixed, swept = self._choices([*named, *arguments])
+        points = []
+        for point in self._points:
+            choices, several = self._choices([f"{key}={value}" for key, value in point.items()])
+            points.append(choices)
+            swept |= set(choices) | several
+        planned = plan.make(plan.grid(fixed, points), self._compose, swept, time.time())
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=self._context, task_function=self._task, config=self._config
+        )
+        # Hydra's basic launcher runs jobs in this process, and so do we: it would compose each cell a second time, from
+        # whatever the yaml files hold by then, and it swallows errors.
+        here = isinstance(launcher, BasicLauncher)
+        elsewhere = None if here else lambda cells: launcher.launch(cells, initial_job_idx=0)
+        cli.exit_codes.append(sweep.Sweep(planned, elsewhere).run())

@@ -1,0 +1,114 @@
+"""A sweep: runs the cells of a plan one after the other, whatever becomes of each.
+
+What has been done is told by the rows alone, so that a sweep that died is continued by the same command, and two may work in
+one results folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ldft import cell, checks, rows, runner, stop
+from ldft.errors import LdftError, ResultsError
+from ldft.history import History, Row
+from ldft.plan import Cell, Plan
+from ldft.sweep_view import View
+
+# Reading a loose row costs milliseconds: more than this many are merged.
+_COMPACT_AT = 200
+
+
+class Sweep:
+    """Runs a plan, cell by cell in this process, which starts each cell's own; or by a launcher that takes them elsewhere."""
+
+    def __init__(self, plan: Plan, launch_elsewhere: Callable[[list[list[str]]], None] | None = None) -> None:
+        self._plan = plan
+        self._launch_elsewhere = launch_elsewhere
+        self._results_dir = runner.results_dir(plan.configs[plan.cells[0].run_id])
+        self._history = History(self._results_dir)
+        self._view = View(plan, self._results_dir)
+        self._bugs: list[BaseException] = []
+        self._sources: tuple[Any, ...] | None = None
+
+    def run(self) -> int:
+        """Run every cell that needs it. Returns the exit code: 0 all ok or skipped, 1 not so, 130 interrupted.
+
+        Raises ResultsError where a row cannot be written: no further cell could leave one.
+        """
+        if self._plan.configs[self._plan.cells[0].run_id].dry_run:
+            return self._dry_run()
+        checks.check_results_dir(self._results_dir)
+        self._plan.save(self._results_dir)
+        self._history.refresh()
+        todo = [
+            (index, one)
+            for index, one in enumerate(self._plan.cells)
+            if not cell.has_row(self._plan.configs[one.run_id], self._history)
+        ]
+        self._view.start(self._history, len(todo))
+        if self._launch_elsewhere and todo:
+            self._launch_elsewhere([one.overrides for _, one in todo])
+        else:
+            with stop.noting(), self._view.live():
+                left = [(index, one) for index, one in todo if self._cell(index, one) is cell.Do.leave]
+                for index, one in left:  # whoever had them may have died since
+                    self._cell(index, one)
+        self._history.refresh()
+        if self._history.num_loose() >= _COMPACT_AT:
+            self._compact()
+        if self._bugs:
+            raise self._bugs[0]
+        return self._view.end(self._history, stop.noted())
+
+    def _dry_run(self) -> int:
+        from ldft import dry_run
+
+        for index, one in enumerate(self._plan.cells):
+            print(f"[{index + 1}/{len(self._plan.cells)}] {one.label}")
+            print(dry_run.describe(self._plan.configs[one.run_id]), flush=True)
+        return 0
+
+    def _cell(self, index: int, one: Cell) -> cell.Do | None:
+        """Do what the cell needs. None where it came to nothing."""
+        if stop.noted():
+            return None
+        self._view.begin(index, one)
+        done = None
+        with self._bug_kept(one):
+            done = cell.run(self._plan.configs[one.run_id], self._history, self._view.show)
+        if done is None:
+            return None
+        self._view.finish(index, one, done)
+        if done.row and done.do is cell.Do.run:
+            self._warn_of_changes(done.row)
+        if self._history.num_loose() >= _COMPACT_AT:
+            self._compact()
+        return done.do
+
+    @contextmanager
+    def _bug_kept(self, one: Cell) -> Iterator[None]:
+        """A bug of ldft in one cell, which has its row, is not to cost the others theirs; `run` raises it at the end."""
+        try:
+            yield
+        except LdftError:  # of the results folder: no cell could leave a row
+            raise
+        except Exception as error:
+            self._view.say(f"ldft: internal error in {one.label}: {type(error).__name__}: {error}")
+            self._bugs.append(error)
+
+    def _compact(self) -> None:
+        try:
+            rows.compact(self._results_dir)
+        except ResultsError as error:
+            self._view.say(f"ldft: warning: {error}")
+
+    def _warn_of_changes(self, row: Row) -> None:
+        sources = (row.get("git_commit"), row.get("git_dirty"), row.get("source_hash"))
+        if self._sources and sources != self._sources:
+            self._view.say(
+                "ldft: warning: code or config changed during the sweep, cells before and after may not compare: "
+                f"commit, dirty, source hash {self._sources} -> {sources}"
+            )
+        self._sources = sources
