@@ -63,6 +63,22 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def source_commit() -> tuple[str | None, bool | None]:
+    """Commit of the package's source and whether it was edited since; (None, None) where that is not known.
+
+    A copy that travels without its history (a wheel, a folder sent to another machine) may carry them in `ldft/commit.json`,
+    as `python -m ldft.environment` writes it: commit, and the hash of the source at that commit.
+    """
+    # A package that is installed inside somebody else's checkout is not part of it.
+    if _git("ls-files", "--error-unmatch", __file__) is not None and (commit := _git("rev-parse", "HEAD")):
+        return commit, bool(_git("status", "--porcelain"))
+    stamp = PACKAGE_DIR / "commit.json"
+    if not stamp.is_file():
+        return None, None
+    known = json.loads(stamp.read_text())
+    return known["commit"], known["source_hash"] != source_hash() or known["dirty"]
+
+
 def source_hash() -> str:
     """Twelve hex digits over the package's Python files and the config tree: tells rows of edited code apart."""
     digest = hashlib.sha256()
@@ -108,9 +124,7 @@ def topology() -> list[dict[str, Any]]:
 
 def describe() -> dict[str, Any]:
     """The environment columns of a row."""
-    # A package installed inside somebody's checkout is not part of it.
-    tracked = _git("ls-files", "--error-unmatch", __file__) is not None
-    commit = _git("rev-parse", "HEAD") if tracked else None
+    commit, dirty = source_commit()
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -119,7 +133,7 @@ def describe() -> dict[str, Any]:
             continue
     return {
         "git_commit": commit,
-        "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "git_dirty": dirty,
         "source_hash": source_hash(),
         "versions": list(versions.items()),
         "kernel": platform.release(),
@@ -130,3 +144,10 @@ def describe() -> dict[str, Any]:
         "driver": driver(),
         "topology_json": json.dumps(topology()),
     }
+
+
+if __name__ == "__main__":
+    commit, dirty = source_commit()
+    stamp = {"commit": commit, "dirty": dirty, "source_hash": source_hash()}
+    (PACKAGE_DIR / "commit.json").write_text(json.dumps(stamp))
+    print(stamp)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import signal
@@ -41,7 +42,7 @@ def cores_of_ranks(num_ranks: int) -> list[list[int]]:
     if len(cores) < num_ranks:
         return [[cores[rank % len(cores)]] for rank in range(num_ranks)]
     bounds = [rank * len(cores) // num_ranks for rank in range(num_ranks + 1)]
-    return [cores[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [cores[first:last] for first, last in itertools.pairwise(bounds)]
 
 
 class Ranks:

@@ -60,7 +60,7 @@ def build(config: Config) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "bf16": {"enabled": bf16},
         "fp16": {"enabled": False},
-        "data_types": {"grad_accum_dtype": "bf16" if bf16 and offload.stage == 3 else "fp32"},
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 else "fp32"},
         "optimizer": {"type": "AdamW", "params": parameters},
         "zero_optimization": zero,
     }

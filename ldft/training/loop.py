@@ -7,6 +7,7 @@ are that rank's. On CUDA the parts are read from events, so that nothing waits i
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class _Clock:
             self._marks.append(time.perf_counter())
 
     def differences_s(self) -> list[float]:
-        pairs = zip(self._marks, self._marks[1:], strict=False)
+        pairs = itertools.pairwise(self._marks)
         return [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs]
 
 
