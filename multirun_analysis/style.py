@@ -96,8 +96,10 @@ def node_colour(node: int) -> str:
 
 
 def length(tokens: float) -> str:
-    """4096 -> 4k, 1048576 -> 1M, 1000 -> 1000."""
+    """4096 -> 4k, 1048576 -> 1M; lengths in thousands stay as they are (128000 would read 125k)."""
     whole = int(tokens)
+    if whole % 1000 == 0:
+        return str(whole)
     if whole >= 2**20 and whole % 2**20 == 0:
         return f"{whole // 2**20}M"
     return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else str(whole)

@@ -162,7 +162,7 @@ def speedup(df: pd.DataFrame, by: str | None = None, baseline: str | None = None
         for axes, (title, part) in zip(axes_list, panels, strict=True):
             axes.axhline(1, color="#444444", linewidth=1.2)
             _speedup_panel(axes, title, part, series)
-        axes_list[0].set_ylabel("speed-up (bar: 95% confidence)")
+        axes_list[0].set_ylabel("speed-up, 95% confidence")
         handles = [*layout.line_handles(series), Line2D([], [], color="#444444", linewidth=1.2, label=f"{named} = 1")]
         handles.append(
             Line2D([], [], color="#444444", marker="o", mfc="white", linestyle="", label="no difference found")
