@@ -60,7 +60,7 @@ init_s = time.time() - start
 train = config["train"]
 shape = (train["micro_batch_size"], config["seq_len"]["tokens"])
 torch.manual_seed(1 + rank)
-times, losses = [], []
+times, steps, losses = [], [], []
 for _ in range(train["iterations"]):
     batches = [
         torch.randint(arch["vocab_size"], shape, device=device) for _ in range(train["gradient_accumulation_steps"])
@@ -72,15 +72,18 @@ for _ in range(train["iterations"]):
     for tokens in batches:
         loss = engine(input_ids=tokens, labels=tokens).loss
         engine.backward(loss)
+        step_begin = time.perf_counter()
         engine.step()
+        step_s = time.perf_counter() - step_begin
     if cuda:
         torch.cuda.synchronize()
     torch.distributed.barrier()
     times.append(time.perf_counter() - begin)
+    steps.append(step_s)
     losses.append(float(loss))
 if rank == 0:
     vram = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    out = {"iteration_s": times, "loss": losses, "init_s": init_s, "peak_vram_allocated_gib": vram}
+    out = {"iteration_s": times, "step_s": steps, "loss": losses, "init_s": init_s, "peak_vram_allocated_gib": vram}
     Path(sys.argv[3]).write_text(json.dumps(out))
 engine.destroy()
 torch.distributed.destroy_process_group()
