@@ -8,6 +8,7 @@ from pathlib import Path
 from ldft import environment
 from ldft.config import Config, Device
 from ldft.errors import ConfigError
+from ldft.memory.topology import read_topology
 
 
 def resolve_device(config: Config) -> None:
@@ -18,6 +19,7 @@ def resolve_device(config: Config) -> None:
 
 def check_machine(config: Config) -> None:
     """Raise ConfigError where the config asks for what this machine does not have."""
+    config.numa.placement.resolve(read_topology(), "numa")
     gpus = environment.gpus()
     if config.launch.device is Device.cuda:
         if not gpus:

@@ -15,10 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ldft import attempt, checks, environment, launch, results, verdict
+from ldft import attempt, checks, environment, launch, nodes, results, verdict
 from ldft.config import Config, run_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import ConfigError
+from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
 
 _HEARTBEAT_S = 10.0
@@ -94,9 +95,11 @@ def run(config: Config) -> Outcome:
         row |= environment.describe()
         config.validate()
         checks.check_machine(config)
-        with _signals_raise():
+        restore_kernel_weights()  # what a run that died may have left
+        with _signals_raise(), kernel_weights(config.numa.placement):
             exits, decision, waited_s = _run_ranks(config, folder)
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
+        row |= nodes.columns(reports, row["hosts"][0])
         row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
     except ConfigError as error:
         row |= {"status": "invalid", "error_type": "ConfigError", "error_message": str(error)}
@@ -203,6 +206,8 @@ def summary(outcome: Outcome, config: Config) -> str:
             f"[RESULT] Tokens (total): {row['tokens_per_iteration']}",
             f"[RESULT] Throughput (total): {row['tokens_per_s']:.2f} (token/s)",
         ]
+    reports = [attempt.rank_report(outcome.row_path.parent, rank) for rank in range(config.launch.num_ranks)]
+    lines += nodes.lines(row, reports)
     what = f"{config.model.name} {config.seq_len.tokens} tokens {row['device_type']} x{config.launch.num_ranks}"
     lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
     if outcome.status != "ok":

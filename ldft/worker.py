@@ -14,9 +14,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ldft import attempt
+from ldft import attempt, nodes
 from ldft.config import Config, OffloadDevice, from_dict
 from ldft.errors import LdftError
+from ldft.memory.probe import MemoryTable
 from ldft.verdict import OOM_DEVICE, OOM_HOST
 
 
@@ -66,7 +67,7 @@ def _peak_host_gib() -> float:
     return (int(fields["VmHWM"].split()[0]) - int(fields["RssFile"].split()[0])) / 2**20
 
 
-def _train(config: Config, report: _Report, rank: int, interpreter_start: float) -> None:
+def _train(config: Config, report: _Report, rank: int, interpreter_start: float, first: MemoryTable) -> None:
     report.phase("imports", "importing torch, transformers and DeepSpeed")
     import deepspeed
     import torch
@@ -118,6 +119,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float)
 
     report.train(interpreter_start)
     loop.run(config, engine, device, lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)))
+    report.put(**nodes.end(first))
     report.phase("teardown", "ending")
     engine.destroy()
     torch.distributed.destroy_process_group()
@@ -139,10 +141,13 @@ def main() -> int:
     config = from_dict(attempt.read_json(folder / "config.json"))
     report = _Report(folder, rank)
     try:
-        _train(config, report, rank, interpreter_start)
+        # Before anything imports numpy or torch: a policy is of a thread and those it starts, and only of pages to come.
+        first, policy = nodes.begin(config)
+        report.put(**policy)
+        _train(config, report, rank, interpreter_start, first)
     except BaseException as error:
         traceback.print_exc()
-        kind = "invalid" if isinstance(error, LdftError) else _kind_of(error)
+        kind = "invalid" if isinstance(error, LdftError) and not isinstance(error, MemoryError) else _kind_of(error)
         text = " ".join(str(error).split())[:500]
         report.put(error_type=type(error).__name__, error_message=text or type(error).__name__, error_kind=kind)
         return 1

@@ -55,7 +55,7 @@ class Config:
 
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
-        for part in (self.model, self.offload, self.seq_len, self.optimizer, self.train, self.launch):
+        for part in (self.model, self.offload, self.numa, self.seq_len, self.optimizer, self.train, self.launch):
             part.validate()
         if self.launch.device is Device.auto:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")

@@ -1,0 +1,100 @@
+"""How much memory may still be touched: the machine, each node, and the cgroups this process is in.
+
+A process that touches more than this is killed, not told. So callers ask here first, and again while they touch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldft.memory.topology import SYSFS, node_meminfo, read_meminfo
+
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
+# Kept free for the rest of the system and for what the estimate of the kernel misses: 1/64 of the machine, at most 1
+# GiB.
+RESERVE_SHARE, RESERVE_MOST = 64, 1 << 30
+_UNLIMITED = 1 << 60  # cgroup v1 says "no limit" by a number near 2^63
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Free:
+    """Bytes that can be had now, and which limit says so."""
+
+    bytes: int
+    limit: str
+
+
+def free_memory(
+    capacity_bytes: int | None = None, proc: Path = PROC, cgroups: Path = CGROUPS, sysfs: Path = SYSFS
+) -> Free:
+    """What this process can still touch: MemAvailable less a reserve, or what its tightest cgroup leaves.
+
+    `capacity_bytes` is for virtual machines that show less memory than they can grow to: the machine's size as the user
+    knows it, used in place of MemTotal. The cgroup's limit counts in either case.
+    """
+    info = read_meminfo(proc / "meminfo")
+    total, available = info.get("MemTotal", 0), info.get("MemAvailable", info.get("MemFree", 0))
+    if capacity_bytes is not None and capacity_bytes > total:
+        available += capacity_bytes - total
+        total = capacity_bytes
+    best = Free(bytes=max(0, available - min(RESERVE_MOST, total // RESERVE_SHARE)), limit="MemAvailable")
+    left = cgroup_left(proc, cgroups)
+    return (
+        Free(bytes=max(0, left), limit="the cgroup's memory limit") if left is not None and left < best.bytes else best
+    )
+
+
+def free_on_node(id: int, sysfs: Path = SYSFS) -> int | None:
+    """Bytes that the node can still give: free pages, and page cache that the kernel drops on demand. None: no such
+    node known."""
+    info = node_meminfo(id, sysfs)
+    if not info:
+        return None
+    cache = info.get("Active(file)", 0) + info.get("Inactive(file)", 0) + info.get("SReclaimable", 0)
+    return info.get("MemFree", 0) + cache
+
+
+def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
+    """Bytes until the tightest memory cgroup of this process is full (page cache that it can drop not counted); None:
+    no limit."""
+    left: list[int] = []
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used, stat = cgroups, "memory.max", "memory.current", "inactive_file"
+            if not (root / "cgroup.controllers").exists():
+                root = cgroups / "unified"
+        elif "memory" in controllers.split(","):
+            root, stat = cgroups / "memory", "total_inactive_file"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # Every ancestor limits too. In a container the path may be that of the host, of which only the end is visible
+        # here.
+        folder = root / path.strip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(root):
+                break
+            room = _room(place, limit, used, stat)
+            if room is not None:
+                left.append(room)
+    return min(left, default=None)
+
+
+def _room(folder: Path, limit: str, used: str, stat: str) -> int | None:
+    try:
+        most = (folder / limit).read_text().strip()
+        if most == "max" or int(most) >= _UNLIMITED:
+            return None
+        droppable = 0
+        for line in (folder / "memory.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == stat:
+                droppable = int(value)
+        return int(most) - int((folder / used).read_text()) + droppable
+    except (OSError, ValueError):
+        return None

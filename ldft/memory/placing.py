@@ -1,0 +1,248 @@
+"""Reserve, place, touch and verify one region. Everything about an allocation that needs no tensor, and no torch."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+from ldft import _native
+from ldft.memory.layout import Layout, Range, bytes_by_node, clip, plan
+from ldft.memory.limits import free_memory, free_on_node
+from ldft.memory.policy import HostMemoryError, Placement, explain, is_harmless
+from ldft.memory.topology import Topology, format_list
+
+log = logging.getLogger(__name__)
+
+# Free memory is looked at again before each slice: other processes, ranks of the same run among them, take from it too.
+SLICE = 2 << 30
+# Below this, looking costs more than it protects: the reserve that free_memory keeps is larger.
+_CHECK_FROM = 4 << 20
+# A CPU clears 5 to 10 GB/s; so many reach the memory bandwidth of any socket.
+_MOST_THREADS = 32
+
+
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    """What every allocation of this process follows."""
+
+    huge_pages: bool = True
+    """Ask for transparent huge pages; base pages where the kernel has none."""
+    capacity_gib: float | None = None
+    """This machine's memory, GiB, for virtual machines that show less and grow as it is touched; None: what the kernel
+    says."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """What was asked for one tensor and what came of it."""
+
+    placement: Placement
+    """As asked, nodes filled in."""
+    method: str
+    """What placed it: kernel (one policy), stripes (one a range), none (kind default)."""
+    bytes_needed: int
+    bytes_reserved: int
+    """Whole pages; nothing else is reserved for the tensor."""
+    ranges: int
+    """Ranges with a policy of their own."""
+    huge_pages: bool
+    """Huge pages were asked for and the kernel agreed; how many it gives is its choice."""
+    pages: dict[int, int]
+    """Base pages by node, as move_pages(2) said after touching."""
+    spilled_pages: int
+    """Pages elsewhere than asked for; 0 when strict."""
+    pinned: bool = False
+    place_s: float = 0.0
+    touch_s: float = 0.0
+    verify_s: float = 0.0
+    register_s: float = 0.0
+
+
+settings = Settings()
+
+
+def place(
+    placement: Placement, topology: Topology, needed: int, huge: bool, strict: bool
+) -> tuple[_native.Region, Report]:
+    """A region of at least `needed` bytes under a resolved placement, all of it touched and verified.
+
+    Raises HostMemoryError, with nothing left allocated, when memory is short, when the kernel refuses, and, if
+    `strict`, when a page is not where it was asked for.
+    """
+    page = _native.page_size()
+    size = -(-needed // page) * page
+    huge = huge and size >= max(1, _native.huge_page_size()) and _native.huge_page_size() > 0
+    layout = plan(placement, topology, size, huge)
+    region, report = _try(layout, placement, topology, needed, huge, strict)
+    if report.spilled_pages and layout.method == "kernel" and layout.shares is not None and placement.method == "auto":
+        # The kernel interleaves around a full node without a word, and cannot be told which page to mend. Stripes can.
+        region.release()
+        layout = plan(placement, topology, size, huge, stripes=True)
+        region, report = _try(layout, placement, topology, needed, huge, strict)
+    if report.spilled_pages:
+        text = _miss(placement, report, topology)
+        if strict and placement.kind != "preferred":
+            region.release()
+            raise HostMemoryError(f"{text}; nothing was kept. {_fix(placement)}")
+        log.warning("%s", text)
+    return region, report
+
+
+def _try(
+    layout: Layout, placement: Placement, topology: Topology, needed: int, huge: bool, strict: bool
+) -> tuple[_native.Region, Report]:
+    page = _native.page_size()
+    size = -(-needed // page) * page
+    if strict and placement.kind != "preferred":
+        _require_free_nodes(layout, placement, topology, size)
+    _require_free(placement, size)
+    started = time.perf_counter()
+    try:
+        region = _native.Region(needed, huge)
+    except OSError as error:
+        raise HostMemoryError(
+            f"{placement.describe()}: the kernel did not reserve {_gib(size)} of address space ({error.strerror}); "
+            "see ulimit -v and vm.overcommit_memory"
+        ) from error
+    # Dropping the region on the way out of any error gives everything back.
+    try:
+        if layout.method == "stripes":
+            region.place_ranges(layout.ranges)
+        elif layout.method == "kernel":
+            region.place(layout.policy, list(layout.nodes))
+    except OSError as error:
+        if not is_harmless(error, placement, topology):
+            region.release()
+            raise HostMemoryError(explain(error, "mbind", placement)) from error
+    placed = time.perf_counter()
+    _touch(region, layout, placement, topology, size)
+    touched = time.perf_counter()
+    pages, wrong = _verify(region, layout, topology, size)
+    if wrong and layout.method != "none":
+        region.bring_home(layout.ranges)
+        pages, wrong = _verify(region, layout, topology, size)
+    report = Report(
+        placement=placement,
+        method=layout.method,
+        bytes_needed=needed,
+        bytes_reserved=region.bytes,
+        ranges=len(layout.ranges),
+        huge_pages=region.huge,
+        pages=pages,
+        spilled_pages=wrong,
+        place_s=placed - started,
+        touch_s=touched - placed,
+        verify_s=time.perf_counter() - touched,
+    )
+    return region, report
+
+
+def _touch(region: _native.Region, layout: Layout, placement: Placement, topology: Topology, size: int) -> None:
+    usable = frozenset(os.sched_getaffinity(0))
+    for start in range(0, size, SLICE):
+        end = min(size, start + SLICE)
+        if start > 0:
+            try:
+                _require_free(placement, size - start)
+            except HostMemoryError:
+                region.release()
+                raise
+        region.touch(_groups(clip(layout.ranges, start, end), layout, topology, usable))
+
+
+def _groups(
+    ranges: list[Range], layout: Layout, topology: Topology, usable: frozenset[int]
+) -> list[tuple[list[Range], list[int], int]]:
+    """Ranges with the CPUs that touch them: those nearest to the node, of the ones this process may run on.
+
+    A range that wants no node in particular is touched from the CPUs nearest to all nodes allowed to it; for kind
+    default (whatever the process does) from those of the node that the caller runs on, as memset would.
+    """
+    by_cpus: dict[tuple[int, ...], list[Range]] = {}
+    for item in ranges:
+        if item[2] >= 0:
+            nodes = [item[2]]
+        elif layout.nodes:
+            nodes = list(layout.nodes)
+        else:
+            nodes = [_own_node(topology)]
+        cpus = sorted({cpu for node in nodes for cpu in topology.cpus_nearest(node, usable)})
+        by_cpus.setdefault(tuple(cpus), []).append(item)
+    return [(items, list(cpus), min(_MOST_THREADS, max(1, len(cpus)))) for cpus, items in by_cpus.items()]
+
+
+def _own_node(topology: Topology) -> int:
+    cpu = _native.current_cpu()
+    return next((node.id for node in topology.nodes if cpu in node.cpus), topology.nodes[0].id)
+
+
+def _verify(region: _native.Region, layout: Layout, topology: Topology, size: int) -> tuple[dict[int, int], int]:
+    """Pages by node, and how many are not where they were asked for."""
+    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    try:
+        pages, absent, outside = region.census(layout.ranges, threads)
+    except OSError as error:
+        if not is_harmless(error, Placement(), topology):
+            raise HostMemoryError(
+                f"move_pages: where the memory is cannot be verified ({error.strerror}); in a container allow the NUMA calls "
+                "(docker run --cap-add SYS_NICE)"
+            ) from error
+        return {topology.nodes[0].id: size // _native.page_size()}, 0
+    if absent:  # swapped out already, or a kernel that we do not understand: not a placement to rely on
+        pages[-1] = absent
+    return pages, layout.misplaced(pages, outside)
+
+
+def _require_free(placement: Placement, size: int) -> None:
+    """Refuse what would have the process killed while touching it."""
+    if size < _CHECK_FROM:
+        return
+    capacity = None if settings.capacity_gib is None else int(settings.capacity_gib * 2**30)
+    free = free_memory(capacity)
+    if size > free.bytes:
+        raise HostMemoryError(
+            f"{placement.describe()}: {_gib(size)} more asked for, {_gib(free.bytes)} free by {free.limit}; ask for less, free "
+            "memory, or, where the machine grows as memory is touched, set memory.capacity_gib"
+        )
+
+
+def _require_free_nodes(layout: Layout, placement: Placement, topology: Topology, size: int) -> None:
+    """Refuse what cannot fit on its nodes before a byte of it is touched.
+
+    On a machine of one node the check of the whole machine does this, and knows better where that grows.
+    """
+    if len(topology.nodes) == 1 or layout.method == "none" or size < _CHECK_FROM:
+        return
+    free = {node: free_on_node(node) or 0 for node in placement.nodes}
+    need = bytes_by_node(layout, size)
+    short = need is None and size > sum(free.values())
+    if need is not None:
+        short = any(need.get(node, 0) > free[node] for node in placement.nodes)
+    if short:
+        each = need or {}
+        rooms = ", ".join(
+            f"node {n}: {_gib(each[n])} of {_gib(free[n])}" if n in each else f"node {n}: {_gib(free[n])}"
+            for n in placement.nodes
+        )
+        raise HostMemoryError(
+            f"{placement.describe()}: {_gib(size)} asked for does not fit ({rooms} free); nothing was touched. {_fix(placement)}"
+        )
+
+
+def _miss(placement: Placement, report: Report, topology: Topology) -> str:
+    page = _native.page_size()
+    found = ", ".join(f"node {n}: {_gib(count * page)}" for n, count in report.pages.items())
+    free = ", ".join(f"node {n}: {_gib(free_on_node(n) or 0)}" for n in topology.memory_nodes)
+    return (
+        f"{placement.describe()}: {_gib(report.spilled_pages * page)} of {_gib(report.bytes_reserved)} went elsewhere "
+        f"(got {found}; now free {free})"
+    )
+
+
+def _fix(placement: Placement) -> str:
+    nodes = format_list(placement.nodes)
+    return f"Ask for less, free memory on node {nodes}, choose other nodes, or allow spilling (strict=False)"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"

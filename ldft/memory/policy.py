@@ -1,0 +1,244 @@
+"""Where memory shall go: one typed placement for the process and for each tensor, checked against the machine.
+
+Needs neither torch nor numpy: a worker sets its policy before it imports them, since the policy belongs to the thread
+and memory that was touched earlier stays where it is.
+"""
+
+import errno
+import platform
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from ldft import _native
+from ldft.errors import ConfigError, LdftError
+from ldft.memory.topology import SYSFS, WEIGHTS_FOLDER, Topology, format_list, read_topology
+
+KINDS = ("default", "bind", "preferred", "interleave", "weighted_interleave")
+METHODS = ("auto", "kernel", "stripes")
+NO_NUMA = 'choose from those, or see README, "Trying it without NUMA hardware"'
+
+# Numbers of the kernel's policies (linux/mempolicy.h); the flags that numactl may add are above them.
+MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFERRED_MANY, MPOL_WEIGHTED = range(7)
+_FLAGS = 0xE000
+_MOST_STRIPES_WEIGHT = 1 << 20
+_MOST_KERNEL_WEIGHT = 255
+
+
+class PlacementError(ConfigError, ValueError):
+    """A placement that is wrong in itself or on this machine. One line, for the user: key, value, what is allowed, the
+    fix."""
+
+
+class HostMemoryError(LdftError, MemoryError):
+    """Host memory that could not be had, or not where it was asked for. One line, for the user. Nothing stays
+    allocated."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Placement:
+    """Where pages shall be."""
+
+    kind: str = "default"
+    """default: whatever the process does. bind: on any of the nodes, nearest first, and nowhere else. preferred: the
+    same, but elsewhere when they are full. interleave: evenly over the nodes. weighted_interleave: in proportion to the
+    weights."""
+    nodes: tuple[int, ...] = ()
+    """Node numbers. Empty for default; for the interleaves empty means every node with memory."""
+    weights: tuple[int, ...] = ()
+    """One positive integer a node, in their order; weighted_interleave only."""
+    method: str = "auto"
+    """Who interleaves a tensor: the kernel page by page (kernel), ranges with a policy of their own (stripes), or the
+    first where it gives the shares asked for, else the second (auto)."""
+
+    def __post_init__(self) -> None:
+        # Lists come from configuration files.
+        object.__setattr__(self, "nodes", tuple(self.nodes))
+        object.__setattr__(self, "weights", tuple(self.weights))
+
+    def describe(self) -> str:
+        """Short and readable: "weighted_interleave of nodes 0,3 by 1:2"."""
+        text = self.kind
+        if self.nodes:
+            text += f" of node{'s' if len(self.nodes) > 1 else ''} {format_list(self.nodes)}"
+            if self.weights:
+                text = f"{self.kind} of nodes {','.join(map(str, self.nodes))} by {':'.join(map(str, self.weights))}"
+        return text
+
+    def shares(self) -> dict[int, float] | None:
+        """Node -> share of the bytes asked for, summing to 1; None where the placement leaves it open."""
+        if self.kind in ("bind", "preferred") and len(self.nodes) == 1:
+            return {self.nodes[0]: 1.0}
+        if self.kind in ("interleave", "weighted_interleave") and self.nodes:
+            weights = self.weights or (1,) * len(self.nodes)
+            return {node: weight / sum(weights) for node, weight in zip(self.nodes, weights, strict=True)}
+        return None
+
+    def validate(self, key: str = "numa") -> None:
+        """Raise PlacementError for what is wrong on any machine."""
+        _check_alone(self, key)
+
+    def resolve(self, topology: Topology, key: str = "numa") -> "Placement":
+        """This placement with its nodes filled in, after checking it against the machine.
+
+        Raises PlacementError, which names `key`.nodes and the like.
+        """
+        self.validate(key)
+        if self.kind == "default":
+            return self
+        nodes = self.nodes or topology.memory_nodes
+        online = tuple(node.id for node in topology.nodes)
+        for id in nodes:
+            if id not in online:
+                raise PlacementError(
+                    f"{key}.nodes",
+                    f"node {id} does not exist on this machine (online: {format_list(online)}); {NO_NUMA}",
+                )
+            if topology.node(id).total_bytes == 0:
+                raise PlacementError(
+                    f"{key}.nodes",
+                    f"node {id} has no memory (nodes with memory: {format_list(topology.memory_nodes)}); {NO_NUMA}",
+                )
+            if id not in topology.allowed:
+                raise PlacementError(
+                    f"{key}.nodes",
+                    f"node {id} is outside this process's cpuset (allowed: {format_list(topology.allowed)}); "
+                    "choose from those, or widen the cpuset (cpuset.mems of the container or job)",
+                )
+        if self.kind == "weighted_interleave" and len(self.weights) != len(nodes):
+            raise PlacementError(
+                f"{key}.weights",
+                f"{len(self.weights)} weights for {len(nodes)} nodes ({format_list(nodes)}); give one a node",
+            )
+        return replace(self, nodes=nodes)
+
+
+def _check_alone(placement: Placement, key: str) -> None:
+    """What is wrong on any machine."""
+    kind, nodes, weights = placement.kind, placement.nodes, placement.weights
+    if kind not in KINDS:
+        raise PlacementError(f"{key}.kind", f"{kind!r} is unknown; choose from {', '.join(KINDS)}")
+    if placement.method not in METHODS:
+        raise PlacementError(f"{key}.method", f"{placement.method!r} is unknown; choose from {', '.join(METHODS)}")
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in nodes):
+        raise PlacementError(f"{key}.nodes", f"{list(nodes)} must be node numbers, such as [0,3]")
+    if len(set(nodes)) != len(nodes):
+        raise PlacementError(f"{key}.nodes", f"{list(nodes)} names a node twice; name each once")
+    if kind == "default" and nodes:
+        raise PlacementError(
+            f"{key}.nodes", f"kind default takes no nodes, got {list(nodes)}; use kind bind or interleave"
+        )
+    if kind in ("bind", "preferred") and not nodes:
+        raise PlacementError(f"{key}.nodes", f"kind {kind} needs at least one node, such as [0]")
+    if kind != "weighted_interleave" and weights:
+        raise PlacementError(
+            f"{key}.weights", f"kind {kind} takes no weights, got {list(weights)}; use kind weighted_interleave"
+        )
+    for weight in weights:
+        if not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= _MOST_STRIPES_WEIGHT:
+            raise PlacementError(f"{key}.weights", f"{weight!r} must be an integer from 1 to {_MOST_STRIPES_WEIGHT}")
+
+
+def kernel_policy(placement: Placement) -> tuple[int, tuple[int, ...]]:
+    """The kernel's policy for a resolved placement.
+
+    bind becomes "preferred": a full node then spills to another one, which is seen afterwards, where MPOL_BIND has the
+    kernel kill the process. Several preferred nodes need Linux 5.15.
+    """
+    if placement.kind == "default":
+        return MPOL_DEFAULT, ()
+    if placement.kind == "interleave":
+        return MPOL_INTERLEAVE, placement.nodes
+    if placement.kind == "weighted_interleave":
+        return MPOL_WEIGHTED, placement.nodes
+    return (MPOL_PREFERRED if len(placement.nodes) == 1 else MPOL_PREFERRED_MANY), placement.nodes
+
+
+def kernel_has_weights(placement: Placement, topology: Topology) -> bool:
+    """Whether the kernel's weights are, up to a common factor, those of a resolved placement."""
+    if any(node not in topology.weights for node in placement.nodes):
+        return False
+    ratios = {Fraction(topology.weights[n], w) for n, w in zip(placement.nodes, placement.weights, strict=True)}
+    return len(ratios) == 1
+
+
+def set_process_policy(policy: Placement, topology: Topology | None = None, key: str = "numa") -> Placement:
+    """Make `policy` that of the calling thread and of all threads and processes that it starts from now on.
+
+    Call it before anything that starts threads or allocates much: what is touched already stays where it is. Returns
+    the policy with its nodes filled in. Raises PlacementError when the machine cannot do it, and HostMemoryError when
+    the kernel refuses.
+    """
+    topology = topology or read_topology()
+    placement = policy.resolve(topology, key)
+    if placement.kind == "weighted_interleave":
+        require_kernel_weights(placement, topology, key)
+    mode, nodes = kernel_policy(placement)
+    try:
+        _native.set_thread_policy(mode, list(nodes))
+    except OSError as error:
+        if not is_harmless(error, placement, topology):
+            raise HostMemoryError(explain(error, "set_mempolicy", placement)) from error
+    return placement
+
+
+def process_policy(topology: Topology | None = None) -> Placement:
+    """The policy of the calling thread as the kernel has it, whoever set it (numactl, a parent, we)."""
+    try:
+        mode, nodes = _native.thread_policy()
+    except OSError:  # no NUMA in this kernel, or the container does not let us look
+        return Placement()
+    mode &= ~_FLAGS
+    if not nodes or mode in (MPOL_DEFAULT, MPOL_LOCAL):
+        return Placement()
+    if mode == MPOL_WEIGHTED:
+        weights = (topology or read_topology()).weights
+        return Placement(
+            kind="weighted_interleave", nodes=tuple(nodes), weights=tuple(weights.get(n, 1) for n in nodes)
+        )
+    names = {MPOL_PREFERRED: "preferred", MPOL_PREFERRED_MANY: "preferred", MPOL_BIND: "bind"}
+    names[MPOL_INTERLEAVE] = "interleave"
+    return Placement(kind=names[mode], nodes=tuple(nodes)) if mode in names else Placement()
+
+
+def is_harmless(error: OSError, placement: Placement, topology: Topology) -> bool:
+    """Whether a refused call changes nothing: the only node there is was asked for."""
+    refused = error.errno in (errno.ENOSYS, errno.EPERM)
+    return refused and len(topology.nodes) == 1 and set(placement.nodes) <= {topology.nodes[0].id}
+
+
+def explain(error: OSError, call: str, placement: Placement) -> str:
+    """One line on why the kernel refused a policy."""
+    reason = {
+        errno.EPERM: "not permitted; in a container allow the NUMA calls (docker run --cap-add SYS_NICE)",
+        errno.ENOSYS: "this kernel is built without NUMA",
+        errno.EINVAL: f"Linux {platform.release()} does not know this policy, or the cpuset leaves none of the nodes",
+        errno.ENOMEM: "no memory for another mapping; raise vm.max_map_count",
+    }.get(error.errno or 0, error.strerror or str(error))
+    return f"{call}: {placement.describe()} was refused: {reason}"
+
+
+def weight_commands(placement: Placement) -> str:
+    """The shell commands, for root, that give the kernel the weights of a resolved placement."""
+    pairs = zip(placement.nodes, placement.weights, strict=True)
+    return "; ".join(f"echo {weight} > {SYSFS / WEIGHTS_FOLDER}/node{node}" for node, weight in pairs)
+
+
+def require_kernel_weights(placement: Placement, topology: Topology, key: str, *, ratio: bool = True) -> None:
+    """Raise PlacementError when the kernel cannot weight a whole process so, or, with `ratio`, does not now."""
+    if not topology.has_weighted_interleave:
+        raise PlacementError(
+            f"{key}.kind",
+            f"weighted_interleave for a whole process needs Linux 6.9 or later, this is {platform.release()}; "
+            "use kind interleave",
+        )
+    if max(placement.weights) > _MOST_KERNEL_WEIGHT:
+        raise PlacementError(
+            f"{key}.weights", f"{max(placement.weights)} is above the kernel's largest weight, {_MOST_KERNEL_WEIGHT}"
+        )
+    if ratio and not kernel_has_weights(placement, topology):
+        have = ":".join(str(topology.weights.get(n, "none")) for n in placement.nodes)
+        raise PlacementError(
+            f"{key}.weights",
+            f"the kernel's weights for nodes {','.join(map(str, placement.nodes))} are {have}, not "
+            f"{':'.join(map(str, placement.weights))}; run as root, or have root run: {weight_commands(placement)}",
+        )

@@ -1,0 +1,106 @@
+"""Where a run's memory was asked to be and where it went: read in each rank, summed over the ranks by the parent.
+
+What a rank has when its policy is set (the interpreter itself) was placed by whoever started it. So each rank reads its numa_maps
+twice, right after setting the policy and after the last iteration, and what was added in between is what the policy decided about.
+Pages of files are left out: they are where somebody read them first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from ldft.config import Config
+from ldft.memory.policy import process_policy, set_process_policy
+from ldft.memory.probe import GIB, MIB, MemoryTable, NodeMemory, process_memory
+from ldft.memory.topology import read_topology
+
+# A share further off than this is said on screen. Small processes are off by what the interpreter itself moves about.
+_TOLERANCE, _WORTH_A_WARNING = 0.05, 64 * MIB
+
+
+def begin(config: Config) -> tuple[MemoryTable, dict[str, Any]]:
+    """Set the process policy, in a rank that has not touched much yet. Returns the first reading and what to report."""
+    topology = read_topology()
+    placement = config.numa.placement
+    if placement.kind != "default":
+        placement = set_process_policy(placement, topology)
+    inherited = process_policy(topology)  # what the kernel says, whoever set it
+    asked = inherited if placement.kind == "default" else placement
+    shares = asked.shares()
+    said = {
+        "numa_policy": asked.describe(),
+        "numa_requested": None if shares is None else {str(node): share for node, share in shares.items()},
+        "numa_kernel_weights_json": json.dumps(topology.weights) if topology.weights else None,
+    }
+    return process_memory(os.getpid()), said
+
+
+def end(first: MemoryTable) -> dict[str, Any]:
+    """The second reading: memory of this rank by node, and what was added since the first."""
+    table = process_memory(os.getpid())
+    zero = NodeMemory()
+    added = {str(n): max(0, m.anonymous - first.nodes.get(n, zero).anonymous) for n, m in table.nodes.items()}
+    parts = {str(n): [m.huge, m.heap, m.stack, m.private, m.file] for n, m in table.nodes.items()}
+    return {"numa_added": added, "numa_memory": parts, "numa_process": [table.pids, table.names]}
+
+
+def table_of(reports: list[dict[str, Any]]) -> MemoryTable | None:
+    """The ranks' memory by node, summed; None while a rank has not reported it."""
+    if not all("numa_memory" in report for report in reports):
+        return None
+    table = MemoryTable(nodes={})
+    for report in reports:
+        pids, names = report["numa_process"]
+        table.pids += pids
+        table.names += names
+        for node, parts in report["numa_memory"].items():
+            memory = table.nodes.setdefault(int(node), NodeMemory())
+            for name, size in zip(("huge", "heap", "stack", "private", "file"), parts, strict=True):
+                setattr(memory, name, getattr(memory, name) + size)
+    return table
+
+
+def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
+    """The row's columns about nodes, from what the ranks reported; those that are not known are left out."""
+    first = reports[0]
+    row: dict[str, Any] = {name: first[name] for name in ("numa_policy", "numa_kernel_weights_json") if name in first}
+    table = table_of(reports)
+    if table is None:
+        return row
+    row["nodes"] = [{"host": host, **node} for node in table.rows()]
+    added: dict[int, int] = {}
+    for report in reports:
+        for node, size in report["numa_added"].items():
+            added[int(node)] = added.get(int(node), 0) + size
+    total = sum(added.values())
+    asked = first["numa_requested"]
+    row["numa_shares"] = [
+        {
+            "host": host,
+            "node": node,
+            "added_gib": added.get(node, 0) / GIB,
+            "share": added.get(node, 0) / total if total else None,
+            "requested_share": None if asked is None else asked.get(str(node), 0.0),
+        }
+        for node in sorted(added)
+    ]
+    return row
+
+
+def lines(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
+    """For the terminal: the per-node table, what was asked and achieved, and a warning where that differs."""
+    table, shares = table_of(reports), row.get("numa_shares")
+    if table is None or not shares:
+        return []
+    got = ", ".join(f"node {s['node']} {s['share']:.1%}" for s in shares if s["share"] is not None)
+    asked = ", ".join(f"node {s['node']} {s['requested_share']:.1%}" for s in shares if s["requested_share"])
+    said = [
+        table.render(),
+        f"ldft: memory policy {row['numa_policy']}: " + (f"asked {asked}; got {got}" if asked else f"got {got}"),
+    ]
+    large = sum(s["added_gib"] for s in shares) * GIB > _WORTH_A_WARNING
+    if asked and large and any(abs(s["share"] - s["requested_share"]) > _TOLERANCE for s in shares):
+        said.append("ldft: warning: the memory is not where numa= asked for it; the row has both shares (numa_shares)")
+    return said

@@ -1,0 +1,98 @@
+"""How a placement becomes policies: stripes for every page, the kernel where it is exact enough."""
+
+import random
+
+import pytest
+
+from ldft import _native
+from ldft.memory import layout
+from ldft.memory.layout import MOST_STRIPES, bytes_by_node, clip, plan
+from ldft.memory.policy import Placement
+from ldft.memory.topology import read_topology
+
+PAGE, HUGE, GIB = 4096, 2 << 20, 1 << 30
+
+
+@pytest.fixture
+def topology(sysfs, status):
+    return read_topology(sysfs, status)
+
+
+def weighted(nodes, weights, method="auto"):
+    return Placement(kind="weighted_interleave", nodes=nodes, weights=weights, method=method)
+
+
+@pytest.mark.parametrize("weights", [(1, 2), (5, 2), (255, 1), (1, 1), (1, 1000)])
+@pytest.mark.parametrize("size", [PAGE, 3 * PAGE, HUGE, 16 << 20, (256 << 20) + PAGE, 70 * GIB])
+def test_stripes_give_every_node_its_pages_exactly(topology, weights, size):
+    found = plan(weighted((0, 2), weights, "stripes"), topology, size, True)
+    assert found.method == "stripes"
+    at = 0
+    for offset, length, _ in found.ranges:
+        assert offset == at and length > 0 and length % PAGE == 0
+        at += length
+    assert at == size
+    need = bytes_by_node(found, size)
+    for node, weight in zip((0, 2), weights, strict=True):
+        assert abs(need.get(node, 0) - size * weight / sum(weights)) < PAGE
+    assert len(found.ranges) <= MOST_STRIPES
+
+
+def test_three_nodes_and_whole_huge_pages(topology):
+    found = plan(weighted((0, 1, 2), (1, 2, 3), "stripes"), topology, 256 << 20, True)
+    assert bytes_by_node(found, 256 << 20) == pytest.approx(
+        {0: (256 << 20) / 6, 1: (256 << 20) / 3, 2: 128 << 20}, abs=PAGE
+    )
+    short = [length for _, length, _ in found.ranges if length % HUGE]
+    assert len(short) <= 3  # only each node's remainder cuts a huge page
+
+
+def test_mappings_never_run_out(topology, monkeypatch):
+    used = 0
+    monkeypatch.setattr(layout._native, "usage", lambda: (0, 0, used))
+    limit = int(layout._MAP_COUNT.read_text())
+    for _ in range(2000):  # two thousand tensors of 64 GiB each
+        found = plan(weighted((0, 2), (1, 2), "stripes"), topology, 64 * GIB, True)
+        used += len(found.ranges)
+        assert bytes_by_node(found, 64 * GIB)[0] == pytest.approx(64 * GIB / 3, abs=PAGE)
+    assert used < 0.6 * limit
+
+
+def test_the_kernel_interleaves_where_it_is_exact_enough(topology):
+    def method(placement, size, huge):
+        return plan(placement, topology, size, huge).method
+
+    assert method(Placement(kind="interleave", nodes=(0, 2)), 16 << 20, True) == "kernel"
+    assert method(weighted((0, 2), (1, 2)), 16 << 20, False) == "kernel"  # its weights are 1:1:2
+    assert method(weighted((0, 2), (1, 3)), 16 << 20, False) == "stripes"  # not its weights
+    assert (
+        method(weighted((0, 2), (100, 200)), 1 << 20, False) == "stripes"
+    )  # a cut cycle of 300 pages is too much of 256
+    assert method(weighted((0, 2), (1, 2), "stripes"), 16 << 20, False) == "stripes"
+
+
+def test_what_counts_as_misplaced(topology):
+    one = plan(Placement(kind="bind", nodes=(2,)), topology, 16 << 20, True)
+    assert one.misplaced({2: 4096}, 0) == 0
+    assert one.misplaced({2: 4090, 0: 6}, 6) == 6
+    several = plan(Placement(kind="bind", nodes=(0, 2)), topology, 16 << 20, True)
+    assert several.misplaced({0: 96, 2: 4000}, 0) == 0
+    assert several.misplaced({0: 96, 1: 4000}, 0) == 4000
+    both = plan(Placement(kind="interleave", nodes=(0, 2)), topology, 16 << 20, False)
+    assert both.misplaced({0: 2048, 2: 2048}, 0) == 0
+    assert both.misplaced({0: 2049, 2: 2047}, 0) == 0  # the cut cycle
+    assert both.misplaced({0: 2050, 2: 2046}, 0) == 2
+    assert both.misplaced({0: 4096}, 0) == 2048
+    assert both.misplaced({0: 2048, 2: 2047, -1: 1}, 0) == 1  # a page without memory is nowhere
+    assert plan(Placement(), topology, 16 << 20, True).misplaced({0: 4096}, 0) == 0
+
+
+def test_clipping_keeps_every_byte():
+    rng = random.Random(1)
+    ranges = _native.make_stripes(64 << 20, HUGE, [0, 3], [1, 2])
+    for _ in range(100):
+        start, end = sorted(rng.sample(range(0, 64 << 20, PAGE), 2))
+        parts = clip(ranges, start, end)
+        assert sum(length for _, length, _ in parts) == end - start
+        assert parts[0][0] == start
+        assert all(any(o <= p[0] < o + n and p[2] == node for o, n, node in ranges) for p in parts)

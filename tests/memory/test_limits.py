@@ -1,0 +1,75 @@
+"""How much may be touched: recorded meminfo and cgroup files of version 1 and 2."""
+
+import pytest
+
+from ldft.memory.limits import cgroup_left, free_memory, free_on_node
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def proc(tmp_path, write):
+    def make(cgroup, available_gib=20, total_gib=64):
+        meminfo = f"MemTotal: {total_gib << 20} kB\nMemFree: 5 kB\nMemAvailable: {available_gib << 20} kB"
+        return write(tmp_path / "proc", {"meminfo": meminfo, "self/cgroup": cgroup})
+
+    return make
+
+
+def test_without_a_cgroup_it_is_what_is_available_less_a_reserve(tmp_path, proc):
+    free = free_memory(proc=proc("0::/"), cgroups=tmp_path / "none")
+    assert free.bytes == 20 * GIB - GIB and free.limit == "MemAvailable"
+
+
+def test_a_machine_that_grows_is_as_large_as_the_user_says(tmp_path, proc):
+    folder = proc("0::/", available_gib=20, total_gib=31)
+    assert free_memory(125 * GIB, proc=folder, cgroups=tmp_path / "none").bytes == (20 + 94) * GIB - GIB
+    assert free_memory(8 * GIB, proc=folder, cgroups=tmp_path / "none").bytes > 18 * GIB  # what is there counts
+
+
+@pytest.mark.parametrize("path", ["/job/rank", "/host/only/job/rank"])
+def test_the_tightest_ancestor_of_cgroup_v2_counts(tmp_path, proc, write, path):
+    root = write(
+        tmp_path / "cgroup",
+        {
+            "cgroup.controllers": "memory",
+            "job/memory.max": str(10 * GIB),
+            "job/memory.current": str(7 * GIB),
+            "job/memory.stat": f"anon 1\ninactive_file {GIB}",
+            "job/rank/memory.max": "max",
+            "job/rank/memory.current": str(7 * GIB),
+            "job/rank/memory.stat": "anon 1",
+        },
+    )
+    folder = proc(f"0::{path}")
+    if path == "/job/rank":
+        assert cgroup_left(folder, root) == 4 * GIB  # 3 left, and 1 of page cache that gives way
+        free = free_memory(proc=folder, cgroups=root)
+        assert free.bytes == 4 * GIB and "cgroup" in free.limit
+    else:  # a path of the host's that is not visible here limits nothing that we can read
+        assert cgroup_left(folder, root) is None
+
+
+def test_cgroup_v1(tmp_path, proc, write):
+    root = write(
+        tmp_path / "cgroup",
+        {
+            "memory/memory.limit_in_bytes": "9223372036854771712",
+            "memory/memory.usage_in_bytes": "5",
+            "memory/memory.stat": "total_inactive_file 0",
+            "memory/job/memory.limit_in_bytes": str(6 * GIB),
+            "memory/job/memory.usage_in_bytes": str(5 * GIB),
+            "memory/job/memory.stat": f"inactive_file 0\ntotal_inactive_file {GIB // 2}",
+        },
+    )
+    folder = proc("9:name=systemd:/\n4:memory:/job\n3:cpuset:/\n0::/")
+    assert cgroup_left(folder, root) == GIB + GIB // 2
+
+
+def test_a_node_gives_its_free_pages_and_its_page_cache(sysfs):
+    assert free_on_node(0, sysfs) == (1024 + 512) * 1024
+    assert free_on_node(9, sysfs) is None
+
+
+def test_this_machine():
+    assert 0 < free_memory().bytes < 1 << 50

@@ -1,0 +1,145 @@
+"""Placements: what is valid where, what the user reads when it is not, and the process's own policy."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ldft.memory.policy import (
+    MPOL_BIND,
+    Placement,
+    PlacementError,
+    kernel_has_weights,
+    kernel_policy,
+    process_policy,
+    set_process_policy,
+)
+from ldft.memory.topology import read_topology
+
+
+@pytest.fixture
+def topology(sysfs, status):
+    return read_topology(sysfs, status)
+
+
+@pytest.mark.parametrize(
+    ("placement", "line"),
+    [
+        (
+            Placement(kind="bind", nodes=(3,)),
+            'numa.nodes: node 3 does not exist on this machine (online: 0-2,5); choose from those, or see README, "Trying it '
+            'without NUMA hardware"',
+        ),
+        (Placement(kind="bind", nodes=(5,)), "numa.nodes: node 5 has no memory (nodes with memory: 0-2)"),
+        (Placement(kind="bind"), "numa.nodes: kind bind needs at least one node"),
+        (Placement(kind="interleave", nodes=(0, 0)), "numa.nodes: [0, 0] names a node twice"),
+        (Placement(kind="interleave", nodes=(-1,)), "numa.nodes: [-1] must be node numbers"),
+        (Placement(kind="default", nodes=(0,)), "numa.nodes: kind default takes no nodes"),
+        (Placement(kind="interleave", weights=(1,)), "numa.weights: kind interleave takes no weights"),
+        (
+            Placement(kind="weighted_interleave", nodes=(0, 1), weights=(1,)),
+            "numa.weights: 1 weights for 2 nodes (0-1)",
+        ),
+        (Placement(kind="weighted_interleave", weights=(1, 2)), "numa.weights: 2 weights for 3 nodes (0-2)"),
+        (Placement(kind="weighted_interleave", nodes=(0,), weights=(0,)), "numa.weights: 0 must be an integer from 1"),
+        (Placement(kind="spread"), "numa.kind: 'spread' is unknown; choose from default, bind, preferred"),
+        (Placement(kind="interleave", method="magic"), "numa.method: 'magic' is unknown"),
+    ],
+)
+def test_a_wrong_placement_is_one_line_with_key_value_and_fix(topology, placement, line):
+    with pytest.raises(PlacementError) as error:
+        placement.resolve(topology)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_a_node_outside_the_cpuset_is_named(sysfs, tmp_path):
+    status = tmp_path / "status"
+    status.write_text("Mems_allowed_list:\t0\n")
+    with pytest.raises(PlacementError, match=r"node 1 is outside this process's cpuset \(allowed: 0\)"):
+        Placement(kind="bind", nodes=(1,)).resolve(read_topology(sysfs, status))
+
+
+def test_shares(topology):
+    assert Placement(kind="bind", nodes=(2,)).shares() == {2: 1.0}
+    assert Placement(kind="bind", nodes=(0, 2)).shares() is None
+    assert Placement().shares() is None
+    assert Placement(kind="interleave").resolve(topology).shares() == pytest.approx({0: 1 / 3, 1: 1 / 3, 2: 1 / 3})
+    assert Placement(kind="weighted_interleave", nodes=[0, 2], weights=[1, 3]).shares() == {0: 0.25, 2: 0.75}
+
+
+def test_the_kernel_is_never_asked_to_bind(topology):
+    # It would kill the process when the node is full.
+    for nodes in ((0,), (0, 2)):
+        placement = Placement(kind="bind", nodes=nodes).resolve(topology)
+        assert kernel_policy(placement)[0] != MPOL_BIND
+
+
+def test_weights_of_the_kernel_match_up_to_a_factor(topology):
+    def has(nodes, weights):
+        return kernel_has_weights(Placement(kind="weighted_interleave", nodes=nodes, weights=weights), topology)
+
+    assert has((0, 2), (1, 2)) and has((2, 0), (4, 2)) and has((0, 1), (3, 3))
+    assert not has((0, 2), (2, 1)) and not has((0, 1, 2), (1, 1, 1)) and not has((0, 9), (1, 1))
+
+
+def test_the_process_cannot_be_weighted_against_the_kernels_weights(topology):
+    wanted = Placement(kind="weighted_interleave", nodes=(0, 2), weights=(1, 3))
+    with pytest.raises(PlacementError) as error:
+        set_process_policy(wanted, topology)
+    folder = "/sys/kernel/mm/mempolicy/weighted_interleave"
+    assert "are 1:2, not 1:3" in str(error.value)
+    assert f"echo 1 > {folder}/node0; echo 3 > {folder}/node2" in str(error.value)
+
+
+def in_fresh_process(code):
+    """Policies belong to threads and cannot be taken back for pages: each test in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", ["bind", "preferred", "interleave"])
+def test_the_policy_set_is_the_policy_read_in_this_thread_and_its_children(kind):
+    code = f"""
+import json, subprocess, sys, threading
+from ldft.memory.policy import Placement, process_policy, set_process_policy
+set_process_policy(Placement(kind={kind!r}, nodes=(0,)))
+seen = [process_policy().describe()]
+thread = threading.Thread(target=lambda: seen.append(process_policy().describe()))
+thread.start(); thread.join()
+child = "from ldft.memory.policy import process_policy; print(process_policy().describe())"
+seen.append(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout.strip())
+line = next(l for l in open("/proc/self/numa_maps") if "[stack]" in l or " stack " in l)
+print(json.dumps([seen, line.split()[1]]))
+"""
+    seen, kernel = in_fresh_process(code)
+    expected = {"interleave": "interleave of node 0"}.get(kind, "preferred of node 0")
+    assert seen == [expected] * 3
+    assert kernel.split(":")[0].split("=")[0] in ("interleave", "prefer")  # the kernel's word, not ours
+
+
+def test_without_a_policy_it_is_default():
+    assert (
+        in_fresh_process(
+            "import json; from ldft.memory.policy import process_policy; print(json.dumps(process_policy().kind))"
+        )
+        == "default"
+    )
+
+
+def test_importing_policy_topology_and_probe_is_light():
+    code = """
+import json, sys, time
+start = time.perf_counter()
+import ldft.memory.limits, ldft.memory.placing, ldft.memory.policy, ldft.memory.probe, ldft.memory.weights
+print(json.dumps([[m for m in ("torch", "numpy", "hydra", "omegaconf") if m in sys.modules], time.perf_counter() - start]))
+"""
+    heavy, seconds = in_fresh_process(code)
+    assert heavy == []
+    assert seconds < 2.0  # 0.05 s on an idle machine
+
+
+def test_process_policy_of_this_thread_is_readable():
+    assert process_policy().kind in ("default", "bind", "preferred", "interleave", "weighted_interleave")

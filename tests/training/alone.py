@@ -1,0 +1,72 @@
+"""Run rank processes without the parent, so that a test can put something in their way first.
+
+    python tests/training/alone.py ATTEMPT_DIR stock|skip_step|local_gradients
+
+stock: stock DeepSpeed called directly, with the weights and tokens of the config; writes rank-0.json as a worker does.
+skip_step, local_gradients: the real worker with a planted fault: the fourth update does nothing; gradients are not averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def stock(folder: Path) -> None:
+    import deepspeed
+    import torch
+
+    from ldft.config import from_dict
+    from ldft.training import data, deepspeed_config, model
+
+    config = from_dict(json.loads((folder / "config.json").read_text()))
+    settings = deepspeed_config.build(config)
+    deepspeed.init_distributed(
+        "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=0, world_size=1
+    )
+    network = model.build(config, settings, torch.device("cpu"))
+    engine, *_ = deepspeed.initialize(model=network, model_parameters=network.parameters(), config=settings)
+    losses = []
+    for iteration in range(config.train.iterations):
+        tokens = data.batch(config, iteration, 0, 0)
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    (folder / "rank-0.json").write_text(json.dumps({"loss": losses}))
+
+
+def skip_step() -> None:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    real, calls = DeepSpeedCPUAdam.step, []
+
+    def step(self: object, *arguments: object, **named: object) -> object:
+        calls.append(1)
+        return None if len(calls) == 4 else real(self, *arguments, **named)
+
+    DeepSpeedCPUAdam.step = step
+
+
+def local_gradients() -> None:
+    import torch.distributed as dist
+
+    def keep_mine(output: object, entries: object, *arguments: object, **named: object) -> None:
+        output.copy_(entries.view(-1).chunk(dist.get_world_size())[dist.get_rank()].view_as(output))
+
+    for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
+        if hasattr(dist, name):
+            setattr(dist, name, keep_mine)
+
+
+if __name__ == "__main__":
+    if sys.argv[2] == "stock":
+        stock(Path(sys.argv[1]))
+    else:
+        {"skip_step": skip_step, "local_gradients": local_gradients}[sys.argv[2]]()
+        from ldft import worker
+
+        os.environ["PYTHONUNBUFFERED"] = "1"
+        sys.exit(worker.main())

@@ -1,0 +1,133 @@
+"""Training through ldft is the training it claims to be: the same losses as a plain loop, as stock DeepSpeed, for any split.
+
+On one repeated batch, whose loss falls: with fresh random tokens it would stay, and an update that is missing would not show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ALONE = Path(__file__).with_name("alone.py")
+BASE = (
+    "model=nano",
+    "data=repeat",
+    "seq_len.tokens=96",
+    "train.iterations=10",
+    "train.warmup_iterations=1",
+    "optimizer.learning_rate=2e-3",
+)
+
+
+def relative_error(losses: list[float], reference: list[float]) -> float:
+    a, b = np.array(losses), np.array(reference)
+    assert len(a) == len(b) == 10
+    return float(np.max(np.abs(a - b) / np.abs(b)))
+
+
+def alone(config_json: str, folder: Path, what: str, ranks: int = 1) -> list[float]:
+    """Losses of rank processes started by hand (tests/training/alone.py)."""
+    folder.mkdir()
+    (folder / "config.json").write_text(config_json)
+    from ldft.training.operators import cache_dir
+
+    with tempfile.TemporaryDirectory() as rendezvous:
+        processes = []
+        for rank in range(ranks):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "LDFT_RENDEZVOUS_DIR": rendezvous,
+                "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+                "DS_ACCELERATOR": "cpu",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "TORCH_EXTENSIONS_DIR": str(cache_dir()),
+            }
+            command = [sys.executable, str(ALONE), str(folder), what]
+            with (folder / f"log-{rank}").open("w") as log:
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        codes = [process.wait(timeout=300) for process in processes]
+    assert codes == [0] * ranks, (folder / "log-0").read_text()[-3000:]
+    return json.loads((folder / "rank-0.json").read_text())["loss"]
+
+
+def plain_pytorch(config_json: str) -> list[float]:
+    """A plain loop: torch's AdamW in fp32 and torch's clipping; no DeepSpeed engine, nothing offloaded."""
+    import torch
+
+    from ldft.config import from_dict
+    from ldft.training import data, model
+
+    config = from_dict(json.loads(config_json))
+    config.offload.stage = 0
+    network = model.build(config, {}, torch.device("cpu"))
+    rates = config.optimizer
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=rates.learning_rate,
+        betas=tuple(rates.betas),
+        eps=rates.eps,
+        weight_decay=rates.weight_decay,
+    )
+    losses = []
+    for iteration in range(config.train.iterations):
+        tokens = data.batch(config, iteration, 0, 0)
+        loss = network(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), rates.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory: pytest.TempPathFactory):
+    """Row of a run with these overrides."""
+    from ldft import results
+
+    def run(*overrides: str):
+        folder = tmp_path_factory.mktemp("equality")
+        command = [sys.executable, "-m", "ldft", *BASE, f"results.dir={folder}", *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return results.read(folder).iloc[0]
+
+    return run
+
+
+def test_fp32_offloaded_training_equals_a_plain_pytorch_loop(run_once, tmp_path) -> None:
+    row = run_once("train.precision=fp32")
+    reference = plain_pytorch(row.config_json)
+    assert reference[-1] < 0.95 * reference[0], "the loss must fall, else a missing update would not show"
+    assert relative_error(row.loss, reference) < 1e-5
+    # The comparison can fail: one skipped update of ten is far outside.
+    assert relative_error(alone(row.config_json, tmp_path / "fault", "skip_step"), reference) > 1e-3
+
+
+def test_bf16_is_bit_equal_to_stock_deepspeed_called_directly(run_once, tmp_path) -> None:
+    row = run_once()
+    reference = alone(row.config_json, tmp_path / "stock", "stock")
+    assert reference[-1] < 0.95 * reference[0]
+    assert list(row.loss) == reference
+    assert alone(row.config_json, tmp_path / "fault", "skip_step") != reference
+
+
+def test_two_ranks_equal_one_with_the_same_total_batch(run_once, tmp_path) -> None:
+    one = run_once("train.micro_batch_size=2")
+    two = run_once("train.micro_batch_size=1", "launch.num_ranks=2")
+    assert one.tokens_per_iteration == two.tokens_per_iteration == 192
+    assert one.loss[-1] < 0.95 * one.loss[0]
+    assert relative_error(two.loss, one.loss) < 5e-4
+    # The comparison can fail: each rank keeping its own gradients is far outside.
+    apart = alone(two.config_json, tmp_path / "fault", "local_gradients", ranks=2)
+    assert relative_error(apart, one.loss) > 2e-3
