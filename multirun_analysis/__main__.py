@@ -19,7 +19,7 @@ def _summary_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", nargs="?", default="results", type=Path, help="results.dir of the runs (results)")
     parser.add_argument("--out", type=Path, help="folder for the figures (FOLDER/figures)")
-    parser.add_argument("--by", help="config group or key to compare, e.g. offload (numa, or the first that differs)")
+    parser.add_argument("--by", help="config group or key to compare, e.g. offload (every one in which rows differ)")
     parser.add_argument("--baseline", help="option that the others are compared with (local_only, bind_0 or default)")
     parser.add_argument("--no-figures", action="store_true", help="only the tables")
     parser.add_argument("--all", action="store_true", help="every line of every table")
@@ -50,11 +50,13 @@ def _summarise(arguments: argparse.Namespace) -> int:
     if df.empty:
         console.print(f"no rows in {arguments.folder}; python -m ldft writes one a run", soft_wrap=True)
         return 0
-    by = arguments.by or figures.choose_by(df)
-    terminal.summarise(df, by, arguments.baseline, arguments.all, console)
+    groups = [arguments.by] if arguments.by else figures.groups_to_compare(df)
+    if arguments.baseline:
+        groups = groups[:1]  # a baseline is an option of one group
+    terminal.summarise(df, groups, arguments.baseline, arguments.all, console)
     if not arguments.no_figures:
         out = arguments.out or arguments.folder / "figures"
-        written, missing = figures.write_all(df, out, by=by, baseline=arguments.baseline)
+        written, missing = figures.write_all(df, out, groups=groups, baseline=arguments.baseline)
         console.print(f"{len(written)} figure files in {out}", soft_wrap=True)
         for name, reason in missing.items():
             console.print(f"no figure {name}: {reason}", soft_wrap=True)

@@ -107,7 +107,9 @@ def _matched_on(df: pd.DataFrame, by: str) -> pd.Series:
     """One text a row that equals another row's when the two differ in nothing but `by`."""
     keys = [key for key in cell_keys(df) if key != by and not key.startswith(by + ".")]
     parts = [df[f"cfg.{key}"].map(text) for key in keys]
-    parts += [] if by == "machine" else [df["machine"]]
+    parts.append(df["machine"])
+    if by != "numa":
+        parts.append(option_label(df, "numa"))  # an inherited policy is in no config key
     joined = pd.Series("", index=df.index, dtype=object)
     for part in parts:
         joined = joined + "\x1f" + part.astype(object)

@@ -24,16 +24,16 @@ cd "$WORK" # rows record results.dir as given: a relative path tells nothing abo
 run() {
   echo "make_data: $*"
   # A failed run is a row, too; the count below says whether all are there.
-  "$PYTHON" -m ldft launch.device=cpu results.dir=results train.iterations=8 "$@" >log 2>&1 || tail -n 4 log
+  "$PYTHON" -m ldft launch.device=cpu checkpointing=gpu results.dir=results train.iterations=8 "$@" >log 2>&1 || tail -n 4 log
 }
 # Lengths outermost, so that a slow minute of the machine does not fall on one option alone.
 for tokens in 512 1024 2048; do
-  for mode in gpu none; do run model=tiny seq_len.tokens=$tokens checkpointing=$mode; done
+  run model=tiny seq_len.tokens=$tokens
+  run model=tiny seq_len.tokens=$tokens checkpointing=none
+  run model=tiny seq_len.tokens=$tokens numa=bind_0
 done
-for tokens in 512 2048; do
-  for mode in gpu none; do run model=nano seq_len.tokens=$tokens checkpointing=$mode; done
-done
-run model=tiny seq_len.tokens=4096 checkpointing=gpu
+run model=nano seq_len.tokens=1024
+run model=tiny seq_len.tokens=4096
 run model=tiny seq_len.tokens=4096 checkpointing=none launch.timeout_s=12
 
 count=$(find results -name row.parquet | wc -l)

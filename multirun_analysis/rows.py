@@ -16,7 +16,7 @@ from ldft.errors import ResultsError
 
 # Keys that say where results go, how long to wait, how often to measure or which try this is: rows that differ in
 # nothing else measure the same thing.
-_SAME_CELL = (
+SAME_CELL = (
     "results",
     "rerun",
     "dry_run",
@@ -72,7 +72,7 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
 
 def cell_keys(frame: pd.DataFrame) -> list[str]:
     """Config keys that tell what is measured: rows that agree in all of them are repeats of one cell."""
-    return [key for key in config_keys(frame) if not _under(key, _SAME_CELL)]
+    return [key for key in config_keys(frame) if not _under(key, SAME_CELL)]
 
 
 def text(value: Any) -> str:
@@ -113,6 +113,8 @@ def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
         raise ResultsError(f"no config group or key '{group}' in these rows; use one of {_groups(frame)}")
     texts = pd.DataFrame({key: frame[f"cfg.{key}"].map(text) for key in keys})
     name = f"{group}.name"
+    if group == "numa":
+        texts[name] = _inherited(frame, texts[name])
     if name in texts:
         extra = [k for k in keys if k != name and (texts.groupby(name, sort=False)[k].nunique() > 1).any()]
         return _joined(texts[name], texts[extra], group)
@@ -122,6 +124,15 @@ def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
     if len(differing) == 1:
         return texts[differing[0]]
     return _joined(pd.Series("", index=frame.index, dtype=object), texts[differing or keys], group)
+
+
+def _inherited(frame: pd.DataFrame, names: pd.Series) -> pd.Series:
+    """Policy names, where `default` says what the caller's policy was: `numactl ... python -m ldft` is no default."""
+    if "numa_policy" not in frame.columns:
+        return names
+    caller = frame["numa_policy"].astype(object)
+    known = caller.map(lambda value: isinstance(value, str) and value != "default") & (names == "default")
+    return names.where(~known, "default: " + caller.map(str))
 
 
 def _joined(first: pd.Series, others: pd.DataFrame, group: str) -> pd.Series:

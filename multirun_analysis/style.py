@@ -83,7 +83,7 @@ def styled() -> Iterator[None]:
 def policy_style(policy: str) -> tuple[str, str]:
     """(colour, marker) of a policy, by name alone. Overridden keys (`weighted_0_3 weights=[3,1]`) keep the colour."""
     name = policy.split(" ")[0]
-    known = POLICIES.get(name)
+    known = POLICIES.get(name)  # a `default: ...` that was inherited from numactl is no default
     if known and name == policy:
         return known
     place = zlib.crc32(policy.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -70,11 +71,13 @@ def _with_shares(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def summarise(df: pd.DataFrame, by: str | None, baseline: str | None, everything: bool, console: Console) -> None:
+def summarise(
+    df: pd.DataFrame, groups: Sequence[str], baseline: str | None, everything: bool, console: Console
+) -> None:
     """Print what the rows say: counts, one line a cell, the front of speed against memory, speed-ups, failures."""
     limit = None if everything else MAX_LINES
     # First of all: a group or baseline that does not exist is to be said before anything else.
-    compared = comparison.compare(df, by=by, baseline=baseline) if by is not None else pd.DataFrame()
+    comparisons = {group: comparison.compare(df, by=group, baseline=baseline) for group in groups}
     counts = ", ".join(f"{count} {status}" for status, count in df["status"].value_counts().items())
     console.print(f"{len(df)} rows: {counts}", soft_wrap=True)
     console.print(f"machine: {'; '.join(sorted(df['machine'].unique()))}", soft_wrap=True)
@@ -100,8 +103,9 @@ def summarise(df: pd.DataFrame, by: str | None, baseline: str | None, everything
     }
     _print(console, "Cells", table, columns, limit)
     _print_front(table, console, limit)
-    if by is not None and len(compared):
-        _print_compared(compared, by, console, limit)
+    for group, compared in comparisons.items():
+        if len(compared):
+            _print_compared(compared, group, console, limit)
     failed = table[table["failure"] != ""]
     if len(failed):
         heads = _headings(failed) | {"failure": "what", "error_message": "message", "log_path": "log"}

@@ -142,9 +142,16 @@ def memory_by_role(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def placement(df: pd.DataFrame) -> pd.DataFrame:
-    """Share asked for and share found, one line a run, rank, role and node, with their difference."""
-    entries = _role_entries(df)
-    entries = entries[entries["requested_share"].notna()].reset_index(drop=True)
+    """Share asked for and share found, one line a run, rank, role and node, with their difference.
+
+    A policy of the whole process has one line a node, with the role `process`; what was left open has none.
+    """
+    process = _entries(df, "numa_shares", ("host", "node", "added_gib", "share", "requested_share"))
+    total = process.groupby(["run_id", "attempt", "host"])["added_gib"].transform("sum").astype(float)
+    process = process.assign(role="process", rank=0, bytes=total * 2**30).drop(columns="added_gib")
+    roles = _role_entries(df)
+    entries = pd.concat([part for part in (process, roles) if len(part)] or [roles], ignore_index=True)
+    entries = entries.dropna(subset=["requested_share", "share"]).reset_index(drop=True)
     entries["share"] = entries["share"].astype(float)
     entries["requested_share"] = entries["requested_share"].astype(float)
     entries["difference"] = entries["share"] - entries["requested_share"]

@@ -98,6 +98,8 @@ def messages() -> list[tuple[str, str]]:
             if name in KEYED and len(call.args) == 2:
                 for turn in _loop_values(loops):
                     names = constants | turn
+                    if name == "PlacementError":
+                        names["key"] = "numa"  # whose placement it is, the caller says; roles have keys below numa
                     found.add((_text(call.args[0], names), _text(call.args[1], names)))
             elif name in PLAIN and call.args:
                 found.add(("", _text(call.args[0], constants)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ from multirun_analysis.figures.memory import (
     placement,
     predicted,
 )
-from multirun_analysis.figures.speed import choose_by, phases, speedup, throughput
+from multirun_analysis.figures.speed import groups_to_compare, phases, speedup, throughput
 
 FIGURES = {
     "throughput": throughput,
@@ -30,7 +31,7 @@ FIGURES = {
 
 __all__ = [
     "FIGURES",
-    "choose_by",
+    "groups_to_compare",
     "memory_by_node",
     "memory_by_role",
     "peak_memory",
@@ -44,18 +45,23 @@ __all__ = [
 
 
 def write_all(
-    df: pd.DataFrame, folder: Path, *, by: str | None = None, baseline: str | None = None
+    df: pd.DataFrame, folder: Path, *, groups: Sequence[str] = (), baseline: str | None = None
 ) -> tuple[list[Path], dict[str, str]]:
-    """Draw every figure that the rows allow as PNG and SVG; `by` and `baseline` are those of the speed-up.
+    """Draw every figure that the rows allow as PNG and SVG, and a speed-up of each of `groups` over its `baseline`.
 
-    Returns the files, and why each other figure is missing.
+    The first group's is `speedup`, the others' are `speedup_<group>`. Returns the files, and why each other figure is missing.
     """
     written: list[Path] = []
     missing: dict[str, str] = {}
-    for name, draw in FIGURES.items():
-        figure = speedup(df, by, baseline) if name == "speedup" else draw(df)
+
+    def write(name: str, figure: Figure | str) -> None:
         if isinstance(figure, Figure):
-            written += style.save(figure, folder, name)
+            written.extend(style.save(figure, folder, name))
         else:
             missing[name] = figure
+
+    for name, draw in FIGURES.items():
+        write(name, speedup(df, next(iter(groups), None), baseline) if name == "speedup" else draw(df))
+    for group in groups[1:]:
+        write(f"speedup_{group}", speedup(df, group, baseline))
     return written, missing

@@ -12,6 +12,8 @@ from multirun_analysis.figures import layout
 from multirun_analysis.style import length, number
 
 NOTHING = "no row to draw"
+# Speed-ups of one model over another or of one length over another answer no question.
+_NEVER_COMPARED = {"model", "numa", "seq_len", *rows.SAME_CELL}
 
 
 def throughput(df: pd.DataFrame) -> Figure | str:
@@ -118,34 +120,21 @@ def _phases_finding(df: pd.DataFrame) -> str:
     return text + (f" in the median cell, {100 * low:.0f}% to {100 * high:.0f}% over all" if high - low > 0.01 else "")
 
 
-def choose_by(df: pd.DataFrame) -> str | None:
-    """The group whose options the rows compare: the policy where several ran, else the first group that differs."""
-    if df["policy"].nunique() > 1:
-        return "numa"
-    for group in (
-        "offload",
-        "checkpointing",
-        "attention",
-        "optimizer",
-        "lora",
-        "memory",
-        "kernels",
-        "data",
-        "train",
-        "launch",
-    ):
-        if any(name.startswith(f"cfg.{group}.") for name in df.columns):
-            table = comparison.compare(df, by=group) if rows.option_label(df, group).nunique() > 1 else df.iloc[:0]
-            if len(table):
-                return group
-    return None
+def groups_to_compare(df: pd.DataFrame) -> list[str]:
+    """The config groups in which rows differ that agree in all else, the policy first: what these rows can compare."""
+    names = {name.removeprefix("cfg.").split(".")[0] for name in df.columns if name.startswith("cfg.")}
+    found = ["numa"] if df["policy"].nunique() > 1 and len(comparison.compare(df, by="numa")) else []
+    for group in sorted(names - _NEVER_COMPARED):
+        if rows.option_label(df, group).nunique() > 1 and len(comparison.compare(df, by=group)):
+            found.append(group)
+    return found
 
 
 def speedup(df: pd.DataFrame, by: str | None = None, baseline: str | None = None) -> Figure | str:
     """Speed over the baseline's against length, with 95% intervals; hollow where they hold no difference."""
     if df.empty:
         return NOTHING
-    by = by or choose_by(df)
+    by = by or next(iter(groups_to_compare(df)), None)
     if by is None:
         return "nothing to compare: the rows hold one option of every group"
     baseline = baseline or comparison.default_baseline(df, by)

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from multirun_analysis import load, style
-from multirun_analysis.figures import FIGURES, choose_by, speedup, write_all
+from multirun_analysis.figures import FIGURES, groups_to_compare, speedup, write_all
 
 LENGTHS = (4096, 8192, 16384)
 
@@ -174,7 +174,7 @@ def test_nothing_overlaps_or_is_cut(df) -> None:
 
 def test_the_same_rows_give_the_same_files(df, tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    first, missing = write_all(df, tmp_path / "a")
+    first, missing = write_all(df, tmp_path / "a", groups=["numa"])
     assert not missing and len(first) == 2 * len(FIGURES)
     again = style.save(FIGURES["throughput"](df), tmp_path / "b", "throughput")
     for path in again:
@@ -193,5 +193,5 @@ def test_without_policies_the_first_group_that_differs_is_compared(rows) -> None
     for size in (1, 2):
         rows.add(config=lambda config, size=size: setattr(config.train, "micro_batch_size", size))
     df = load(rows.folder)
-    assert choose_by(df) == "train"
+    assert groups_to_compare(df) == ["train"]
     assert isinstance(speedup(df), Figure)

@@ -9,7 +9,7 @@ from conftest import ROLE, node, role
 
 from ldft import results
 from ldft.errors import ResultsError
-from multirun_analysis import cells, load, memory_by_node, memory_by_role, pareto, phases, placement, predicted
+from multirun_analysis import cells, compare, load, memory_by_node, memory_by_role, pareto, phases, placement, predicted
 
 
 def test_every_derived_column_has_its_value(rows) -> None:
@@ -89,6 +89,32 @@ def test_memory_by_node_role_and_placement(rows) -> None:
         ["other", 0, 1.0],
     ]
     assert placement(df).difference.tolist() == [-0.25, 0.25]
+
+
+def test_process_policies_have_shares_asked_and_found(rows) -> None:
+    shares = [
+        {"host": "h", "node": 0, "added_gib": 3.0, "share": 0.6, "requested_share": 0.5},
+        {"host": "h", "node": 3, "added_gib": 2.0, "share": 0.4, "requested_share": 0.5},
+    ]
+    open_ended = [{"host": "h", "node": 0, "added_gib": 3.0, "share": 1.0, "requested_share": None}]
+    rows.add(policy="interleave_0_3", numa_shares=shares)
+    rows.add(policy="default", numa_shares=open_ended)
+    table = placement(load(rows.folder))
+    assert table[["policy", "role", "node"]].values.tolist() == [
+        ["interleave_0_3", "process", 0],
+        ["interleave_0_3", "process", 3],
+    ]
+    assert table.difference.tolist() == pytest.approx([0.1, -0.1])
+
+
+def test_a_policy_inherited_from_numactl_is_no_default(rows) -> None:
+    rows.add(numa_policy="default", iteration_s=[1.0, 1.01, 0.99])
+    rows.add(numa_policy="interleave over 0,3", attempt=2, iteration_s=[0.5, 0.51, 0.49])
+    df = load(rows.folder)
+    assert df.policy.tolist() == ["default", "default: interleave over 0,3"]
+    assert len(cells(df)) == 2
+    line = compare(df).iloc[0]
+    assert line.baseline == "default" and line.speedup == pytest.approx(2.0)
 
 
 def test_predictions_stand_beside_what_was_measured(rows) -> None:
