@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make multirun_analysis/data/ anew: twelve real runs of tiny models on this machine's CPU (minutes), one of which is
-# made to exceed its time limit. Then execute the notebooks on it. Run it from a clean checkout, and commit what it writes:
+# made to exceed its time limit. Then execute the notebooks on it and draw the README's figure. Run it from a clean checkout, and commit what it writes:
 #
 #     sh multirun_analysis/make_data.sh
 set -eu
@@ -43,5 +43,9 @@ for row in $(cd results && find . -name row.parquet); do
   mkdir -p "$DATA/$(dirname "$row")"
   cp "results/$row" "$DATA/$row"
 done
+cd "$DATA/../.."
 "$PYTHON" -m multirun_analysis.notebooks
-echo "make_data: 12 rows in multirun_analysis/data and both notebooks executed; look at them, then commit"
+"$PYTHON" -m multirun_analysis multirun_analysis/data --out "$WORK/figures" >/dev/null
+mkdir -p docs/figures
+cp "$WORK/figures/throughput.png" docs/figures/ # the README's picture
+echo "make_data: 12 rows in multirun_analysis/data, notebooks executed, the README's figure drawn; look at them, then commit"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,9 @@ SAME_CELL = (
 )
 # These have columns of their own.
 _NAMED = ("model", "numa", "seq_len", "launch.device")
+
+# Keys that say what their group says: `checkpointing.mode=gpu` is checkpointing=gpu.
+_ALONE = ("mode", "name", "kind")
 
 # What a failed cell says in a figure.
 FAILURE_LABELS = {"oom_device": "OOM", "oom_host": "host OOM"}
@@ -109,6 +111,8 @@ def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
     keys that differ at all.
     """
     keys = [key for key in config_keys(frame) if _under(key, (group,))]
+    # Seeds and counts in a group (`train.seed`) make no option, unless they are asked for by name.
+    keys = [key for key in keys if key == group or _under(group, SAME_CELL) or not _under(key, SAME_CELL)]
     if not keys:
         raise ResultsError(f"no config group or key '{group}' in these rows; use one of {_groups(frame)}")
     texts = pd.DataFrame({key: frame[f"cfg.{key}"].map(text) for key in keys})
@@ -121,9 +125,14 @@ def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
     if keys == [group]:
         return texts[group]
     differing = [key for key in keys if texts[key].nunique() > 1]
-    if len(differing) == 1:
+    if len(differing) == 1 and differing[0].rpartition(".")[2] in _ALONE:
         return texts[differing[0]]
     return _joined(pd.Series("", index=frame.index, dtype=object), texts[differing or keys], group)
+
+
+def option_name(group: str, option: str) -> str:
+    """An option as people write it: `cxl_aware`, `checkpointing=gpu`, `micro_batch_size=4`."""
+    return option if group == "numa" or "=" in option else f"{group}={option}"
 
 
 def _inherited(frame: pd.DataFrame, names: pd.Series) -> pd.Series:
@@ -160,7 +169,7 @@ def _variant(frame: pd.DataFrame) -> pd.Series:
         seen.append(codes)
         # `checkpointing.mode` says enough as `checkpointing`, `launch.num_ranks` as `num_ranks`.
         head, _, tail = key.rpartition(".")
-        name = head if tail in ("mode", "name", "kind") and head else tail
+        name = head if tail in _ALONE and head else tail
         label = label + f" {name}=" + values
     return label.str.strip().astype(object)
 
@@ -233,9 +242,3 @@ def versions_of(frame: pd.DataFrame) -> list[str]:
         name = commit[:12] + ("+" if dirty else "") if isinstance(commit, str) else "unknown"
         found.setdefault(name)
     return list(found)
-
-
-def topology(row: pd.Series) -> list[dict[str, Any]]:
-    """The row's NUMA nodes: node, cpus, memory_gib, distances."""
-    nodes: list[dict[str, Any]] = json.loads(row.topology_json) if isinstance(row.topology_json, str) else []
-    return nodes

@@ -138,7 +138,7 @@ def _print_compared(compared: pd.DataFrame, by: str, console: Console, limit: in
     heads = {name: head for name, head in _headings(compared).items() if name != {"numa": "policy"}.get(by)}
     heads |= {"option": by, "runs": "runs", "speedup": "speed-up", "interval": "95% interval", "basis": "basis"}
     heads |= {"verdict": f"against {compared['baseline'].iloc[0]}"}
-    _print(console, f"Speed-up over {by}={compared['baseline'].iloc[0]}", lines, heads, limit)
+    _print(console, f"Speed-up over {rows.option_name(by, compared['baseline'].iloc[0])}", lines, heads, limit)
 
 
 def print_diff(table: pd.DataFrame, commits: tuple[list[str], list[str]], everything: bool, console: Console) -> None:

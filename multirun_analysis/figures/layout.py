@@ -20,10 +20,14 @@ from matplotlib.patches import Patch
 from multirun_analysis import style
 
 # More bars than these in a figure cannot be read at half width; each panel gets its part, but some at least.
-MAX_BARS = 24
+MAX_BARS = 16
 _LEAST_BARS = 8
 # More panels than these make no figure; the first ones (in the order of the table) are drawn and the title says so.
 MAX_PANELS = 6
+# Heights in points: of the data part of a panel, and of what stands around it (title, ticks, label).
+_DATA_PT, _AROUND_PT = 125, 65
+# In the band of failed cells: the step from cross to cross, a line of text, and the width of a letter.
+_CROSS_PT, _LINE_PT, _LETTER_PT = 11, 10.5, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +80,11 @@ def cell_name(cell: Any) -> str:
     return f"{name} {cell.variant}".strip()
 
 
-def grid(count: int, row_height_in: float = 2.9, rows: int | None = None) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, two a line (or in `rows` lines)."""
-    columns = min(count, 2) if rows is None else -(-count // rows)
-    lines = rows or -(-count // columns)
-    figure = Figure(figsize=(style.WIDTH_IN, row_height_in * lines + 1.1))
+def grid(count: int, band_pt: float = 0) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, two a line, each with room for a band of failed cells of `band_pt` points."""
+    columns = min(count, 2)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(style.WIDTH_IN, lines * (_DATA_PT + _AROUND_PT + band_pt) / 72))
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for spare in axes[count:]:
         spare.set_visible(False)
@@ -88,13 +92,18 @@ def grid(count: int, row_height_in: float = 2.9, rows: int | None = None) -> tup
 
 
 def finish(figure: Figure, finding: str, handles: Sequence[Line2D | Patch] = ()) -> Figure:
-    """Put the finding on top, wrapped to the width, and one legend for all panels below."""
+    """Put the finding on top, wrapped to the width, and one legend for all panels below; the figure grows by both."""
     font = FontProperties(family="DejaVu Sans", weight="bold", size=12)
-    figure.suptitle(_wrapped(finding, font, 0.97 * 72 * style.WIDTH_IN), x=0.01, ha="left", fontproperties=font)
+    title = _wrapped(finding, font, 0.97 * 72 * style.WIDTH_IN)
+    figure.suptitle(title, x=0.01, ha="left", fontproperties=font)
+    lines = 0
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = max(1, min(len(handles), int(78 / (longest + 7))))
+        lines = -(-len(handles) // columns)
         figure.legend(handles=list(handles), loc="outside lower left", ncols=columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * (title.count("\n") + 1) + 0.21 * lines + 0.15)
     return figure
 
 
@@ -119,6 +128,45 @@ def colour_handles(colours: dict[str, str]) -> list[Patch]:
     return [Patch(facecolor=colour, label=name) for name, colour in colours.items()]
 
 
+def _columns_of_failures(part: pd.DataFrame) -> list[tuple[int, pd.DataFrame, list[str]]]:
+    """(length, failed cells, what happened, a word a line) of each length at which a cell failed."""
+    failed = part[part["failure"] != ""]
+    found = []
+    for tokens, group in failed.groupby("seq_len_tokens", sort=True):
+        group = group.sort_values(["failure", "policy", "variant"])
+        found.append(
+            (int(tokens), group, [word for label in sorted(set(group["failure"])) for word in label.split(" ")])
+        )
+    return found
+
+
+def _upright(part: pd.DataFrame, words: Sequence[str], columns: int) -> bool:
+    """Whether labels of neighbouring lengths would run into each other, so that they have to stand upright."""
+    octaves = np.log2(part["seq_len_tokens"].max() / part["seq_len_tokens"].min()) + 1.2
+    lengths = np.sort(part["seq_len_tokens"].unique())
+    closest = np.log2(lengths[1:] / lengths[:-1]).min() if len(lengths) > 1 else octaves
+    room_pt = closest * (0.86 * 72 * style.WIDTH_IN / columns - 20) / octaves
+    return bool(max(map(len, words), default=0) * _LETTER_PT > room_pt)
+
+
+def _band(part: pd.DataFrame, columns: int) -> tuple[float, float, bool]:
+    """Points that the crosses and the words of a panel need, and whether the words stand upright."""
+    failures = _columns_of_failures(part)
+    if not failures:
+        return 0.0, 0.0, False
+    upright = _upright(part, [word for _, _, words in failures for word in words], columns)
+    letters = max(len(" ".join(words)) for _, _, words in failures)
+    lines = max(len(words) for _, _, words in failures)
+    crosses = _CROSS_PT * (max(len(group) for _, group, _ in failures) + 0.7)
+    return crosses, letters * _LETTER_PT + 6 if upright else lines * _LINE_PT + 3, upright
+
+
+def band_points(panels: Sequence[tuple[str, pd.DataFrame]], columns: int | None = None) -> float:
+    """Height of the highest band of failed cells among the panels."""
+    columns = columns or min(len(panels), 2)
+    return max(sum(_band(part, columns)[:2]) for _, part in panels)
+
+
 def failed_band(axes: Axes, part: pd.DataFrame, series: Sequence[Series]) -> None:
     """Mark the failed cells of a panel in a band under zero: a cross a cell at its length, what happened below it.
 
@@ -126,39 +174,27 @@ def failed_band(axes: Axes, part: pd.DataFrame, series: Sequence[Series]) -> Non
     """
     largest = axes.dataLim.ymax
     top = 1.08 * largest if np.isfinite(largest) and largest > 0 else 1.0
-    failed = part[part["failure"] != ""]
-    if failed.empty:
-        axes.set_ylim(0, top)
+    spec = axes.get_subplotspec()
+    assert spec is not None, "panels are made by grid()"
+    crosses_pt, words_pt, upright = _band(part, spec.get_gridspec().ncols)
+    axes.set_ylim(0, top)
+    if not crosses_pt:
         return
-    upright = part["seq_len_tokens"].nunique() > 6  # labels of neighbouring lengths would run into each other
-    columns = [
-        (tokens, group.sort_values(["failure", "policy", "variant"]), _lines(group["failure"]))
-        for tokens, group in failed.groupby("seq_len_tokens", sort=True)
-    ]
-    cross, line = 0.07 * top, 0.105 * top
-    crosses = cross * (max(len(group) for _, group, _ in columns) + 0.6)
-    words = 0.3 * top if upright else line * max(len(lines) for _, _, lines in columns)
-    bottom = -crosses - words
+    point = top / _DATA_PT
+    bottom = -(crosses_pt + words_pt) * point
     axes.axhspan(bottom, 0, color=style.FAILED, alpha=0.07, linewidth=0)
     axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set_ylim(bottom, top)
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top])
-    for tokens, group, lines in columns:
+    axes.set_ylim(bottom, top)
+    for tokens, group, words in _columns_of_failures(part):
         for row, (_, cell) in enumerate(group.iterrows()):
             owner = next(s for s in series if (s.policy, s.variant) == (cell.policy, cell.variant))
-            (mark,) = axes.plot(
-                [tokens], [-cross * (row + 0.8)], marker="x", color=owner.colour, markersize=6.5, markeredgewidth=2.2
-            )
+            y = -_CROSS_PT * (row + 0.75) * point
+            (mark,) = axes.plot([tokens], [y], marker="x", color=owner.colour, markersize=6.5, markeredgewidth=2.2)
             mark.set_gid(f"failed|{cell.model}|{owner.label}|{cell.failure}")
-        text = " ".join(lines) if upright else "\n".join(lines)
-        axes.annotate(
-            text, (tokens, -crosses), ha="center", va="top", fontsize=8, rotation=90 * upright, color=style.FAILED
-        )
-
-
-def _lines(failures: pd.Series) -> list[str]:
-    """The different labels of a column of crosses, in their order, a word a line."""
-    return [word for label in sorted(set(failures)) for word in str(label).split(" ")]
+        text = " ".join(words) if upright else "\n".join(words)
+        place = (tokens, -crosses_pt * point)
+        axes.annotate(text, place, ha="center", va="top", fontsize=8, rotation=90 * upright, color=style.FAILED)
 
 
 def failures_text(table: pd.DataFrame) -> str:
@@ -187,7 +223,10 @@ def bars(
             patch.set_gid(f"{label}|{name}")
         left = left + widths
     widest = float(left.max()) if len(left) else 0.0
-    axes.set_xlim(0, (widest or 1.0) * 1.22)  # room for the notes
+    # The longest note has room beside the longest bar.
+    width_pt = 72 * style.WIDTH_IN - 5.6 * max(map(len, labels)) - 20
+    room = (5.4 * max(map(len, notes)) + 8) / max(width_pt, 100)
+    axes.set_xlim(0, (widest or 1.0) / max(1 - room, 0.4))
     for place, end, note in zip(places, left, notes, strict=True):
         failed = bool(note) and end == 0
         axes.annotate(
@@ -229,7 +268,7 @@ def _longest(part: pd.DataFrame, most: int) -> tuple[pd.DataFrame, str]:
 def bar_figure(counts: Sequence[int]) -> tuple[Figure, list[Axes]]:
     """One panel above another, as high as their bars need."""
     heights = [0.30 * count + 0.75 for count in counts]
-    figure = Figure(figsize=(style.WIDTH_IN, sum(heights) + 1.3))
+    figure = Figure(figsize=(style.WIDTH_IN, sum(heights) + 0.3))
     axes = figure.subplots(len(counts), 1, squeeze=False, height_ratios=heights).ravel()
     return figure, list(axes)
 

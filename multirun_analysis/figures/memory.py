@@ -91,7 +91,7 @@ def peak_memory(df: pd.DataFrame) -> Figure | str:
     with style.styled():
         # Both quantities of a model stand beside each other.
         places = [(name, panel) for panel in panels for name in present]
-        figure, axes_list = layout.grid(len(places), 2.7)
+        figure, axes_list = layout.grid(len(places), layout.band_points(panels, columns=min(len(places), 2)))
         for axes, (name, (title, part)) in zip(axes_list, places, strict=True):
             _peak_panel(axes, name, title, part, series)
             axes.set_ylabel(quantities[name])
@@ -144,7 +144,7 @@ def placement(df: pd.DataFrame) -> Figure | str:
     worst = table.assign(off=table["difference"].abs()).groupby(lines)["off"].max()
     order = worst.sort_values(ascending=False, kind="stable").index[:_MAX_LINES]
     with style.styled():
-        figure = Figure(figsize=(style.WIDTH_IN, 0.30 * len(order) + 2.0))
+        figure = Figure(figsize=(style.WIDTH_IN, 0.30 * len(order) + 0.8))
         axes = figure.subplots()
         labels = []
         cells_differ = len({key[:-1] for key in order}) > 1
@@ -186,7 +186,7 @@ def predicted(df: pd.DataFrame) -> Figure | str:
         return "no ok row carries a memory prediction"
     with style.styled():
         quantities = sorted(table["quantity"].unique())
-        figure, axes_list = layout.grid(len(quantities), 3.2)
+        figure, axes_list = layout.grid(len(quantities))
         series = layout.series_of(table)
         for axes, quantity in zip(axes_list, quantities, strict=True):
             part = table[table["quantity"] == quantity]

@@ -24,7 +24,7 @@ def throughput(df: pd.DataFrame) -> Figure | str:
     with style.styled():
         panels = layout.panels_of(table)[: layout.MAX_PANELS]
         series = layout.series_of(table)
-        figure, axes_list = layout.grid(len(panels))
+        figure, axes_list = layout.grid(len(panels), layout.band_points(panels))
         for axes, (title, part) in zip(axes_list, panels, strict=True):
             _throughput_panel(axes, title, part, series)
         axes_list[0].set_ylabel("throughput (tokens/s)")
@@ -142,7 +142,7 @@ def speedup(df: pd.DataFrame, by: str | None = None, baseline: str | None = None
     ok = table[table["speedup"].notna()]
     if ok.empty:
         return f"no cell ran to its end with {by}={baseline} and with another option"
-    named = baseline if by == "numa" or "=" in baseline else f"{by}={baseline}"
+    named = rows.option_name(by, baseline)
     with style.styled():
         panels = layout.panels_of(ok)[: layout.MAX_PANELS]
         # The series of all cells, so that a series looks as it does in the other figures.
@@ -188,7 +188,7 @@ def _speedup_finding(ok: pd.DataFrame, by: str, baseline: str) -> str:
     said = ", ".join(f"{count} {name}" for name, count in counts.sort_index().items())
     pairs = "1 pair" if len(ok) == 1 else f"{len(ok)} pairs"
     if best.verdict == "faster":
-        option = best.option if by == "numa" or "=" in best.option else f"{by}={best.option}"
+        option = rows.option_name(by, best.option)
         where = f"{best.model} {length(best.seq_len_tokens)}"
         return f"Up to {best.speedup:.2f} times as fast as {baseline}: {option} ({where}); of {pairs} {said}"
     return f"Nothing is faster than {baseline} for certain; of {pairs} {said}"

@@ -80,7 +80,7 @@ def host_memory(df: pd.DataFrame) -> Figure:
     labels += [f"{row.model} {style.length(row.seq_len_tokens)} {row.policy}, ours" for row in ours.itertuples()]
     ratios = [*theirs["host_over_need"], *ours["host_over_need"]]
     with style.styled():
-        figure = Figure(figsize=(style.WIDTH_IN, 0.28 * len(labels) + 1.9))
+        figure = Figure(figsize=(style.WIDTH_IN, 0.28 * len(labels) + 0.8))
         axes = figure.subplots()
         colours = [style.OTHERS[0]] * len(theirs) + [style.OTHERS[1]] * len(ours)
         for place, (ratio, colour) in enumerate(zip(ratios, colours, strict=True)):

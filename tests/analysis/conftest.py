@@ -67,7 +67,8 @@ class Rows:
         }
         if times:
             median = sorted(times[2:])[len(times[2:]) // 2]
-            row |= {"iteration_s": times, "iteration_median_s": median, "tokens_per_s": tokens / median}
+            speed = columns.get("tokens_per_iteration", tokens) / median
+            row |= {"iteration_s": times, "iteration_median_s": median, "tokens_per_s": speed}
             for phase, part in (("forward", 0.3), ("backward", 0.6), ("step", 0.1)):
                 row[f"{phase}_s"] = [part * time for time in times]
             row["peak_host_gib"] = 2.0

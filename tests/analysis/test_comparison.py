@@ -107,6 +107,14 @@ def test_other_groups_compare_by_what_differs(rows) -> None:
     assert line.option == "4" and line.speedup == pytest.approx(4.0)
 
 
+def test_seeds_and_counts_are_no_options(rows) -> None:
+    for size in (1, 4):
+        for seed in (0, 1):
+            rows.add(config=lambda config, size=size: setattr(config.train, "micro_batch_size", size), seed=seed)
+    table = compare(load(rows.folder), by="train", baseline="micro_batch_size=1")
+    assert table[["option", "runs", "baseline_runs"]].values.tolist() == [["micro_batch_size=4", 2, 2]]
+
+
 def test_an_unknown_baseline_or_group_names_what_there_is(rows) -> None:
     rows.add(policy="default")
     with pytest.raises(ResultsError, match=r"no row has numa=cxl; use one of default"):

@@ -172,11 +172,28 @@ def test_nothing_overlaps_or_is_cut(df) -> None:
             assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes)), name
 
 
+def test_failures_have_room_where_lengths_are_many(rows) -> None:
+    """Nine lengths, several failures at one of them: the words stay in the band, beside each other."""
+    for place, tokens in enumerate(1024 * 2**k for k in range(9)):
+        rows.add(tokens=tokens, policy="default", status="oom_host" if place > 6 else "ok")
+        rows.add(tokens=tokens, policy="striped", status="skipped" if place > 6 else "ok")
+        rows.add(tokens=tokens, policy="striped", seed=1, status="interrupted" if place > 5 else "ok")
+    figure = FIGURES["throughput"](load(rows.folder))
+    with style.styled():
+        FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.x0)
+    assert len(boxes) == 3
+    assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))
+    assert all(box.y0 >= axes.bbox.y0 - 1 for box in boxes)
+
+
 def test_the_same_rows_give_the_same_files(df, tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    first, missing = write_all(df, tmp_path / "a", groups=["numa"])
+    some = df[df.model.eq("llama3_8b") & df.seq_len_tokens.gt(4096)]
+    first, missing = write_all(some, tmp_path / "a", groups=["numa"])
     assert not missing and len(first) == 2 * len(FIGURES)
-    again = style.save(FIGURES["throughput"](df), tmp_path / "b", "throughput")
+    again = style.save(FIGURES["throughput"](some), tmp_path / "b", "throughput")
     for path in again:
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name
     assert dict(mpl.rcParams) == before  # the caller's settings are left alone
