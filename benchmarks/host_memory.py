@@ -176,7 +176,11 @@ def report(samples: list[dict[str, Any]], limit: dict[str, float], pin: bool) ->
             print(f"{median(way, gib, 'h2d_gb_per_s'):>10.1f}{median(way, gib, 'd2h_gb_per_s'):>10.1f}" if pin else "")
         parts = {key: median("ours", gib, key) for key in ("place_s", "touch_s", "verify_s", "register_s")}
         print("ours, by part: " + ", ".join(f"{name[:-2]} {value:.3f} s" for name, value in parts.items()))
-        print(f"touching alone: {median(SEED, gib, 'touch_s') / parts['touch_s']:.1f}x faster than the seed's memset")
+        ratio = median(SEED, gib, "touch_s") / parts["touch_s"]
+        best = {w: min(x["touch_s"] for x in samples if x["way"] == w and x["gib"] == gib) for w in ("ours", SEED)}
+        print(
+            f"touching alone: {ratio:.1f}x faster than the seed's memset (medians), {best[SEED] / best['ours']:.1f}x at best"
+        )
 
 
 def main() -> None:
@@ -187,6 +191,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--budget-s", type=float, default=170, help="no further round once it would pass this (default 170)"
+    )
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="each way once unmeasured right before it is measured: for virtual machines that take freed memory back",
     )
     parser.add_argument("--max-rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("host_memory.parquet"))
@@ -201,6 +210,8 @@ def main() -> None:
     allocator.settings.capacity_gib = arguments.grow or None
 
     limit = limits(min(8.0, *arguments.gib))
+    # Unmeasured: the first registration of this size also builds page tables that later ones find.
+    measure("ours", ways["ours"], int(max(arguments.gib) * GIB), pin)
     samples: list[dict[str, Any]] = []
     began, cost, rounds = time.perf_counter(), dict.fromkeys(arguments.gib, 0.0), dict.fromkeys(arguments.gib, 0)
     while True:
@@ -214,6 +225,8 @@ def main() -> None:
         turn = rounds[gib] % len(names)
         start = time.perf_counter()
         for name in names[turn:] + names[:turn]:
+            if arguments.warm:
+                measure(name, ways[name], int(gib * GIB), False)
             samples.append(measure(name, ways[name], int(gib * GIB), pin) | {"round": rounds[gib]})
         cost[gib] = time.perf_counter() - start
         rounds[gib] += 1

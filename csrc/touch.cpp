@@ -184,19 +184,19 @@ void bring_home(std::uintptr_t base, const std::vector<Range>& ranges) {
   const std::size_t page = page_size();
   for (const Piece& piece : cut(base, ranges)) {
     if (piece.node < 0) continue;
-    const auto astray = [&] {
-      std::vector<void*> pages;
-      const std::vector<int> nodes = nodes_of_pages(piece.address, piece.bytes);
-      for (std::size_t i = 0; i < nodes.size(); ++i) {
-        if (nodes[i] != piece.node) pages.push_back(reinterpret_cast<void*>(piece.address + i * page));
-      }
-      return pages;
-    };
-    std::vector<void*> pages = astray();
+    const std::vector<int> nodes = nodes_of_pages(piece.address, piece.bytes);
+    std::vector<void*> pages;
+    for (std::size_t i = 0; i < nodes.size(); ++i) {
+      if (nodes[i] >= 0 && nodes[i] != piece.node) pages.push_back(reinterpret_cast<void*>(piece.address + i * page));
+    }
     if (pages.empty()) continue;
     const std::vector<int> targets(pages.size(), piece.node);
     move_pages_to(pages.data(), pages.size(), targets.data());
-    if (astray().size() == pages.size()) return;  // the node is full
+    // Moved pages are at home, and split ones may be gone; if all are where they were, the node is full.
+    const std::vector<int> now = nodes_of_pages(piece.address, piece.bytes);
+    const auto stayed =
+        std::count_if(now.begin(), now.end(), [&](int node) { return node >= 0 && node != piece.node; });
+    if (static_cast<std::size_t>(stayed) == pages.size()) return;
   }
 }
 

@@ -24,9 +24,10 @@ from ldft.memory.placing import Report, place, settings
 from ldft.memory.policy import HostMemoryError, Placement, is_harmless
 from ldft.memory.topology import Topology, read_topology
 
-# One cudaHostRegister of 512 GiB or more fails on current drivers (its page table passes 2^31 bytes); 64 GiB is far
-# from that.
-REGISTER_CHUNK = 64 << 30
+# A copy that crosses from one registration into the next fails (cudaErrorInvalidValue, seen on an H200 with driver 580), so a
+# region is one registration wherever the driver can do it: one of 512 GiB or more fails (its page table passes 2^31 bytes).
+# Above this size a region is several, and a single copy must not cross a multiple of it.
+REGISTER_CHUNK = 256 << 30
 
 _reports: dict[int, Report] = {}
 _registered: dict[int, list[int]] = {}

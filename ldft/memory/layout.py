@@ -46,18 +46,22 @@ class Layout:
     tolerance: float = 0
 
     def misplaced(self, pages: dict[int, int], outside_range: int) -> int:
-        """Pages that are not where they were asked for, from the pages found by node and those outside their range's
-        node."""
-        if self.allowed is not None:
-            outside = sum(count for node, count in pages.items() if node not in self.allowed)
-            if outside:
-                return outside
-        if self.shares is None or self.method == "stripes":
-            return outside_range
+        """Pages that are not where they were asked for.
+
+        pages: found by node, those without memory under -1. outside_range: of those with memory, the ones on another node than
+        their range wants.
+        """
+        if self.method == "none":
+            return 0
+        if all(node >= 0 for _, _, node in self.ranges):  # every page has a node of its own
+            return outside_range + pages.get(-1, 0)
+        outside = sum(count for node, count in pages.items() if self.allowed is not None and node not in self.allowed)
+        if self.shares is None:
+            return outside
         total = sum(pages.values())
         surplus = {n: pages.get(n, 0) - self.shares.get(n, 0) * total for n in {*pages, *self.shares}}
         if all(abs(x) <= self.tolerance for x in surplus.values()):
-            return 0
+            return outside
         return max(1, round(sum(x for x in surplus.values() if x > 0)))
 
 

@@ -19,6 +19,8 @@ SLICE = 2 << 30
 _CHECK_FROM = 4 << 20
 # A CPU clears 5 to 10 GB/s; so many reach the memory bandwidth of any socket.
 _MOST_THREADS = 32
+# A first round moves huge pages or breaks them up, a second moves what was broken up, a third is for disturbances by others.
+_MENDING_ROUNDS = 3
 
 
 @dataclass(kw_only=True, slots=True)
@@ -118,9 +120,19 @@ def _try(
     _touch(region, layout, placement, topology, size)
     touched = time.perf_counter()
     pages, wrong = _verify(region, layout, topology, size)
-    if wrong and layout.method != "none":
+    for _ in range(_MENDING_ROUNDS):
+        # Where the nodes asked for have no room there is nothing to mend.
+        room = sum(free_on_node(node) or 0 for node in placement.nodes)
+        if wrong == 0 or room < wrong * page:
+            break
+        before = wrong
         region.bring_home(layout.ranges)
+        # A huge page that cannot be moved whole is split, and since Linux 6.12 the kernel drops those of its pages that are
+        # all zero. Touched once more, they come back as base pages, which the next round can move one by one.
+        _touch(region, layout, placement, topology, size)
         pages, wrong = _verify(region, layout, topology, size)
+        if wrong == before and -1 not in pages:
+            break
     report = Report(
         placement=placement,
         method=layout.method,

@@ -90,9 +90,10 @@ def test_a_new_run_after_a_crash_puts_back_the_original_not_the_crashed_ones(pla
 def test_two_runs_cannot_have_them_at_once(places, state):
     process = hold(places, "sys.stdin.read()")
     try:
-        with pytest.raises(PlacementError, match=rf"in use by another run \(process {process.pid}\)"):
-            with kernel_weights(Placement(kind="weighted_interleave", nodes=(0, 2), weights=(1, 9)), **places):
-                pass
+        other = Placement(kind="weighted_interleave", nodes=(0, 2), weights=(1, 9))
+        in_use = rf"in use by another run \(process {process.pid}\)"
+        with pytest.raises(PlacementError, match=in_use), kernel_weights(other, **places):
+            pass
         # Not even to look on while they happen to fit: the other run will put them back.
         with pytest.raises(PlacementError), kernel_weights(WANTED, **places):
             pass
@@ -123,6 +124,6 @@ def test_a_kernel_without_weighted_interleave_says_so(places, state, sysfs, monk
     for path in (sysfs / WEIGHTS_FOLDER).iterdir():
         path.unlink()
     assert not read_topology(sysfs).has_weighted_interleave
-    with pytest.raises(PlacementError, match=r"numa.kind: weighted_interleave .* needs Linux 6.9"):
-        with kernel_weights(WANTED, **places):
-            pass
+    expected = r"numa.kind: weighted_interleave .* needs Linux 6.9"
+    with pytest.raises(PlacementError, match=expected), kernel_weights(WANTED, **places):
+        pass
