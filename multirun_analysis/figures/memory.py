@@ -173,7 +173,7 @@ def placement(df: pd.DataFrame) -> Figure | str:
         off = entries.loc[entries["difference"].abs().idxmax()]
         count = f"; the worst {len(order)} of {len(worst)} shown" if len(worst) > len(order) else ""
         finding = (
-            f"Placement is at most {100 * abs(off.difference):.2g} percentage points off what was asked "
+            f"Placement is at most {max(100 * abs(off.difference), 0.01):.2g} percentage points off what was asked "
             f"({off.role} on node {off.node}{count})"
         )
         return layout.finish(figure, finding, handles)
