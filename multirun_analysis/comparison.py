@@ -37,10 +37,12 @@ def speed_ratio(runs: list[np.ndarray], baseline: list[np.ndarray], confidence: 
 
     Returns speedup, low, high, basis (`iterations`, `runs`, or `none` where one sample allows no interval).
     """
-    sides = [[np.log(samples) for samples in side if len(samples)] for side in (runs, baseline)]
-    if not all(sides):
+    given = [[samples for samples in side if len(samples)] for side in (runs, baseline)]
+    if not all(given):
         return {"speedup": math.nan, "low": math.nan, "high": math.nan, "basis": "none"}
-    medians = [np.array([np.median(run) for run in side]) for side in sides]
+    # The median is that of times: of an even number of samples the median speed would be another one.
+    medians = [np.array([-np.log(np.median(1 / run)) for run in side]) for side in given]
+    sides = [[np.log(run) for run in side] for side in given]
     centre = float(medians[0].mean() - medians[1].mean())
     widths = {"iterations": _iterations_width(sides, confidence), "runs": _runs_width(medians, confidence)}
     known = {name: width for name, width in widths.items() if width is not None}

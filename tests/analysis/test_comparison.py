@@ -55,6 +55,8 @@ def test_the_ratio_is_that_of_medians_after_warmup(rows) -> None:
     rows.add(policy="local_only", iteration_s=[2.0, 2.1, 50.0, 2.0, 2.1])
     rows.add(policy="striped", iteration_s=[1.0, 1.0, 1.05, 1.0, 9.0])
     line = compare(load(rows.folder)).iloc[0]
+    even = speed_ratio([1 / np.array([1.0, 3.0])], [1 / np.array([1.0, 1.0])])
+    assert even["speedup"] == pytest.approx(1 / 2)  # the median time of an even number of samples is their mean
     assert line.baseline == "local_only" and line.option == "striped"
     assert line.speedup == pytest.approx(2.1)  # warm-up samples of 9 s change nothing
     assert line.verdict == "no difference found"  # the outliers widen the interval
