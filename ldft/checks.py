@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from ldft import environment
-from ldft.config import Config, Device
+from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.topology import read_topology
+from ldft.training import deepspeed_config, shards, text
 
 
 def resolve_device(config: Config) -> None:
@@ -29,6 +30,22 @@ def check_machine(config: Config) -> None:
                 "launch.num_ranks",
                 f"{config.launch.num_ranks} ranks need as many GPUs, {len(gpus)} visible; use 1 to {len(gpus)}",
             )
+
+        lowest = environment.compute_capability()
+        if config.train.precision is Precision.bf16 and lowest is not None and lowest < (8, 0):
+            raise ConfigError(
+                "train.precision",
+                f"bf16 needs a GPU of compute capability 8.0 (Ampere) or newer, here is {lowest[0]}.{lowest[1]}; use fp16",
+            )
+
+
+def check_inputs(config: Config, *, fetch: bool) -> None:
+    """Raise ConfigError where a file that the config names cannot be used. fetch: bring weights from the hub if need be."""
+    deepspeed_config.build(config)
+    if config.model.weights is Weights.pretrained and (fetch or config.model.path):
+        shards.index(shards.folder(config.model, fetch=fetch))
+    if config.data.kind is DataKind.text:
+        text.check(config.data, config.model.vocab_size)
 
 
 def check_results_dir(folder: Path) -> None:

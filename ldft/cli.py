@@ -4,51 +4,89 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ldft import runner
-from ldft.config import Config, from_dict
+from ldft import composition, runner
+from ldft.config import from_dict
 from ldft.environment import CONF_DIR
-from ldft.errors import LdftError
+from ldft.errors import InternalError, LdftError
 
-ConfigStore.instance().store(name="schema", node=Config)
+composition.register()
 
 _exit_codes: list[int] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def _task(tree: DictConfig) -> None:
-    """One cell. Returns and never raises for a failed run: Hydra's loop would end there, silently."""
+    """One cell. Returns and never raises: Hydra would add lines of its own, and end a sweep's loop."""
+    try:
+        _exit_codes.append(_cell(tree))
+    except Exception as error:
+        _exit_codes.append(_report(error))
+
+
+def _cell(tree: DictConfig) -> int:
     config = from_dict(tree)
+    if config.dry_run:
+        from ldft import dry_run
+
+        print(dry_run.describe(config), flush=True)
+        return 0
     outcome = runner.run(config)
     print(runner.summary(outcome, config), flush=True)
-    _exit_codes.append(outcome.exit_code)
+    if outcome.status == "invalid":
+        _say(outcome.row["error_message"])
+    return outcome.exit_code
+
+
+def _say(line: str) -> None:
+    print(f"ldft: {line}", file=sys.stderr, flush=True)
+
+
+def _keep_traceback() -> Path:
+    """Write the traceback of the current exception, here or where that is not allowed, in the folder for temporary files."""
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        if os.access(folder, os.W_OK):
+            break
+    log = folder / "ldft-internal-error.log"
+    log.write_text(traceback.format_exc())
+    return log
+
+
+def _overrides() -> list[str]:
+    return [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+
+
+def _report(error: Exception) -> int:
+    """Say an error in one line; returns the exit code. What is of no own type is a bug of ours and keeps its traceback."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        _say(composition.one_line(error, _overrides()))
+        return 2
+    if isinstance(error, LdftError):
+        _say(str(error))
+        return 2
+    log = error.log if isinstance(error, InternalError) else _keep_traceback()
+    _say(f"internal error: this is a bug in ldft; traceback in {log}")
+    return 1
 
 
 def main() -> int:
     """Entry point of `ldft` and `python -m ldft`; returns the exit code."""
     # Composition errors are to reach us instead of Hydra's own printer.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    _exit_codes.clear()
     try:
+        composition.check_overrides(_overrides())
         _task()
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"ldft: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except LdftError as error:
-        print(f"ldft: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        log = Path("ldft-internal-error.log").absolute()
-        log.write_text(traceback.format_exc())
-        print(f"ldft: internal error: this is a bug in ldft; traceback in {log}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        return _report(error)
     return max(_exit_codes, default=0)

@@ -19,6 +19,16 @@ CONF_DIR = PACKAGE_DIR / "conf" if (PACKAGE_DIR / "conf").is_dir() else PACKAGE_
 _PACKAGES = ("ldft", "torch", "deepspeed", "transformers", "hydra-core", "omegaconf", "pyarrow", "numpy")
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """The lowest CUDA compute capability among the machine's GPUs, by NVML; None without a GPU."""
+    if not gpus():
+        return None
+    import pynvml
+
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    return min(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles)
+
+
 @cache
 def gpus() -> tuple[str, ...]:
     """Models of the GPUs that CUDA would show, by NVML; empty without a driver. Honours CUDA_VISIBLE_DEVICES."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class LdftError(Exception):
     """Base of every error that a user can cause and mend; its text is one complete line."""
@@ -13,6 +15,14 @@ class ConfigError(LdftError):
     def __init__(self, key: str, problem: str) -> None:
         self.key = key
         super().__init__(f"{key}: {problem}")
+
+
+class InternalError(Exception):
+    """A bug of ours, met within an attempt; its traceback is in the attempt's log already."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        super().__init__(f"traceback in {log}")
 
 
 class ResultsError(LdftError):

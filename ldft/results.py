@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from ldft.config import columns as config_columns
@@ -75,6 +74,7 @@ MEASURED = [
     Column("warmup_iterations", _INT, "", "leading samples that count in no median"),
     Column("iteration_median_s", _FLOAT, "s", "median of iteration_s after warm-up"),
     Column("loss", _FLOATS, "", "loss of each iteration, mean over ranks and accumulation steps"),
+    Column("learning_rate", _FLOATS, "", "learning rate of each iteration's update"),
     Column("tokens_per_iteration", _INT, "tokens", "over all ranks and accumulation steps"),
     Column("tokens_per_s", _FLOAT, "tokens/s", "tokens_per_iteration / iteration_median_s, all ranks together"),
     Column("model_tflop_dense", _FLOAT, "TFLOP", "model FLOPs of an iteration in matrix products with weights"),
@@ -165,6 +165,9 @@ def row_files(results_dir: Path) -> list[Path]:
 
 def read_table(results_dir: str | Path) -> pa.Table:
     """All rows of a results folder, columns of every schema version united. Unreadable files are named on stderr."""
+    # Here, since it imports pandas, which the parent of a run can do without.
+    import pyarrow.dataset as ds
+
     folder = Path(results_dir)
     if not folder.is_dir():
         raise ResultsError(f"{folder} is not a folder; name the results.dir of a run")

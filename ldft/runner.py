@@ -7,6 +7,7 @@ import signal
 import socket
 import statistics
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from ldft import attempt, checks, environment, launch, nodes, results, verdict
 from ldft.config import Config, run_id, to_dict
 from ldft.config.root import flatten
-from ldft.errors import ConfigError
+from ldft.errors import ConfigError, InternalError
 from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
 
@@ -95,6 +96,7 @@ def run(config: Config) -> Outcome:
         row |= environment.describe()
         config.validate()
         checks.check_machine(config)
+        checks.check_inputs(config, fetch=True)
         restore_kernel_weights()  # what a run that died may have left
         with _signals_raise(), kernel_weights(config.numa.placement):
             exits, decision, waited_s = _run_ranks(config, folder)
@@ -103,8 +105,14 @@ def run(config: Config) -> Outcome:
         row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
     except ConfigError as error:
         row |= {"status": "invalid", "error_type": "ConfigError", "error_message": str(error)}
-    except BaseException as error:
+    except Exception as error:
+        log = folder / "internal-error.log"
+        log.write_text(traceback.format_exc())
         row |= {"error_type": type(error).__name__, "error_message": f"internal error: {error}"}
+        row["log_path"] = str(log.relative_to(results_dir))
+        raise InternalError(log) from error
+    except BaseException as error:
+        row |= {"error_type": type(error).__name__, "error_message": f"ended by {type(error).__name__}"}
         raise
     finally:
         row["duration_s"] = time.time() - started
@@ -185,6 +193,7 @@ _FROM_RANK_0 = (
     "backward_s",
     "step_s",
     "loss",
+    "learning_rate",
     "model_tflop_dense",
     "model_tflop_attention",
     "pinned",
@@ -211,7 +220,11 @@ def summary(outcome: Outcome, config: Config) -> str:
     what = f"{config.model.name} {config.seq_len.tokens} tokens {row['device_type']} x{config.launch.num_ranks}"
     lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
     if outcome.status != "ok":
-        lines.append(f"ldft: {row.get('error_message') or outcome.status}")
+        if outcome.status != "invalid":  # that line goes to stderr
+            bug = (
+                f"internal error: {row['error_type']}: " if outcome.status == "error" and row.get("error_type") else ""
+            )
+            lines.append(f"ldft: {bug}{row.get('error_message') or outcome.status}")
         if row.get("log_path"):
             lines.append(f"ldft: log: {outcome.row_path.parents[2] / row['log_path']}")
     elif row.get("loss"):

@@ -73,6 +73,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     import torch
 
     from ldft.training import deepspeed_config, flops, loop, model, operators
+    from ldft.training import engine as engines
 
     device_type = config.launch.device.name
     device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
@@ -98,6 +99,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
 
     report.phase("model", f"building {config.model.name}")
     settings = deepspeed_config.build(config)
+    engines.check(settings)
     network = model.build(config, settings, device)
     tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
     dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
@@ -113,9 +115,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     )
 
     report.phase("engine", "initialising DeepSpeed")
-    engine, *_ = deepspeed.initialize(
-        model=network, model_parameters=[p for p in network.parameters() if p.requires_grad], config=settings
-    )
+    engine = engines.build(config, network, settings)
 
     report.train(interpreter_start)
     loop.run(config, engine, device, lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)))

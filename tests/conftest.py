@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 
-from ldft import results
+from ldft import composition, results
+from ldft.config import Config, from_dict
+from ldft.environment import CONF_DIR
+
+# Before anything imports DeepSpeed, which would look for an accelerator, and say so, at every start.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(slots=True)
@@ -33,6 +41,18 @@ class Done:
         rows = self.rows
         assert len(rows) == 1, f"{len(rows)} rows\n{self.stdout}\n{self.stderr}"
         return rows.iloc[0]
+
+
+def options(group: str) -> list[str]:
+    """The options of a config group."""
+    return composition.groups()[group]
+
+
+def compose(*overrides: str) -> Config:
+    """The typed config of a command line, without running it."""
+    composition.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        return from_dict(hydra_compose("config", overrides=list(overrides)))
 
 
 # Small enough for a second of training on two cores.
@@ -68,3 +88,23 @@ def ldft(tmp_path: Path, command: Callable[..., list[str]]) -> Callable[..., Don
         return Done(done.returncode, done.stdout, done.stderr, tmp_path / "results")
 
     return run
+
+
+@pytest.fixture
+def word_tokenizer(tmp_path: Path) -> Callable[..., Path]:
+    """Save a tokenizer whose tokens are the given words, in order; ids from 0, the end token last where there is one."""
+
+    def save(words: str, *, end: str = "") -> Path:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        vocabulary = {word: number for number, word in enumerate([*words.split(), *([end] if end else [])])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words.split()[0]))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        folder = tmp_path / f"tokenizer-{len(list(tmp_path.glob('tokenizer-*')))}"
+        folder.mkdir()
+        tokenizer.save(str(folder / "tokenizer.json"))
+        if end:
+            (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": end}}))
+        return folder
+
+    return save

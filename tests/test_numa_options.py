@@ -55,7 +55,7 @@ def test_nodes_that_do_not_exist_are_one_line_and_exit_code_2(ldft, arguments, k
     assert done.exit_code == 2 and done.row.status == "invalid"
     if "99" in key or len(read_topology().nodes) > 3:
         assert done.row.error_message.startswith(key)
-    assert done.row.error_message in done.stdout and "\n" not in done.row.error_message
+    assert done.row.error_message in done.stderr and "\n" not in done.row.error_message
 
 
 def report(added: dict[str, int], requested: dict[str, float] | None) -> dict:

@@ -4,10 +4,10 @@ from ldft.config.checkpointing import CheckpointingConfig
 from ldft.config.data import DataConfig, DataKind
 from ldft.config.launch import Device, LaunchConfig
 from ldft.config.memory import MemoryConfig
-from ldft.config.model import ModelConfig
+from ldft.config.model import ModelConfig, Weights
 from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig, OffloadDevice
-from ldft.config.optimizer import OptimizerConfig
+from ldft.config.optimizer import OptimizerConfig, Schedule
 from ldft.config.root import Config, ResultsConfig, columns, from_dict, run_id, to_dict
 from ldft.config.seq_len import SeqLenConfig
 from ldft.config.train import Precision, TrainConfig
@@ -27,8 +27,10 @@ __all__ = [
     "OptimizerConfig",
     "Precision",
     "ResultsConfig",
+    "Schedule",
     "SeqLenConfig",
     "TrainConfig",
+    "Weights",
     "columns",
     "from_dict",
     "run_id",

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from ldft.errors import ConfigError
 
 
+class Weights(Enum):
+    """random: drawn from train.seed; pretrained: safetensors of a local folder (model.path) or of the hub (model.hf_id)."""
+
+    random = "random"
+    pretrained = "pretrained"
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    name: str = "tiny"
+    name: str = "custom"
     """Short name, kept in the row."""
 
     hf_id: str = ""
@@ -19,8 +27,11 @@ class ModelConfig:
     family: str = "llama"
     """Architecture family: the `model_type` of transformers (llama, qwen2, mistral, gemma2, ...)."""
 
-    weights: str = "random"
-    """Initial weights: random, drawn from train.seed."""
+    weights: Weights = Weights.random
+    """Initial weights."""
+
+    path: str = ""
+    """Folder with the safetensors of model.weights=pretrained; empty fetches model.hf_id from the hub."""
 
     num_layers: int = 2
     """Decoder layers."""
@@ -52,11 +63,20 @@ class ModelConfig:
     rope_scaling: dict[str, Any] = field(default_factory=dict)
     """transformers' rope scaling parameters (rope_type, factor, ...); empty for none."""
 
+    sliding_window: int = 0
+    """How far back the layers that have a window look, tokens (which ones: the family's rule); 0 for no window."""
+
+    attention_softcap: float = 0.0
+    """Cap of tanh soft capping on attention scores; 0 for none. SDPA cannot do it."""
+
+    logit_softcap: float = 0.0
+    """Cap of tanh soft capping on the output logits; 0 for none."""
+
     tie_word_embeddings: bool = False
     """Whether the output projection is the token embedding."""
 
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further keys of the family's transformers config (windows, soft caps, biases, norms), passed through as they are."""
+    """Further keys of the family's transformers config (norms, activation, scalars), passed through as they are."""
 
     def validate(self) -> None:
         for key in ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -69,5 +89,12 @@ class ModelConfig:
                 f"{self.num_key_value_heads} does not divide model.num_attention_heads={self.num_attention_heads}; "
                 "use a divisor",
             )
-        if self.weights != "random":
-            raise ConfigError("model.weights", f"'{self.weights}' is not available; use random")
+        for key in ("sliding_window", "attention_softcap", "logit_softcap"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError(f"model.{key}", f"{getattr(self, key):g} is negative; use 0 for none, or more")
+        if not self.rope_theta > 0:
+            raise ConfigError("model.rope_theta", f"{self.rope_theta:g} is not positive; use the base of the family")
+        if self.weights is Weights.pretrained and not self.path and not self.hf_id:
+            raise ConfigError("model.path", f"empty, and {self.name} is on no hub; name a folder with its safetensors")
+        if self.weights is Weights.random and self.path:
+            raise ConfigError("model.path", f"'{self.path}' is not read with model.weights=random; use pretrained")

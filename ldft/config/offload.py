@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from ldft.errors import ConfigError
 
@@ -25,6 +26,12 @@ class OffloadConfig:
 
     optimizer: OffloadDevice = OffloadDevice.cpu
     """Where master weights, gradients and moments live (cpu needs stage 1, 2 or 3)."""
+
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further keys of DeepSpeed's own config, by its names and nesting. They replace what ldft chooses and what the file says."""
+
+    deepspeed_file: str = ""
+    """A DeepSpeed JSON file as base: its values replace what ldft chooses, other than by a key of its own."""
 
     def validate(self) -> None:
         if self.stage not in (0, 1, 2, 3):

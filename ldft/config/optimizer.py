@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from ldft.errors import ConfigError
+
+
+class Schedule(Enum):
+    """What becomes of the learning rate after its warm-up: it stays, falls to 0 in a line, or along half a cosine."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -13,7 +22,13 @@ class OptimizerConfig:
     """Update rule."""
 
     learning_rate: float = 1e-4
-    """Step size."""
+    """Step size, at its largest."""
+
+    schedule: Schedule = Schedule.constant
+    """Course of the learning rate over train.iterations."""
+
+    schedule_warmup: int = 0
+    """Updates in which the learning rate rises in a line from 0 to optimizer.learning_rate."""
 
     weight_decay: float = 0.01
     """Decoupled weight decay, per step and unit of learning rate."""
@@ -34,6 +49,8 @@ class OptimizerConfig:
             raise ConfigError(
                 "optimizer.learning_rate", f"{self.learning_rate:g} is not positive; use a number above 0"
             )
+        if self.schedule_warmup < 0:
+            raise ConfigError("optimizer.schedule_warmup", f"{self.schedule_warmup} is negative; use 0 or more updates")
         for key in ("weight_decay", "eps", "gradient_clipping"):
             if not getattr(self, key) >= 0:
                 raise ConfigError(f"optimizer.{key}", f"{getattr(self, key):g} is negative; use 0 or more")

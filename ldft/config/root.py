@@ -21,11 +21,11 @@ from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig
 from ldft.config.optimizer import OptimizerConfig
 from ldft.config.seq_len import SeqLenConfig
-from ldft.config.train import TrainConfig
+from ldft.config.train import Precision, TrainConfig
 from ldft.errors import ConfigError
 
 # Keys that say where results go or how long to wait, not what is measured.
-_NOT_IDENTITY = ("results", "launch.timeout_s")
+_NOT_IDENTITY = ("results", "launch.timeout_s", "dry_run")
 # Raised when a key's meaning changes, so that old and new results of one command line stay apart.
 _IDENTITY_VERSION = 1
 
@@ -53,16 +53,25 @@ class Config:
     system: str = ""
     """A free name for the machine, kept in the row (the seed's SYSTEM_TYPE)."""
 
+    dry_run: bool = False
+    """Print what would run and end; nothing is started or written."""
+
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
-        for part in (self.model, self.offload, self.numa, self.seq_len, self.optimizer, self.train, self.launch):
+        parts = (self.model, self.offload, self.numa, self.seq_len, self.optimizer, self.data, self.train, self.launch)
+        for part in parts:
             part.validate()
+        if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:
+            raise ConfigError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")
         if self.launch.device is Device.auto:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
 
 
 def from_dict(values: DictConfig | dict[str, Any]) -> Config:
     """The typed config of a composed or stored tree. Raises omegaconf's errors on an unknown key or a wrong type."""
+    if isinstance(values, DictConfig):
+        # As plain data: from a typed tree, merging would take over what "+key=value" added to it.
+        values = OmegaConf.to_container(values, enum_to_str=True)  # type: ignore[assignment]
     tree = OmegaConf.merge(OmegaConf.structured(Config), values)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)

@@ -12,6 +12,7 @@ class Precision(Enum):
     """Type of compute weights, gradients and activations. Master weights and moments are fp32."""
 
     bf16 = "bf16"
+    fp16 = "fp16"
     fp32 = "fp32"
 
 
@@ -30,7 +31,10 @@ class TrainConfig:
     """First iterations that are kept in the row but count in no median."""
 
     precision: Precision = Precision.bf16
-    """Compute precision."""
+    """Compute precision; fp16 scales the loss."""
+
+    loss_scale: float = 0.0
+    """fp16 only: fixed factor on the loss; 0 finds one as it goes (offload.deepspeed.fp16 has the details)."""
 
     seed: int = 0
     """Seed of weights and tokens."""
@@ -46,6 +50,15 @@ class TrainConfig:
                 "train.warmup_iterations",
                 f"{self.warmup_iterations} leaves none of train.iterations={self.iterations} to measure; "
                 "use fewer warm-ups or more iterations",
+            )
+        if not self.loss_scale >= 0:
+            raise ConfigError(
+                "train.loss_scale", f"{self.loss_scale:g} is negative; use 0 (dynamic) or a factor above 0"
+            )
+        if self.loss_scale and self.precision is not Precision.fp16:
+            raise ConfigError(
+                "train.loss_scale",
+                f"{self.loss_scale:g} has no use with train.precision={self.precision.name}; use fp16 or leave it at 0",
             )
         if not 0 <= self.seed < 2**31:
             raise ConfigError("train.seed", f"{self.seed} is out of range; use 0 to {2**31 - 1}")

@@ -1,12 +1,14 @@
 """The DeepSpeed config, from ours. Every value that changes numerics, memory or overlap is written out: DeepSpeed's own defaults
-move between releases (0.19.6 and later clip at 1.0 when the key is absent)."""
+move between releases (0.19.6 and later clip at 1.0 when the key is absent). Without torch: the parent prints it in a dry run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.memory import Pinning
+from ldft.training import deepspeed_keys
 
 
 def pins(config: Config) -> bool:
@@ -15,9 +17,45 @@ def pins(config: Config) -> bool:
 
 
 def build(config: Config) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets."""
+    """What `deepspeed.initialize` gets: ldft's choices, then the user's file, then the user's keys.
+
+    Raises ConfigError where the user's keys are unknown to DeepSpeed, of another type, or ldft's own.
+    """
+    settings = _chosen(config)
+    owned = dict(deepspeed_keys.flat(settings))
+    for name in ("offload_param", "offload_optimizer"):
+        owned[f"zero_optimization.{name}.pin_memory"] = config.memory.pinning is Pinning.torch
+    file = config.offload.deepspeed_file
+    layers = [(config.offload.deepspeed, "offload.deepspeed")]
+    if file:
+        path = Path(file).expanduser()
+        layers.insert(0, (deepspeed_keys.read_file(path), f"offload.deepspeed_file: {path.name}"))
+    for values, origin in layers:
+        values = deepspeed_keys.cleaned(values, origin)
+        deepspeed_keys.check_owned(values, owned, origin)
+        _merge(settings, _without_owned(values))
+    return settings
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def _without_owned(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    return {
+        name: _without_owned(value, f"{path}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if f"{path}{name}" not in deepspeed_keys.OWNED
+    }
+
+
+def _chosen(config: Config) -> dict[str, Any]:
+    """The config without anything of the user's."""
     train, optimizer, offload = config.train, config.optimizer, config.offload
-    bf16 = train.precision is Precision.bf16
     zero: dict[str, Any] = {
         "stage": offload.stage,
         "overlap_comm": offload.stage == 3,
@@ -27,6 +65,8 @@ def build(config: Config) -> dict[str, Any]:
         "allgather_partitions": True,
         "allgather_bucket_size": 500_000_000,
         "round_robin_gradients": False,
+        "offload_param": {"device": offload.parameters.name},
+        "offload_optimizer": {"device": offload.optimizer.name},
     }
     if offload.stage == 3:
         zero |= {
@@ -37,9 +77,9 @@ def build(config: Config) -> dict[str, Any]:
             "stage3_max_reuse_distance": 1_000_000_000,
         }
     if offload.parameters is OffloadDevice.cpu:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": pins(config)}
+        zero["offload_param"] |= {"pin_memory": pins(config)}
     if offload.optimizer is OffloadDevice.cpu:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pins(config), "ratio": 1.0}
+        zero["offload_optimizer"] |= {"pin_memory": pins(config), "ratio": 1.0}
     parameters: dict[str, Any] = {
         "lr": optimizer.learning_rate,
         "weight_decay": optimizer.weight_decay,
@@ -49,6 +89,9 @@ def build(config: Config) -> dict[str, Any]:
     if offload.optimizer is OffloadDevice.none:
         # torch's own fused kernel: as fast as DeepSpeed's, and nothing to compile.
         parameters |= {"torch_adam": True, "fused": True}
+    fp16: dict[str, Any] = {"enabled": train.precision is Precision.fp16, "loss_scale": train.loss_scale}
+    if train.precision is Precision.fp16:
+        fp16 |= {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
     return {
         "train_batch_size": train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -58,9 +101,9 @@ def build(config: Config) -> dict[str, Any]:
         "gradient_predivide_factor": 1.0,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
-        "bf16": {"enabled": bf16},
-        "fp16": {"enabled": False},
-        "data_types": {"grad_accum_dtype": "bf16" if bf16 else "fp32"},
+        "bf16": {"enabled": train.precision is Precision.bf16},
+        "fp16": fp16,
+        "data_types": {"grad_accum_dtype": train.precision.name},
         "optimizer": {"type": "AdamW", "params": parameters},
         "zero_optimization": zero,
     }

@@ -29,6 +29,7 @@ class Samples:
     backward_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
 
 
 class _Clock:
@@ -70,6 +71,7 @@ def run(config: Config, engine: Any, device: torch.device, report: Callable[[Sam
         batches = [data.batch(config, iteration, step, rank).to(device) for step in range(steps)]
         clock = _Clock(device)
         losses = []
+        learning_rate = float(engine.get_lr()[0])
         _settle(device)
         start = time.perf_counter()
         clock.mark()
@@ -93,6 +95,7 @@ def run(config: Config, engine: Any, device: torch.device, report: Callable[[Sam
         samples.backward_s.append(slowest[2])
         samples.step_s.append(slowest[3])
         samples.loss.append(float(table[:, 4].mean()))
+        samples.learning_rate.append(learning_rate)
         gc.collect()
         report(samples)
     gc.enable()

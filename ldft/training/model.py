@@ -2,59 +2,102 @@
 
 from __future__ import annotations
 
+import difflib
 import zlib
 from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ldft.config import Config, ModelConfig, Precision
+from ldft.config import Config, ModelConfig, Precision, Weights
 from ldft.config.checkpointing import CheckpointingMode
+from ldft.errors import ConfigError
+from ldft.training import weights
 
-DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
+DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
 
 def hf_config(model: ModelConfig) -> PretrainedConfig:
-    """The architecture as a transformers config."""
-    rope = {"rope_type": "default", **model.rope_scaling, "rope_theta": model.rope_theta}
-    return AutoConfig.for_model(
-        model.family,
-        num_hidden_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        vocab_size=model.vocab_size,
-        max_position_embeddings=model.max_position_embeddings,
-        rope_parameters=rope,
-        tie_word_embeddings=model.tie_word_embeddings,
-        use_cache=False,
+    """The architecture as a transformers config. Raises ConfigError where transformers cannot build it."""
+    if model.family not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(model.family, CONFIG_MAPPING.keys(), n=3)
+        hint = (
+            f"did you mean {' or '.join(close)}?" if close else "use a model_type of transformers, e.g. llama or qwen2"
+        )
+        raise ConfigError("model.family", f"transformers has no '{model.family}'; {hint}")
+    family = CONFIG_MAPPING[model.family]
+    values: dict[str, Any] = {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope_parameters": {"rope_type": "default", **model.rope_scaling, "rope_theta": model.rope_theta},
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "use_cache": False,
         # Random tokens and models of our own have no special tokens; a padding index would zero an embedding row.
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        **model.extra,
-    )
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if model.family == "qwen2":
+        values["use_sliding_window"] = model.sliding_window > 0
+    optional = {
+        "sliding_window": ("sliding_window", model.sliding_window),
+        "attn_logit_softcapping": ("attention_softcap", model.attention_softcap),
+        "final_logit_softcapping": ("logit_softcap", model.logit_softcap),
+    }
+    for name, (key, value) in optional.items():
+        if hasattr(family, name):
+            values[name] = value or None  # a family's own default must not slip in
+        elif value:
+            raise ConfigError(f"model.{key}", f"{value:g}: transformers' {model.family} has none; use 0")
+    rope_type = values["rope_parameters"]["rope_type"]
+    if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+        allowed = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
+        raise ConfigError("model.rope_scaling.rope_type", f"'{rope_type}' does not exist; use one of {allowed}")
+    for name in model.extra:
+        if name in values:
+            raise ConfigError(f"model.extra.{name}", "ldft sets this from a key of its own; see the keys of model")
+        if not hasattr(family, name):
+            close = difflib.get_close_matches(name, [key for key in vars(family) if not key.startswith("_")], n=1)
+            hint = f"did you mean {close[0]}?" if close else "leave it out"
+            raise ConfigError(f"model.extra.{name}", f"transformers' {model.family} has no such key; {hint}")
+    try:
+        return AutoConfig.for_model(model.family, **values, **model.extra)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError("model", f"transformers refuses this {model.family}: {reason}") from error
 
 
 def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device) -> PreTrainedModel:
-    """The model on `device`, in the compute precision, initialised from train.seed.
+    """The model on `device`, in the compute precision, with weights drawn from train.seed or read from a folder.
 
     Under ZeRO-3 each parameter is split over the ranks as it is made: no rank ever holds a full copy.
     """
     dtype = DTYPES[config.train.precision]
     partitioned = config.offload.stage == 3
+    # SDPA knows no soft cap, and transformers would leave it out or refuse.
+    attention = "eager" if config.model.attention_softcap else "sdpa"
+    architecture = hf_config(config.model)
     # transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO; hence the explicit context.
     construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype) if partitioned else nullcontext()
     with construct, no_init_weights(), device:
-        model = AutoModelForCausalLM.from_config(hf_config(config.model), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
-    initialize(model, config.train.seed, partitioned=partitioned)
+    pretrained = config.model.weights is Weights.pretrained
+    initialize(model, config.train.seed, partitioned=partitioned, only_buffers=pretrained)
+    if pretrained:
+        weights.load(model, config.model, partitioned=partitioned)
     if config.checkpointing.mode is CheckpointingMode.gpu:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -62,8 +105,10 @@ def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device
 
 
 @torch.no_grad()
-def initialize(model: PreTrainedModel, seed: int, *, partitioned: bool) -> None:
+def initialize(model: PreTrainedModel, seed: int, *, partitioned: bool, only_buffers: bool = False) -> None:
     """Draw every module's weights as its family prescribes, each from a seed of its own name.
+
+    only_buffers: leave modules without buffers alone, since their parameters are read from files anyway.
 
     So the same config gives the same weights for any number of ranks and any ZeRO stage, on one device type.
     """
@@ -72,7 +117,8 @@ def initialize(model: PreTrainedModel, seed: int, *, partitioned: bool) -> None:
         for child_name, child in module.named_children():
             visit(child, f"{name}.{child_name}", child if isinstance(child, PreTrainedModel) else owner)
         parameters = list(module.parameters(recurse=False))
-        if not parameters and not list(module.buffers(recurse=False)):
+        buffers = list(module.buffers(recurse=False))
+        if not buffers and (only_buffers or not parameters):
             return
         gathered = (
             deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

@@ -1,0 +1,197 @@
+"""Hydra's and OmegaConf's errors of composition as one line each: the key, the value, what is allowed, the fix."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+
+from ldft.config import Config
+from ldft.config.root import columns
+from ldft.environment import CONF_DIR
+from ldft.errors import ConfigError
+
+# Sections whose keys are not ours to list: new ones need no plus sign.
+OPEN = ("offload.deepspeed", "model.extra", "model.rope_scaling")
+# The seed repository's names, and what people type for ours.
+_OTHER_NAMES = {
+    "model_name": "model", "num_layers": "model.num_layers", "hidden_size": "model.hidden_size",
+    "num_gpus": "launch.num_ranks", "system_type": "system", "per_device_train_batch_size": "train.micro_batch_size",
+    "batch_size": "train.micro_batch_size", "max_seq_length": "seq_len", "beta_0": "optimizer.betas",
+    "beta_1": "optimizer.betas", "num_train_iteration": "train.iterations", "lr": "optimizer.learning_rate",
+    "numa_policy": "numa", "device": "launch.device", "timeout": "launch.timeout_s", "gradient_checkpointing": "checkpointing",
+    "zero_stage": "offload.stage", "output_dir": "results.dir", "lr_scheduler_type": "optimizer.schedule",
+    "warmup_steps": "optimizer.schedule_warmup",
+}  # fmt: skip
+_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def register() -> None:
+    """Store the typed schema for Hydra, with open sections left open."""
+    schema = OmegaConf.structured(Config)
+    for path in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(schema, path), False)
+    ConfigStore.instance().store(name="schema", node=schema)
+
+
+def groups() -> dict[str, list[str]]:
+    """Our config groups and their options, from the tree's files."""
+    found = {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in CONF_DIR.iterdir()
+        if folder.is_dir() and folder.name not in ("hydra", "local")
+    }
+    return {name: found[name] for name in sorted(found)}
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Raise ConfigError for what Hydra answers with an error of no own type: a number where an option's name belongs."""
+    known = groups()
+    for override in overrides:
+        key, equals, values = override.partition("=")
+        if equals and not key:
+            raise ConfigError("command line", f"'{override}' has no key; write key=value, e.g. model=tiny")
+        for value in values.split(","):
+            if key in known and re.fullmatch(r"[-+]?[\d.]+", value):
+                group, _, problem = _no_option(key, value).partition(": ")
+                raise ConfigError(group, problem)
+
+
+def one_line(error: BaseException, overrides: list[str]) -> str:
+    """The line for an error of Hydra or OmegaConf; `overrides` is what the user typed."""
+    if isinstance(error, MissingConfigException):
+        return _missing(error)
+    if isinstance(error, OverrideParseException):
+        return _unparsed(error, overrides)
+    text = str(error)
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    path = re.search(r"full_key: (\S+)", str(cause))
+    reason = str(cause).splitlines()[0]
+    if path and isinstance(cause, InterpolationResolutionError):
+        return f"{path[1]}: {reason}; name a key that exists, or quote the text"
+    if path and re.search(r"Key '.*' (?:is not in struct|not in )", str(cause)):
+        return _unknown_key(path[1], _value_of(path[1], overrides))
+    if path:
+        file = re.search(r"In '([^']+)'", text)
+        where = f" in {file[1]}" if file and file[1] != "config" else ""
+        quoted = re.search(r"[Vv]alue '(.*?)'", reason)
+        value = _value_of(path[1], overrides) or (quoted[1] if quoted else "the value")
+        return f"{path[1]}: '{value}'{where} does not fit; give {_expected(path[1])}"
+    ambiguous = re.search(r"Ambiguous value for argument '(.+)'", text)
+    if ambiguous:
+        key, _, value = ambiguous[1].partition("=")
+        return f"{key}: several values ({value}) are a sweep; add -m, or write a list as {key}=[{value}]"
+    return " ".join(text.split())
+
+
+def _value_of(path: str, overrides: list[str]) -> str:
+    """What the user typed for a key, or for what it lies in."""
+    for override in reversed(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        if path == key or path.startswith((f"{key}.", f"{key}[")):
+            return value
+    return ""
+
+
+def _missing(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    group = group.removeprefix("/")
+    if not group:
+        return f"{error.missing_cfg_file}: no such config file; see python -m ldft --help"
+    return _no_option(group, option, error.options)
+
+
+def _no_option(group: str, option: str, options: Any = None) -> str:
+    known = groups()
+    names = sorted(options) if options else known.get(group, [])
+    if not names:
+        close = difflib.get_close_matches(group, known, n=1)
+        return f"{group}: no such group; {f'did you mean {close[0]}?' if close else 'use ' + ', '.join(known)}"
+    if group == "seq_len":
+        names.sort(key=lambda name: int(name[:-1]) * {"k": 1, "m": 1024}[name[-1]] if name[:-1].isdigit() else 0)
+        if option.isdigit():
+            exact = f"{int(option) // 1024}k"
+            use = f"seq_len={exact} or " if int(option) % 1024 == 0 and exact in names else ""
+            return f"seq_len: {option} is not an option; use {use}seq_len.tokens={option} (options: {', '.join(names)})"
+    close = difflib.get_close_matches(option, names, n=1)
+    hint = f"did you mean {group}={close[0]}? " if close else ""
+    return f"{group}: '{option}' does not exist; {hint}use one of {', '.join(names)}"
+
+
+def _unparsed(error: OverrideParseException, overrides: list[str]) -> str:
+    override = getattr(error, "override", "") or next((item for item in overrides if item in str(error)), "")
+    what = override or " ".join(overrides)
+    if "=" not in what:
+        return f"{what}: not of the form key=value; write e.g. model=tiny or train.iterations=5"
+    key = what.partition("=")[0]
+    value = what.partition("=")[2]
+    return f"{key}: cannot read {value}; quote text with special characters, as in '{key}=\"{value}\"'"
+
+
+def _hints(name: str, siblings: list[str], prefix: str) -> str:
+    every = [key for key, _ in columns()]
+    known = groups()
+    if prefix == "" and name.lower() in _OTHER_NAMES:
+        return _OTHER_NAMES[name.lower()]
+    same = [key for key in every if key.split(".")[-1] == name]
+    if same:
+        return same[0]
+    close = difflib.get_close_matches(name, siblings, n=1)
+    if close:
+        return f"{prefix}{close[0]}"
+    if prefix == "":
+        close = difflib.get_close_matches(name, [*known, *(key.split(".")[-1] for key in every)], n=1, cutoff=0.7)
+        if close:
+            return close[0] if close[0] in known else next(key for key in every if key.split(".")[-1] == close[0])
+    return ""
+
+
+def _unknown_key(path: str, value: str) -> str:
+    if path.startswith("hydra."):
+        return f"{path}: Hydra has no such key; see python -m ldft --cfg hydra"
+    parent, _, name = path.rpartition(".")
+    section = type_of(parent)
+    siblings = [f.name for f in fields(section)] if is_dataclass(section) else []
+    hint = _hints(name, siblings, f"{parent}." if parent else "")
+    value = value or "..."
+    if hint in groups() and hint == _OTHER_NAMES.get(name.lower()):
+        return f"{path}: no such key; use {hint}={value}"
+    if hint:
+        return f"{path}: no such key (value {value}); did you mean {hint}?"
+    where = f"keys of {parent}" if parent else "groups and keys"
+    return f"{path}: no such key (value {value}); {where}: {', '.join(siblings)}"
+
+
+def type_of(path: str) -> Any:
+    """The declared type of a dotted key of the config; None where there is none."""
+    kind: Any = Config
+    for part in filter(None, path.split(".")):
+        if not is_dataclass(kind):
+            return None
+        kind = get_type_hints(kind).get(re.sub(r"\[.*", "", part))
+    return kind
+
+
+def _expected(path: str) -> str:
+    kind = type_of(path)
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(arg for arg in get_args(kind) if arg is not type(None))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(kind.__members__)}"
+    if get_origin(kind) is list:
+        return f"a list of numbers, as in {path.split('[')[0]}=[0.9,0.95]"
+    if get_origin(kind) is dict:
+        return f"keys and values, as in '{path}={{key: value}}' or {path}.key=value"
+    if is_dataclass(kind):
+        names = ", ".join(f.name for f in fields(kind))
+        option = f"an option ({path}=...) or " if path in groups() else ""
+        return f"{option}a key below it, of {names}"
+    return _NOUNS.get(kind, "another type")

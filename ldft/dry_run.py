@@ -1,0 +1,90 @@
+"""What would run, without running it: processes, DeepSpeed config, expected bytes, files. Writes nothing, imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from ldft import checks, environment
+from ldft.config import Config, DataKind, Device, Weights, run_id
+from ldft.launch import cores_of_ranks
+from ldft.memory import estimate
+from ldft.training import deepspeed_config
+
+_LIST_RANKS = 4
+
+
+def gib(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB"
+
+
+def describe(config: Config) -> str:
+    """The text that a dry run prints. Raises ConfigError where the run would be invalid."""
+    asked = config.launch.device
+    checks.resolve_device(config)
+    config.validate()
+    checks.check_machine(config)
+    checks.check_inputs(config, fetch=False)
+    settings = deepspeed_config.build(config)
+    lines = ["ldft: dry run: nothing is started or written", *_what(config), *_processes(config, asked)]
+    lines += [*_bytes(config), *_files(config), "DeepSpeed config:", json.dumps(settings, indent=2)]
+    return "\n".join(lines)
+
+
+def _what(config: Config) -> list[str]:
+    model, train = config.model, config.train
+    exact = "" if model.family in estimate.FAMILIES else "about "
+    weights = f"pretrained, from {model.path or 'the hub: ' + model.hf_id}"
+    if model.weights is Weights.random:
+        weights = f"random, train.seed={train.seed}"
+    sequences = train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks
+    data = f"{config.data.kind.name}{f', {config.data.path}' if config.data.kind is DataKind.text else ''}"
+    return [
+        f"model: {model.name}, {model.family}, {model.num_layers} layers, {exact}{estimate.num_parameters(model):,} parameters",
+        f"weights: {weights}; data: {data}",
+        f"iteration: {sequences} sequences of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} tokens, "
+        f"{train.iterations} iterations of which {train.warmup_iterations} warm-up, {train.precision.name}",
+    ]
+
+
+def _processes(config: Config, asked: Device) -> list[str]:
+    ranks, device = config.launch.num_ranks, config.launch.device.name
+    chosen = " (launch.device=auto)" if asked is Device.auto else ""
+    command = shlex.join([Path(sys.executable).name, "-m", "ldft.worker", "<attempt>"])
+    lines = [f"processes: {ranks} x {command} on {device}{chosen}"]
+    for rank, cores in enumerate(cores_of_ranks(ranks)[:_LIST_RANKS]):
+        lines.append(f"  rank {rank}: {len(cores)} cores ({_ranges(cores)}), OMP_NUM_THREADS={len(cores)}")
+    if ranks > _LIST_RANKS:
+        lines.append(f"  and {ranks - _LIST_RANKS} more")
+    return lines
+
+
+def _ranges(cores: list[int]) -> str:
+    parts: list[list[int]] = []
+    for core in cores:
+        if parts and core == parts[-1][-1] + 1:
+            parts[-1].append(core)
+        else:
+            parts.append([core])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
+
+
+def _bytes(config: Config) -> list[str]:
+    ranks = config.launch.num_ranks
+    host, device = estimate.host_bytes(config), estimate.device_bytes(config)
+    where = "VRAM" if config.launch.device is Device.cuda else "host memory in the device's place"
+    lines = [f"expected host memory, all ranks, by role: {gib(ranks * sum(host.values()))}"]
+    lines += [f"  {role}: {gib(ranks * value)}" for role, value in host.items()]
+    lines.append(f"expected {where}, each rank: {gib(sum(device.values()))}")
+    lines += [f"  {part}: {gib(value)}" for part, value in device.items()]
+    lines.append(
+        f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, GPUs: {len(environment.gpus())}"
+    )
+    return lines
+
+
+def _files(config: Config) -> list[str]:
+    folder = Path(config.results.dir).expanduser().absolute() / run_id(config) / "attempt-<n>"
+    return [f"files: {folder}/", "  config.json started.json rank-<r>.json worker-<r>.log row.parquet"]

@@ -1,0 +1,157 @@
+"""Keys of DeepSpeed's config that a user writes (offload.deepspeed, offload.deepspeed_file): known, of the right type, not ldft's.
+
+DeepSpeed ignores most keys that it does not know, and a run with a misspelt one would measure something else."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ldft.errors import ConfigError
+
+# What ldft sets from keys of its own, and the key to use. A prefix covers everything below it.
+OWNED = {
+    "train_batch_size": "train.micro_batch_size, train.gradient_accumulation_steps and launch.num_ranks",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+    "fp16.loss_scale": "train.loss_scale",
+    "optimizer.type": "optimizer",
+    "optimizer.params.lr": "optimizer.learning_rate",
+    "optimizer.params.weight_decay": "optimizer.weight_decay",
+    "optimizer.params.betas": "optimizer.betas",
+    "optimizer.params.eps": "optimizer.eps",
+    "optimizer.params.max_grad_norm": "optimizer.gradient_clipping",
+    "scheduler": "optimizer.schedule",
+    "zero_optimization.stage": "offload.stage",
+    "zero_optimization.cpu_offload": "offload.optimizer",
+    "zero_optimization.cpu_offload_param": "offload.parameters",
+    "zero_optimization.cpu_offload_use_pin_memory": "memory.pinning",
+    "zero_optimization.offload_param.device": "offload.parameters",
+    "zero_optimization.offload_param.pin_memory": "memory.pinning",
+    "zero_optimization.offload_optimizer.device": "offload.optimizer",
+    "zero_optimization.offload_optimizer.pin_memory": "memory.pinning",
+    "activation_checkpointing": "checkpointing",
+}
+_NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+
+
+@cache
+def known() -> dict[str, Any]:
+    """deepspeed_keys.json: made from the installed release by scripts/deepspeed_keys.py."""
+    found: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
+    return found
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; an empty section is a leaf."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _hint(name: str, section: dict[str, Any], path: str) -> str:
+    close = difflib.get_close_matches(name, section, n=1, cutoff=0.6)
+    if close:
+        key = f"{path}{close[0]}"
+        return f"did you mean {key}{f', which is {OWNED[key]} in ldft' if key in OWNED else ''}?"
+    elsewhere = [key for key, _ in flat(known()["keys"]) if key.split(".")[-1] == name]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    if len(section) <= 12:
+        return f"use one of {', '.join(sorted(section))}"
+    return "see https://www.deepspeed.ai/docs/config-json/"
+
+
+def _typed(value: Any, kind: str, where: str) -> Any:
+    """The value in DeepSpeed's type; raises ConfigError where it is of another."""
+    if kind == "any":
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "int" and number and value == int(value):
+        return int(value)  # 1e5 is a float to JSON, YAML and Hydra
+    good = {"bool": isinstance(value, bool), "str": isinstance(value, str), "float": number, "int": False}
+    if not good[kind]:
+        raise ConfigError(where, f"{json.dumps(value)} is not {_NOUNS[kind]}; DeepSpeed wants {_NOUNS[kind]} here")
+    return value
+
+
+def cleaned(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A user's DeepSpeed config, checked against the known keys. null and "auto" mean that the user leaves it to others.
+
+    origin: what an error names, offload.deepspeed or the file.
+    """
+
+    def section(tree: dict[str, Any], keys: dict[str, Any], path: str) -> dict[str, Any]:
+        anywhere = keys.get("*")  # the names of this section hold at any depth
+        names = dict.fromkeys(anywhere, "any") if anywhere else keys
+        done: dict[str, Any] = {}
+        for name, value in tree.items():
+            where = f"{origin}.{path}{name}" if origin == "offload.deepspeed" else f"{origin}: {path}{name}"
+            if name in known()["removed"].get(path.rstrip("."), ()):
+                raise ConfigError(where, f"DeepSpeed {known()['deepspeed']} has removed this key; leave it out")
+            if name not in names:
+                raise ConfigError(where, f"DeepSpeed has no such key; {_hint(name, names, path)}")
+            if value is None or value == "auto":
+                continue
+            kind = keys if anywhere and isinstance(value, dict) else names[name]
+            if isinstance(kind, str):
+                done[name] = _typed(value, kind, where)
+            elif isinstance(value, dict):
+                done[name] = section(value, kind, f"{path}{name}.")
+            else:
+                raise ConfigError(
+                    where, f"{json.dumps(value)} stands where a section belongs; give it as {{key: value}}"
+                )
+        return done
+
+    return section(values, known()["keys"], "")
+
+
+def check_owned(values: dict[str, Any], ours: dict[str, Any], origin: str) -> None:
+    """Raise ConfigError where a user's DeepSpeed config contradicts what ldft sets. Saying the same is allowed.
+
+    ours: dotted key -> what ldft sets; a key that is missing there is set by nobody.
+    """
+    for key, value in flat(values):
+        owner = next((name for name in OWNED if key == name or key.startswith(name + ".")), None)
+        if owner is None or value == ours.get(key) or not (value or key in ours):
+            continue
+        if isinstance(value, str) and isinstance(ours.get(key), str) and value.lower() == ours[key].lower():
+            continue
+        where = f"{origin}.{key}" if origin == "offload.deepspeed" else f"{origin}: {key}"
+        said = f", which makes it {json.dumps(ours[key])}" if key in ours else ""
+        text = f"{json.dumps(value)} contradicts {OWNED[owner]}{said}; leave it out here and set it there"
+        raise ConfigError(where, text)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file. Raises ConfigError where it is missing, broken, or names a key twice."""
+    key = "offload.deepspeed_file"
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ConfigError(key, f"{path} has '{twice}' twice in one section; keep one")
+        return dict(pairs)
+
+    try:
+        values = json.loads(path.read_text(), object_pairs_hook=once)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise ConfigError(key, f"cannot read {path} ({reason}); name a DeepSpeed JSON file") from None
+    except json.JSONDecodeError as error:
+        text = f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); mend it there"
+        raise ConfigError(key, text) from None
+    if not isinstance(values, dict):
+        raise ConfigError(key, f"{path} holds no JSON object; a DeepSpeed config is {{...}}")
+    return values

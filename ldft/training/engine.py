@@ -1,0 +1,38 @@
+"""The DeepSpeed engine around a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import pydantic
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from transformers import PreTrainedModel
+
+from ldft.config import Config
+from ldft.errors import ConfigError
+from ldft.training import schedule
+
+
+def check(settings: dict[str, Any]) -> None:
+    """Raise ConfigError where DeepSpeed refuses a value. Needs the process group."""
+    try:
+        DeepSpeedConfig(settings)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError("offload.deepspeed", f"DeepSpeed refuses {key}={first['input']!r}: {first['msg']}") from error
+    except (DeepSpeedConfigError, AssertionError, ValueError) as error:
+        raise ConfigError("offload.deepspeed", f"DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+
+
+def build(config: Config, model: PreTrainedModel, settings: dict[str, Any]) -> Any:
+    """The engine, with the learning rate's schedule; its `get_lr()` is that of the next update."""
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings, lr_scheduler=scheduler)
+    return engine

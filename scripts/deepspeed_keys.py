@@ -1,0 +1,161 @@
+"""Write ldft/training/deepspeed_keys.json: every config key that the installed DeepSpeed knows, with its type where it says one.
+
+    python scripts/deepspeed_keys.py            # write the file
+    python scripts/deepspeed_keys.py --check    # fail where the file differs from the installed release
+
+DeepSpeed ignores most keys that it does not know, so ldft keeps its own list, and its parent process never imports DeepSpeed.
+A leaf is a type (any where DeepSpeed says none); {"*": [...]} is a section whose names hold at any depth.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import types
+from enum import Enum
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from deepspeed.runtime import config as ds_config
+from deepspeed.runtime import constants
+from pydantic import BaseModel
+
+FILE = Path(__file__).resolve().parent.parent / "ldft" / "training" / "deepspeed_keys.json"
+
+# Sections that are pydantic models.
+MODELS = {
+    "zero_optimization": "runtime.zero.config:DeepSpeedZeroConfig",
+    "fp16": "runtime.precision_config:DeepSpeedFP16Config",
+    "bf16": "runtime.precision_config:DeepSpeedBF16Config",
+    "comms_logger": "comm.config:CommsLoggerConfig",
+    "tensorboard": "monitor.config:TensorBoardConfig",
+    "wandb": "monitor.config:WandbConfig",
+    "csv_monitor": "monitor.config:CSVConfig",
+    "comet": "monitor.config:CometConfig",
+    "compile": "compile.config:CompileConfig",
+    "hybrid_engine": "runtime.config:HybridEngineConfig",
+    "tensor_parallel": "runtime.tensor_parallel.config:TPTrainingConfig",
+    "weight_quantization": "inference.config:WeightQuantConfig",
+}
+# Sections that DeepSpeed reads key by key, by constants of these names' prefix in one module.
+CONSTANTS = {
+    "activation_checkpointing": ("runtime.activation_checkpointing.config", "ACT_CHKPT_"),
+    "flops_profiler": ("profiling.constants", "FLOPS_PROFILER_"),
+    "aio": ("runtime.swap_tensor.constants", "AIO_"),
+    "torch_autocast": ("runtime.constants", "TORCH_AUTOCAST_"),
+}
+# Deep trees with a module of constants of their own; the names are taken at any depth.
+FLAT = {"autotuning": "autotuning.constants", "data_efficiency": "runtime.data_pipeline.constants"}
+# Names at the top level that are constants of deepspeed.runtime.constants.
+TOP = [
+    "TRAIN_BATCH_SIZE", "TRAIN_MICRO_BATCH_SIZE_PER_GPU", "GRADIENT_ACCUMULATION_STEPS", "MANAGED_GRADIENT_ACCUMULATION",
+    "STEPS_PER_PRINT", "GRADIENT_CLIPPING", "COMMUNICATION_DATA_TYPE", "SEQ_PARALLEL_COMMUNICATION_DATA_TYPE",
+    "PRESCALE_GRADIENTS", "GRADIENT_PREDIVIDE_FACTOR", "GRADIENT_ALLREDUCE_OP", "DISABLE_ALLGATHER", "DUMP_STATE",
+    "DISABLE_PYTHON_GC", "VOCABULARY_SIZE", "WALL_CLOCK_BREAKDOWN", "MEMORY_BREAKDOWN", "DATALOADER_DROP_LAST",
+    "USE_DATA_BEFORE_EXPERT_PARALLEL", "LOG_LEVEL", "ZERO_ALLOW_UNTESTED_OPTIMIZER", "ZERO_FORCE_DS_CPU_OPTIMIZER",
+]  # fmt: skip
+_NAMES = {bool: "bool", int: "int", float: "float", str: "str"}
+
+
+def _type(annotation: Any) -> Any:
+    """The tree or type name of one pydantic annotation."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        kinds = [_type(kind) for kind in get_args(annotation) if kind is not type(None)]
+        return kinds[0] if len(kinds) == 1 else "any"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _model(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "any"
+    return _NAMES.get(annotation, "any")
+
+
+def _model(model: type[BaseModel]) -> dict[str, Any]:
+    tree = {}
+    for name, field in model.model_fields.items():
+        # The documented name is the alias, where there is one; two names for one value would let it be set twice.
+        tree[field.alias or name] = _type(field.annotation)
+    return tree
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    loaded = importlib.import_module(f"deepspeed.{module}")
+    return getattr(loaded, name) if name else loaded
+
+
+def _constants(module: str, prefix: str) -> list[str]:
+    """Values of the string constants of a module that are key names, not defaults or formats."""
+    return [
+        value
+        for name, value in vars(_load(module)).items()
+        if name.isupper() and name.startswith(prefix) and isinstance(value, str) and value.isidentifier()
+        and not name.endswith("_DEFAULT")
+    ]  # fmt: skip
+
+
+def collect() -> dict[str, Any]:
+    """The key tree of the installed release."""
+    keys: dict[str, Any] = {getattr(constants, name): "any" for name in TOP}
+    keys |= {section: _model(_load(path)) for section, path in MODELS.items()}
+    keys |= {section: {name: "any" for name in _constants(*where)} for section, where in CONSTANTS.items()}
+    keys |= {section: {"*": sorted(set(_constants(module, "")))} for section, module in FLAT.items()}
+    throughput = _load("utils.config:DeepSpeedThroughputTimerConfig")
+    checkpoint = {name: "any" for name in _constants("runtime.model_checkpointing.constants", "CHECKPOINT_")}
+    writer = {"type", *(name for name in checkpoint if name.startswith(("io_", "show_", "data_parallel", "decoupled")))}
+    for name in (*writer, "writer"):
+        checkpoint.pop(name, None)
+    return keys | {
+        "optimizer": {
+            constants.TYPE: "str",
+            constants.LEGACY_FUSION: "bool",
+            # Keyword arguments of the optimizer's class; these are AdamW's, with DeepSpeed's own switches.
+            constants.OPTIMIZER_PARAMS: {
+                name: "any"
+                for name in ("lr", "betas", "eps", "weight_decay", "amsgrad", "bias_correction", "set_grad_none",
+                             ds_config.TORCH_ADAM_PARAM, ds_config.ADAM_W_MODE, "fp32_optimizer_states",
+                             "fused", "foreach", "capturable", "maximize", "differentiable", constants.MAX_GRAD_NORM)
+            },
+        },
+        "scheduler": {constants.TYPE: "str", constants.SCHEDULER_PARAMS: "any"},
+        "data_types": {
+            getattr(constants, name): "any"
+            for name in ("GRAD_ACCUM_DTYPE", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_MODULES")
+        },
+        "checkpoint": checkpoint | {
+            "writer": {name: "any" for name in sorted(writer)},
+            constants.LOAD_UNIVERSAL_CHECKPOINT: "any",
+            constants.USE_NODE_LOCAL_STORAGE_CHECKPOINT: "any",
+            constants.CHECKPOINT_PARALLEL_WRITE: {constants.CHECKPOINT_PARALLEL_WRITE_PIPELINE_STAGE: "any"},
+        },
+        "timers": {"throughput": _model(throughput)},
+        "pipeline": {name: "any" for name in ds_config.get_pipeline_config({})},
+        ds_config.EXPERT_PARALLEL: "any",
+        "sequence_parallel_size": "int",
+        "datastates_ckpt": "any",
+    }  # fmt: skip
+
+
+def removed() -> dict[str, list[str]]:
+    """Keys that DeepSpeed had once and refuses now, by section ("" is the top level)."""
+    return {
+        "": sorted(ds_config._REMOVED_TOP_LEVEL_CONFIG_KEYS),
+        "zero_optimization": sorted(ds_config._REMOVED_ZERO_CONFIG_KEYS),
+    }
+
+
+def main() -> int:
+    from importlib.metadata import version
+
+    found = {"deepspeed": version("deepspeed"), "keys": collect(), "removed": removed()}
+    text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+    if "--check" in sys.argv:
+        same = FILE.read_text() == text
+        print("up to date" if same else f"{FILE.name} differs from DeepSpeed {found['deepspeed']}; write it anew")
+        return 0 if same else 1
+    FILE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The config tree and what the command line says about it: composition, help, completion, dry run, a machine's own defaults."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+
+from ldft import composition
+from ldft.config import Device, from_dict
+from ldft.environment import CONF_DIR
+from tests.conftest import compose, options
+
+EVERY = sorted(
+    (file.parent.name, file.stem) for file in CONF_DIR.glob("*/*.yaml") if file.parent.name not in ("local", "hydra")
+)
+
+
+def say(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ldft", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | (env or {}), check=False)
+
+
+@pytest.mark.parametrize(("group", "option"), EVERY)
+def test_every_file_composes_and_is_valid(group: str, option: str) -> None:
+    beside = {"text": ["data.path=a.txt", "data.tokenizer=a"]}.get(option, [])
+    config = compose(f"{group}={option}", "launch.device=cpu", *beside)
+    config.validate()
+    assert group != "model" or config.model.name == option
+    if group == "seq_len":
+        assert config.seq_len.tokens == int(option[:-1]) * {"k": 1024, "m": 1024**2}[option[-1]]
+
+
+def test_defaults_are_what_the_readme_promises() -> None:
+    config = compose()
+    assert (config.model.name, config.offload.stage, config.data.kind.name) == ("tiny", 3, "random")
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.betas) == (1e-4, 0.01, [0.9, 0.95])
+    assert (optimizer.gradient_clipping, config.train.iterations, config.train.warmup_iterations) == (0.9, 5, 2)
+
+
+def test_yaml_of_a_user_reaches_deepspeed_without_a_plus(tmp_path: Path) -> None:
+    (tmp_path / "offload").mkdir()
+    (tmp_path / "offload" / "mine.yaml").write_text("deepspeed: {zero_optimization: {sub_group_size: 5}}\n")
+    composition.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        overrides = [f"hydra.searchpath=[file://{tmp_path}]", "offload=mine", "offload.deepspeed.aio.block_size=3"]
+        config = from_dict(hydra_compose("config", overrides=overrides))
+    assert config.offload.deepspeed == {"zero_optimization": {"sub_group_size": 5}, "aio": {"block_size": 3}}
+
+
+def test_help_names_every_group_option_and_key(tmp_path: Path) -> None:
+    done = say("--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    for group in composition.groups():
+        assert f"{group}: {', '.join(options(group))}" in done.stdout
+    for part in (
+        "Examples",
+        "python -m ldft model=llama3_8b",
+        "iterations: 5",
+        "conf/local/default.yaml",
+        "ldft --shell-completion",
+    ):
+        assert part in done.stdout, part
+    assert "powered by Hydra" not in done.stdout.lower()
+
+
+def test_cfg_job_prints_the_composed_config_and_starts_nothing(tmp_path: Path) -> None:
+    done = say("--cfg", "job", "model=nano", "seq_len=8k", cwd=tmp_path)
+    assert done.returncode == 0 and "tokens: 8192" in done.stdout and "name: nano" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machines_own_defaults_are_taken_and_the_command_line_wins(tmp_path: Path) -> None:
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: nano\nsystem: rack7\ntrain: {iterations: 9}\n"
+    )
+    done = say("--config-dir", str(tmp_path), "--cfg", "job", "train.iterations=8", cwd=tmp_path)
+    assert "system: rack7" in done.stdout and "name: nano" in done.stdout and "iterations: 8" in done.stdout, (
+        done.stderr
+    )
+    ignored = subprocess.run(["git", "check-ignore", "-q", "conf/local/default.yaml"], cwd=CONF_DIR.parent, check=False)
+    assert ignored.returncode in (0, 128)  # 128: not a git checkout
+
+
+def test_tab_completes_options_and_keys(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("ldft")
+    (tmp_path / "complete.sh").write_text(
+        'eval "$(ldft --shell-completion install=bash)"\n'
+        'COMP_LINE="ldft $1"; COMP_POINT=${#COMP_LINE}; COMP_WORDS=(ldft "$1"); COMP_CWORD=1\n'
+        "hydra_bash_completion\nprintf '%s\\n' \"${COMPREPLY[@]}\"\n"
+    )
+    path = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
+
+    def completions(word: str) -> list[str]:
+        done = subprocess.run(
+            ["bash", "complete.sh", word],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            check=True,
+        )
+        return done.stdout.split()
+
+    assert completions("model=llama") == [f"model=llama3_{size}" for size in ("1b", "3b", "70b", "8b")]
+    assert completions("train.iter") == ["train.iterations="]
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = say(
+        "model=llama3_8b", "dry_run=true", "launch.device=cpu", "seq_len=32k", "launch.num_ranks=2", cwd=tmp_path
+    )
+    took_s = time.monotonic() - start
+    assert done.returncode == 0 and done.stderr == ""
+    for part in (
+        "8,030,261,248 parameters",
+        "2 sequences of 32768 tokens = 65,536 tokens",
+        "processes: 2 x",
+        "rank 1:",
+        "master_weights: 29.92 GiB",  # 4 bytes a parameter, over all ranks
+        "compute_weights: 14.96 GiB",
+        '"stage3_prefetch_bucket_size": 50000000',
+        "row.parquet",
+    ):
+        assert part in done.stdout, part
+    assert not list(tmp_path.iterdir())
+    assert took_s < 10, "3 s on an idle machine"
+    done = say("dry_run=true", "train.iterations=1", cwd=tmp_path)
+    assert done.returncode == 2 and "train.warmup_iterations" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_parent_imports_neither_torch_nor_what_brings_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ldft import cli, dry_run; from ldft.training import deepspeed_config, schedule, shards, text\n"
+        "sys.argv = ['ldft', 'model=llama3_8b', 'dry_run=true']; assert cli.main() == 0\n"
+        "print([name for name in ('torch', 'transformers', 'deepspeed', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_config_is_importable_without_torch_and_hydra(tmp_path: Path) -> None:
+    code = (
+        "import sys; import ldft.config; print([name for name in ('torch', 'hydra', 'pyarrow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_identity_leaves_out_what_is_not_measured() -> None:
+    from ldft.config import run_id
+
+    same = compose("dry_run=true", "launch.timeout_s=5", "results.dir=elsewhere", "launch.device=cpu")
+    assert run_id(same) == run_id(compose("launch.device=cpu"))
+    other = compose("launch.device=cpu")
+    other.launch.device = Device.cuda
+    assert run_id(other) != run_id(same)

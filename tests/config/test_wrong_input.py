@@ -1,0 +1,225 @@
+"""Wrong input: one line on stderr with the key, the value, what is allowed and the fix; exit code 2; no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ldft import cli, environment, results, runner
+from tests.conftest import Done
+
+CLI = Callable[..., Done]
+
+
+@pytest.fixture
+def ldft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> CLI:
+    """`python -m ldft` in this process: what it refuses starts no rank, so that only the parent's time is paid."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def run(*overrides: str) -> Done:
+        folder = tmp_path / "results"
+        arguments = [item for item in overrides]
+        if not any(item.startswith("results.dir=") for item in arguments):
+            arguments.append(f"results.dir={folder}")
+        monkeypatch.setattr(sys, "argv", ["ldft", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        capfd.readouterr()
+        code = cli.main()
+        out, err = capfd.readouterr()
+        return Done(code, out, err, folder)
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path: Path, word_tokenizer: Callable[..., Path]) -> str:
+    """A folder of broken and good things."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "broken.json").write_text('{"steps_per_print": 10,\n "bf16": }')
+    (folder / "twice.json").write_text('{"steps_per_print": 10, "steps_per_print": 11}')
+    (folder / "list.json").write_text("[]")
+    (folder / "other_clip.json").write_text('{"gradient_clipping": 1.0}')
+    (folder / "good.txt").write_text("a b c")
+    (folder / "empty.txt").write_text(" \n \n")
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "keyless.jsonl").write_text('{"content": "a"}\n')
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "fake.parquet").write_text("not parquet")
+    pq.write_table(pa.table({"content": ["a"]}), folder / "content.parquet")
+    word_tokenizer(" ".join(f"w{number}" for number in range(70))).rename(folder / "tokenizer")
+    word_tokenizer("a b c").rename(folder / "small_tokenizer")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    for name, data in (("cut", b"\0" * 9), ("sharded", b"\0" * 16)):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    (folder / "sharded" / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"w": "model-00001-of-00002.safetensors"}}'
+    )
+    (folder / "bare").mkdir()
+    return str(folder)
+
+
+TEXT = "data=text data.path=$F/good.txt data.tokenizer=$F/small_tokenizer"
+# What is typed -> what the line must say, in this order.
+WRONG = {
+    # composition: an option, a key or a type
+    "model=foo": ["model: 'foo' does not exist", "use one of gemma2_9b, llama3_1b", "tiny"],
+    "model=lama3_8b": ["model: 'lama3_8b'", "did you mean model=llama3_8b?"],
+    "numa=weighted": ["numa: 'weighted' does not exist", "default"],
+    "model.layres=2": ["model.layres: no such key (value 2); did you mean model.num_layers?"],
+    "train.iteration=7": ["train.iteration: no such key (value 7); did you mean train.iterations?"],
+    "numa_policy=bind_0": ["numa_policy: no such key; use numa=bind_0"],
+    "batch_size=4": ["batch_size: no such key", "train.micro_batch_size"],
+    "learning_rate=4": ["learning_rate: no such key", "optimizer.learning_rate"],
+    "offload.stag=2": ["offload.stag: no such key", "offload.stage"],
+    "+nonsense=1": ["nonsense: no such key", "groups and keys: model, offload"],
+    "seq_len=4096": ["seq_len: 4096 is not an option; use seq_len=4k or seq_len.tokens=4096"],
+    "seq_len=5000": ["seq_len: 5000 is not an option; use seq_len.tokens=5000", "1k, 2k, 4k"],
+    "seq_len.tokens=4k": ["seq_len.tokens: '4k'", "a whole number"],
+    "seq_len.tokens=512,1024": ["seq_len.tokens: several values (512,1024)", "-m"],
+    "launch.num_ranks=1.5": ["launch.num_ranks: '1.5'", "a whole number"],
+    "train.precision=fp8": ["train.precision: 'fp8'", "one of bf16, fp16, fp32"],
+    "optimizer.schedule=cosin": ["optimizer.schedule: 'cosin'", "one of constant, linear, cosine"],
+    "optimizer.betas=0.9": ["optimizer.betas: '0.9'", "a list of numbers", "[0.9,0.95]"],
+    "model.tie_word_embeddings=maybe": ["model.tie_word_embeddings: 'maybe'", "true or false"],
+    "model.num_layers=null": ["model.num_layers: 'null'", "a whole number"],
+    "offload.deepspeed=3": ["offload.deepspeed: '3'", "keys and values"],
+    "train=3": ["train: '3'", "a key below it, of micro_batch_size"],
+    "model": ["model: not of the form key=value"],
+    "=3": ["command line: '=3' has no key"],
+    "system={": ["system: cannot read {", "quote"],
+    "system=${nowhere}": ["system: Interpolation key 'nowhere' not found", "name a key that exists"],
+    # values and combinations
+    "train.iterations=2": ["train.warmup_iterations: 2 leaves none of train.iterations=2", "fewer warm-ups"],
+    "seq_len.tokens=0": ["seq_len.tokens: 0 is too short", "2 or more"],
+    "optimizer.learning_rate=-1e-4": ["optimizer.learning_rate: -0.0001 is not positive", "above 0"],
+    "optimizer.betas=[0.9]": ["optimizer.betas: [0.9] is not two numbers", "[0.9,0.95]"],
+    "launch.num_ranks=0": ["launch.num_ranks: 0 is too small", "1 or more"],
+    "model.num_key_value_heads=3": ["model.num_key_value_heads: 3 does not divide", "use a divisor"],
+    "offload.stage=2": ["offload.parameters: cpu needs offload.stage=3, not 2", "use none"],
+    "offload.stage=4 offload.parameters=none": ["offload.stage: 4 does not exist; use 0, 1, 2 or 3"],
+    "train.loss_scale=8": ["train.loss_scale: 8 has no use with train.precision=bf16", "fp16"],
+    "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],
+    "launch.device=cuda": ["launch.device: cuda: no NVIDIA GPU", "launch.device=cpu"],
+    # DeepSpeed's keys
+    "offload.deepspeed.gradient_cliping=1": ["offload.deepspeed.gradient_cliping", "gradient_clipping"],
+    "offload.deepspeed.zero_optimization.sub_group=1": ["zero_optimization.sub_group:", "sub_group_size?"],
+    "offload.deepspeed.overlap_comm=true": [
+        "offload.deepspeed.overlap_comm",
+        "did you mean zero_optimization.overlap_comm?",
+    ],
+    "offload.deepspeed.zero_optimization.sub_group_size=lots": ['"lots" is not a whole number'],
+    "offload.deepspeed.train_batch_size=8": [
+        "offload.deepspeed.train_batch_size: 8 contradicts train.micro_batch_size"
+    ],
+    "offload.deepspeed.zero_optimization.stage=1": ["stage: 1 contradicts offload.stage, which makes it 3"],
+    "offload.deepspeed.amp.enabled=true": ["offload.deepspeed.amp", "removed"],
+    "offload.deepspeed_file=$F/nowhere.json": ["offload.deepspeed_file: cannot read", "nowhere.json"],
+    "offload.deepspeed_file=$F/broken.json": ["offload.deepspeed_file", "broken.json is not JSON (line 2, column 10"],
+    "offload.deepspeed_file=$F/twice.json": ["offload.deepspeed_file", "'steps_per_print' twice"],
+    "offload.deepspeed_file=$F/list.json": ["offload.deepspeed_file", "no JSON object"],
+    "offload.deepspeed_file=$F/other_clip.json": [
+        "offload.deepspeed_file",
+        "1.0 contradicts optimizer.gradient_clipping",
+    ],
+    # files
+    "model.weights=pretrained": ["model.path: empty", "name a folder"],
+    "model.weights=pretrained model.path=$F/nowhere": ["model.path: '", "nowhere' is not a folder", "*.safetensors"],
+    "model.weights=pretrained model.path=$F/bare": ["model.path: no *.safetensors in"],
+    "model.weights=pretrained model.path=$F/cut": ["model.path:", "damaged or cut short", "fetch it again"],
+    "model.weights=pretrained model.path=$F/sharded": ["model.path:", "lacks model-00001-of-00002.safetensors"],
+    "model.path=$F/bare": ["model.path:", "is not read with model.weights=random"],
+    "data=text": ["data.path: empty", ".txt, .jsonl or .parquet"],
+    "data.path=x.txt": ["data.path: 'x.txt' is not read with data=random"],
+    f"{TEXT} data.path=$F/nowhere.txt": ["data.path:", "nowhere.txt' is not a file here"],
+    f"{TEXT} data.path=$F/broken.json": ["data.path:", "of no known kind", ".jsonl"],
+    f"{TEXT} data.path=$F/empty.txt": ["data.path:", "empty.txt' holds no text"],
+    f"{TEXT} data.path=$F/latin.txt": ["data.path:", "not UTF-8"],
+    f"{TEXT} data.path=$F/keyless.jsonl": ["data.path:", 'line 1, has no "text"'],
+    f"{TEXT} data.path=$F/fake.parquet": ["data.path:", "is not a parquet file"],
+    f"{TEXT} data.path=$F/content.parquet": ["data.path:", "no column text (it has content)"],
+    f"{TEXT} data.tokenizer=$F/bare": ["data.tokenizer: no tokenizer.json in"],
+    f"{TEXT} data.tokenizer=$F/tokenizer model.vocab_size=64": ["data.tokenizer:", "70 tokens, model.vocab_size is 64"],
+    "results.dir=/proc/nowhere": ["results.dir: cannot create /proc/nowhere", "choose a folder you can write"],
+    "results.dir=$F/good.txt": ["results.dir: cannot create", "good.txt"],
+}
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_wrong_input_is_one_clear_line(typed: str, ldft: CLI, files: str, tmp_path: Path) -> None:
+    done = ldft(*typed.replace("$F", files).split())
+    line = done.stderr.rstrip("\n")
+    assert "\n" not in line and line.startswith("ldft: "), done.stderr
+    assert len(line) < 500 and "Traceback" not in done.stdout + line
+    at = 0
+    for part in WRONG[typed]:
+        assert part in line[at:], f"{part!r} not in {line!r}"
+        at = line.index(part, at)
+    assert done.exit_code == 2
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_wrong_values_leave_an_invalid_row_and_wrong_composition_none(ldft: CLI) -> None:
+    done = ldft("train.iterations=2")
+    assert done.row.status == "invalid" and done.row.error_message in done.stderr
+    assert done.row["cfg.train.iterations"] == 2
+    ldft("model=foo")
+    assert len(done.rows) == 1
+
+
+def test_more_ranks_than_gpus_and_old_gpus_are_refused(ldft: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: ("a GPU",))
+    monkeypatch.setattr(environment, "driver", lambda: None)
+    monkeypatch.setattr(environment, "compute_capability", lambda: (7, 5))
+    done = ldft("launch.device=cuda", "launch.num_ranks=2")
+    assert (done.exit_code, done.stderr) == (
+        2,
+        "ldft: launch.num_ranks: 2 ranks need as many GPUs, 1 visible; use 1 to 1\n",
+    )
+    done = ldft()
+    assert (
+        done.exit_code == 2 and "train.precision: bf16 needs" in done.stderr and "here is 7.5; use fp16" in done.stderr
+    )
+
+
+def test_a_bug_says_internal_error_and_keeps_its_traceback(ldft: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("injected")
+
+    monkeypatch.setattr(runner, "_run_ranks", broken)
+    done = ldft("model=nano")
+    assert done.exit_code == 1 and "internal error" in done.stderr and "Traceback" not in done.stderr
+    assert done.row.status == "error" and done.row.error_type == "ZeroDivisionError"
+    log = done.results_dir / done.row.log_path
+    assert "injected" in log.read_text() and str(log) in done.stderr
+
+    # Outside any attempt the log lies where the command was given.
+    monkeypatch.setattr(cli.runner, "run", broken)
+    done = ldft("model=nano")
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1 and "internal error" in done.stderr
+    assert "injected" in Path("ldft-internal-error.log").read_text()
+
+
+def test_an_unwritable_folder_is_refused(ldft: CLI, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere; /proc stands in above")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    done = ldft(f"results.dir={tmp_path}/locked")
+    assert done.exit_code == 2 and "results.dir: cannot write in" in done.stderr
+
+
+def test_rows_of_invalid_runs_can_be_read_back(ldft: CLI) -> None:
+    for value in ("0", "1"):
+        ldft(f"seq_len.tokens={value}")
+    rows = results.read(ldft("seq_len.tokens=-1").results_dir)
+    assert list(rows.status) == ["invalid"] * 3 and rows.run_id.nunique() == 3

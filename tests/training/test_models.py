@@ -1,0 +1,98 @@
+"""Every model of conf/model: its published architecture at full depth, and training at a reduced one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from ldft.config import Config, Device, ModelConfig, OffloadDevice, Precision, SeqLenConfig
+from ldft.memory import estimate
+from ldft.training import data, model
+from tests.conftest import compose, options
+
+# Counts and config.json values as published on the hub, written down apart from conf/.
+PUBLISHED = json.loads((Path(__file__).parents[1] / "config" / "published.json").read_text())
+OURS = {"tiny": 4_000_000, "nano": 1_122_624}
+
+
+def meta_count(config) -> int:
+    with torch.device("meta"), no_init_weights():
+        built = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        built.tie_weights()
+        return sum(parameter.numel() for parameter in built.parameters())
+
+
+def test_every_model_is_known_here() -> None:
+    assert sorted(options("model")) == sorted([*PUBLISHED, *OURS])
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_full_depth_has_the_published_count_and_architecture(name: str) -> None:
+    config = compose(f"model={name}").model
+    built = model.hf_config(config)
+    count = meta_count(built)
+    if name in OURS:
+        assert count == OURS[name]
+    else:
+        published = dict(PUBLISHED[name])
+        assert count == published.pop("parameters")
+        independent = AutoConfig.for_model(published.pop("model_type"), **published)
+        assert count == meta_count(independent)
+        for key, value in published.items():
+            assert getattr(built, key) == value, key
+    assert estimate.num_parameters(config) == count
+
+
+def reduced(published: ModelConfig) -> ModelConfig:
+    """The same family, ratios and switches, small enough for two cores."""
+    ratio = published.num_attention_heads // published.num_key_value_heads
+    published.num_layers, published.num_key_value_heads, published.num_attention_heads = 2, 2, 2 * ratio
+    published.head_dim, published.hidden_size, published.intermediate_size = 16, 2 * ratio * 16, 64 * ratio
+    published.vocab_size = 256
+    published.sliding_window = min(published.sliding_window, 16)
+    return published
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_trains_at_reduced_depth(name: str) -> None:
+    config = Config(model=reduced(compose(f"model={name}").model), seq_len=SeqLenConfig(tokens=48))
+    config.launch.device, config.train.precision = Device.cpu, Precision.fp32  # the fast one, at this size
+    config.offload.stage = 0
+    config.offload.parameters = config.offload.optimizer = OffloadDevice.none
+    network = model.build(config, {}, torch.device("cpu"))
+    assert estimate.num_parameters(config.model) == model.num_parameters(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    tokens = data.batch(config, 0, 0, 0)
+    losses = []
+    for _ in range(3):
+        loss = network(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05, losses
+
+
+def test_window_and_soft_caps_change_what_gemma_computes() -> None:
+    def logits(**changes: float) -> torch.Tensor:
+        config = Config(model=reduced(compose("model=gemma2_9b").model), seq_len=SeqLenConfig(tokens=48))
+        config.launch.device, config.offload.stage = Device.cpu, 0
+        for key, value in changes.items():
+            setattr(config.model, key, value)
+        network = model.build(config, {}, torch.device("cpu")).eval()
+        # Random weights give small scores, which no cap would touch.
+        with torch.no_grad():
+            for layer in network.model.layers:
+                layer.self_attn.q_proj.weight.mul_(200)
+                layer.self_attn.k_proj.weight.mul_(200)
+            return network(input_ids=data.batch(config, 0, 0, 0)).logits.float()
+
+    published = logits()
+    assert published.abs().max() <= 30
+    for changes in ({"sliding_window": 4}, {"attention_softcap": 1.0}, {"logit_softcap": 0.001}):
+        assert not torch.allclose(published, logits(**changes), atol=1e-3), changes
