@@ -1,0 +1,94 @@
+"""`python -m multirun_analysis [FOLDER]` and `python -m multirun_analysis diff A B`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ldft.errors import LdftError
+
+_EPILOG = "python -m multirun_analysis diff A B shows what changed between two folders."
+
+
+def _summary_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m multirun_analysis", description="Tables and figures of a results folder.", epilog=_EPILOG
+    )
+    parser.add_argument("folder", nargs="?", default="results", type=Path, help="results.dir of the runs (results)")
+    parser.add_argument("--out", type=Path, help="folder for the figures (FOLDER/figures)")
+    parser.add_argument("--by", help="config group or key to compare, e.g. offload (every one in which rows differ)")
+    parser.add_argument("--baseline", help="option that the others are compared with (local_only, bind_0 or default)")
+    parser.add_argument("--no-figures", action="store_true", help="only the tables")
+    parser.add_argument("--all", action="store_true", help="every line of every table")
+    return parser
+
+
+def _diff_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m multirun_analysis diff", description="What changed from one results folder to another."
+    )
+    parser.add_argument("a", type=Path, help="results folder before")
+    parser.add_argument("b", type=Path, help="results folder after")
+    parser.add_argument("--all", action="store_true", help="every line of the table")
+    return parser
+
+
+def _console() -> Console:
+    # A file or a pipe gets whole lines: a table folded to 80 columns cannot be searched. Messages may hold brackets: no markup.
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+
+
+def _summarise(arguments: argparse.Namespace) -> int:
+    from multirun_analysis import figures, terminal
+    from multirun_analysis.rows import load
+
+    df = load(arguments.folder)
+    console = _console()
+    if df.empty:
+        console.print(f"no rows in {arguments.folder}; python -m ldft writes one a run", soft_wrap=True)
+        return 0
+    groups = [arguments.by] if arguments.by else figures.groups_to_compare(df)
+    if arguments.baseline:
+        groups = groups[:1]  # a baseline is an option of one group
+    terminal.summarise(df, groups, arguments.baseline, arguments.all, console)
+    if not arguments.no_figures:
+        out = arguments.out or arguments.folder / "figures"
+        written, missing = figures.write_all(df, out, groups=groups, baseline=arguments.baseline)
+        console.print(f"{len(written)} figure files in {out}", soft_wrap=True)
+        for name, reason in missing.items():
+            console.print(f"no figure {name}: {reason}", soft_wrap=True)
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from multirun_analysis import terminal
+    from multirun_analysis.comparison import diff
+    from multirun_analysis.rows import load, versions_of
+
+    a, b = load(arguments.a), load(arguments.b)
+    terminal.print_diff(diff(a, b), (versions_of(a), versions_of(b)), arguments.all, _console())
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line where the folder, the group or the baseline does not exist."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        if words[:1] == ["diff"]:
+            return _diff(_diff_parser().parse_args(words[1:]))
+        return _summarise(_summary_parser().parse_args(words))
+    except LdftError as error:
+        print(f"multirun_analysis: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"multirun_analysis: cannot write {error.filename}: {error.strerror}; choose another --out", file=sys.stderr
+        )
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

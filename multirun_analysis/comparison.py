@@ -1,0 +1,207 @@
+"""Ratios with confidence: options of one config group against a baseline, and one results folder against another.
+
+The statistic. The speed of a run is tokens_per_iteration over the median of its iteration times after warm-up; a speed-up
+is the ratio of two such speeds (of their geometric means where a cell has several runs). Its confidence interval is
+computed on logarithms, from two sources of noise, and the wider one counts:
+
+- iterations: the standard error of a run's median is taken as sqrt(pi/2) * s / sqrt(n), with s the standard deviation of
+  the run's n log samples (sqrt(pi/2) is the loss of a median against a mean under normal noise; an outlier widens s and
+  so the interval). Degrees of freedom by Welch and Satterthwaite.
+- runs, where both sides have two or more: the pooled standard deviation of the runs' log medians, Student's t. Two runs
+  a side give wide intervals (t = 4.3 at 95%), three are far better (2.8).
+
+One run a side says nothing about differences from run to run (placement, clocks, neighbours): the column `basis` then
+reads `iterations`. Each interval holds for itself: of 20 comparisons without a difference about one "differs" at 95%.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from ldft.errors import ResultsError
+from multirun_analysis.rows import cell_keys, option_label, relabel, text
+
+CONFIDENCE = 0.95
+# The policy that others are measured against, where the rows have it.
+_BASELINES = ("local_only", "bind_0", "default")
+_MEDIAN_LOSS = math.sqrt(math.pi / 2)
+
+
+def speed_ratio(runs: list[np.ndarray], baseline: list[np.ndarray], confidence: float = CONFIDENCE) -> dict[str, Any]:
+    """Ratio of the speeds of two cells, each given as one array of samples (tokens/s) a run.
+
+    Returns speedup, low, high, basis (`iterations`, `runs`, or `none` where one sample allows no interval).
+    """
+    given = [[samples for samples in side if len(samples)] for side in (runs, baseline)]
+    if not all(given):
+        return {"speedup": math.nan, "low": math.nan, "high": math.nan, "basis": "none"}
+    # The median is that of times: of an even number of samples the median speed would be another one.
+    medians = [np.array([-np.log(np.median(1 / run)) for run in side]) for side in given]
+    sides = [[np.log(run) for run in side] for side in given]
+    centre = float(medians[0].mean() - medians[1].mean())
+    widths = {"iterations": _iterations_width(sides, confidence), "runs": _runs_width(medians, confidence)}
+    known = {name: width for name, width in widths.items() if width is not None}
+    if not known:
+        return {"speedup": math.exp(centre), "low": math.nan, "high": math.nan, "basis": "none"}
+    basis = max(known, key=lambda name: known[name])
+    width = known[basis]
+    return {
+        "speedup": math.exp(centre),
+        "low": math.exp(centre - width),
+        "high": math.exp(centre + width),
+        "basis": basis,
+    }
+
+
+def _t(confidence: float, degrees: float) -> float:
+    return float(stdtrit(degrees, 0.5 + confidence / 2))
+
+
+def _iterations_width(sides: list[list[np.ndarray]], confidence: float) -> float | None:
+    """Half-width of the interval from the noise of iterations; None where a run has one sample."""
+    if any(len(run) < 2 for side in sides for run in side):
+        return None
+    terms = [
+        (_MEDIAN_LOSS**2 * run.var(ddof=1) / len(run) / len(side) ** 2, len(run) - 1) for side in sides for run in side
+    ]
+    variance = sum(term for term, _ in terms)
+    if variance == 0:
+        return 0.0
+    degrees = variance**2 / sum(term**2 / count for term, count in terms)
+    return _t(confidence, degrees) * math.sqrt(variance)
+
+
+def _runs_width(medians: list[np.ndarray], confidence: float) -> float | None:
+    """Half-width of the interval from the differences among runs; None where a side has one run."""
+    if any(len(side) < 2 for side in medians):
+        return None
+    degrees = sum(len(side) - 1 for side in medians)
+    pooled = sum(float(((side - side.mean()) ** 2).sum()) for side in medians) / degrees
+    return _t(confidence, degrees) * math.sqrt(pooled * sum(1 / len(side) for side in medians))
+
+
+def verdict(ratio: dict[str, Any]) -> str:
+    """faster, slower, no difference found, or no confidence."""
+    if math.isnan(ratio["low"]):
+        return "no confidence"
+    if ratio["low"] > 1:
+        return "faster"
+    return "slower" if ratio["high"] < 1 else "no difference found"
+
+
+def default_baseline(df: pd.DataFrame, by: str) -> str:
+    """The option that others are compared with: a DRAM-only or the default policy, else the one with most ok rows."""
+    labels = option_label(df, by)
+    if by == "numa":
+        for name in _BASELINES:
+            if (labels[df["ok"]] == name).any():
+                return name
+    counts = labels[df["ok"]].value_counts() if df["ok"].any() else labels.value_counts()
+    return str(min(counts.index, key=lambda name: (-counts[name], str(name)))) if len(counts) else ""
+
+
+def _matched_on(df: pd.DataFrame, by: str) -> pd.Series:
+    """One text a row that equals another row's when the two differ in nothing but `by`."""
+    keys = [key for key in cell_keys(df) if key != by and not key.startswith(by + ".")]
+    parts = [df[f"cfg.{key}"].map(text) for key in keys]
+    parts.append(df["machine"])
+    if by != "numa":
+        parts.append(option_label(df, "numa"))  # an inherited policy is in no config key
+    joined = pd.Series("", index=df.index, dtype=object)
+    for part in parts:
+        joined = joined + "\x1f" + part.astype(object)
+    return joined
+
+
+def compare(
+    df: pd.DataFrame, by: str = "numa", baseline: str | None = None, confidence: float = CONFIDENCE
+) -> pd.DataFrame:
+    """Each option of the config group or key `by` against `baseline`, between cells that differ in nothing else.
+
+    Columns: machine, model, seq_len_tokens, policy, variant (of the cell), option, baseline, runs, baseline_runs,
+    speedup (tokens/s over the baseline's tokens/s), low, high (its confidence interval; the statistic is described at the
+    top of this module), basis, verdict (faster, slower, no difference found, no confidence, or what failed).
+    Cells whose counterpart was never run are left out; cells that failed on either side stay, with a verdict that says so.
+
+    Raises ResultsError when no row has `baseline`, naming what there is.
+    """
+    columns = ["machine", "model", "seq_len_tokens", "policy", "variant", "option", "baseline"]
+    columns += ["runs", "baseline_runs", "speedup", "low", "high", "basis", "verdict"]
+    if df.empty:
+        return pd.DataFrame(columns=columns)
+    live = df[~df["superseded"]].copy()
+    live["option"] = option_label(live, by)
+    options = list(dict.fromkeys(live["option"]))
+    baseline = default_baseline(live, by) if baseline is None else baseline
+    if baseline not in options:
+        raise ResultsError(f"no row has {by}={baseline}; use one of {', '.join(options)}")
+    found = []
+    for _, group in live.groupby(_matched_on(live, by), sort=False):
+        base = group[group["option"] == baseline]
+        for option, rows in group.groupby("option", sort=True):
+            if option == baseline or base.empty:
+                continue
+            first = rows.iloc[0]
+            cell = {name: first[name] for name in columns[:5]}
+            found.append(cell | {"option": option, "baseline": baseline} | _versus(rows, base, confidence))
+    table = pd.DataFrame(found, columns=columns)
+    return table.sort_values(
+        ["machine", "model", "seq_len_tokens", "option", "variant"], kind="stable", ignore_index=True
+    )
+
+
+def _versus(rows: pd.DataFrame, base: pd.DataFrame, confidence: float) -> dict[str, Any]:
+    ok, base_ok = rows[rows["ok"]], base[base["ok"]]
+    ratio = speed_ratio(list(ok["sample_tokens_per_s"]), list(base_ok["sample_tokens_per_s"]), confidence)
+    if len(ok) and len(base_ok):
+        answer = verdict(ratio)
+    else:
+        here = "ok" if len(ok) else str(rows["failure"].iloc[-1])
+        there = "ok" if len(base_ok) else str(base["failure"].iloc[-1])
+        answer = f"{here}, baseline {there}"
+    return {"runs": len(ok), "baseline_runs": len(base_ok), **ratio, "verdict": answer}
+
+
+def diff(a: pd.DataFrame, b: pd.DataFrame, confidence: float = CONFIDENCE) -> pd.DataFrame:
+    """What changed from rows `a` to rows `b`, one line a cell that either has.
+
+    Columns: the cell, status_a, status_b (`absent` where it was not run), tokens_per_s_a, tokens_per_s_b, speedup of b over
+    a with low and high (as in `compare`), peak_host_gib_a and _b, peak_vram_gib_a and _b, change: faster, slower,
+    no difference found, `ok -> timeout`, only in a, only in b, failed in both.
+    The machine is part of a cell: the same cell on another machine is another cell.
+    """
+    names = ["tokens_per_s", "peak_host_gib", "peak_vram_gib"]
+    columns = ["machine", "model", "seq_len_tokens", "policy", "variant", "status_a", "status_b"]
+    columns += [f"{name}_{side}" for name in names for side in "ab"] + ["speedup", "low", "high", "basis", "change"]
+    both = pd.concat([a.assign(side="a"), b.assign(side="b")], ignore_index=True)
+    both = both[~both["superseded"]]
+    if both.empty:
+        return pd.DataFrame(columns=columns)
+    both = relabel(both)  # labels were made within each folder; cells are named over both
+    found = []
+    for _, group in both.groupby(_matched_on(both, "none"), sort=False):
+        line: dict[str, Any] = {name: group.iloc[0][name] for name in columns[:5]}
+        sides = {side: group[group["side"] == side] for side in "ab"}
+        oks = {side: rows[rows["ok"]] for side, rows in sides.items()}
+        for side, rows in sides.items():
+            status = "absent" if rows.empty else str(rows["status"].iloc[-1])
+            line[f"status_{side}"] = "ok" if len(oks[side]) else status
+            line[f"tokens_per_s_{side}"] = oks[side]["tokens_per_s"].median()
+            line[f"peak_host_gib_{side}"] = oks[side]["peak_host_gib"].max()
+            line[f"peak_vram_gib_{side}"] = oks[side]["peak_vram_gib"].max()
+        ratio = speed_ratio(list(oks["b"]["sample_tokens_per_s"]), list(oks["a"]["sample_tokens_per_s"]), confidence)
+        found.append(line | ratio | {"change": _change(line["status_a"], line["status_b"], ratio)})
+    return pd.DataFrame(found, columns=columns).sort_values(columns[:5], kind="stable", ignore_index=True)
+
+
+def _change(before: str, after: str, ratio: dict[str, Any]) -> str:
+    if "absent" in (before, after):
+        return "only in b" if before == "absent" else "only in a"
+    if before != after:
+        return f"{before} -> {after}"
+    return verdict(ratio) if before == "ok" else "failed in both"

@@ -1,0 +1,53 @@
+"""Execute the notebooks in place: `python -m multirun_analysis.notebooks`. Outputs are committed, so that a forge shows them.
+
+What differs from machine to machine or from run to run (times, the kernel's name and version) is removed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent
+NOTEBOOKS = ("analysis.ipynb", "paper.ipynb")
+_METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def execute(name: str, results: Path | None = None, timeout_s: int = 300) -> nbformat.NotebookNode:
+    """The executed notebook; with `results`, its variable RESULTS names that folder instead of the committed data.
+
+    Raises nbclient's CellExecutionError where a cell fails.
+    """
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    if results is not None:
+        first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+        line = next(line for line in first.source.splitlines() if line.startswith("RESULTS = "))
+        first.source = first.source.replace(line, f"RESULTS = {str(results)!r}")
+    # Executed where it lies, by this very interpreter, whatever kernel the user's Jupyter knows.
+    client = NotebookClient(
+        notebook, timeout=timeout_s, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
+    )
+    client.execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    notebook.metadata = nbformat.from_dict(_METADATA)
+    return notebook
+
+
+def main() -> int:
+    """Execute every notebook and write it back."""
+    for name in NOTEBOOKS:
+        notebook = execute(name)
+        nbformat.write(notebook, FOLDER / name)
+        print(f"executed {name}: {len(notebook.cells)} cells")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

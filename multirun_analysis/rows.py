@@ -1,0 +1,244 @@
+"""Rows of a results folder as one tidy DataFrame: the row's columns as they are, and a few derived ones with units."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ldft import results
+from ldft.config import Config
+from ldft.config.root import flatten
+from ldft.errors import ResultsError
+
+# Keys that say where results go, how long to wait, how often to measure or which try this is: rows that differ in
+# nothing else measure the same thing.
+SAME_CELL = (
+    "results",
+    "rerun",
+    "dry_run",
+    "force",
+    "sweep",
+    "repeat",
+    "system",
+    "launch.timeout_s",
+    "train.iterations",
+    "train.warmup_iterations",
+    "train.seed",
+)
+# These have columns of their own.
+_NAMED = ("model", "numa", "seq_len", "launch.device")
+
+# Keys that say what their group says: `checkpointing.mode=gpu` is checkpointing=gpu.
+_ALONE = ("mode", "name", "kind")
+
+# What a failed cell says in a figure.
+FAILURE_LABELS = {"oom_device": "OOM", "oom_host": "host OOM"}
+
+
+def load(path: str | Path) -> pd.DataFrame:
+    """Every row of a results folder, oldest first, failed rows included; one row an attempt.
+
+    Besides the columns of ldft.results (units in their names):
+
+    model, policy, machine   short labels; `model` and `policy` name overridden keys, too (`tiny num_layers=1`)
+    variant                  the remaining config keys that differ among the rows, `key=value`; empty where none does
+    seq_len_tokens           tokens of a sequence
+    ok                       status is ok
+    superseded               a later attempt of the same run_id is ok: this failure is history
+    failure                  label of a failed row (`OOM`, `timeout`, ...), empty for an ok one
+    sample_tokens_per_s      array: throughput of each iteration after warm-up
+    forward_median_s, backward_median_s, step_median_s    medians after warm-up
+    peak_vram_gib            largest peak_vram_allocated_gib of any rank; NaN without a GPU
+
+    Raises ResultsError where `path` is not a folder. A folder without rows gives an empty frame with all columns.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ResultsError(f"{folder} is not a folder; name the results.dir of a run or sweep")
+    frame = results.read(folder)
+    frame = frame.sort_values(["started_at", "run_id", "attempt"], kind="stable", ignore_index=True)
+    return _derived(_with_defaults(frame))
+
+
+def config_keys(frame: pd.DataFrame) -> list[str]:
+    """Config keys (without `cfg.`) that rows carry."""
+    return [name.removeprefix("cfg.") for name in frame.columns if name.startswith("cfg.")]
+
+
+def _under(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def cell_keys(frame: pd.DataFrame) -> list[str]:
+    """Config keys that tell what is measured: rows that agree in all of them are repeats of one cell."""
+    return [key for key in config_keys(frame) if not _under(key, SAME_CELL)]
+
+
+def text(value: Any) -> str:
+    """A config value as a label."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return "[" + ",".join(text(item) for item in value) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
+
+
+def _with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
+    """Fill config keys that older rows lack with today's default: the run behaved so before the key existed.
+
+    (A key whose meaning changes raises the identity version of ldft.config instead, and an unset key of a current row
+    is null on purpose only where its default is.)
+    """
+    defaults = flatten(Config())
+    columns: dict[str, pd.Series] = {}
+    for key in config_keys(frame):
+        column = frame[f"cfg.{key}"].astype(object)
+        default = defaults.get(key)
+        missing = column.map(lambda value: value is None or (isinstance(value, float) and np.isnan(value)))
+        columns[f"cfg.{key}"] = column.where(
+            ~missing, pd.Series([default] * len(frame), index=frame.index, dtype=object)
+        )
+    return frame.assign(**columns)
+
+
+def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
+    """What distinguishes the options of one config group (`numa`, `offload`) or key among these rows, as text.
+
+    A group with a `name` key is labelled by it, plus the keys in which rows of one name differ; any other group by the
+    keys that differ at all.
+    """
+    keys = [key for key in config_keys(frame) if _under(key, (group,))]
+    # Seeds and counts in a group (`train.seed`) make no option, unless they are asked for by name.
+    keys = [key for key in keys if key == group or _under(group, SAME_CELL) or not _under(key, SAME_CELL)]
+    if not keys:
+        raise ResultsError(f"no config group or key '{group}' in these rows; use one of {_groups(frame)}")
+    texts = pd.DataFrame({key: frame[f"cfg.{key}"].map(text) for key in keys})
+    name = f"{group}.name"
+    if group == "numa":
+        texts[name] = _inherited(frame, texts[name])
+    if name in texts:
+        extra = [k for k in keys if k != name and (texts.groupby(name, sort=False)[k].nunique() > 1).any()]
+        return _joined(texts[name], texts[extra], group)
+    if keys == [group]:
+        return texts[group]
+    differing = [key for key in keys if texts[key].nunique() > 1]
+    if len(differing) == 1 and differing[0].rpartition(".")[2] in _ALONE:
+        return texts[differing[0]]
+    return _joined(pd.Series("", index=frame.index, dtype=object), texts[differing or keys], group)
+
+
+def option_name(group: str, option: str) -> str:
+    """An option as people write it: `cxl_aware`, `checkpointing=gpu`, `micro_batch_size=4`."""
+    return option if group == "numa" or "=" in option else f"{group}={option}"
+
+
+def _inherited(frame: pd.DataFrame, names: pd.Series) -> pd.Series:
+    """Policy names, where `default` says what the caller's policy was: `numactl ... python -m ldft` is no default."""
+    if "numa_policy" not in frame.columns:
+        return names
+    caller = frame["numa_policy"].astype(object)
+    known = caller.map(lambda value: isinstance(value, str) and value != "default") & (names == "default")
+    return names.where(~known, "default: " + caller.map(str))
+
+
+def _joined(first: pd.Series, others: pd.DataFrame, group: str) -> pd.Series:
+    label = first.astype(object)
+    for key in others:
+        label = label + f" {str(key).removeprefix(group + '.')}=" + others[key]
+    return label.str.strip().astype(object)
+
+
+def _groups(frame: pd.DataFrame) -> str:
+    return ", ".join(sorted({key.split(".")[0] for key in config_keys(frame)}))
+
+
+def _variant(frame: pd.DataFrame) -> pd.Series:
+    """The cell keys that differ and have no column of their own; of keys that differ together only the first is named."""
+    label = pd.Series("", index=frame.index, dtype=object)
+    seen: list[pd.Series] = []
+    for key in cell_keys(frame):
+        if _under(key, _NAMED):
+            continue
+        values = frame[f"cfg.{key}"].map(text)
+        codes = pd.Series(pd.factorize(values)[0], index=frame.index)
+        if codes.nunique() < 2 or any(codes.equals(other) for other in seen):
+            continue
+        seen.append(codes)
+        # `checkpointing.mode` says enough as `checkpointing`, `launch.num_ranks` as `num_ranks`.
+        head, _, tail = key.rpartition(".")
+        name = head if tail in _ALONE and head else tail
+        label = label + f" {name}=" + values
+    return label.str.strip().astype(object)
+
+
+def relabel(frame: pd.DataFrame) -> pd.DataFrame:
+    """Name model, policy and variant by what differs among exactly these rows (again, for rows of two folders put together)."""
+    return frame.assign(model=option_label(frame, "model"), policy=option_label(frame, "numa"), variant=_variant(frame))
+
+
+def _machine(row: pd.Series) -> str:
+    gpus = list(row.gpus) if isinstance(row.gpus, np.ndarray | list) else []
+    cpu = row.cpu if isinstance(row.cpu, str) else "unknown machine"
+    model = f"{len(gpus)} x {gpus[0]}" if row.device_type == "cuda" and gpus else cpu
+    return f"{row.system} ({model})" if isinstance(row.system, str) and row.system else model
+
+
+def after_warmup(row: pd.Series, name: str) -> np.ndarray:
+    """A list column's samples after warm-up; empty where there are none."""
+    values = row[name]
+    if values is None or (isinstance(values, float) and np.isnan(values)):
+        return np.empty(0)
+    return np.asarray(values, dtype=float)[int(row.warmup_iterations or 0) :]
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.median(values)) if len(values) else float("nan")
+
+
+def _peak(values: Any) -> float:
+    """The largest of a list column; NaN where it is null, empty or zero (a CPU run reports no device memory)."""
+    peak = max(values, default=0.0) if isinstance(values, np.ndarray | list) else 0.0
+    return float(peak) if peak > 0 else float("nan")
+
+
+def _derived(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = [row for _, row in frame.iterrows()]
+
+    def column(values: list[Any], dtype: str = "object") -> pd.Series:
+        return pd.Series(values, index=frame.index, dtype=dtype)
+
+    samples = []
+    for row in rows:
+        times = after_warmup(row, "iteration_s")
+        samples.append(row.tokens_per_iteration / times if len(times) else times)
+    status = frame["status"].astype(object)
+    ok = status == "ok"
+    last_ok = frame[ok].groupby("run_id")["attempt"].max()
+    newest = frame["run_id"].map(last_ok).astype("float64")
+    failure = status.map(lambda value: "" if value == "ok" else FAILURE_LABELS.get(value, str(value)))
+    medians = {
+        f"{phase}_median_s": column([_median(after_warmup(row, f"{phase}_s")) for row in rows], "float64")
+        for phase in ("forward", "backward", "step")
+    }
+    return relabel(frame).assign(
+        machine=column([_machine(row) for row in rows]),
+        seq_len_tokens=frame["cfg.seq_len.tokens"].astype("int64"),
+        ok=ok,
+        superseded=(~ok & (newest > frame["attempt"])).astype(bool),
+        failure=failure,
+        sample_tokens_per_s=column(samples),
+        peak_vram_gib=column([_peak(row.peak_vram_allocated_gib) for row in rows], "float64"),
+        **medians,
+    )
+
+
+def versions_of(frame: pd.DataFrame) -> list[str]:
+    """The commits (12 digits, `+` for uncommitted changes) that the rows come from, in order of first appearance."""
+    found: dict[str, None] = {}
+    for commit, dirty in zip(frame["git_commit"], frame["git_dirty"], strict=True):
+        name = commit[:12] + ("+" if dirty else "") if isinstance(commit, str) else "unknown"
+        found.setdefault(name)
+    return list(found)

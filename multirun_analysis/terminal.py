@@ -1,0 +1,170 @@
+"""The summary tables of `python -m multirun_analysis`, for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from multirun_analysis import comparison, rows, tidy
+from multirun_analysis.style import length, number
+
+# A terminal shows these many lines of a table; the rest is a count.
+MAX_LINES = 40
+
+
+def _cell_columns(table: pd.DataFrame) -> list[str]:
+    """The parts of a cell that differ; model and length always."""
+    return [name for name in tidy.CELL if name in ("model", "seq_len_tokens") or table[name].nunique() > 1]
+
+
+def _shown(value: Any, column: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if column == "seq_len_tokens":
+        return length(value)
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _print(console: Console, title: str, table: pd.DataFrame, columns: dict[str, str], limit: int | None) -> None:
+    """Print a heading and a table of `columns` (name in the frame -> heading)."""
+    console.print(f"\n{title}", style="bold", soft_wrap=True)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        numeric = pd.api.types.is_numeric_dtype(table[column])
+        drawn.add_column(columns[column], justify="right" if numeric else "left", overflow="fold")
+    shown = table if limit is None else table.head(limit)
+    for _, line in shown.iterrows():
+        style = "" if line.get("status", "ok") == "ok" else "red"
+        drawn.add_row(*(_shown(line[column], column) for column in columns), style=style)
+    if len(shown) < len(table):
+        drawn.caption = f"{len(table) - len(shown)} more lines; --all shows them"
+    console.print(drawn)
+
+
+def _headings(table: pd.DataFrame) -> dict[str, str]:
+    return {name: {"seq_len_tokens": "tokens"}.get(name, name) for name in _cell_columns(table)}
+
+
+def _with_shares(table: pd.DataFrame) -> pd.DataFrame:
+    """Phases in one column, `12/70/18%`, and the range of throughputs."""
+
+    def share(cell: Any) -> str:
+        parts = [cell.forward_s / cell.iteration_s, cell.backward_s / cell.iteration_s, cell.step_s / cell.iteration_s]
+        return "-" if any(math.isnan(part) for part in parts) else "/".join(f"{100 * p:.0f}" for p in parts) + "%"
+
+    def spread(cell: Any) -> str:
+        low, high = cell.tokens_per_s_p10, cell.tokens_per_s_p90
+        return "-" if math.isnan(low) else f"{number(low)} - {number(high)}"
+
+    lines = list(table.itertuples())
+    outcome = [cell.failure if cell.failure else "ok" for cell in lines]
+    return table.assign(
+        phases=pd.Series([share(cell) for cell in lines], index=table.index, dtype=object),
+        spread=pd.Series([spread(cell) for cell in lines], index=table.index, dtype=object),
+        outcome=pd.Series(outcome, index=table.index, dtype=object),
+    )
+
+
+def summarise(
+    df: pd.DataFrame, groups: Sequence[str], baseline: str | None, everything: bool, console: Console
+) -> None:
+    """Print what the rows say: counts, one line a cell, the front of speed against memory, speed-ups, failures."""
+    limit = None if everything else MAX_LINES
+    # First of all: a group or baseline that does not exist is to be said before anything else.
+    comparisons = {group: comparison.compare(df, by=group, baseline=baseline) for group in groups}
+    counts = ", ".join(f"{count} {status}" for status, count in df["status"].value_counts().items())
+    console.print(f"{len(df)} rows: {counts}", soft_wrap=True)
+    console.print(f"machine: {'; '.join(sorted(df['machine'].unique()))}", soft_wrap=True)
+    console.print(f"ldft at commit: {', '.join(rows.versions_of(df))} (+ is with uncommitted changes)", soft_wrap=True)
+    if df["source_hash"].nunique() > 1:
+        console.print(f"note: the rows come from {df['source_hash'].nunique()} versions of the code", style="yellow")
+    table = _with_shares(tidy.cells(df))
+    columns = _headings(table) | {
+        "runs": "runs",
+        "tokens_per_s": "tokens/s",
+        "spread": "10-90%",
+        "iteration_s": "s/iteration",
+        "phases": "fwd/bwd/step",
+        "peak_host_gib": "host GiB",
+        "peak_vram_gib": "VRAM GiB",
+        "mfu": "MFU",
+        "outcome": "outcome",
+    }
+    columns = {
+        name: head
+        for name, head in columns.items()
+        if name not in ("peak_vram_gib", "mfu") or table[name].notna().any()
+    }
+    _print(console, "Cells", table, columns, limit)
+    _print_front(table, console, limit)
+    for group, compared in comparisons.items():
+        if len(compared):
+            _print_compared(compared, group, console, limit)
+    failed = table[table["failure"] != ""]
+    if len(failed):
+        heads = _headings(failed) | {"failure": "what", "error_message": "message", "log_path": "log"}
+        _print(console, "Failed", failed.drop(columns="status"), heads, limit)
+
+
+def _print_front(table: pd.DataFrame, console: Console, limit: int | None) -> None:
+    memory = "peak_vram_gib" if table["peak_vram_gib"].notna().any() else "peak_host_gib"
+    front = tidy.pareto(table, x=memory, y="tokens_per_s")
+    if len(front) and len(front) < table["tokens_per_s"].notna().sum():
+        heads = _headings(table) | {"tokens_per_s": "tokens/s", memory: "VRAM GiB" if "vram" in memory else "host GiB"}
+        title = "Best choices of each model and length: no other cell is both faster and smaller"
+        _print(console, title, front, heads, limit)
+
+
+def _ratio(low: float, high: float) -> str:
+    return "-" if math.isnan(low) else f"{low:.3f} - {high:.3f}"
+
+
+def _three_digits(values: pd.Series) -> pd.Series:
+    return values.map(lambda value: "-" if math.isnan(value) else f"{value:.3f}").astype(object)
+
+
+def _print_compared(compared: pd.DataFrame, by: str, console: Console, limit: int | None) -> None:
+    lines = compared.assign(
+        speedup=_three_digits(compared["speedup"]),
+        interval=[_ratio(line.low, line.high) for line in compared.itertuples()],
+    )
+    # The option says what the compared group's own column would say again.
+    heads = {name: head for name, head in _headings(compared).items() if name != {"numa": "policy"}.get(by)}
+    heads |= {"option": by, "runs": "runs", "speedup": "speed-up", "interval": "95% interval", "basis": "basis"}
+    heads |= {"verdict": f"against {compared['baseline'].iloc[0]}"}
+    _print(console, f"Speed-up over {rows.option_name(by, compared['baseline'].iloc[0])}", lines, heads, limit)
+
+
+def print_diff(table: pd.DataFrame, commits: tuple[list[str], list[str]], everything: bool, console: Console) -> None:
+    """Print what changed between two folders: one line a cell, then the counts."""
+    for side, names in zip("ab", commits, strict=True):
+        console.print(f"{side}: ldft at commit {', '.join(names) or 'unknown'}", soft_wrap=True)
+    if table.empty:
+        console.print("neither folder has a row")
+        return
+    lines = table.assign(
+        speedup=_three_digits(table["speedup"]),
+        interval=[_ratio(line.low, line.high) for line in table.itertuples()],
+    )
+    heads = _headings(table) | {
+        "tokens_per_s_a": "tokens/s a",
+        "tokens_per_s_b": "b",
+        "speedup": "b/a",
+        "interval": "95% interval",
+        "peak_host_gib_a": "host GiB a",
+        "peak_host_gib_b": "b",
+        "peak_vram_gib_a": "VRAM GiB a",
+        "peak_vram_gib_b": "b",
+        "change": "change",
+    }
+    if table[["peak_vram_gib_a", "peak_vram_gib_b"]].isna().all(axis=None):
+        heads = {name: head for name, head in heads.items() if "vram" not in name}
+    _print(console, "Changes from a to b", lines, heads, None if everything else MAX_LINES)
+    counts = table["change"].value_counts()
+    console.print(", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -1,0 +1,120 @@
+"""Rows made to order: real files with the real schema, values that a test chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ldft import results
+from ldft.config import Config, run_id
+from ldft.config.root import flatten
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Rows:
+    """Writes rows into one results folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self._count = 0
+
+    def add(
+        self,
+        *,
+        model: str = "tiny",
+        tokens: int = 1024,
+        policy: str = "default",
+        status: str = "ok",
+        iteration_s: list[float] | None = None,
+        seed: int = 0,
+        attempt: int = 1,
+        config: Callable[[Config], None] | None = None,
+        newer: dict[str, tuple[pa.DataType, Any]] | None = None,
+        without: tuple[str, ...] = (),
+        **columns: Any,
+    ) -> Path:
+        """Add a row. `newer` adds columns that today's schema lacks, `without` leaves columns out as an older one would."""
+        built = Config()
+        built.model.name, built.seq_len.tokens, built.numa.name, built.train.seed = model, tokens, policy, seed
+        if config:
+            config(built)
+        times = [9.0, 9.0, *(iteration_s or [1.0, 1.0, 1.0])] if status == "ok" else None
+        self._count += 1
+        row: dict[str, Any] = {name: None for name in results.schema().names}
+        row |= {f"cfg.{key}": value for key, value in flatten(built).items()}
+        row |= {
+            "run_id": run_id(built),
+            "attempt": attempt,
+            "started_at": START + timedelta(minutes=self._count),
+            "device_type": "cpu",
+            "cpu": "a CPU",
+            "gpus": [],
+            "status": status,
+            "error_message": None if status == "ok" else f"made to be {status} [see the log]",
+            "warmup_iterations": 2,
+            "tokens_per_iteration": tokens,
+            "git_commit": "0123456789abcdef",
+            "git_dirty": False,
+            "source_hash": "abc",
+        }
+        if times:
+            median = sorted(times[2:])[len(times[2:]) // 2]
+            speed = columns.get("tokens_per_iteration", tokens) / median
+            row |= {"iteration_s": times, "iteration_median_s": median, "tokens_per_s": speed}
+            for phase, part in (("forward", 0.3), ("backward", 0.6), ("step", 0.1)):
+                row[f"{phase}_s"] = [part * time for time in times]
+            row["peak_host_gib"] = 2.0
+        row |= columns
+        fields = [field for field in results.schema() if field.name not in without]
+        fields += [pa.field(name, kind) for name, (kind, _) in (newer or {}).items()]
+        row |= {name: value for name, (_, value) in (newer or {}).items()}
+        path = self.folder / row["run_id"] / f"attempt-{attempt}" / results.ROW_FILE
+        path.parent.mkdir(parents=True)
+        schema = pa.schema(fields)
+        pq.write_table(pa.Table.from_pylist([{name: row[name] for name in schema.names}], schema=schema), path)
+        return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Rows:
+    return Rows(tmp_path / "results")
+
+
+@pytest.fixture
+def new_rows(tmp_path: Path) -> Callable[[str], Rows]:
+    """More than one results folder."""
+    return lambda name: Rows(tmp_path / name)
+
+
+ROLE = pa.list_(
+    pa.struct(
+        [
+            ("host", pa.string()),
+            ("rank", pa.int64()),
+            ("role", pa.string()),
+            ("bytes", pa.int64()),
+            ("node", pa.int64()),
+            ("share", pa.float64()),
+            ("requested_share", pa.float64()),
+        ]
+    )
+)
+
+
+def role(name: str, node: int, gib: float, share: float, asked: float | None) -> dict[str, Any]:
+    """An entry of the column `roles`."""
+    size = int(gib * 2**30)
+    return dict(host="h", rank=0, role=name, bytes=size, node=node, share=share, requested_share=asked)
+
+
+def node(number: int, total_gib: float) -> dict[str, Any]:
+    """An entry of the column `nodes`."""
+    return dict(host="h", node=number, huge_gib=0, heap_gib=0, stack_gib=0, private_gib=total_gib, total_gib=total_gib)

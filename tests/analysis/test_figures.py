@@ -1,0 +1,214 @@
+"""The figures' data, read back from the artists: right rows at right places, failed cells visible, files reproducible."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+import pyarrow as pa
+import pytest
+from conftest import ROLE, Rows, node, role
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from multirun_analysis import load, style
+from multirun_analysis.figures import FIGURES, groups_to_compare, speedup, write_all
+
+LENGTHS = (4096, 8192, 16384)
+
+
+def _artist(figure: Figure, gid: str) -> Artist:
+    found = [artist for artist in figure.findobj(lambda artist: artist.get_gid() == gid)]
+    assert len(found) == 1, f"{len(found)} artists {gid}; there are {sorted(_gids(figure))}"
+    return found[0]
+
+
+def _gids(figure: Figure) -> set[str]:
+    return {artist.get_gid() for artist in figure.findobj(lambda artist: artist.get_gid() is not None)}
+
+
+def _title(figure: Figure) -> str:
+    return " ".join(figure._suptitle.get_text().split())
+
+
+@pytest.fixture(scope="module")
+def df(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """Two models, three policies, three lengths; one length of the default runs out of device memory, one times out."""
+    rows = Rows(tmp_path_factory.mktemp("figures") / "results")
+    speeds = {"default": 1.0, "cxl_aware": 1.1, "naive_interleaving": 0.8}
+    for model, base in (("llama3_8b", 1000), ("qwen2_5_7b", 2000)):
+        for tokens in LENGTHS:
+            for policy, speed in speeds.items():
+                status = "ok"
+                if tokens == 16384 and policy == "default":
+                    status = "oom_device" if model == "llama3_8b" else "timeout"
+                time = tokens / (base * speed)
+                gib = tokens / 1024
+                placed = [role("momentum", 0, 3, 0.26, 0.25), role("momentum", 3, 3, 0.74, 0.75)]
+                ok = status == "ok"
+                rows.add(
+                    model=model,
+                    tokens=tokens,
+                    policy=policy,
+                    status=status,
+                    iteration_s=[time, time * 1.01, time * 0.99],
+                    device_type="cuda",
+                    gpus=["GPU"],
+                    peak_vram_allocated_gib=[gib] if ok else None,
+                    peak_host_gib=2 * gib,
+                    nodes=[node(0, gib), node(3, 2 * gib)] if ok else None,
+                    newer={
+                        "roles": (ROLE, placed if ok else None),
+                        "predicted_host_gib": (pa.float64(), 2.2 * gib),
+                        "predicted_vram_gib": (pa.float64(), gib),
+                    },
+                )
+    return load(rows.folder)
+
+
+def test_throughput_has_each_cell_at_its_length(df) -> None:
+    figure = FIGURES["throughput"](df)
+    line = _artist(figure, "ok|llama3_8b|cxl_aware")
+    # Neighbouring points are shifted by less than a tenth of a doubling.
+    assert [round(x) for x in line.get_xdata()] == pytest.approx(LENGTHS, rel=0.1)
+    assert line.get_ydata() == pytest.approx([1100] * 3)
+    assert _artist(figure, "ok|qwen2_5_7b|naive_interleaving").get_ydata() == pytest.approx([1600] * 3)
+    assert list(_artist(figure, "ok|llama3_8b|default").get_ydata()) == pytest.approx([1000, 1000])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["llama3_8b", "qwen2_5_7b"]
+    assert all(axes.get_xscale() == "log" for axes in figure.axes)
+    assert _title(figure) == (
+        "Highest median throughput: cxl_aware, in 6 of 6 pairs of model and length; 2 of 18 cells failed (OOM, timeout)"
+    )
+
+
+@pytest.mark.parametrize("name", ["throughput", "peak_memory"])
+def test_failed_cells_are_marked_at_their_length_in_their_colour(df, name: str) -> None:
+    figure = FIGURES[name](df)
+    marks = {gid for gid in _gids(figure) if gid.startswith("failed")}
+    assert marks == {"failed|llama3_8b|default|OOM", "failed|qwen2_5_7b|default|timeout"}
+    mark = figure.findobj(lambda artist: artist.get_gid() == "failed|llama3_8b|default|OOM")[0]
+    assert list(mark.get_xdata()) == [16384] and mark.get_color() == style.POLICIES["default"][0]
+    low, high = mark.axes.get_ylim()
+    assert low < mark.get_ydata()[0] < 0 < high
+    words = {text.get_text() for axes in figure.axes for text in axes.texts}
+    assert words == {"OOM", "timeout"}
+
+
+def test_phases_are_bars_of_the_median_seconds(df) -> None:
+    figure = FIGURES["phases"](df)
+    bars = [artist for artist in figure.findobj() if artist.get_gid() == "16k cxl_aware|backward"]
+    assert [bar.get_width() for bar in bars] == pytest.approx([0.6 * 16384 / 1100, 0.6 * 16384 / 2200])
+    assert [bar.get_x() for bar in bars] == pytest.approx([0.3 * 16384 / 1100, 0.3 * 16384 / 2200])
+    notes = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "OOM" in notes and "timeout" in notes and "14.9 s" in notes
+    assert _title(figure).startswith("Backward takes 60% of an iteration")
+
+
+def test_speedup_is_over_the_baseline_and_fills_what_differs(df) -> None:
+    figure = speedup(df)
+    line = _artist(figure, "speedup|llama3_8b|cxl_aware")
+    assert line.get_ydata() == pytest.approx([1.1, 1.1])  # no baseline at 16k: it failed there
+    assert len(_artist(figure, "differs|llama3_8b|cxl_aware").get_ydata()) == 2
+    assert len(_artist(figure, "same|llama3_8b|cxl_aware").get_ydata()) == 0
+    assert (
+        _title(figure) == "Up to 1.10 times as fast as default: cxl_aware (llama3_8b 4k); of 8 pairs 4 faster, 4 slower"
+    )
+
+
+def test_peak_memory_shows_device_and_host(df) -> None:
+    figure = FIGURES["peak_memory"](df)
+    assert list(_artist(figure, "peak_vram_gib|llama3_8b|cxl_aware").get_ydata()) == [4, 8, 16]
+    assert list(_artist(figure, "peak_host_gib|qwen2_5_7b|default").get_ydata()) == [8, 16]
+    labels = {axes.get_ylabel() for axes in figure.axes}
+    assert labels == {"peak VRAM of a GPU (GiB)", "peak host memory (GiB)"}
+
+
+def test_memory_by_node_and_role_are_stacked_bars(df) -> None:
+    figure = FIGURES["memory_by_node"](df)
+    bars = [artist for artist in figure.findobj() if artist.get_gid() == "8k default|node 3"]
+    assert [bar.get_width() for bar in bars] == [16, 16] and [bar.get_x() for bar in bars] == [8, 8]
+    assert "node 0 33%, node 3 67%" in _title(figure)
+    figure = FIGURES["memory_by_role"](df)
+    bar = next(artist for artist in figure.findobj() if artist.get_gid() == "8k default|momentum")
+    assert bar.get_width() == pytest.approx(3.0)
+
+
+def test_placement_asked_and_found_are_ring_and_dot(df) -> None:
+    figure = FIGURES["placement"](df)
+    name = "llama3_8b 4k cxl_aware: momentum"
+    assert list(_artist(figure, f"asked|{name}|3").get_xdata()) == [0.75]
+    assert list(_artist(figure, f"found|{name}|3").get_xdata()) == [0.74]
+    assert "at most 1 percentage points off" in _title(figure)
+
+
+def test_predictions_lie_against_the_measured_peak(df) -> None:
+    figure = FIGURES["predicted"](df)
+    dots = _artist(figure, "host|cxl_aware")
+    assert sorted(dots.get_xdata()) == [8, 8, 16, 16, 32, 32]
+    assert sorted(dots.get_ydata()) == pytest.approx([8.8, 8.8, 17.6, 17.6, 35.2, 35.2])
+    assert "10.0% at the worst" in _title(figure)
+
+
+def test_nothing_overlaps_or_is_cut(df) -> None:
+    """Titles and legends lie inside the figure, tick labels beside each other."""
+    for name, draw in FIGURES.items():
+        figure = draw(df)
+        with style.styled():
+            FigureCanvasAgg(figure).draw()
+        whole = figure.bbox
+        inside = [figure._suptitle, *figure.legends, *(axes.title for axes in figure.axes)]
+        inside += [label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label)]
+        inside += [label for axes in figure.axes for label in axes.get_yticklabels()]
+        for artist in inside:
+            box = artist.get_window_extent()
+            assert box.width == 0 or (box.x0 >= -1 and box.x1 <= whole.x1 + 1), (name, artist)
+            assert box.width == 0 or (box.y0 >= -1 and box.y1 <= whole.y1 + 1), (name, artist)
+        for axes in figure.axes:
+            boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+            boxes.sort(key=lambda box: box.x0)
+            assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes)), name
+
+
+def test_failures_have_room_where_lengths_are_many(rows) -> None:
+    """Nine lengths, several failures at one of them: the words stay in the band, beside each other."""
+    for place, tokens in enumerate(1024 * 2**k for k in range(9)):
+        rows.add(tokens=tokens, policy="default", status="oom_host" if place > 6 else "ok")
+        rows.add(tokens=tokens, policy="striped", status="skipped" if place > 6 else "ok")
+        rows.add(tokens=tokens, policy="striped", seed=1, status="interrupted" if place > 5 else "ok")
+    figure = FIGURES["throughput"](load(rows.folder))
+    with style.styled():
+        FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.x0)
+    assert len(boxes) == 3
+    assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))
+    assert all(box.y0 >= axes.bbox.y0 - 1 for box in boxes)
+
+
+def test_the_same_rows_give_the_same_files(df, tmp_path: Path) -> None:
+    before = dict(mpl.rcParams)
+    some = df[df.model.eq("llama3_8b") & df.seq_len_tokens.gt(4096)]
+    first, missing = write_all(some, tmp_path / "a", groups=["numa"])
+    assert not missing and len(first) == 2 * len(FIGURES)
+    again = style.save(FIGURES["throughput"](some), tmp_path / "b", "throughput")
+    for path in again:
+        assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name
+    assert dict(mpl.rcParams) == before  # the caller's settings are left alone
+
+
+def test_a_policy_looks_the_same_in_every_figure_and_unlike_the_others() -> None:
+    looks = list(style.POLICIES.values())
+    assert len(set(looks)) == len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
+    assert style.policy_style("cxl_aware budget=4")[0] == style.POLICIES["cxl_aware"][0]
+    assert style.policy_style("of_my_own") == style.policy_style("of_my_own")
+
+
+def test_without_policies_the_first_group_that_differs_is_compared(rows) -> None:
+    for size in (1, 2):
+        rows.add(config=lambda config, size=size: setattr(config.train, "micro_batch_size", size))
+    df = load(rows.folder)
+    assert groups_to_compare(df) == ["train"]
+    assert isinstance(speedup(df), Figure)
