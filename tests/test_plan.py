@@ -96,6 +96,7 @@ def test_the_seeds_lengths_are_points_and_no_grid(planned) -> None:
 
 def test_the_plan_is_read_back_as_it_was(planned, tmp_path) -> None:
     found = planned("-m", "model=nano", "seq_len=4k,1k")
+    (tmp_path / "results").mkdir()  # as preparing the first cell does
     found.save(tmp_path / "results")
     (back,) = plan.load_plans(tmp_path / "results")
     assert back.cells == found.cells and back.name == found.name

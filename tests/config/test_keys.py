@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import huggingface_hub
 import pytest
 import torch
 from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
 
-from ldft import dry_run, environment, launch, runner
-from ldft.config import Config, Device, columns, from_dict, to_dict
+from ldft import cell, dry_run, environment, launch, plan, results, runner
+from ldft.config import Config, Device, columns, from_dict, run_id, series_id, to_dict
 from ldft.errors import ConfigError
+from ldft.history import History
 from ldft.launch import RankExit
 from ldft.training import data, deepspeed_config, model, schedule, shards
 from tests.conftest import compose
@@ -91,6 +95,8 @@ def run(config: Config) -> Any:
         row = runner.run(config).row
     names = (
         "system",
+        "repeat",
+        "sweep",
         "warmup_iterations",
         "tokens_per_iteration",
         "iteration_median_s",
@@ -110,6 +116,30 @@ def refusal(config: Config) -> Any:
 
 def placement(config: Config) -> Any:
     return config.numa.placement
+
+
+def planned(config: Config) -> Any:
+    """Seeds and repetitions of the cells that a sweep over three seeds would run with this config."""
+    cells = [[f"train.seed={seed}"] for seed in range(3)]
+    own = [f"sweep.{name}={getattr(config.sweep, name)}" for name in ("repeats", "budget", "budget_seed")]
+    of = plan.make(cells, lambda overrides: OmegaConf.structured(compose(*SMALL, *own, *overrides)), set(), 1.0)
+    return [(of.configs[one.run_id].train.seed, one.repeat) for one in of.cells]
+
+
+def decision(config: Config) -> Any:
+    """What becomes of a cell that a row answers, or whose shorter sister ran out of memory, both of an earlier sweep."""
+    folder = Path(config.results.dir)
+    shorter = copy.deepcopy(config)
+    shorter.seq_len.tokens -= 1
+    for one, status in ((config, "error"), (shorter, "oom_host")):
+        name = run_id(one)
+        (folder / name / "attempt-1").mkdir(parents=True, exist_ok=True)
+        times = {"started_at": datetime(2026, 1, 1, tzinfo=UTC), "series_id": series_id(one)}
+        row = {"run_id": name, "attempt": 1, "status": status, "cfg.seq_len.tokens": one.seq_len.tokens, **times}
+        results.write_row(row, folder / name / "attempt-1" / "row.parquet")
+    longer = copy.deepcopy(config)
+    longer.seq_len.tokens += 1
+    return [cell.decide(one, History(folder)).do for one in (config, longer)]
 
 
 def printed(config: Config) -> Any:
@@ -175,6 +205,14 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "memory.pinning": ("none", deepspeed_on_cuda, []),
     "results.dir": ("$TMP/elsewhere", run, []),
     "system": ("rack7", run, []),
+    "repeat": ("2", run, []),
+    "rerun": ("failed", decision, ["sweep.started_at=2e9", "sweep.oom_backstop=false"]),
+    "sweep.name": ("nightly", run, []),
+    "sweep.repeats": ("2", planned, []),
+    "sweep.budget": ("2", planned, []),
+    "sweep.budget_seed": ("3", planned, ["sweep.budget=2"]),
+    "sweep.oom_backstop": ("false", decision, ["sweep.started_at=2e9"]),
+    "sweep.started_at": ("2e9", refusal, ["sweep.repeats=2"]),
     "dry_run": ("true", printed, []),
 }
 
