@@ -15,7 +15,7 @@ run: $(STAMP)
 	@$(BIN)/python -m ldft $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 numa-vm:
 	@$(PYTHON) tests/numa_vm/machine.py setup

@@ -1,6 +1,6 @@
 # Sourced on a GPU machine without network: installs what .whl/ brings for its Python, and ldft itself, beside its torch.
 #   . benchmarks/device_setup.sh
-site=/opt/ldft-site
+site=${LDFT_SITE:-$HOME/.ldft-site}
 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target $site .whl/*.whl 2>/dev/null || exit 1
 export PYTHONPATH=$PWD:$site DS_IGNORE_CUDA_DETECTION=1 PATH=$site/bin:$PATH
 SKBUILD_BUILD_DIR=/tmp/ldft-build python3 -m pip install -q --no-index --no-deps --no-build-isolation --target $site --upgrade . || exit 1

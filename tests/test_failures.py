@@ -125,11 +125,11 @@ def test_killing_ldft_leaves_no_orphan_and_nothing_half_written(start) -> None:
 
 
 def test_a_timeout_is_a_row_with_what_was_reached(ldft) -> None:
-    done = ldft(*ENDLESS, "launch.timeout_s=30")
+    done = ldft(*ENDLESS, "launch.timeout_s=20")
     assert done.exit_code == 1
     assert done.row.status == "timeout"
     assert "launch.timeout_s" in done.row.error_message
-    assert len(done.row.iteration_s) > 0, "30 s should reach the first iteration"
+    assert len(done.row.iteration_s) > 0, "20 s should reach the first iteration"
 
 
 def test_an_exception_in_a_rank_is_an_error_with_its_type_and_log(ldft, tmp_path) -> None:
