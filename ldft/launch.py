@@ -45,6 +45,13 @@ def cores_of_ranks(num_ranks: int) -> list[list[int]]:
     return [cores[first:last] for first, last in itertools.pairwise(bounds)]
 
 
+def _headers() -> dict[str, str]:
+    """Where scripts/setup.sh unpacked Python's C headers, for a machine that lacks them: DeepSpeed compiles against them."""
+    include = Path(sys.prefix) / "headers" / "usr" / "include"
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return {"CPATH": f"{include / version}:{include}"} if include.is_dir() else {}
+
+
 class Ranks:
     """The rank processes of one run. A context: leaving it ends every process that is left and removes the rendezvous."""
 
@@ -86,17 +93,21 @@ class Ranks:
 
     def _environment(self, rank: int, num_ranks: int, num_cores: int, device: str) -> dict[str, str]:
         tools = str(Path(sys.executable).parent)  # ninja lies beside Python, also when the environment is not activated
-        return os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "LDFT_RENDEZVOUS_DIR": self._rendezvous_dir,
-            "OMP_NUM_THREADS": str(num_cores),
-            "DS_ACCELERATOR": device,
-            "PATH": tools + os.pathsep + os.environ.get("PATH", os.defpath),
-            "PYTHONUNBUFFERED": "1",
-        }
+        return (
+            os.environ
+            | _headers()
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_ranks),
+                "LOCAL_WORLD_SIZE": str(num_ranks),
+                "LDFT_RENDEZVOUS_DIR": self._rendezvous_dir,
+                "OMP_NUM_THREADS": str(num_cores),
+                "DS_ACCELERATOR": device,
+                "PATH": tools + os.pathsep + os.environ.get("PATH", os.defpath),
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
 
     def _start_guard(self) -> subprocess.Popen[bytes]:
         """A shell that outlives us if we are killed: its input closes then, and it ends the ranks with all they started.

@@ -8,8 +8,19 @@ command -v "$PYTHON" >/dev/null || fail "$PYTHON not found; install Python 3.11 
   fail "$("$PYTHON" --version) is not supported; use Python 3.11, 3.12 or 3.13, e.g. make run PYTHON=python3.12"
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || fail "Python's venv module is missing (Debian: apt-get install python3-venv)"
 command -v c++ >/dev/null || command -v g++ >/dev/null || fail "no C++ compiler (Debian: apt-get install g++)"
-"$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
+has_headers() { "$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))'; }
+# ldft and DeepSpeed compile against Python's C headers. On Debian they are a package of their own; without it (and without
+# root) they are unpacked beside the virtual environment, where ldft's ranks find them too.
+unpack_headers() {
+  mkdir -p "$VENV/headers" && cd "$VENV/headers" && apt-get download -qq "lib$1-dev" 2>/dev/null && dpkg -x ./*.deb . && rm ./*.deb
+}
+version=$("$PYTHON" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+has_headers || [ -d "$VENV/headers/usr" ] || (unpack_headers "$version") ||
   fail "Python's C headers are missing; ldft and DeepSpeed compile against them (Debian: apt-get install python3-dev)"
+if [ -d "$VENV/headers/usr" ]; then
+  include=$(cd "$VENV/headers/usr/include" && pwd)
+  export CPATH="$include/$version:$include" CMAKE_ARGS="-DPython_INCLUDE_DIR=$include/$version"
+fi
 
 [ -x "$VENV/bin/python" ] || { echo "ldft: creating $VENV"; "$PYTHON" -m venv "$VENV"; }
 echo "ldft: installing dependencies under constraints.txt and building the native module (minutes the first time)"
