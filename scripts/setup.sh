@@ -12,6 +12,7 @@ has_headers() { "$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.ex
 # ldft and DeepSpeed compile against Python's C headers. On Debian they are a package of their own; without it (and without
 # root) they are unpacked beside the virtual environment, where ldft's ranks find them too.
 unpack_headers() {
+  command -v apt-get >/dev/null && command -v dpkg >/dev/null &&
   mkdir -p "$VENV/headers" && cd "$VENV/headers" && apt-get download -qq "lib$1-dev" 2>/dev/null && dpkg -x ./*.deb . && rm ./*.deb
 }
 version=$("$PYTHON" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
@@ -24,4 +25,6 @@ fi
 
 [ -x "$VENV/bin/python" ] || { echo "ldft: creating $VENV"; "$PYTHON" -m venv "$VENV"; }
 echo "ldft: installing dependencies under constraints.txt and building the native module (minutes the first time)"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+pip() { "$VENV/bin/python" -m pip --quiet --disable-pip-version-check install "$@"; }
+pip wheel # Debian's pip is old: without it DeepSpeed, a source package, is installed with a page of warnings
+pip -c constraints.txt -e '.[test]'
