@@ -10,8 +10,8 @@ import pytest
 from numa_vm import build_ops, machine
 
 ROOT = Path(__file__).resolve().parents[2]
-# Twice what they take on two busy cores.
-CASES_LIMIT_S, RUNS_LIMIT_S = 1500, 1500
+# Twice and more what they take on two busy cores.
+CASES_LIMIT_S, RUNS_LIMIT_S = 1500, 2700
 
 
 @pytest.fixture(scope="session")
