@@ -20,7 +20,7 @@ from ldft.config import Config, Device, columns, from_dict, run_id, series_id, t
 from ldft.errors import ConfigError
 from ldft.history import History
 from ldft.launch import RankExit
-from ldft.training import data, deepspeed_config, model, schedule, shards
+from ldft.training import checkpointing, data, deepspeed_config, model, schedule, shards
 from tests.conftest import compose
 
 SMALL = ("model=nano", "model.vocab_size=64", "seq_len.tokens=8", "launch.device=cpu")
@@ -42,7 +42,19 @@ def architecture(config: Config) -> Any:
 def built_model(config: Config) -> Any:
     config.offload.stage = 0
     network = model.build(config, {}, torch.device("cpu"))
-    return network.is_gradient_checkpointing, next(network.parameters()).detach().sum().item(), network.dtype
+    return next(network.parameters()).detach().sum().item(), network.dtype
+
+
+def waiting_inputs(config: Config) -> Any:
+    """Bytes that wait in host memory, and how often the first layer runs in one step."""
+    config.offload.stage = 0
+    network = model.build(config, {}, torch.device("cpu"))
+    installed = checkpointing.install(config, network, torch.device("cpu"))
+    runs: list[int] = []
+    network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    tokens = data.batch(config, 0, 0, 0)
+    network(input_ids=tokens, labels=tokens).loss.backward()
+    return sum(tensor.nbytes for tensor in installed.host_tensors()) if installed else None, len(runs)
 
 
 def batches(config: Config) -> Any:
@@ -179,7 +191,8 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "numa.kind": ("bind", placement, ["numa.nodes=[0]"]),
     "numa.nodes": ("[0]", placement, ["numa.kind=bind"]),
     "numa.weights": ("[2]", placement, ["numa.kind=weighted_interleave", "numa.nodes=[0]"]),
-    "checkpointing.mode": ("none", built_model, []),
+    "checkpointing.mode": ("none", waiting_inputs, []),
+    "checkpointing.every": ("2", waiting_inputs, []),
     "seq_len.tokens": ("9", batches, []),
     "optimizer.name": ("other", refusal, []),
     "optimizer.learning_rate": ("0.5", deepspeed, []),

@@ -108,6 +108,12 @@ WRONG = {
     "model.num_key_value_heads=3": ["model.num_key_value_heads: 3 does not divide", "use a divisor"],
     "offload.stage=2": ["offload.parameters: cpu needs offload.stage=3, not 2", "use none"],
     "offload.stage=4 offload.parameters=none": ["offload.stage: 4 does not exist; use 0, 1, 2 or 3"],
+    "model=tiny checkpointing.every=0": ["checkpointing.every: 0", "use 1 to"],
+    "model=nano checkpointing.every=3": ["checkpointing.every: 3: the model has 2 layers; use 1 to 2"],
+    "checkpointing=none checkpointing.every=2": [
+        "checkpointing.every: 2 needs checkpointing=cpu or gpu",
+        "leave it at 1",
+    ],
     "train.loss_scale=8": ["train.loss_scale: 8 has no use with train.precision=bf16", "fp16"],
     "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],
     "launch.device=cuda": ["launch.device: cuda: no NVIDIA GPU", "launch.device=cpu"],
