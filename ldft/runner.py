@@ -211,6 +211,8 @@ _FROM_RANK_0 = (
     "deepspeed_config_json",
     "parameters",
     "trainable_parameters",
+    "attention",
+    "liger_modules",
     "iteration_s",
     "forward_s",
     "backward_s",

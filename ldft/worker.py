@@ -72,7 +72,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     import deepspeed
     import torch
 
-    from ldft.training import deepspeed_config, flops, loop, model, operators
+    from ldft.training import deepspeed_config, flops, liger, loop, model, operators
     from ldft.training import engine as engines
 
     device_type = config.launch.device.name
@@ -108,6 +108,8 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         deepspeed_config_json=json.dumps(settings),
         parameters=model.num_parameters(network),
         trainable_parameters=model.num_parameters(network, trainable=True),
+        attention=network.config._attn_implementation,
+        liger_modules=liger.count_modules(network),
         model_tflop_dense=dense,
         model_tflop_attention=attention,
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
