@@ -22,8 +22,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ldft.config import AttentionKind, Config, ModelConfig, Precision, Weights
-from ldft.config.checkpointing import CheckpointingMode
+    if liger.wanted(config):
+        liger.apply(model)
+    if config.lora.rank:
+        lora.add(model, config, deepspeed_config, device)
 from ldft.errors import ConfigError
 from ldft.training import attention, cudnn_attention, liger, lora, weights
 
@@ -107,6 +109,7 @@ def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device
     initialize(model, config.train.seed, partitioned=partitioned, only_buffers=pretrained)
     if pretrained:
         weights.load(model, config.model, partitioned=partitioned)
+<<<<<<< HEAD
     if liger.wanted(config):
         liger.apply(model)
     if config.lora.rank:
@@ -116,6 +119,8 @@ def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device
             model.enable_input_require_grads()
     if config.checkpointing.mode is CheckpointingMode.gpu:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+=======
+>>>>>>> main
     model.train()
     return model
 
