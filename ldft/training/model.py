@@ -22,10 +22,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    if liger.wanted(config):
-        liger.apply(model)
-    if config.lora.rank:
-        lora.add(model, config, deepspeed_config, device)
+from ldft.config import AttentionKind, Config, ModelConfig, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.training import attention, cudnn_attention, liger, lora, weights
 
@@ -109,18 +106,10 @@ def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device
     initialize(model, config.train.seed, partitioned=partitioned, only_buffers=pretrained)
     if pretrained:
         weights.load(model, config.model, partitioned=partitioned)
-<<<<<<< HEAD
     if liger.wanted(config):
         liger.apply(model)
     if config.lora.rank:
         lora.add(model, config, deepspeed_config, device)
-        if config.checkpointing.mode not in (CheckpointingMode.gpu, CheckpointingMode.none):
-            # PyTorch's own checkpointing needs none; others pass gradients on only to inputs that ask for them.
-            model.enable_input_require_grads()
-    if config.checkpointing.mode is CheckpointingMode.gpu:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-=======
->>>>>>> main
     model.train()
     return model
 
