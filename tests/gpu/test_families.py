@@ -1,4 +1,4 @@
-"""Every family, at two small layers, with every attention and every checkpointing mode: the loss and gradients of eager, in bf16."""
+"""Every family, at two small layers, with every attention and every checkpointing mode: loss and gradients of eager, in bf16."""
 
 from __future__ import annotations
 

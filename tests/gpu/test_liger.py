@@ -81,7 +81,8 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_trains_under_deepspeed_as_the_stock_model(group: None, overrides: tuple[str, ...]) -> None:
     losses = []
     for used in ("false", "true"):
-        beside = ("optimizer.learning_rate=2e-3", "data=repeat", "memory.pinning=none", f"kernels.liger={used}")
+        rate = 2e-2 if "lora=r8" in overrides else 2e-3
+        beside = (f"optimizer.learning_rate={rate}", "data=repeat", "memory.pinning=none", f"kernels.liger={used}")
         config = cuda_config("model=nano", *SMALL, *overrides, *beside)
         settings = deepspeed_config.build(config)
         network = model.build(config, settings, CUDA)
