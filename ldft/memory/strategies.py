@@ -30,7 +30,7 @@ def greedy(
     local_budget: float,
     cxl_budget: float = float("inf"),
 ) -> Weights:
-    """The paper's placement: by PRIORITY into local memory until its budget is full, the rest into CXL, evenly over each set of nodes.
+    """The paper's placement: by PRIORITY into local memory until its budget is full, the rest into CXL; evenly within a set.
 
     The role that does not fit as a whole is split: what is left of the budget locally, not a byte more (to one part in 2^20, and
     never above). sizes and budgets in bytes, all ranks together. Raises DoesNotFit where the CXL budget is exceeded.
