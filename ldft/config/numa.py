@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from ldft.memory.policy import Placement
@@ -19,9 +19,57 @@ class NumaKind(Enum):
 
 
 class NumaScope(Enum):
-    """process: all memory of the ranks, as numactl would place it."""
+    """process: all memory of the ranks, as numactl would place it. roles: each group of offloaded tensors by itself."""
 
     process = "process"
+    roles = "roles"
+
+
+@dataclass(kw_only=True, slots=True)
+class RoleConfig:
+    """Where the tensors of one role go; without anything they follow the rest of the policy."""
+
+    kind: NumaKind = NumaKind.default
+    """How pages are spread; default follows from the rest: weights weight them, one node binds, several interleave."""
+    nodes: list[int] = field(default_factory=list)
+    """Node numbers, e.g. [0,3]."""
+    weights: list[int] = field(default_factory=list)
+    """Pages a turn on each of the nodes, in their order, e.g. [4,1]; weights of several roles may differ."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """None where nothing was said about this role."""
+        kind = self.kind.name
+        if self.kind is NumaKind.default:
+            if not self.nodes and not self.weights:
+                return None
+            kind = "weighted_interleave" if self.weights else "bind" if len(self.nodes) == 1 else "interleave"
+        return Placement(kind=kind, nodes=tuple(self.nodes), weights=tuple(self.weights))
+
+
+@dataclass(kw_only=True, slots=True)
+class RolesConfig:
+    """Placements of single roles. They hold on top of any option: what is said here wins for its role."""
+
+    master_weights: RoleConfig = field(default_factory=RoleConfig)
+    """fp32 weights that the optimizer updates."""
+    master_gradients: RoleConfig = field(default_factory=RoleConfig)
+    """fp32 gradients."""
+    momentum: RoleConfig = field(default_factory=RoleConfig)
+    """First moment."""
+    variance: RoleConfig = field(default_factory=RoleConfig)
+    """Second moment."""
+    compute_weights: RoleConfig = field(default_factory=RoleConfig)
+    """Weights in compute precision, which the device fetches."""
+    compute_gradients: RoleConfig = field(default_factory=RoleConfig)
+    """Gradients in compute precision that wait for the update."""
+    activations: RoleConfig = field(default_factory=RoleConfig)
+    """Inputs of layers that wait for the backward pass."""
+
+    def placements(self) -> dict[str, Placement]:
+        """Role -> placement, of those that something was said about."""
+        asked = {f.name: getattr(self, f.name).placement for f in fields(self)}
+        return {role: placement for role, placement in asked.items() if placement is not None}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,18 +77,28 @@ class NumaConfig:
     name: str = "default"
     """Name of the policy; default inherits the caller's, so `numactl ... python -m ldft` works."""
     scope: NumaScope = NumaScope.process
-    """What the policy is about."""
+    """What the policy is about. Either way kind, nodes and weights are those of the process, for all that no role has."""
     kind: NumaKind = NumaKind.default
     """How pages are spread over the nodes."""
     nodes: list[int] = field(default_factory=list)
     """Node numbers, e.g. [0,3]; empty for default, and for the interleaves every node that has memory."""
     weights: list[int] = field(default_factory=list)
     """Pages a turn on each of the nodes, in their order, e.g. [1,2]; weighted_interleave only, 1 to 255."""
+    roles: RolesConfig = field(default_factory=RolesConfig)
+    """Placements of single roles, on top of any option: numa.roles.momentum.nodes=[0,3] numa.roles.momentum.weights=[4,1]."""
 
     @property
     def placement(self) -> Placement:
+        """The policy of the process."""
         return Placement(kind=self.kind.name, nodes=tuple(self.nodes), weights=tuple(self.weights))
+
+    @property
+    def by_role(self) -> bool:
+        """Whether any role has, or gets, a placement of its own."""
+        return self.scope is NumaScope.roles or bool(self.roles.placements())
 
     def validate(self) -> None:
         """Raise ConfigError for what is wrong on any machine."""
         self.placement.validate("numa")
+        for role, placement in self.roles.placements().items():
+            placement.validate(f"numa.roles.{role}")

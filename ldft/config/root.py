@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldft.config.checkpointing import CheckpointingConfig
 from ldft.config.data import DataConfig
 from ldft.config.launch import Device, LaunchConfig
-from ldft.config.memory import MemoryConfig
+from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig
 from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig
@@ -75,6 +75,7 @@ class Config:
             self.data,
             self.train,
             self.launch,
+            self.memory,
             self.sweep,
         ):
             part.validate()
@@ -82,6 +83,10 @@ class Config:
             raise ConfigError("repeat", f"{self.repeat} is too small; use 1 or more")
         if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:
             raise CombinationError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")
+        if self.numa.by_role and self.memory.pinning is Pinning.torch:
+            raise CombinationError(
+                "memory.pinning", "torch leaves tensors where torch's allocator puts them; roles need exact or none"
+            )
         if self.launch.device is Device.auto:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
 

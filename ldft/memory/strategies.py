@@ -1,11 +1,26 @@
-"""What the options of `numa.strategy` mean: bytes by role -> nodes and weights by role. Without torch and Hydra."""
+"""Which placement each role of tensors gets, rank by rank. Without torch: the parent asks before anything starts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ldft.memory.planner import DoesNotFit, reduced
+from ldft.memory.policy import Placement
+from ldft.memory.topology import Topology
 
+if TYPE_CHECKING:
+    from ldft.config import Config
+
+ROLES = (
+    "master_weights",
+    "master_gradients",
+    "momentum",
+    "variance",
+    "compute_weights",
+    "compute_gradients",
+    "activations",
+)
 # Most latency-critical first: what the optimizer step streams most of, then what the GPU alone touches (the paper's order).
 PRIORITY = (
     "momentum",
@@ -58,3 +73,15 @@ def greedy(
 
 def _rank(role: str) -> int:
     return PRIORITY.index(role) if role in PRIORITY else len(PRIORITY)
+
+
+def assign(config: Config, topology: Topology) -> list[dict[str, Placement]]:
+    """Role -> resolved placement, one dict a rank. Kind default: wherever the policy of the process puts it.
+
+    Raises PlacementError, which names numa.roles.<role>, where a placement does not suit the machine.
+    """
+    asked = config.numa.roles.placements()
+    by_role = {
+        role: asked[role].resolve(topology, f"numa.roles.{role}") if role in asked else Placement() for role in ROLES
+    }
+    return [dict(by_role) for _ in range(config.launch.num_ranks)]

@@ -15,11 +15,14 @@ import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from ldft import cell, dry_run, environment, launch, plan, results, runner
+from ldft import cell, dry_run, environment, launch, nodes, plan, results, runner
 from ldft.config import Config, Device, columns, from_dict, run_id, series_id, to_dict
 from ldft.errors import ConfigError
 from ldft.history import History
 from ldft.launch import RankExit
+from ldft.memory import placing, strategies
+from ldft.memory.strategies import ROLES
+from ldft.memory.topology import Node, Topology
 from ldft.training import data, deepspeed_config, model, schedule, shards
 from tests.conftest import compose
 
@@ -118,6 +121,20 @@ def placement(config: Config) -> Any:
     return config.numa.placement
 
 
+def assigned(config: Config) -> Any:
+    """Placement by role on a machine of two nodes."""
+    nodes = tuple(Node(id=id, cpus=(0,), total_bytes=1 << 30, distances={0: 10, 1: 20}) for id in (0, 1))
+    return strategies.assign(config, Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1)))
+
+
+def allocations(config: Config) -> Any:
+    """What every allocation of a rank follows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placing, "settings", placing.Settings())
+        nodes.settle(config)
+        return placing.settings
+
+
 def planned(config: Config) -> Any:
     """Seeds and repetitions of the cells that a sweep over three seeds would run with this config."""
     cells = [[f"train.seed={seed}"] for seed in range(3)]
@@ -175,10 +192,13 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "offload.deepspeed": ("{zero_optimization:{sub_group_size:7}}", deepspeed, []),
     "offload.deepspeed_file": ("$JSON", deepspeed, []),
     "numa.name": ("other", run, []),
-    "numa.scope": ("roles", refusal, []),
+    "numa.scope": ("roles", refusal, ["memory.pinning=torch"]),
     "numa.kind": ("bind", placement, ["numa.nodes=[0]"]),
     "numa.nodes": ("[0]", placement, ["numa.kind=bind"]),
     "numa.weights": ("[2]", placement, ["numa.kind=weighted_interleave", "numa.nodes=[0]"]),
+    **{f"numa.roles.{role}.kind": ("preferred", assigned, [f"numa.roles.{role}.nodes=[0,1]"]) for role in ROLES},
+    **{f"numa.roles.{role}.nodes": ("[0]", assigned, []) for role in ROLES},
+    **{f"numa.roles.{role}.weights": ("[4,1]", assigned, [f"numa.roles.{role}.nodes=[0,1]"]) for role in ROLES},
     "checkpointing.mode": ("none", built_model, []),
     "seq_len.tokens": ("9", batches, []),
     "optimizer.name": ("other", refusal, []),
@@ -202,7 +222,9 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "launch.num_ranks": ("2", run, []),
     "launch.device": ("auto", run, []),
     "launch.timeout_s": ("33", run, []),
-    "memory.pinning": ("none", deepspeed_on_cuda, []),
+    "memory.pinning": ("torch", deepspeed_on_cuda, []),
+    "memory.huge_pages": ("false", allocations, []),
+    "memory.capacity_gib": ("64", allocations, []),
     "results.dir": ("$TMP/elsewhere", run, []),
     "system": ("rack7", run, []),
     "repeat": ("2", run, []),

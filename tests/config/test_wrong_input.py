@@ -110,6 +110,13 @@ WRONG = {
     "offload.stage=4 offload.parameters=none": ["offload.stage: 4 does not exist; use 0, 1, 2 or 3"],
     "train.loss_scale=8": ["train.loss_scale: 8 has no use with train.precision=bf16", "fp16"],
     "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],
+    "memory.capacity_gib=-1": ["memory.capacity_gib: -1 is no size", "above 0"],
+    "numa=roles_0_3 memory.pinning=torch": ["memory.pinning: torch leaves tensors", "exact or none"],
+    "numa.roles.momentum.nodes=[0] memory.pinning=torch": ["memory.pinning: torch leaves tensors"],
+    "numa.roles.momentum.nodes=[0,99]": ["numa.roles.momentum.nodes: node 99 does not exist", "choose from those"],
+    "numa.roles.momentum.kind=bind": ["numa.roles.momentum.nodes: kind bind needs at least one node"],
+    "numa.roles.variance.nodes=[0] numa.roles.variance.weights=[1,2]": ["numa.roles.variance.weights: 2 weights for 1"],
+    "numa.roles.moments.nodes=[0]": ["numa.roles.moments: no such key", "did you mean numa.roles.momentum?"],
     "launch.device=cuda": ["launch.device: cuda: no NVIDIA GPU", "launch.device=cpu"],
     # DeepSpeed's keys
     "offload.deepspeed.gradient_cliping=1": ["offload.deepspeed.gradient_cliping", "gradient_clipping"],
