@@ -26,7 +26,7 @@ from ldft.config.train import Precision, TrainConfig
 from ldft.errors import CombinationError, ConfigError
 
 # Keys that say where results go, how long to wait or what else runs, not what is measured.
-_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun", "dry_run")
+_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun", "dry_run", "force")
 # Raised when a key's meaning changes, so that old and new results of one command line stay apart.
 _IDENTITY_VERSION = 1
 
@@ -63,6 +63,9 @@ class Config:
 
     dry_run: bool = False
     """Print what would run and end; nothing is started or written."""
+
+    force: bool = False
+    """Run also what does not fit this machine by the estimate."""
 
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""

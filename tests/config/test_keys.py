@@ -15,12 +15,13 @@ import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from ldft import cell, dry_run, environment, launch, nodes, plan, results, runner
+from ldft import cell, dry_run, environment, fit, launch, nodes, plan, results, runner
 from ldft.config import Config, Device, columns, from_dict, run_id, series_id, to_dict
 from ldft.errors import ConfigError
 from ldft.history import History
 from ldft.launch import RankExit
 from ldft.memory import placing, strategies
+from ldft.memory.limits import Free
 from ldft.memory.strategies import ROLES
 from ldft.memory.topology import Node, Topology
 from ldft.training import data, deepspeed_config, model, schedule, shards
@@ -93,6 +94,7 @@ def run(config: Config) -> Any:
         patch.setattr(launch, "Ranks", fake)
         patch.setattr(environment, "gpus", lambda: ("a GPU", "a GPU"))
         patch.setattr(environment, "driver", lambda: None)
+        patch.setattr(environment, "gpu_memory_gib", lambda: 80.0)
         patch.setattr(environment, "compute_capability", lambda: (9, 0))
         patch.setattr(launch, "wait", lambda ranks, timeout_s, tick: fake.update(timeout_s=timeout_s) or True)
         row = runner.run(config).row
@@ -157,6 +159,17 @@ def decision(config: Config) -> Any:
     longer = copy.deepcopy(config)
     longer.seq_len.tokens += 1
     return [cell.decide(one, History(folder)).do for one in (config, longer)]
+
+
+def fitting(config: Config) -> Any:
+    """What becomes of a run that has a KiB of free memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "free_memory", lambda capacity: Free(bytes=1024, limit="MemAvailable"))
+        try:
+            fit.check(config)
+        except ConfigError as error:
+            return str(error)
+    return "runs"
 
 
 def printed(config: Config) -> Any:
@@ -236,6 +249,7 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "sweep.oom_backstop": ("false", decision, ["sweep.started_at=2e9"]),
     "sweep.started_at": ("2e9", refusal, ["sweep.repeats=2"]),
     "dry_run": ("true", printed, []),
+    "force": ("true", fitting, []),
 }
 
 

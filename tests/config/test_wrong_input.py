@@ -188,6 +188,7 @@ def test_more_ranks_than_gpus_and_old_gpus_are_refused(ldft: CLI, monkeypatch: p
     monkeypatch.setattr(environment, "gpus", lambda: ("a GPU",))
     monkeypatch.setattr(environment, "driver", lambda: None)
     monkeypatch.setattr(environment, "compute_capability", lambda: (7, 5))
+    monkeypatch.setattr(environment, "gpu_memory_gib", lambda: 80.0)
     done = ldft("launch.device=cuda", "launch.num_ranks=2")
     assert (done.exit_code, done.stderr) == (
         2,
