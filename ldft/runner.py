@@ -194,8 +194,9 @@ def _measured(config: Config, exits: list[launch.RankExit], reports: list[dict[s
     for name in ("peak_vram_allocated_gib", "peak_vram_reserved_gib"):
         if all(name in report for report in reports):
             row[name] = [report[name] for report in reports]
-    if all("peak_host_gib" in report for report in reports):
-        row["peak_host_gib"] = sum(report["peak_host_gib"] for report in reports)
+    for name in ("peak_host_gib", "checkpoint_host_gib"):
+        if all(name in report for report in reports):
+            row[name] = sum(report[name] for report in reports)
     row["peak_rss_gib"] = [ended.peak_rss_gib for ended in sorted(exits, key=lambda ended: ended.rank)]
     counted = first.get("iteration_s", [])[config.train.warmup_iterations :]
     if counted:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ldft import attempt, nodes
 from ldft.config import Config, OffloadDevice, from_dict
+from ldft.config.memory import Pinning
 from ldft.errors import LdftError
 from ldft.memory.probe import MemoryTable
 from ldft.verdict import OOM_DEVICE, OOM_HOST
@@ -72,7 +73,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     import deepspeed
     import torch
 
-    from ldft.training import deepspeed_config, flops, loop, model, operators
+    from ldft.training import checkpointing, deepspeed_config, flops, loop, model, operators
     from ldft.training import engine as engines
 
     device_type = config.launch.device.name
@@ -113,6 +114,11 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
         pinned=deepspeed_config.pins(config) and config.offload.optimizer is OffloadDevice.cpu,
     )
+
+    report.phase("checkpoint_buffers", "allocating host memory for layer inputs")
+    pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
+    inputs = checkpointing.install(config, network, device, pin=pin)
+    report.put(checkpoint_host_gib=sum(t.nbytes for t in inputs.host_tensors()) / 2**30 if inputs else 0.0)
 
     report.phase("engine", "initialising DeepSpeed")
     engine = engines.build(config, network, settings)

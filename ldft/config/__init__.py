@@ -5,7 +5,7 @@ from ldft.config.data import DataConfig, DataKind
 from ldft.config.launch import Device, LaunchConfig
 from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig, Weights
-from ldft.config.numa import NumaConfig, NumaKind, NumaScope
+from ldft.config.numa import NumaConfig, NumaKind, NumaScope, NumaStrategy
 from ldft.config.offload import OffloadConfig, OffloadDevice
 from ldft.config.optimizer import OptimizerConfig, Schedule
 from ldft.config.root import Config, ResultsConfig, columns, from_dict, run_id, series_id, to_dict
@@ -25,6 +25,7 @@ __all__ = [
     "NumaConfig",
     "NumaKind",
     "NumaScope",
+    "NumaStrategy",
     "OffloadConfig",
     "OffloadDevice",
     "OptimizerConfig",

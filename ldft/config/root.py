@@ -82,6 +82,7 @@ class Config:
             self.sweep,
         ):
             part.validate()
+        self.checkpointing.validate(self.model.num_layers)
         if self.repeat < 1:
             raise ConfigError("repeat", f"{self.repeat} is too small; use 1 or more")
         if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:

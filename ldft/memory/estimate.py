@@ -19,6 +19,7 @@ from collections import Counter
 from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice, Precision
+from ldft.config.checkpointing import CheckpointingMode
 from ldft.memory import shapes, vram
 from ldft.training import deepspeed_config
 
@@ -58,9 +59,16 @@ def host_bytes(config: Config) -> dict[str, int]:
             del roles["variance"]
     if offload.parameters is OffloadDevice.cpu:
         roles["compute_weights"] = width * (shapes.split(trained, ranks) + shapes.split(frozen, ranks))
-    if config.checkpointing.mode.name == "cpu":
-        roles["activations"] = vram.checkpoints(config) * vram.hidden_bytes(config)
+    if checkpoint_bytes(config):
+        roles["activations"] = checkpoint_bytes(config)
     return roles
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of layer inputs that wait in one rank's host memory: those of all groups of layers but the last."""
+    if config.checkpointing.mode is not CheckpointingMode.cpu:
+        return 0
+    return (config.checkpointing.groups(config.model.num_layers) - 1) * vram.hidden_bytes(config)
 
 
 def other_bytes(config: Config) -> dict[str, int]:

@@ -67,6 +67,11 @@ class Bandwidths:
     def nodes(self) -> tuple[int, ...]:
         return tuple(sorted(self.cpu))
 
+    def of(self, nodes: tuple[int, ...]) -> Bandwidths:
+        """Of these nodes alone."""
+        cpu, h2d, d2h = ({node: rates[node] for node in nodes} for rates in (self.cpu, self.h2d, self.d2h))
+        return Bandwidths(cpu=cpu, h2d=h2d, d2h=d2h, link_h2d=self.link_h2d, link_d2h=self.link_d2h)
+
     def rates(self, engine: str) -> tuple[dict[int, float], float]:
         """Rates by node, and the link's, of `cpu`, `h2d` or `d2h`."""
         if engine == "cpu":

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice, Precision
+from ldft.config.checkpointing import CheckpointingMode
 from ldft.memory import shapes
 from ldft.training import deepspeed_config
 
@@ -31,7 +32,7 @@ def moments(config: Config) -> dict[str, Parts]:
     """Moments of an iteration at which memory may peak."""
     base, gradients = _state(config), _gradients(config)
     waiting = {"layer inputs": checkpoints_on_device(config) * hidden_bytes(config)}
-    if config.checkpointing.mode.name == "none":
+    if config.checkpointing.mode is CheckpointingMode.none:
         waiting["activations"] = config.model.num_layers * _kept(config)
     inside = {"inside a layer": _inside(config)} | _layer_gradient(config)
     found = {
@@ -66,14 +67,12 @@ def hidden_bytes(config: Config) -> int:
     return _width(config) * tokens(config) * config.model.hidden_size
 
 
-def checkpoints(config: Config) -> int:
-    """Layer inputs that wait for the backward pass."""
-    return config.model.num_layers
-
-
 def checkpoints_on_device(config: Config) -> int:
-    """Of those, the ones in device memory. One is there in any case: that of the layer at work."""
-    return checkpoints(config) if config.checkpointing.mode.name != "cpu" else 1
+    """Layer inputs that wait on the device; from host memory come the one in use and the one on its way."""
+    if config.checkpointing.mode is CheckpointingMode.none:
+        return config.model.num_layers
+    groups = config.checkpointing.groups(config.model.num_layers)
+    return min(groups, 2) if config.checkpointing.mode is CheckpointingMode.cpu else groups
 
 
 def _state(config: Config) -> Parts:
@@ -138,11 +137,14 @@ def _inside(config: Config) -> int:
     """One layer in its backward pass: w T (6 H + 2 Q + 2 K + 4 I), less what is kept in any case.
 
     Norms and residuals and their gradients take 6 H; queries, keys, values, before and after rotation, and the attention's output
-    2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I.
+    2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers that are computed again together keep theirs.
     """
     model = config.model
     inside = _width(config) * tokens(config) * (2 * model.hidden_size + model.intermediate_size) + _scores(config, 2)
-    return inside + (_kept(config) if config.checkpointing.mode.name != "none" else 0)
+    if config.checkpointing.mode is CheckpointingMode.none:
+        return inside
+    every = config.checkpointing.every
+    return inside + every * _kept(config) + (every - 1) * hidden_bytes(config)
 
 
 def _kept(config: Config) -> int:

@@ -33,14 +33,15 @@ def build(config: Config) -> dict[str, Any]:
     for values, origin in layers:
         values = deepspeed_keys.cleaned(values, origin)
         deepspeed_keys.check_owned(values, owned, origin)
-        _merge(settings, _without_owned(values))
+        merge(settings, _without_owned(values))
     return settings
 
 
-def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    """Take over `values` into `into`, section by section."""
     for name, value in values.items():
         if isinstance(value, dict) and isinstance(into.get(name), dict):
-            _merge(into[name], value)
+            merge(into[name], value)
         else:
             into[name] = value
 

@@ -16,7 +16,6 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ldft.config import Config, ModelConfig, Precision, Weights
-from ldft.config.checkpointing import CheckpointingMode
 from ldft.errors import ConfigError
 from ldft.training import weights
 
@@ -98,8 +97,6 @@ def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device
     initialize(model, config.train.seed, partitioned=partitioned, only_buffers=pretrained)
     if pretrained:
         weights.load(model, config.model, partitioned=partitioned)
-    if config.checkpointing.mode is CheckpointingMode.gpu:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
 
