@@ -64,6 +64,11 @@ def host_bytes(config: Config) -> dict[str, int]:
     return roles
 
 
+def layer_input_bytes(config: Config) -> int:
+    """Bytes of one decoder layer's input, of one micro-batch."""
+    return vram.hidden_bytes(config)
+
+
 def checkpoint_bytes(config: Config) -> int:
     """Bytes of layer inputs that wait in one rank's host memory: those of all groups of layers but the last."""
     if config.checkpointing.mode is not CheckpointingMode.cpu:

@@ -4,7 +4,7 @@ Both in the same form, GB/s (1e9 bytes per second):
 
     {node0: {cpu: 278, h2d: 55.6, d2h: 55.5}, node3: {cpu: 69, h2d: 53.5, d2h: 37.2}, link: {h2d: 55.6, d2h: 55.5}}
 
-cpu is what an optimizer step gets, h2d and d2h what copies to and from GPUs get; where there is no GPU those are left out, and count as
+cpu is what an optimizer step gets, h2d and d2h what copies to and from GPUs get; without a GPU those are left out, and count as
 cpu. Without link, the best node's copies are what a link carries.
 """
 

@@ -129,6 +129,16 @@ def assigned(config: Config) -> Any:
     return strategies.assign(config, Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1)))
 
 
+def strategy(config: Config) -> Any:
+    """Placement by role of two ranks on a machine with two nodes of local memory and two of CXL; or the line that refuses it."""
+    config.launch.num_ranks = 2
+    nodes = tuple(
+        Node(id=id, cpus=(id,) * (id < 2), total_bytes=4 << 30, distances={n: 10 for n in range(4)}) for id in range(4)
+    )
+    machine = Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1, 2, 3))
+    return strategies.assign(config, machine)
+
+
 def allocations(config: Config) -> Any:
     """What every allocation of a rank follows."""
     with pytest.MonkeyPatch.context() as patch:
@@ -176,6 +186,7 @@ def printed(config: Config) -> Any:
     return config.dry_run and dry_run.describe(config)
 
 
+BANDWIDTH = "{node0:{cpu:200},node1:{cpu:200},node2:{cpu:50},node3:{cpu:50}}"
 # key -> (what it is changed to, where that must show, what else is set before and after). A new key without an entry fails the
 # test; there are no exemptions.
 CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
@@ -209,6 +220,16 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "numa.kind": ("bind", placement, ["numa.nodes=[0]"]),
     "numa.nodes": ("[0]", placement, ["numa.kind=bind"]),
     "numa.weights": ("[2]", placement, ["numa.kind=weighted_interleave", "numa.nodes=[0]"]),
+    "numa.strategy": ("local_only", strategy, []),
+    "numa.local_nodes": ("[1]", strategy, ["numa=local_only"]),
+    "numa.cxl_nodes": ("[3]", strategy, ["numa=naive_interleaving"]),
+    "numa.local_budget_gib": ("0.001", strategy, ["numa=cxl_aware"]),
+    "numa.cxl_budget_gib": ("0.0002", strategy, ["numa=optimal", f"numa.bandwidth={BANDWIDTH}"]),
+    "numa.bandwidth": (
+        BANDWIDTH.replace("{cpu:50}", "{cpu:9}"),
+        strategy,
+        ["numa=optimal", f"numa.bandwidth={BANDWIDTH}"],
+    ),
     **{f"numa.roles.{role}.kind": ("preferred", assigned, [f"numa.roles.{role}.nodes=[0,1]"]) for role in ROLES},
     **{f"numa.roles.{role}.nodes": ("[0]", assigned, []) for role in ROLES},
     **{f"numa.roles.{role}.weights": ("[4,1]", assigned, [f"numa.roles.{role}.nodes=[0,1]"]) for role in ROLES},
