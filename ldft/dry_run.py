@@ -7,10 +7,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from ldft import checks, environment, fit
+from ldft import checks, environment, fit, placement_view
 from ldft.config import Config, DataKind, Device, Weights, run_id
 from ldft.launch import cores_of_ranks
 from ldft.memory import estimate, shapes, vram
+from ldft.memory.topology import read_topology
 from ldft.training import deepspeed_config
 
 _LIST_RANKS = 4
@@ -29,7 +30,13 @@ def describe(config: Config) -> str:
     checks.check_inputs(config, fetch=False)
     settings = deepspeed_config.build(config)
     lines = ["ldft: dry run: nothing is started or written", *_what(config), *_processes(config, asked)]
-    lines += [*_bytes(config), *_files(config), "DeepSpeed config:", json.dumps(settings, indent=2)]
+    lines += [
+        *_bytes(config),
+        *placement_view.lines(config, read_topology()),
+        *_files(config),
+        "DeepSpeed config:",
+        json.dumps(settings, indent=2),
+    ]
     return "\n".join(lines)
 
 

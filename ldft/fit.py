@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ldft import environment
+from ldft import environment, placement_view
 from ldft.config import Config, Device
 from ldft.errors import ConfigError
 from ldft.memory import estimate, strategies, vram
@@ -48,6 +48,8 @@ def predictions(config: Config) -> dict[str, Any]:
         device = vram.device_bytes(config)
         columns["predicted_vram_gib"] = sum(device.values()) / GIB
         columns["predicted_vram_json"] = json.dumps({name: size / GIB for name, size in device.items()})
+    if seconds := placement_view.modelled_s(config, read_topology()):
+        columns["modelled_traffic_s"] = sum(seconds.values())
     return columns
 
 

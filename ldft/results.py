@@ -106,6 +106,7 @@ MEASURED = [
     Column("predicted_host_json", _TEXT, "GiB", "its parts for each rank: roles of offloaded tensors, the process, ..."),
     Column("predicted_vram_gib", _FLOAT, "GiB", "peak_vram_allocated_gib of each rank as estimated before the run; null on the CPU"),
     Column("predicted_vram_json", _TEXT, "GiB", "its parts at the moment of the peak"),
+    Column("modelled_traffic_s", _FLOAT, "s", "a step's traffic to host memory by the cost model; null where bandwidths are not known"),
     Column("checkpoint_host_gib", _FLOAT, "GiB", "host memory in which layer inputs wait for backward, all ranks together"),
     Column("pinned", pa.bool_(), "", "whether offloaded tensors that DMA touches were pinned"),
     Column("init_s", _FLOAT, "s", "from the start of rank 0's interpreter to the first iteration"),
