@@ -154,4 +154,6 @@ def install(
     if mode is CheckpointingMode.gpu:
         return Checkpointing(model, DeviceInputs(), every)
     groups = -(-len(decoder_layers(model)) // every)
-    return Checkpointing(model, HostInputs(groups, estimate.layer_input_bytes(config), device, placement, pin=pin), every)
+    return Checkpointing(
+        model, HostInputs(groups, estimate.layer_input_bytes(config), device, placement, pin=pin), every
+    )

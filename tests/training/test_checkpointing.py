@@ -87,7 +87,9 @@ def train(network: nn.Module, batches: list[torch.Tensor], autocast: bool = Fals
 
 def equal(a: list[torch.Tensor | None], b: list[torch.Tensor | None]) -> bool:
     assert len(a) == len(b) and any(x is not None and bool(x.any()) for x in a)
-    return all((x is None and y is None) or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b))
+    return all(
+        (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b)
+    )
 
 
 def keeper(every: int = 1, *, lanes: LazyLanes | None = None, size: int = 2 * TOKENS * HIDDEN * 4) -> HostInputs:
@@ -107,7 +109,9 @@ def test_gradients_equal_those_without_checkpointing(family: str) -> None:
     network = build(family, dropout=0.2)
     batches = [batch(1), batch(2, tokens=TOKENS - 5)]
     expected = train(network, batches)
-    assert not equal(expected, train(build(family), batches)), "dropout must act, else its restored state would not show"
+    assert not equal(expected, train(build(family), batches)), (
+        "dropout must act, else its restored state would not show"
+    )
     for name, make in KEEPERS.items():
         for every in (1, 2, 3, LAYERS):
             installed = Checkpointing(network, make(every), every)
