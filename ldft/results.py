@@ -84,6 +84,8 @@ MEASURED = [
     Column("deepspeed_config_json", _TEXT, "", "the effective DeepSpeed config"),
     Column("parameters", _INT, "", "parameters of the model"),
     Column("trainable_parameters", _INT, "", "parameters that the optimizer updates"),
+    Column("attention", _TEXT, "", "attention implementation that ran"),
+    Column("liger_modules", _INT, "", "modules that run Liger's kernels; 0 without Liger"),
     Column("iteration_s", _FLOATS, "s", "each iteration, barrier to barrier, slowest rank; the first warmup ones included"),
     Column("forward_s", _FLOATS, "s", "forward part of each iteration, on that rank"),
     Column("backward_s", _FLOATS, "s", "backward part"),
@@ -140,6 +142,7 @@ _CONFIG_TYPES = {
     bool: pa.bool_(),
     list[float]: _FLOATS,
     list[int]: pa.list_(_INT),
+    list[str]: pa.list_(_TEXT),
 }
 
 

@@ -214,6 +214,8 @@ _FROM_RANK_0 = (
     "deepspeed_config_json",
     "parameters",
     "trainable_parameters",
+    "attention",
+    "liger_modules",
     "iteration_s",
     "forward_s",
     "backward_s",
@@ -257,6 +259,12 @@ def summary(outcome: Outcome, config: Config) -> str:
         lines.append(
             f"ldft: median iteration {row['iteration_median_s']:.3f} s, {row['tokens_per_s']:.0f} tokens/s, "
             f"loss {row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}, host peak {row['peak_host_gib']:.2f} GiB"
+        )
+    snapshots = sorted(path.name for path in outcome.row_path.parent.glob("snapshot-*.pickle"))
+    if snapshots:
+        names = ", ".join(snapshots)
+        lines.append(
+            f"ldft: memory snapshot: {outcome.row_path.parent}/{names}; open it at https://pytorch.org/memory_viz"
         )
     lines.append(f"ldft: row: {outcome.row_path}")
     return "\n".join(lines)

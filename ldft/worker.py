@@ -26,6 +26,7 @@ class _Report:
     """What this rank has so far."""
 
     def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
         self._path = folder / f"rank-{rank}.json"
         self._values: dict[str, Any] = {"init": {}}
         self._phase_start: float | None = None
@@ -73,7 +74,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     import deepspeed
     import torch
 
-    from ldft.training import checkpointing, deepspeed_config, flops, loop, model, operators
+    from ldft.training import checkpointing, deepspeed_config, flops, liger, loop, model, operators, snapshot
     from ldft.training import engine as engines
 
     device_type = config.launch.device.name
@@ -109,6 +110,8 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         deepspeed_config_json=json.dumps(settings),
         parameters=model.num_parameters(network),
         trainable_parameters=model.num_parameters(network, trainable=True),
+        attention=network.config._attn_implementation,
+        liger_modules=liger.count_modules(network),
         model_tflop_dense=dense,
         model_tflop_attention=attention,
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
@@ -124,7 +127,13 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     engine = engines.build(config, network, settings)
 
     report.train(interpreter_start)
-    loop.run(config, engine, device, lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)))
+    loop.run(
+        config,
+        engine,
+        device,
+        lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)),
+        lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
+    )
     report.put(**nodes.end(first))
     report.phase("teardown", "ending")
     engine.destroy()
