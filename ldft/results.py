@@ -84,6 +84,8 @@ MEASURED = [
     Column("deepspeed_config_json", _TEXT, "", "the effective DeepSpeed config"),
     Column("parameters", _INT, "", "parameters of the model"),
     Column("trainable_parameters", _INT, "", "parameters that the optimizer updates"),
+    Column("attention", _TEXT, "", "attention implementation that ran"),
+    Column("liger_modules", _INT, "", "modules that run Liger's kernels; 0 without Liger"),
     Column("iteration_s", _FLOATS, "s", "each iteration, barrier to barrier, slowest rank; the first warmup ones included"),
     Column("forward_s", _FLOATS, "s", "forward part of each iteration, on that rank"),
     Column("backward_s", _FLOATS, "s", "backward part"),
@@ -102,12 +104,14 @@ MEASURED = [
     Column("peak_vram_reserved_gib", _FLOATS, "GiB", "torch's peak of reserved device memory, per rank"),
     Column("peak_host_gib", _FLOAT, "GiB", "sum over ranks of peak resident memory less file pages"),
     Column("peak_rss_gib", _FLOATS, "GiB", "peak resident memory of each rank as wait4 reports it, file pages included"),
+    Column("checkpoint_host_gib", _FLOAT, "GiB", "host memory in which layer inputs wait for backward, all ranks together"),
     Column("pinned", pa.bool_(), "", "whether offloaded tensors that DMA touches were pinned"),
     Column("init_s", _FLOAT, "s", "from the start of rank 0's interpreter to the first iteration"),
     Column("init_imports_s", _FLOAT, "s", "part of init_s: importing torch, transformers and DeepSpeed"),
     Column("init_operators_s", _FLOAT, "s", "part of init_s: compiling or loading DeepSpeed's operators"),
     Column("init_rendezvous_s", _FLOAT, "s", "part of init_s: process group"),
     Column("init_model_s", _FLOAT, "s", "part of init_s: building and initialising the model"),
+    Column("init_checkpoint_buffers_s", _FLOAT, "s", "part of init_s: host memory for layer inputs"),
     Column("init_engine_s", _FLOAT, "s", "part of init_s: deepspeed.initialize"),
     Column("nodes", _NODES, "GiB", "resident memory by NUMA node and kind, sum over ranks, after the last iteration"),
     Column("numa_policy", _TEXT, "", "policy of the ranks: the one asked for, or, with numa=default, the caller's"),
@@ -133,6 +137,7 @@ _CONFIG_TYPES = {
     bool: pa.bool_(),
     list[float]: _FLOATS,
     list[int]: pa.list_(_INT),
+    list[str]: pa.list_(_TEXT),
 }
 
 

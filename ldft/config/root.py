@@ -12,9 +12,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldft.config.attention import AttentionConfig
 from ldft.config.checkpointing import CheckpointingConfig
 from ldft.config.data import DataConfig
+from ldft.config.kernels import KernelsConfig
 from ldft.config.launch import Device, LaunchConfig
+from ldft.config.lora import LoraConfig
 from ldft.config.memory import MemoryConfig
 from ldft.config.model import ModelConfig
 from ldft.config.numa import NumaConfig
@@ -44,7 +47,10 @@ class Config:
     numa: NumaConfig = field(default_factory=NumaConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     seq_len: SeqLenConfig = field(default_factory=SeqLenConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -61,6 +67,9 @@ class Config:
     system: str = ""
     """A free name for the machine, kept in the row (the seed's SYSTEM_TYPE)."""
 
+    snapshot: bool = False
+    """Write torch's CUDA memory history of one iteration per rank beside the row (snapshot-<rank>.pickle)."""
+
     dry_run: bool = False
     """Print what would run and end; nothing is started or written."""
 
@@ -72,16 +81,22 @@ class Config:
             self.numa,
             self.seq_len,
             self.optimizer,
+            self.lora,
             self.data,
             self.train,
             self.launch,
             self.sweep,
         ):
             part.validate()
+        self.checkpointing.validate(self.model.num_layers)
         if self.repeat < 1:
             raise ConfigError("repeat", f"{self.repeat} is too small; use 1 or more")
         if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:
             raise CombinationError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")
+        if self.snapshot and self.launch.device is Device.cpu:
+            raise CombinationError(
+                "snapshot", "true needs launch.device=cuda, not cpu: torch keeps no history of host memory"
+            )
         if self.launch.device is Device.auto:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
 

@@ -50,6 +50,19 @@ def _compute_bytes(config: Config) -> int:
     return 4 if config.train.precision is Precision.fp32 else 2
 
 
+def layer_input_bytes(config: Config) -> int:
+    """Bytes of one decoder layer's input, of one micro-batch."""
+    tokens = config.train.micro_batch_size * config.seq_len.tokens
+    return _compute_bytes(config) * tokens * config.model.hidden_size
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of layer inputs that wait in one rank's host memory: those of all groups of layers but the last."""
+    if config.checkpointing.mode is not CheckpointingMode.cpu:
+        return 0
+    return (config.checkpointing.groups(config.model.num_layers) - 1) * layer_input_bytes(config)
+
+
 def host_bytes(config: Config) -> dict[str, int]:
     """Bytes of one rank in host memory by role; roles that stay on the device are missing."""
     share = num_parameters(config.model) // config.launch.num_ranks
@@ -59,6 +72,8 @@ def host_bytes(config: Config) -> dict[str, int]:
         roles["compute_gradients"] = _compute_bytes(config) * share
     if config.offload.parameters is OffloadDevice.cpu:
         roles["compute_weights"] = _compute_bytes(config) * share
+    if checkpoint_bytes(config):
+        roles["activations"] = checkpoint_bytes(config)
     return roles
 
 
@@ -81,14 +96,18 @@ def device_bytes(config: Config) -> dict[str, int]:
         parts["optimizer"] = 12 * (parameters if offload.stage == 0 else share)
     elif offload.stage == 1:
         parts["gradients"] = width * parameters
-    layer_input = width * tokens * model.hidden_size
+    layer_input = layer_input_bytes(config)
     # Inside a layer: norms and residuals (6 hidden), queries, keys, values and output, three MLP products and their activation.
     heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
     inside = width * tokens * (6 * model.hidden_size + heads + 4 * model.intermediate_size)
     if config.checkpointing.mode is CheckpointingMode.none:
         parts["activations"] = model.num_layers * (layer_input + inside)
     else:
-        parts["activations"] = model.num_layers * layer_input + inside
+        waiting = config.checkpointing.groups(model.num_layers)
+        if config.checkpointing.mode is CheckpointingMode.cpu:
+            waiting = min(waiting, 2)  # the one in use and the one on its way
+        every = config.checkpointing.every
+        parts["activations"] = waiting * layer_input + every * inside + (every - 1) * layer_input
     # In compute precision and, for the loss, in fp32; and the gradient of each.
     parts["logits"] = 2 * (width + 4) * tokens * model.vocab_size
     return parts

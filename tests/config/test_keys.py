@@ -20,7 +20,7 @@ from ldft.config import Config, Device, columns, from_dict, run_id, series_id, t
 from ldft.errors import ConfigError
 from ldft.history import History
 from ldft.launch import RankExit
-from ldft.training import data, deepspeed_config, model, schedule, shards
+from ldft.training import checkpointing, data, deepspeed_config, liger, model, schedule, shards
 from tests.conftest import compose
 
 SMALL = ("model=nano", "model.vocab_size=64", "seq_len.tokens=8", "launch.device=cpu")
@@ -42,7 +42,38 @@ def architecture(config: Config) -> Any:
 def built_model(config: Config) -> Any:
     config.offload.stage = 0
     network = model.build(config, {}, torch.device("cpu"))
-    return network.is_gradient_checkpointing, next(network.parameters()).detach().sum().item(), network.dtype
+    return next(network.parameters()).detach().sum().item(), network.dtype
+
+
+def waiting_inputs(config: Config) -> Any:
+    """Bytes that wait in host memory, and how often the first layer runs in one step."""
+    config.offload.stage = 0
+    network = model.build(config, {}, torch.device("cpu"))
+    installed = checkpointing.install(config, network, torch.device("cpu"))
+    runs: list[int] = []
+    network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    tokens = data.batch(config, 0, 0, 0)
+    network(input_ids=tokens, labels=tokens).loss.backward()
+    return sum(tensor.nbytes for tensor in installed.host_tensors()) if installed else None, len(runs)
+
+
+def attention_that_runs(config: Config) -> Any:
+    config.offload.stage = 0
+    return model.build(config, {}, torch.device("cpu")).config._attn_implementation
+
+
+def uses_liger(config: Config) -> Any:
+    config.launch.device = Device.cuda
+    return liger.wanted(config)
+
+
+def adapters(config: Config) -> Any:
+    """Trainable parameters by name, scales and dropout."""
+    config.offload.stage = 0
+    network = model.build(config, {}, torch.device("cpu"))
+    layers = [module for module in network.modules() if hasattr(module, "lora_A")]
+    sizes = {name: parameter.shape for name, parameter in network.named_parameters() if parameter.requires_grad}
+    return sizes, [(layer.scaling, str(layer.lora_dropout)) for layer in layers]
 
 
 def batches(config: Config) -> Any:
@@ -179,8 +210,11 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "numa.kind": ("bind", placement, ["numa.nodes=[0]"]),
     "numa.nodes": ("[0]", placement, ["numa.kind=bind"]),
     "numa.weights": ("[2]", placement, ["numa.kind=weighted_interleave", "numa.nodes=[0]"]),
-    "checkpointing.mode": ("none", built_model, []),
+    "checkpointing.mode": ("none", waiting_inputs, []),
+    "checkpointing.every": ("2", waiting_inputs, []),
     "seq_len.tokens": ("9", batches, []),
+    "attention.kind": ("eager", attention_that_runs, []),
+    "kernels.liger": ("false", uses_liger, []),
     "optimizer.name": ("other", refusal, []),
     "optimizer.learning_rate": ("0.5", deepspeed, []),
     "optimizer.schedule": ("linear", learning_rates, []),
@@ -189,6 +223,10 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "optimizer.betas": ("[0.1,0.2]", deepspeed, []),
     "optimizer.eps": ("0.5", deepspeed, []),
     "optimizer.gradient_clipping": ("0", deepspeed, []),
+    "lora.rank": ("4", adapters, []),
+    "lora.alpha": ("3", adapters, ["lora.rank=4"]),
+    "lora.dropout": ("0.5", adapters, ["lora.rank=4"]),
+    "lora.target_modules": ("[q_proj]", adapters, ["lora.rank=4"]),
     "data.kind": ("zeros", batches, []),
     "data.path": ("$OTHER_TEXT", batches, ["data.kind=text", "data.path=$TEXT", "data.tokenizer=$TOKENIZER"]),
     "data.tokenizer": ("$OTHER_TOKENIZER", batches, ["data.kind=text", "data.path=$TEXT", "data.tokenizer=$TOKENIZER"]),
@@ -213,6 +251,7 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "sweep.budget_seed": ("3", planned, ["sweep.budget=2"]),
     "sweep.oom_backstop": ("false", decision, ["sweep.started_at=2e9"]),
     "sweep.started_at": ("2e9", refusal, ["sweep.repeats=2"]),
+    "snapshot": ("true", refusal, []),
     "dry_run": ("true", printed, []),
 }
 

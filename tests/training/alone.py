@@ -1,9 +1,10 @@
 """Run rank processes without the parent, so that a test can put something in their way first.
 
-    python tests/training/alone.py ATTEMPT_DIR stock|skip_step|local_gradients
+    python tests/training/alone.py ATTEMPT_DIR stock|skip_step|local_gradients|liger
 
 stock: stock DeepSpeed called directly, with the weights and tokens of the config and DeepSpeed's own sizes of buckets and
 live parameters; writes rank-0.json as a worker does.
+liger: the real worker with Liger's fused loss, which Triton's interpreter can run on a CPU.
 skip_step, local_gradients: the real worker with a planted fault: the fourth update does nothing; gradients are not averaged.
 """
 
@@ -64,11 +65,25 @@ def local_gradients() -> None:
             setattr(dist, name, keep_mine)
 
 
+def use_liger() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    from ldft.training import liger, model
+
+    real = model.build
+
+    def build(*arguments: object) -> object:
+        network = real(*arguments)
+        liger.bind_loss(network)
+        return network
+
+    model.build = build
+
+
 if __name__ == "__main__":
     if sys.argv[2] == "stock":
         stock(Path(sys.argv[1]))
     else:
-        {"skip_step": skip_step, "local_gradients": local_gradients}[sys.argv[2]]()
+        {"skip_step": skip_step, "local_gradients": local_gradients, "liger": use_liger}[sys.argv[2]]()
         from ldft import worker
 
         os.environ["PYTHONUNBUFFERED"] = "1"
