@@ -10,7 +10,7 @@ from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory import strategies
 from ldft.memory.topology import read_topology
-from ldft.training import deepspeed_config, shards, text
+from ldft.training import attention, deepspeed_config, liger, shards, text
 
 
 def resolve_device(config: Config) -> None:
@@ -40,6 +40,8 @@ def check_machine(config: Config) -> None:
                 "train.precision",
                 f"bf16 needs a GPU of compute capability 8.0 (Ampere) or newer, here is {lowest[0]}.{lowest[1]}; use fp16",
             )
+    attention.choose(config)
+    liger.wanted(config)
 
 
 def check_inputs(config: Config, *, fetch: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ldft import attempt, nodes
 from ldft.config import Config, OffloadDevice, from_dict
+from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
 from ldft.memory.probe import MemoryTable
 from ldft.verdict import OOM_DEVICE, OOM_HOST
@@ -25,6 +26,7 @@ class _Report:
     """What this rank has so far."""
 
     def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
         self._path = folder / f"rank-{rank}.json"
         self._values: dict[str, Any] = {"init": {}}
         self._phase_start: float | None = None
@@ -72,7 +74,17 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     import deepspeed
     import torch
 
-    from ldft.training import deepspeed_config, flops, host_memory, loop, model, operators
+    from ldft.training import (
+        checkpointing,
+        deepspeed_config,
+        flops,
+        host_memory,
+        liger,
+        loop,
+        model,
+        operators,
+        snapshot,
+    )
     from ldft.training import engine as engines
 
     device_type = config.launch.device.name
@@ -109,18 +121,32 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         deepspeed_config_json=json.dumps(settings),
         parameters=model.num_parameters(network),
         trainable_parameters=model.num_parameters(network, trainable=True),
+        attention=network.config._attn_implementation,
+        liger_modules=liger.count_modules(network),
         model_tflop_dense=dense,
         model_tflop_attention=attention,
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
     )
+
+    report.phase("checkpoint_buffers", "allocating host memory for layer inputs")
+    pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
+    placement = arenas.placement_of("activations") if arenas else None
+    inputs = checkpointing.install(config, network, device, placement, pin=pin)
+    report.put(checkpoint_host_gib=sum(t.nbytes for t in inputs.host_tensors()) / 2**30 if inputs else 0.0)
 
     report.phase("engine", "initialising DeepSpeed")
     engine = engines.build(config, network, settings, arenas)
     report.put(pinned=host_memory.pinned(config, settings, arenas))
 
     report.train(interpreter_start, host_memory.seconds(arenas))
-    loop.run(config, engine, device, lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)))
-    report.put(**nodes.end(first), **host_memory.report(engine, arenas))
+    loop.run(
+        config,
+        engine,
+        device,
+        lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)),
+        lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
+    )
+    report.put(**nodes.end(first), **host_memory.report(engine, arenas, inputs.host_tensors() if inputs else []))
     report.phase("teardown", "ending")
     engine.destroy()
     torch.distributed.destroy_process_group()

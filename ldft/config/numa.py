@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
+from ldft.errors import ConfigError
+from ldft.memory import hardware
 from ldft.memory.policy import Placement
 
 
@@ -23,6 +26,19 @@ class NumaScope(Enum):
 
     process = "process"
     roles = "roles"
+
+
+class NumaStrategy(Enum):
+    """none: roles go where numa.roles says. local_only: all of them into local memory. naive_interleaving: all of them evenly over
+    local memory and CXL. cxl_aware: by priority into local memory until its budget is full, the rest into CXL. striped: as
+    cxl_aware, but layer inputs and 16-bit gradients of rank r on the CXL nodes in turn. optimal: the fastest by the cost model."""
+
+    none = "none"
+    local_only = "local_only"
+    naive_interleaving = "naive_interleaving"
+    cxl_aware = "cxl_aware"
+    striped = "striped"
+    optimal = "optimal"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,6 +103,20 @@ class NumaConfig:
     roles: RolesConfig = field(default_factory=RolesConfig)
     """Placements of single roles, on top of any option: numa.roles.momentum.nodes=[0,3] numa.roles.momentum.weights=[4,1]."""
 
+    strategy: NumaStrategy = NumaStrategy.none
+    """What places the roles that numa.roles says nothing about."""
+    local_nodes: list[int] = field(default_factory=list)
+    """Nodes of local memory for the strategy; empty: those with CPUs."""
+    cxl_nodes: list[int] = field(default_factory=list)
+    """Nodes of CXL memory for the strategy; empty: those without CPUs."""
+    local_budget_gib: float = 0.0
+    """GiB that the roles of all ranks together may take of local memory; 0: what the nodes have, less the processes themselves."""
+    cxl_budget_gib: float = 0.0
+    """GiB that they may take of CXL memory; 0: what the nodes have."""
+    bandwidth: dict[str, Any] = field(default_factory=dict)
+    """Bandwidths by node for the strategy optimal, GB/s: {node0:{cpu:278,h2d:55,d2h:55},node3:{cpu:69,h2d:53,d2h:37}};
+    empty: the profile that `python -m ldft.bench nodes` saved."""
+
     @property
     def placement(self) -> Placement:
         """The policy of the process."""
@@ -95,10 +125,18 @@ class NumaConfig:
     @property
     def by_role(self) -> bool:
         """Whether any role has, or gets, a placement of its own."""
-        return self.scope is NumaScope.roles or bool(self.roles.placements())
+        return self.scope is NumaScope.roles or self.strategy is not NumaStrategy.none or bool(self.roles.placements())
 
     def validate(self) -> None:
         """Raise ConfigError for what is wrong on any machine."""
         self.placement.validate("numa")
         for role, placement in self.roles.placements().items():
             placement.validate(f"numa.roles.{role}")
+        for key in ("local_budget_gib", "cxl_budget_gib"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError(f"numa.{key}", f"{getattr(self, key):g} is negative; use 0 for all there is, or GiB")
+        both = sorted(set(self.local_nodes) & set(self.cxl_nodes))
+        if both:
+            raise ConfigError("numa.cxl_nodes", f"node {both[0]} is in numa.local_nodes, too; name each node once")
+        if self.bandwidth:
+            hardware.parse(self.bandwidth, hardware.KEY)

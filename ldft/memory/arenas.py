@@ -13,7 +13,7 @@ import torch
 
 from ldft.memory import allocator
 from ldft.memory.placing import Report
-from ldft.memory.policy import Placement
+from ldft.memory.policy import HostMemoryError, Placement
 
 # Bytes: a cache line, and the widest vector of any CPU.
 ALIGNMENT = 64
@@ -55,8 +55,11 @@ class Arena:
             offset += want.padded_bytes
 
     def allocate(self, size: int) -> torch.Tensor:
-        """`size` bytes under this role's placement, not yet part of the arena."""
-        return allocator.allocate(size, torch.uint8, self.placement, pin=self.pin)
+        """`size` bytes under this role's placement, not yet part of the arena. Raises HostMemoryError."""
+        try:
+            return allocator.allocate(size, torch.uint8, self.placement, pin=self.pin)
+        except HostMemoryError as error:
+            raise HostMemoryError(f"{self.role}: {error}") from error
 
     def adopt(self, block: torch.Tensor, name: str, slot: torch.Tensor) -> None:
         """Take over a slot that lies in a block which `allocate` gave."""
@@ -89,9 +92,11 @@ class Arenas:
     def of(self, role: str) -> Arena:
         """The arena of a role, empty at first."""
         if role not in self.by_role:
-            placement = self._placements.get(role, Placement())
-            self.by_role[role] = Arena(role=role, placement=placement, pin=role in self._pinned)
+            self.by_role[role] = Arena(role=role, placement=self.placement_of(role), pin=role in self._pinned)
         return self.by_role[role]
+
+    def placement_of(self, role: str) -> Placement:
+        return self._placements.get(role, Placement())
 
     def reports(self) -> list[Report]:
         return [report for arena in self.by_role.values() for report in arena.reports()]

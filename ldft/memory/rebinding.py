@@ -33,7 +33,7 @@ def replace_after_load(engine: Any, arenas: Arenas) -> int:
     """The same after `engine.load_checkpoint`, which has put the moments into fresh tensors. Returns the bytes that were moved.
     Raises HostMemoryError, and AuditError for what is still elsewhere."""
     moved = settle(engine, arenas)
-    audit.check(engine, arenas)
+    audit.check([*roles.tensors(engine)], arenas)
     return moved
 
 

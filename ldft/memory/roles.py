@@ -1,8 +1,8 @@
 """Which tensors of a DeepSpeed engine play which role in host memory: the one module that knows where DeepSpeed keeps them.
 
-Read in DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py, ops/adam/cpu_adam.py, ops/lion/cpu_lion.py); the names have been
-the same since 0.9.5. An owner is a tensor with memory of its own; a view is another tensor object over the same memory, which has to
-follow when the owner moves.
+Read in DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py, ops/adam/cpu_adam.py, ops/lion/cpu_lion.py); the names have
+been the same since 0.9.5. An owner is a tensor with memory of its own; a view is another tensor object over the same memory,
+which has to follow when the owner moves.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.lion import DeepSpeedCPULion
 
-# Touched by the device's copy engines; the optimizer's own tensors are not. (ZeRO-1/2 of stock DeepSpeed pin master weights too, but
-# copy them through a 16-bit buffer.)
+# Touched by the device's copy engines; the optimizer's own tensors are not. (ZeRO-1/2 of stock DeepSpeed pin master weights too,
+# but copy them through a 16-bit buffer.)
 DMA_ROLES = ("compute_weights", "master_gradients", "compute_gradients", "activations")
 # What the optimizers keep, under their own names. Lion's second moment, which stock DeepSpeed allocates, is never used.
 MOMENTS = {"exp_avg": "momentum", "exp_avg_sq": "variance"}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ldft.config import Config
 from ldft.errors import ConfigError
-from ldft.memory import audit, rebinding
+from ldft.memory import audit, rebinding, roles
 from ldft.memory.arenas import Arenas
 from ldft.training import schedule
 
@@ -42,5 +42,5 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], aren
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings, lr_scheduler=scheduler)
     if arenas is not None:
         rebinding.settle(engine, arenas)
-        audit.check(engine, arenas)
+        audit.check([*roles.tensors(engine)], arenas)
     return engine

@@ -43,7 +43,7 @@ def save_and_load(engine: Any, arenas: Any, folder: Path) -> dict[str, Any]:
     engine.load_checkpoint(str(folder), tag="one")
     said: dict[str, Any] = {}
     try:
-        audit.check(engine, arenas)
+        audit.check([*roles.tensors(engine)], arenas)
     except audit.AuditError as error:
         said["after_load"] = str(error)
     said["moved"] = rebinding.replace_after_load(engine, arenas)
@@ -74,7 +74,7 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     elif fault == "overlap":
         overlap(engine)
     try:
-        said["roles"] = [dataclasses.asdict(role) for role in audit.measure(engine, arenas, None)]
+        said["roles"] = [dataclasses.asdict(role) for role in audit.measure([*roles.tensors(engine)], arenas, None)]
         if arenas is not None:
             said["held"] = {item.name: arenas.of(item.role).holds(item.tensor) for item in roles.tensors(engine)}
             said["arena_bytes"] = {a.role: sum(b.numel() for b in a.blocks) for a in arenas.by_role.values()}
@@ -85,7 +85,11 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    cases, rank, world_size, folder = json.loads(Path(sys.argv[1]).read_text()), *map(int, sys.argv[2:4]), Path(sys.argv[4])
+    cases, rank, world_size, folder = (
+        json.loads(Path(sys.argv[1]).read_text()),
+        *map(int, sys.argv[2:4]),
+        Path(sys.argv[4]),
+    )
     operators.load(device="cpu", offloads_optimizer=True, say=lambda text: None)
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=rank, world_size=world_size

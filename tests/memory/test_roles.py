@@ -40,6 +40,7 @@ SHAPES = {
     "optimizer, stage 2, accumulation": ["offload=optimizer", "train.gradient_accumulation_steps=2"],
     "optimizer, stage 1, fp32": ["offload=optimizer", "offload.stage=1", "train.precision=fp32"],
 }
+ON_TWO_RANKS = ("full, sub-groups, accumulation", "optimizer, stage 2, accumulation")
 
 
 def config_json(*overrides: str) -> str:
@@ -77,6 +78,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Every shape as stock DeepSpeed trains it, with exact arenas, and with every role placed by itself."""
     cases = {}
     for name, overrides in SHAPES.items():
+        if request.param == 2 and name not in ON_TWO_RANKS:
+            continue
         ranks = f"launch.num_ranks={request.param}"
         cases[f"{name}: stock"] = {"config": config_json(*overrides, ranks, "memory.pinning=torch")}
         cases[f"{name}: exact"] = {"config": config_json(*overrides, ranks)}
@@ -86,6 +89,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_losses_are_those_of_stock_deepspeed_bit_for_bit(trained: list[dict[str, Any]], shape: str) -> None:
+    if len(trained) == 2 and shape not in ON_TWO_RANKS:
+        pytest.skip("trained on one rank")
     for said in trained:
         stock = said[f"{shape}: stock"]["loss"]
         assert stock[-1] < 0.97 * stock[0], "the loss must fall, else a missing update would not show"
@@ -96,6 +101,8 @@ def test_losses_are_those_of_stock_deepspeed_bit_for_bit(trained: list[dict[str,
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_byte_of_every_role_is_in_its_arena(trained: list[dict[str, Any]], shape: str) -> None:
+    if len(trained) == 2 and shape not in ON_TWO_RANKS:
+        pytest.skip("trained on one rank")
     ranks = len(trained)
     width = 4 if "fp32" in shape else 2
     for rank, said in enumerate(trained):

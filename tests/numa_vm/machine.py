@@ -267,13 +267,16 @@ def run(words: list[str], folder: Path, limit_s: float) -> int:
     status.unlink(missing_ok=True)
     console.write_text("")
     (control / "start.sh").write_text(start_script(words, control))
-    quiet = f"console=ttyS0 quiet panic=-1 numa_vm_out={os.fsencode(folder).hex()} numa_vm_run={os.getpid()}"
+    # The last two save emulated instructions: no defences against speculation, which there is none of, and a library at the
+    # same address in every process, so that the emulator can use its translation again.
+    quiet = "console=ttyS0 quiet panic=-1 mitigations=off norandmaps"
+    own = f"numa_vm_out={os.fsencode(folder).hex()} numa_vm_run={os.getpid()}"
     share = "security_model=none,multidevs=remap"
     arguments = [
         # Nothing is left running when this process is killed.
         *("setpriv", "--pdeathsig", "KILL", "--", find_tool("qemu-system-x86_64") or ""),
         *("-accel", "tcg,thread=multi", "-cpu", "max", *numa_arguments()),
-        *("-kernel", str(cache() / "vmlinuz"), "-initrd", str(cache() / "initrd.gz"), "-append", quiet),
+        *("-kernel", str(cache() / "vmlinuz"), "-initrd", str(cache() / "initrd.gz"), "-append", f"{quiet} {own}"),
         *("-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"),
         *("-serial", f"file:{console}", "-serial", "stdio"),
         *("-virtfs", f"local,path=/,mount_tag=hostroot,readonly=on,{share}"),

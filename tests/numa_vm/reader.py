@@ -35,7 +35,8 @@ def mappings(pid: int) -> list[dict]:
     for line in Path(f"/proc/{pid}/numa_maps").read_text().splitlines():
         address, policy, *fields = line.split()
         start = int(address, 16)
-        if policy == "weighted":  # "weighted interleave:0,3" is one policy in two words
+        if policy == "weighted" or (fields[:1] and fields[0].startswith("(")):
+            # "weighted interleave:0,3" and "prefer (many):0-1" are one policy in two words
             policy, fields = f"{policy} {fields[0]}", fields[1:]
         named = dict(field.split("=", 1) for field in fields if "=" in field)
         if start in ends:
@@ -85,9 +86,12 @@ def answer(request: dict) -> dict:
     """Of ranges [[address, bytes], ...]: pages by numa_maps over their mappings together, and by move_pages over each range."""
     rows = mappings(request["pid"])
     if not request["ranges"]:
+        anonymous = [row for row in rows if row["anonymous"] and not row["file"]]
+        policies = sorted({row["policy"] for row in anonymous})
         return {
             "nodes": add(rows),
-            "anonymous_nodes": add([row for row in rows if row["anonymous"] and not row["file"]]),
+            "anonymous_nodes": add(anonymous),
+            "anonymous_policies": {name: add([row for row in anonymous if row["policy"] == name]) for name in policies},
         }
     spans = [(a // PAGE * PAGE, -(-(a + size) // PAGE) * PAGE) for a, size in request["ranges"]]
     rows = [row for row in rows if any(row["start"] < last and row["end"] > first for first, last in spans)]

@@ -1,0 +1,158 @@
+"""Whole runs: `python -m ldft` itself in the emulated machine. All of them in one boot, each judged by one test on the host.
+
+To add one, write a module like runs_process.py, name it in MODULES, and that is all:
+
+    RUNS = Runs()
+
+    @RUNS.add("roles_0_3", "numa=roles_0_3")                          # a name, then overrides for the command line
+    def roles_0_3(row, seen):                                         # on the host, with what the run left
+        assert row["numa_mechanism"] == "..."                         # its row, read back from the results folder
+        assert seen.policies["prefer=static:3"] == {3: 12800}         # what a watcher in there read in its numa_maps
+
+    @RUNS.add("under_numactl", before=("numactl", "--interleave=1,2"))  # what stands before `python -m ldft`
+
+A run takes 2 to 4 minutes in there, most of it imports, so add few. The guest imports these modules for the names and commands
+alone: nothing heavy at their top (pytest, numpy, ldft.results go into the functions).
+
+Guest side: `python -m numa_vm.whole FOLDER NAME...` starts the runs one after the other and watches each one's worker from
+outside, with reader.py, which shares no code with ldft. FOLDER/NAME is the results folder, FOLDER/NAME.json what was seen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numa_vm.reader import Reader, integers
+
+MODULES = ["runs_process"]
+SMALL = ("model=nano", "seq_len.tokens=16", "train.iterations=3", "train.warmup_iterations=1")
+# Twice and more what a run takes on two busy cores.
+LIMIT_S = 900
+
+
+@dataclass(kw_only=True, slots=True)
+class Seen:
+    """What the watcher read in the guest: base pages of anonymous memory of the worker, by node."""
+
+    status: int | None = None
+    """Exit status of `python -m ldft`; None when its time was up."""
+    seconds: float = 0.0
+    first: dict[int, int] = field(default_factory=dict)
+    """The first reading after the worker has set its policy."""
+    last: dict[int, int] = field(default_factory=dict)
+    """The last reading, while the worker was whole."""
+    policies: dict[str, dict[int, int]] = field(default_factory=dict)
+    """The last reading by the policy of the mapping, as numa_maps writes it; a mapping without one has that of the process."""
+    collapsed: int = 0
+    """Huge pages that khugepaged put together meanwhile, in the whole machine."""
+
+    def added(self) -> dict[int, int]:
+        return {node: max(0, pages - self.first.get(node, 0)) for node, pages in self.last.items()}
+
+
+Check = Callable[[Any, Seen], None]
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """One `python -m ldft` and what must come of it."""
+
+    overrides: tuple[str, ...]
+    before: tuple[str, ...]
+    check: Check
+
+
+class Runs(dict[str, Run]):
+    """Runs by name, in the order in which they are made."""
+
+    def add(self, name: str, *overrides: str, before: tuple[str, ...] = ()) -> Callable[[Check], Check]:
+        """Decorator: a run of this name, which the function judges by its row and by what was seen."""
+
+        def register(check: Check) -> Check:
+            assert name not in self, name
+            self[name] = Run(overrides=overrides, before=before, check=check)
+            return check
+
+        return register
+
+
+def all_runs() -> Runs:
+    runs = Runs()
+    for module in MODULES:
+        for name, run in importlib.import_module(f"numa_vm.{module}").RUNS.items():
+            assert name not in runs, name
+            runs[name] = run
+    return runs
+
+
+def load(path: Path) -> Seen:
+    """What `watch` left, on the host."""
+    read = json.loads(path.read_text())
+    nodes = {name: integers(read[name]) for name in ("first", "last")}
+    return Seen(**{**read, **nodes, "policies": {name: integers(pages) for name, pages in read["policies"].items()}})
+
+
+def worker() -> int | None:
+    """The process that trains, if there is one now."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and b"\0ldft.worker\0" in (entry / "cmdline").read_bytes():
+                return int(entry.name)
+        except OSError:
+            continue
+    return None
+
+
+def collapsed() -> int:
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("thp_collapse_alloc "))
+
+
+def watch(words: list[str], results: Path) -> Seen:
+    """Runs a command and looks at its worker until it ends. What the worker has before its first report was there, or on its
+    way, before it could set a policy."""
+    ask, seen = Reader(), Seen()
+    began, before = time.monotonic(), collapsed()
+    run = subprocess.Popen(words)
+    while run.poll() is None:
+        if time.monotonic() - began > LIMIT_S:
+            run.terminate()  # ldft ends its worker and leaves a row
+            run.wait()
+            return seen
+        if (pid := worker()) is not None and list(results.glob("*/*/rank-0.json")):
+            try:
+                reading = ask(pid, [])
+            except RuntimeError:  # it ended while it was read
+                continue
+            nodes = reading["anonymous_nodes"]
+            if sum(nodes.values()) > sum(seen.last.values()) / 2:  # not the remains of a process that is ending
+                seen.first, seen.last, seen.policies = seen.first or nodes, nodes, reading["anonymous_policies"]
+        time.sleep(2 if seen.first else 0.2)
+    seen.status, seen.seconds, seen.collapsed = run.returncode, time.monotonic() - began, collapsed() - before
+    return seen
+
+
+def main(folder: Path, wanted: list[str]) -> None:
+    for name in wanted:
+        run = all_runs()[name]
+        words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={folder / name}"]
+        print(f"numa-vm: whole run {name}: {' '.join(words)}", flush=True)
+        seen = watch(words, folder / name)
+        fresh = folder / f"{name}.new"
+        fresh.write_text(json.dumps(asdict(seen)))
+        fresh.replace(folder / f"{name}.json")
+        print(f"numa-vm: whole run {name}: exit status {seen.status} after {seen.seconds:.0f} s", flush=True)
+        os.sync()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
