@@ -17,10 +17,10 @@ alone: nothing heavy at their top (pytest, numpy, ldft.results go into the funct
 Guest side: `python -m numa_vm.whole FOLDER NAME...` starts the runs one after the other and watches each one's worker from
 outside, with reader.py, which shares no code with ldft. FOLDER/NAME is the results folder, FOLDER/NAME.json what was seen.
 
-Results are written to the guest's RAM and copied to FOLDER when the run has ended. Not because it is faster: reading a file of the
-written-through folder in the moment in which it is replaced can hang for good. QEMU's 9p server asks for a size by path and gets the
-new file's, while the descriptor reads the old one, and Linux 6.12 (fs/netfs) asks for the missing bytes again and again. A parent of
-ldft reads its ranks' reports while they are rewritten.
+Results are written to the guest's RAM and copied to FOLDER when the run has ended. Not because it is faster: reading a file of
+the written-through folder in the moment in which it is replaced can hang for good. QEMU's 9p server asks for a size by path and
+gets the new file's, while the descriptor reads the old one, and Linux 6.12 (fs/netfs) asks for the missing bytes again and
+again. A parent of ldft reads its ranks' reports while they are rewritten.
 """
 
 from __future__ import annotations
