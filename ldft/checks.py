@@ -8,8 +8,9 @@ from pathlib import Path
 from ldft import environment
 from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
+from ldft.memory import strategies
 from ldft.memory.topology import read_topology
-from ldft.training import deepspeed_config, shards, text
+from ldft.training import attention, deepspeed_config, liger, shards, text
 
 
 def resolve_device(config: Config) -> None:
@@ -20,7 +21,9 @@ def resolve_device(config: Config) -> None:
 
 def check_machine(config: Config) -> None:
     """Raise ConfigError where the config asks for what this machine does not have."""
-    config.numa.placement.resolve(read_topology(), "numa")
+    topology = read_topology()
+    config.numa.placement.resolve(topology, "numa")
+    strategies.assign(config, topology)
     gpus = environment.gpus()
     if config.launch.device is Device.cuda:
         if not gpus:
@@ -37,6 +40,8 @@ def check_machine(config: Config) -> None:
                 "train.precision",
                 f"bf16 needs a GPU of compute capability 8.0 (Ampere) or newer, here is {lowest[0]}.{lowest[1]}; use fp16",
             )
+    attention.choose(config)
+    liger.wanted(config)
 
 
 def check_inputs(config: Config, *, fetch: bool) -> None:

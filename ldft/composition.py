@@ -20,7 +20,7 @@ from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError
 
 # Sections whose keys are not ours to list: new ones need no plus sign.
-OPEN = ("offload.deepspeed", "model.extra", "model.rope_scaling")
+OPEN = ("offload.deepspeed", "model.extra", "model.rope_scaling", "numa.bandwidth")
 # The seed repository's names, and what people type for ours.
 _OTHER_NAMES = {
     "model_name": "model", "num_layers": "model.num_layers", "hidden_size": "model.hidden_size",
@@ -29,7 +29,8 @@ _OTHER_NAMES = {
     "beta_1": "optimizer.betas", "num_train_iteration": "train.iterations", "lr": "optimizer.learning_rate",
     "numa_policy": "numa", "device": "launch.device", "timeout": "launch.timeout_s", "gradient_checkpointing": "checkpointing",
     "zero_stage": "offload.stage", "output_dir": "results.dir", "lr_scheduler_type": "optimizer.schedule",
-    "warmup_steps": "optimizer.schedule_warmup",
+    "warmup_steps": "optimizer.schedule_warmup", "lora_dim": "lora.rank", "liger_kernel": "kernels.liger",
+    "attn_implementation": "attention",
 }  # fmt: skip
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -196,6 +197,8 @@ def _expected(path: str) -> str:
         kind = next(arg for arg in get_args(kind) if arg is not type(None))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(kind.__members__)}"
+    if kind == list[str]:
+        return f"a list of texts, as in {path.split('[')[0]}=[a,b]"
     if get_origin(kind) is list:
         return f"a list of numbers, as in {path.split('[')[0]}=[0.9,0.95]"
     if get_origin(kind) is dict:

@@ -14,6 +14,7 @@ import os
 from typing import Any
 
 from ldft.config import Config
+from ldft.memory import placing
 from ldft.memory.drift import Counters, read_counters
 from ldft.memory.policy import process_policy, set_process_policy
 from ldft.memory.probe import GIB, MIB, MemoryTable, NodeMemory, process_memory
@@ -23,8 +24,15 @@ from ldft.memory.topology import read_topology
 _TOLERANCE, _WORTH_A_WARNING = 0.05, 64 * MIB
 
 
+def settle(config: Config) -> None:
+    """Set what every allocation of this process follows."""
+    placing.settings.huge_pages = config.memory.huge_pages
+    placing.settings.capacity_gib = config.memory.capacity_gib or None
+
+
 def begin(config: Config) -> tuple[MemoryTable, dict[str, Any]]:
     """Set the process policy, in a rank that has not touched much yet. Returns the first reading and what to report."""
+    settle(config)
     topology = read_topology()
     placement = config.numa.placement
     if placement.kind != "default":

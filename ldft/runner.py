@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldft import attempt, checks, environment, launch, nodes, results, stop, verdict
+from ldft import attempt, checks, environment, fit, launch, nodes, results, stop, verdict
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError
@@ -63,6 +63,8 @@ def run(
         config.validate()
         checks.check_machine(config)
         checks.check_inputs(config, fetch=True)
+        row |= fit.predictions(config)
+        fit.check(config)
         restore_kernel_weights()  # what a run that died may have left
         if show:
             exits, decision, waited_s = _run_ranks(config, folder, show)
@@ -192,8 +194,9 @@ def _measured(config: Config, exits: list[launch.RankExit], reports: list[dict[s
     for name in ("peak_vram_allocated_gib", "peak_vram_reserved_gib"):
         if all(name in report for report in reports):
             row[name] = [report[name] for report in reports]
-    if all("peak_host_gib" in report for report in reports):
-        row["peak_host_gib"] = sum(report["peak_host_gib"] for report in reports)
+    for name in ("peak_host_gib", "checkpoint_host_gib"):
+        if all(name in report for report in reports):
+            row[name] = sum(report[name] for report in reports)
     row["peak_rss_gib"] = [ended.peak_rss_gib for ended in sorted(exits, key=lambda ended: ended.rank)]
     counted = first.get("iteration_s", [])[config.train.warmup_iterations :]
     if counted:
@@ -211,6 +214,8 @@ _FROM_RANK_0 = (
     "deepspeed_config_json",
     "parameters",
     "trainable_parameters",
+    "attention",
+    "liger_modules",
     "iteration_s",
     "forward_s",
     "backward_s",
@@ -254,6 +259,12 @@ def summary(outcome: Outcome, config: Config) -> str:
         lines.append(
             f"ldft: median iteration {row['iteration_median_s']:.3f} s, {row['tokens_per_s']:.0f} tokens/s, "
             f"loss {row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}, host peak {row['peak_host_gib']:.2f} GiB"
+        )
+    snapshots = sorted(path.name for path in outcome.row_path.parent.glob("snapshot-*.pickle"))
+    if snapshots:
+        names = ", ".join(snapshots)
+        lines.append(
+            f"ldft: memory snapshot: {outcome.row_path.parent}/{names}; open it at https://pytorch.org/memory_viz"
         )
     lines.append(f"ldft: row: {outcome.row_path}")
     return "\n".join(lines)

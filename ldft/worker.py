@@ -16,6 +16,7 @@ from typing import Any
 
 from ldft import attempt, nodes
 from ldft.config import Config, OffloadDevice, from_dict
+from ldft.config.memory import Pinning
 from ldft.errors import LdftError
 from ldft.memory.probe import MemoryTable
 from ldft.verdict import OOM_DEVICE, OOM_HOST
@@ -25,6 +26,7 @@ class _Report:
     """What this rank has so far."""
 
     def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
         self._path = folder / f"rank-{rank}.json"
         self._values: dict[str, Any] = {"init": {}}
         self._phase_start: float | None = None
@@ -72,7 +74,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     import deepspeed
     import torch
 
-    from ldft.training import deepspeed_config, flops, loop, model, operators
+    from ldft.training import checkpointing, deepspeed_config, flops, liger, loop, model, operators, snapshot
     from ldft.training import engine as engines
 
     device_type = config.launch.device.name
@@ -108,17 +110,30 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         deepspeed_config_json=json.dumps(settings),
         parameters=model.num_parameters(network),
         trainable_parameters=model.num_parameters(network, trainable=True),
+        attention=network.config._attn_implementation,
+        liger_modules=liger.count_modules(network),
         model_tflop_dense=dense,
         model_tflop_attention=attention,
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
         pinned=deepspeed_config.pins(config) and config.offload.optimizer is OffloadDevice.cpu,
     )
 
+    report.phase("checkpoint_buffers", "allocating host memory for layer inputs")
+    pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
+    inputs = checkpointing.install(config, network, device, pin=pin)
+    report.put(checkpoint_host_gib=sum(t.nbytes for t in inputs.host_tensors()) / 2**30 if inputs else 0.0)
+
     report.phase("engine", "initialising DeepSpeed")
     engine = engines.build(config, network, settings)
 
     report.train(interpreter_start)
-    loop.run(config, engine, device, lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)))
+    loop.run(
+        config,
+        engine,
+        device,
+        lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)),
+        lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
+    )
     report.put(**nodes.end(first))
     report.phase("teardown", "ending")
     engine.destroy()

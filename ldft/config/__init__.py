@@ -1,11 +1,14 @@
 """Every config key of ldft, typed, with its unit and its checks. Importable without torch and without Hydra."""
 
+from ldft.config.attention import AttentionConfig, AttentionKind
 from ldft.config.checkpointing import CheckpointingConfig
 from ldft.config.data import DataConfig, DataKind
+from ldft.config.kernels import KernelsConfig
 from ldft.config.launch import Device, LaunchConfig
-from ldft.config.memory import MemoryConfig
+from ldft.config.lora import LoraConfig
+from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig, Weights
-from ldft.config.numa import NumaConfig
+from ldft.config.numa import NumaConfig, NumaKind, NumaScope, NumaStrategy
 from ldft.config.offload import OffloadConfig, OffloadDevice
 from ldft.config.optimizer import OptimizerConfig, Schedule
 from ldft.config.root import Config, ResultsConfig, columns, from_dict, run_id, series_id, to_dict
@@ -14,18 +17,26 @@ from ldft.config.sweep import Rerun, SweepConfig
 from ldft.config.train import Precision, TrainConfig
 
 __all__ = [
+    "AttentionConfig",
+    "AttentionKind",
     "CheckpointingConfig",
     "Config",
     "DataConfig",
     "DataKind",
     "Device",
+    "KernelsConfig",
     "LaunchConfig",
+    "LoraConfig",
     "MemoryConfig",
     "ModelConfig",
     "NumaConfig",
+    "NumaKind",
+    "NumaScope",
+    "NumaStrategy",
     "OffloadConfig",
     "OffloadDevice",
     "OptimizerConfig",
+    "Pinning",
     "Precision",
     "Rerun",
     "ResultsConfig",

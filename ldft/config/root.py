@@ -12,10 +12,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldft.config.attention import AttentionConfig
 from ldft.config.checkpointing import CheckpointingConfig
 from ldft.config.data import DataConfig
+from ldft.config.kernels import KernelsConfig
 from ldft.config.launch import Device, LaunchConfig
-from ldft.config.memory import MemoryConfig
+from ldft.config.lora import LoraConfig
+from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig
 from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig
@@ -26,7 +29,7 @@ from ldft.config.train import Precision, TrainConfig
 from ldft.errors import CombinationError, ConfigError
 
 # Keys that say where results go, how long to wait or what else runs, not what is measured.
-_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun", "dry_run")
+_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun", "dry_run", "force")
 # Raised when a key's meaning changes, so that old and new results of one command line stay apart.
 _IDENTITY_VERSION = 1
 
@@ -44,7 +47,10 @@ class Config:
     numa: NumaConfig = field(default_factory=NumaConfig)
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     seq_len: SeqLenConfig = field(default_factory=SeqLenConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -61,8 +67,14 @@ class Config:
     system: str = ""
     """A free name for the machine, kept in the row (the seed's SYSTEM_TYPE)."""
 
+    snapshot: bool = False
+    """Write torch's CUDA memory history of one iteration per rank beside the row (snapshot-<rank>.pickle)."""
+
     dry_run: bool = False
     """Print what would run and end; nothing is started or written."""
+
+    force: bool = False
+    """Run also what does not fit this machine by the estimate."""
 
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
@@ -72,16 +84,27 @@ class Config:
             self.numa,
             self.seq_len,
             self.optimizer,
+            self.lora,
             self.data,
             self.train,
             self.launch,
+            self.memory,
             self.sweep,
         ):
             part.validate()
+        self.checkpointing.validate(self.model.num_layers)
         if self.repeat < 1:
             raise ConfigError("repeat", f"{self.repeat} is too small; use 1 or more")
         if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:
             raise CombinationError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")
+        if self.numa.by_role and self.memory.pinning is Pinning.torch:
+            raise CombinationError(
+                "memory.pinning", "torch leaves tensors where torch's allocator puts them; roles need exact or none"
+            )
+        if self.snapshot and self.launch.device is Device.cpu:
+            raise CombinationError(
+                "snapshot", "true needs launch.device=cuda, not cpu: torch keeps no history of host memory"
+            )
         if self.launch.device is Device.auto:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
 

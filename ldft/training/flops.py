@@ -33,10 +33,12 @@ def peak_tflops_per_s(device_name: str, precision: Precision) -> float | None:
 def model_tflop(model: PreTrainedModel, config: ModelConfig, tokens: int, seq_len: int) -> tuple[float, float]:
     """TFLOP of one iteration on `tokens` tokens in sequences of `seq_len`: (dense, attention).
 
-    Dense: 6 FLOPs a token and weight of each linear layer, forward and backward. Attention: per layer and token 6 x seq_len x
+    Dense: 6 FLOPs a token and weight of each linear layer, forward and backward; 4 where the weight is frozen, since its own
+    gradient is not computed. Attention: per layer and token 6 x seq_len x
     heads x head_dim, that is the causal half of two products of 2 FLOPs, times three for forward and backward (PaLM, appendix B,
     halved for causality). What gradient checkpointing computes again is not counted.
     """
-    weights = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    per_token = sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linear)
     attention = seq_len * config.num_attention_heads * config.head_dim * config.num_layers
-    return 6e-12 * tokens * weights, 6e-12 * tokens * attention
+    return 1e-12 * tokens * per_token, 6e-12 * tokens * attention

@@ -10,6 +10,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +59,14 @@ def _settle(device: torch.device) -> None:
     dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def run(config: Config, engine: Any, device: torch.device, report: Callable[[Samples], None]) -> Samples:
-    """Train `train.iterations` updates; `report` is called after each with all samples so far."""
+def run(
+    config: Config,
+    engine: Any,
+    device: torch.device,
+    report: Callable[[Samples], None],
+    watch: Callable[[int], AbstractContextManager[None]],
+) -> Samples:
+    """Train `train.iterations` updates; `report` is called after each with all samples so far, `watch` is a context around each."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     steps = config.train.gradient_accumulation_steps
     samples = Samples()
@@ -75,14 +82,15 @@ def run(config: Config, engine: Any, device: torch.device, report: Callable[[Sam
         _settle(device)
         start = time.perf_counter()
         clock.mark()
-        for tokens in batches:
-            loss = engine(input_ids=tokens, labels=tokens).loss
-            clock.mark()
-            engine.backward(loss)
-            clock.mark()
-            engine.step()
-            clock.mark()
-            losses.append(loss.detach())
+        with watch(iteration):
+            for tokens in batches:
+                loss = engine(input_ids=tokens, labels=tokens).loss
+                clock.mark()
+                engine.backward(loss)
+                clock.mark()
+                engine.step()
+                clock.mark()
+                losses.append(loss.detach())
         _settle(device)
         total_s = time.perf_counter() - start
         parts = clock.differences_s()

@@ -11,14 +11,20 @@ import deepspeed
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ldft.config import Config, ModelConfig, Precision, Weights
-from ldft.config.checkpointing import CheckpointingMode
+from ldft.config import AttentionKind, Config, ModelConfig, Precision, Weights
 from ldft.errors import ConfigError
-from ldft.training import weights
+from ldft.training import attention, cudnn_attention, liger, lora, weights
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -86,22 +92,36 @@ def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device
     """
     dtype = DTYPES[config.train.precision]
     partitioned = config.offload.stage == 3
-    # SDPA knows no soft cap, and transformers would leave it out or refuse.
-    attention = "eager" if config.model.attention_softcap else "sdpa"
+    kind = attention.choose(config)
+    if kind is AttentionKind.sdpa_cudnn:
+        cudnn_attention.register()
     architecture = hf_config(config.model)
+    _check_attention(kind, architecture)
     # transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO; hence the explicit context.
-    construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype) if partitioned else nullcontext()
+    # No dtype: it follows from the config. One that is given counts only where the device computes in fp16 too (0.19.8).
+    construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
     with construct, no_init_weights(), device:
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=kind.name)
     model.tie_weights()
     pretrained = config.model.weights is Weights.pretrained
     initialize(model, config.train.seed, partitioned=partitioned, only_buffers=pretrained)
     if pretrained:
         weights.load(model, config.model, partitioned=partitioned)
-    if config.checkpointing.mode is CheckpointingMode.gpu:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if liger.wanted(config):
+        liger.apply(model)
+    if config.lora.rank:
+        lora.add(model, config, deepspeed_config, device)
     model.train()
     return model
+
+
+def _check_attention(kind: AttentionKind, architecture: PretrainedConfig) -> None:
+    """Raise ConfigError where transformers has not this attention for this family."""
+    network = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
+    flash = kind.name.startswith("flash")
+    if kind is AttentionKind.eager or (network._supports_flash_attn if flash else network._supports_sdpa):
+        return
+    raise ConfigError("attention.kind", f"{kind.name}: transformers' {architecture.model_type} has none; use eager")
 
 
 @torch.no_grad()

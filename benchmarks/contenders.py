@@ -1,0 +1,240 @@
+"""Who takes part in a training benchmark, and how one of them runs: in processes of its own, leaving a flat record.
+
+Ours is `python -m ldft`. A peer is benchmarks/plain_deepspeed.py with DeepSpeed settings of its own, and the same attention, Liger
+Kernel, precision, clipping and (torch's) pinning as ours, unless its name says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from ldft import checks, composition, results
+from ldft.config import Config, from_dict, to_dict
+from ldft.environment import CONF_DIR
+from ldft.launch import cores_of_ranks
+from ldft.runner import tokens_per_iteration
+from ldft.training import deepspeed_config
+from ldft.training.operators import cache_dir
+
+PEER = Path(__file__).with_name("plain_deepspeed.py")
+Settings = dict[str, Any]
+
+
+def stock(config: Config) -> Settings:
+    """What a user of DeepSpeed has to write: batch, precision, optimizer and what is offloaded; the rest is its default."""
+    ours = deepspeed_config.build(config)
+    written = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    written += ("bf16", "fp16", "optimizer", "steps_per_print")
+    zero = {name: ours["zero_optimization"][name] for name in ("stage", "offload_param", "offload_optimizer")}
+    return {name: ours[name] for name in written} | {"zero_optimization": zero}
+
+
+def seed(config: Config) -> Settings:
+    """The seed repository's file (conf/offload/seed.yaml has its values)."""
+    settings = stock(config)
+    deepspeed_config.merge(settings, config.offload.deepspeed)
+    return settings
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    about: str
+    overrides: tuple[str, ...]
+    """Command-line overrides that make it what it is; for a peer they settle what its DeepSpeed settings are made from."""
+    settings: Callable[[Config], Settings] | None = None
+    """DeepSpeed settings of a peer; None is ldft itself."""
+    checkpointing: str = "gpu"
+    """Of a peer: gpu, seed or none. Ours says it by an override."""
+    attention: str | None = None
+    """None: the one that the benchmark was told."""
+    against: str | None = None
+    """Which of ours it is set beside."""
+
+
+CONTENDERS = {
+    "ours-in-gpu": Contender("ldft, nothing offloaded", ("offload=none", "checkpointing=gpu")),
+    "ours-offload": Contender("ldft, all offloaded, layer inputs too", ("offload=full", "checkpointing=cpu")),
+    "ours-as-plain": Contender("ldft set up as plain-same is", ("memory.pinning=torch", "checkpointing=gpu")),
+    "plain-same": Contender(
+        "plain script, DeepSpeed settings of ldft", (), deepspeed_config.build, against="ours-as-plain"
+    ),
+    "plain-in-gpu": Contender("plain script, nothing offloaded", ("offload=none",), stock, against="ours-in-gpu"),
+    "plain-in-gpu-sdpa": Contender(
+        "the same with torch's choice of attention", ("offload=none",), stock, attention="sdpa", against="ours-in-gpu"
+    ),
+    "plain-offload": Contender(
+        "plain script, DeepSpeed's defaults", ("offload=full",), stock, against="ours-offload"
+    ),
+    "plain-offload-seed-checkpoints": Contender(
+        "the same, layer inputs offloaded the seed's way", ("offload=full",), stock, "seed", against="ours-offload"
+    ),
+    "seed": Contender("the seed's settings and checkpoints", ("offload=seed",), seed, "seed", against="ours-offload"),
+    "seed-sdpa": Contender(
+        "the same with torch's choice of attention", ("offload=seed",), seed, "seed", "sdpa", against="ours-offload"
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all contenders of a benchmark share."""
+
+    overrides: tuple[str, ...]
+    """For ldft's command line, the same for all."""
+    attention: str
+    liger: bool
+    timeout_s: float
+    """After which a run is ended."""
+
+
+def config_of(contender: Contender, setting: Setting) -> Config:
+    """The resolved config: of ldft's run, or what a peer's settings and CONFIG.json are made from."""
+    composition.register()
+    peer = () if contender.settings is None else ("memory.pinning=torch", "checkpointing=gpu")
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        config = from_dict(compose("config", overrides=[*setting.overrides, *contender.overrides, *peer]))
+    checks.resolve_device(config)
+    config.validate()
+    return config
+
+
+def run(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
+    """One run of a contender in an empty folder, whatever becomes of it: status, settings and raw samples."""
+    contender = CONTENDERS[name]
+    config = config_of(contender, setting)
+    start = time.monotonic()
+    folder.mkdir(parents=True)
+    attention = contender.attention or setting.attention
+    record = _ours(contender, setting, folder) if contender.settings is None else _peer(contender, setting, folder)
+    return {
+        "contender": name,
+        "attention": attention,
+        "liger": setting.liger,
+        "ranks": config.launch.num_ranks,
+        "warmup_iterations": config.train.warmup_iterations,
+        "tokens_per_iteration": tokens_per_iteration(config),
+        "device_type": config.launch.device.name,
+        "duration_s": time.monotonic() - start,
+    } | record
+
+
+SAMPLES = (
+    "iteration_s",
+    "forward_s",
+    "backward_s",
+    "step_s",
+    "loss",
+    "init_s",
+    "peak_host_gib",
+    "peak_vram_allocated_gib",
+)
+
+
+def _ours(contender: Contender, setting: Setting, folder: Path) -> dict[str, Any]:
+    overrides = [*setting.overrides, *contender.overrides, f"attention={setting.attention}"]
+    overrides += [f"kernels.liger={str(setting.liger).lower()}", f"launch.timeout_s={setting.timeout_s}"]
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, "-m", "ldft", *overrides, f"results.dir={folder}"]
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+    rows = results.read_table(folder).to_pylist()
+    if not rows:  # refused before a row was made: a mistake in the overrides
+        raise SystemExit((folder / "log").read_text()[-3000:])
+    row = rows[0]
+    copied = (
+        "status",
+        "error_message",
+        "config_json",
+        "deepspeed_config_json",
+        "model_tflop_dense",
+        "model_tflop_attention",
+    )
+    return {column: row[column] for column in (*SAMPLES, *copied)}
+
+
+def _peer(contender: Contender, setting: Setting, folder: Path) -> dict[str, Any]:
+    assert contender.settings is not None
+    config = config_of(contender, setting)
+    texts = {"config.json": json.dumps(to_dict(config)), "deepspeed.json": json.dumps(contender.settings(config))}
+    for file, text in texts.items():
+        (folder / file).write_text(text)
+    command = [sys.executable, str(PEER), *(str(folder / file) for file in (*texts, "out.json"))]
+    command += ["--attention", contender.attention or setting.attention, "--checkpointing", contender.checkpointing]
+    command += ["--liger"] if setting.liger else []
+    in_time, codes = _start(command, config, folder / "log", setting.timeout_s)
+    log = (folder / "log").read_text(errors="replace")
+    record: dict[str, Any] = dict.fromkeys(SAMPLES)
+    record |= {"config_json": texts["config.json"], "deepspeed_config_json": texts["deepspeed.json"], "status": "ok"}
+    if (folder / "out.json").is_file():
+        out = json.loads((folder / "out.json").read_text())
+        model, tokens = config.model, tokens_per_iteration(config)
+        attention = config.seq_len.tokens * model.num_attention_heads * model.head_dim * model.num_layers
+        # As ldft counts (ldft/training/flops.py): each linear weight 6 times a token, the causal half of attention.
+        record["model_tflop_dense"] = 6e-12 * tokens * out.pop("linear_weights")
+        record["model_tflop_attention"] = 6e-12 * tokens * attention
+        record |= out
+    if not in_time:
+        record |= {"status": "timeout", "error_message": f"ended after {setting.timeout_s:g} s"}
+    elif any(codes):
+        lines = [line for line in log.splitlines() if line.strip()] or ["no output"]
+        message = next((line for line in reversed(lines) if "Error" in line), lines[-1])
+        status = "oom_device" if "OutOfMemoryError" in log else "oom_host" if -signal.SIGKILL in codes else "error"
+        record |= {"status": status, "error_message": f"exit codes {codes}: {message}"[:500]}
+    return record
+
+
+def _start(command: list[str], config: Config, log_path: Path, timeout_s: float) -> tuple[bool, list[int]]:
+    """Start a peer's ranks as ldft starts its own: bound to their share of the cores. Returns (in time, exit codes)."""
+    ranks = config.launch.num_ranks
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    with log_path.open("w") as log:
+        for rank, cores in enumerate(cores_of_ranks(ranks)):
+            environment = os.environ | {
+                "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
+                "DS_ACCELERATOR": config.launch.device.name,
+                "OMP_NUM_THREADS": str(len(cores)),
+                "TORCH_EXTENSIONS_DIR": str(cache_dir()),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_PORT": str(port),
+            }
+
+            def bind(cores: list[int] = cores) -> None:
+                os.sched_setaffinity(0, cores)
+
+            processes.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=bind,
+                    start_new_session=True,
+                )
+            )  # fmt: skip
+    deadline = time.monotonic() + timeout_s
+    try:
+        # A rank that fails leaves the others waiting in a collective: the first failure ends all.
+        while any(process.poll() is None for process in processes):
+            if time.monotonic() > deadline or any(process.poll() for process in processes):
+                break
+            time.sleep(0.1)
+        in_time = time.monotonic() <= deadline
+    finally:
+        codes = [process.poll() for process in processes]
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return in_time, [code for code in codes if code is not None]

@@ -1,0 +1,33 @@
+"""Low-rank adapters: what is trained instead of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ldft.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of the adapters; 0 for none, every weight is trained then."""
+
+    alpha: float = 0.0
+    """An adapter's output is scaled by alpha / rank; 0 for twice the rank."""
+
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the linear layers with adapters, e.g. [q_proj,v_proj]; empty for all of attention and MLP."""
+
+    def validate(self) -> None:
+        if self.rank < 0:
+            raise ConfigError("lora.rank", f"{self.rank} is negative; use 0 for none, or 1 or more")
+        if not self.alpha >= 0:
+            raise ConfigError("lora.alpha", f"{self.alpha:g} is negative; use 0 for twice the rank, or more")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("lora.dropout", f"{self.dropout:g} is out of range; use 0 to below 1")
+        for key in ("alpha", "dropout", "target_modules"):
+            if getattr(self, key) and not self.rank:
+                raise ConfigError(f"lora.{key}", f"{getattr(self, key)} has no use without adapters; use lora=r16")

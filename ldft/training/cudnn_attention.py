@@ -1,0 +1,70 @@
+"""torch's scaled dot-product attention on the cuDNN backend alone, as an attention function of transformers.
+
+A context manager around forward would not hold where a checkpointed layer is computed again in backward; a function does. There
+is no fall-back: where cuDNN refuses, the error says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ldft.errors import ConfigError
+
+NAME = "sdpa_cudnn"
+
+
+def register() -> None:
+    """Make `attn_implementation="sdpa_cudnn"` known, with SDPA's masks: none for a full causal batch."""
+    AttentionInterface.register(NAME, forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of (batch, heads, tokens, head_dim) queries; keys and values may have fewer heads, which cuDNN reads without
+    copies. Returns (batch, tokens, heads, head_dim), as transformers wants it. Raises ConfigError where cuDNN cannot.
+    """
+    if others.get("softcap") is not None:
+        raise ConfigError("attention.kind", f"{NAME} knows no soft cap; use eager or flash_attention_2")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    grouped = query.shape[1] != key.shape[1]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        parameters = SDPAParams(query, key, value, attention_mask, dropout, causal, grouped)
+        if not can_use_cudnn_attention(parameters):
+            raise ConfigError("attention.kind", f"{NAME}: cuDNN refuses this: {_reason(parameters)}; use sdpa")
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _reason(parameters: SDPAParams) -> str:
+    """What torch says, on request, about why the backend cannot be used."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        can_use_cudnn_attention(parameters, debug=True)
+    return "; ".join(str(warning.message).split(" (Triggered")[0] for warning in said) or "torch gives no reason"

@@ -1,0 +1,128 @@
+"""Attention on a GPU: each kind against plain products in fp32, both ways, and that the kernel which ran is the one asked for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from ldft.errors import ConfigError
+from ldft.training import attention, cudnn_attention
+from tests.gpu.machine import cuda_config, kinds
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+# A part of the kernels' names, as the profiler shows them.
+KERNELS = {
+    "sdpa_cudnn": "cudnn",
+    "flash_attention_2": "flash_fwd",
+    "flash_attention_3": "flash",
+    "flash_attention_4": "flash",
+}
+
+
+KINDS = (
+    [kind for kind in kinds(cuda_config("kernels.liger=false")) if kind != "eager"] if torch.cuda.is_available() else []
+)
+
+
+def run(kind: str, tensors: list[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
+    """Output (batch, tokens, heads, head_dim) and the gradients of query, key and value."""
+    cudnn_attention.register()
+    query, key, value = (tensor.detach().requires_grad_() for tensor in tensors)
+    module = SimpleNamespace(
+        num_key_value_groups=query.shape[1] // key.shape[1],
+        is_causal=True,
+        training=True,
+        config=SimpleNamespace(_attn_implementation=kind),
+    )
+    output, _ = AttentionInterface()[kind](module, query, key, value, None, scaling=query.shape[-1] ** -0.5)
+    output.backward(gradient)
+    return [output.detach(), query.grad, key.grad, value.grad]
+
+
+def exact(tensors: list[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
+    """The same from plain products in fp32."""
+    query, key, value = (tensor.detach().float().requires_grad_() for tensor in tensors)
+    groups, tokens = query.shape[1] // key.shape[1], query.shape[2]
+    scores = query @ repeat_kv(key, groups).transpose(2, 3) * query.shape[-1] ** -0.5
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").triu(1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+    output = (weights @ repeat_kv(value, groups)).transpose(1, 2)
+    output.backward(gradient.float())
+    return [output.detach(), query.grad, key.grad, value.grad]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(512, 4, 4), (777, 8, 2), (1, 4, 2), (65, 6, 1)])
+def test_equals_plain_products_within_bf16(kind: str, head_dim: int, tokens: int, heads: int, kv_heads: int) -> None:
+    if head_dim == 256 and kind in ("sdpa_cudnn", "flash_attention_4"):
+        pytest.skip("wider than auto takes it; what happens then: test_wide_heads_run_right_or_are_refused")
+    torch.manual_seed(tokens)
+    shapes = [(2, heads, tokens, head_dim), (2, kv_heads, tokens, head_dim), (2, kv_heads, tokens, head_dim)]
+    # As models make them: (batch, tokens, heads, head_dim) in memory.
+    tensors = [torch.randn(b, t, h, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for b, h, t, d in shapes]
+    gradient = torch.randn(2, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    for name, got, want in zip(
+        ("output", "dq", "dk", "dv"), run(kind, tensors, gradient), exact(tensors, gradient), strict=True
+    ):
+        error = ((got.float() - want).norm() / want.norm().clamp(min=1e-6)).item()
+        # A token alone attends to itself: gradients of query and key are nothing but rounding.
+        assert error < 1e-2 or (tokens == 1 and name in ("dq", "dk") and got.float().abs().max() < 1e-2), (name, error)
+
+
+def test_wide_heads_run_right_or_are_refused() -> None:
+    if "sdpa_cudnn" not in KINDS:
+        pytest.skip("no cuDNN attention here")
+    tensors = [torch.randn(1, 4, 256, 256, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    gradient = torch.randn(1, 256, 4, 256, device="cuda", dtype=torch.bfloat16)
+    try:
+        results = run("sdpa_cudnn", tensors, gradient)
+    except ConfigError as refused:
+        assert "cuDNN refuses this" in str(refused)
+        return
+    for got, want in zip(results, exact(tensors, gradient), strict=True):
+        assert ((got.float() - want).norm() / want.norm()).item() < 1e-2
+
+
+def test_fp32_is_refused_by_cudnn_with_its_reason() -> None:
+    tensors = [torch.randn(1, 4, 64, 64, device="cuda") for _ in range(3)]
+    with pytest.raises(ConfigError, match=r"attention.kind: sdpa_cudnn: cuDNN refuses this: .*dtype.*; use sdpa"):
+        run("sdpa_cudnn", tensors, torch.randn(1, 64, 4, 64, device="cuda"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in KERNELS])
+def test_the_kernel_that_runs_is_the_one_asked_for_also_when_recomputed(kind: str) -> None:
+    tensors = [
+        torch.randn(1, heads, 1024, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)
+    ]
+    module = SimpleNamespace(
+        num_key_value_groups=4, is_causal=True, training=True, config=SimpleNamespace(_attn_implementation=kind)
+    )
+    cudnn_attention.register()
+
+    def layer(*inputs: torch.Tensor) -> torch.Tensor:
+        return AttentionInterface()[kind](module, *inputs, None, scaling=128**-0.5)[0]
+
+    torch.utils.checkpoint.checkpoint(
+        layer, *tensors, use_reentrant=False
+    ).sum().backward()  # builds what is built once
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        torch.utils.checkpoint.checkpoint(layer, *tensors, use_reentrant=False).sum().backward()
+    names = [event.name.lower() for event in seen.events() if event.device_type.name == "CUDA"]
+    mine = [name for name in names if KERNELS[kind] in name]
+    assert len(mine) >= 2, names  # once in forward, once more in backward
+    others = {part for other, part in KERNELS.items() if other != kind and part not in KERNELS[kind]}
+    if kind == "sdpa_cudnn":
+        assert not [name for name in names if any(part in name for part in (*others, "fmha_cutlass", "softmax"))], names
+
+
+def test_auto_takes_cudnn_on_hopper() -> None:
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("neither Hopper nor Blackwell")
+    assert attention.choose(cuda_config()).name == "sdpa_cudnn"

@@ -1,0 +1,159 @@
+"""Which attention is chosen for which machine and model, what is refused, and that cuDNN's is never replaced by another."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+import torch
+
+from ldft import environment
+from ldft.config import Config, Device
+from ldft.errors import CombinationError, ConfigError
+from ldft.training import attention, cudnn_attention, data, model
+from tests.conftest import compose
+
+PLAIN = ("model=nano", "model.vocab_size=64")
+HEADS_128, HEADS_256 = ("model=llama3_8b",), ("model=llama3_8b", "model.head_dim=256")
+WINDOW = ("model=mistral_nemo_12b", "model.sliding_window=512")
+CAPS = ("model=gemma2_9b",)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """Set the compute capability (None for a CPU) and the installed packages that the choice sees."""
+
+    def be(capability: tuple[int, int] | None, *packages: str) -> None:
+        def distribution(name: str) -> str:
+            if name not in packages:
+                raise metadata.PackageNotFoundError(name)
+            return name
+
+        monkeypatch.setattr(environment, "compute_capability", lambda: capability)
+        monkeypatch.setattr(attention.metadata, "distribution", distribution)
+
+    return be
+
+
+def config_of(device: str, *overrides: str) -> Config:
+    config = compose(*overrides)
+    config.launch.device = Device[device]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "overrides", "kind"),
+    [
+        (None, (), PLAIN, "sdpa"),
+        (None, ("flash-attn",), CAPS, "eager"),
+        ((9, 0), ("flash-attn",), HEADS_128, "sdpa_cudnn"),
+        ((10, 0), (), HEADS_128, "sdpa_cudnn"),
+        ((9, 0), ("flash-attn",), HEADS_256, "flash_attention_2"),
+        ((9, 0), (), HEADS_256, "sdpa"),
+        ((9, 0), ("flash-attn",), WINDOW, "flash_attention_2"),
+        ((9, 0), (), WINDOW, "sdpa"),
+        ((9, 0), (), (*WINDOW, "seq_len.tokens=512"), "sdpa_cudnn"),
+        ((9, 0), ("flash-attn",), CAPS, "flash_attention_2"),
+        ((9, 0), (), CAPS, "eager"),
+        ((9, 0), ("flash-attn",), (*HEADS_128, "train.precision=fp32"), "sdpa"),
+        ((8, 0), ("flash-attn",), HEADS_128, "flash_attention_2"),
+        ((8, 0), ("flash-attn-4",), HEADS_128, "sdpa"),
+        ((12, 0), (), HEADS_128, "sdpa"),
+        ((7, 0), ("flash-attn",), (*HEADS_128, "train.precision=fp16"), "sdpa"),
+        ((9, 0), (), (*CAPS, "model.attention_softcap=0"), "eager"),
+    ],
+)
+def test_auto_takes_the_fastest_that_machine_and_model_support(machine, capability, packages, overrides, kind) -> None:
+    machine(capability, *packages)
+    assert attention.choose(config_of("cuda" if capability else "cpu", *overrides)).name == kind
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "overrides", "error", "says"),
+    [
+        (
+            None,
+            (),
+            ("attention=sdpa_cudnn",),
+            CombinationError,
+            "sdpa_cudnn needs launch.device=cuda, not cpu; use sdpa",
+        ),
+        (None, (), ("attention=flash_attention_2",), CombinationError, "needs launch.device=cuda"),
+        (
+            (9, 0),
+            (),
+            ("attention=flash_attention_2",),
+            ConfigError,
+            "needs the package flash-attn, .*pip install 'ldft",
+        ),
+        ((9, 0), ("flash-attn",), ("attention=flash_attention_3",), ConfigError, "the package flash-attn-3"),
+        ((9, 0), ("flash-attn",), ("attention=flash_attention_4",), ConfigError, "pip install --pre flash-attn-4"),
+        (
+            (7, 5),
+            (),
+            ("attention=sdpa_cudnn", "train.precision=fp16"),
+            ConfigError,
+            "8.0 or newer, here is 7.5; use sdpa",
+        ),
+        ((8, 6), ("flash-attn-4",), ("attention=flash_attention_4",), ConfigError, "9.0 or newer, here is 8.6"),
+        ((9, 0), (), ("attention=sdpa", *CAPS), CombinationError, "sdpa knows no soft cap .*=50.; use eager or flash"),
+        ((9, 0), (), ("attention=sdpa_cudnn", "train.precision=fp32"), CombinationError, "bf16 or fp16, not fp32"),
+        ((9, 0), (), ("attention=sdpa_cudnn", "model.head_dim=20"), CombinationError, "cannot do model.head_dim=20"),
+        (
+            (9, 0),
+            ("flash-attn",),
+            ("attention=flash_attention_2", "model.head_dim=264"),
+            CombinationError,
+            "head_dim=264",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(machine, capability, packages, overrides, error, says) -> None:
+    machine(capability, *packages)
+    with pytest.raises(ConfigError, match=f"attention.kind: .*{says}") as caught:
+        attention.choose(config_of("cuda" if capability else "cpu", *overrides))
+    assert caught.type is error and "\n" not in str(caught.value)
+
+
+def test_every_kind_runs_where_all_is_there(machine) -> None:
+    machine((9, 0), "flash-attn", "flash-attn-3", "flash-attn-4")
+    for kind in attention.AttentionKind:
+        if kind is not attention.AttentionKind.auto:
+            assert attention.choose(config_of("cuda", *HEADS_128, f"attention={kind.name}")) is kind
+
+
+def cudnn_model(machine, *overrides: str):
+    """A model on the CPU that was told to use cuDNN's attention, and a batch."""
+    machine((9, 0))
+    config = config_of("cuda", *PLAIN, "offload=none", "attention=sdpa_cudnn", "kernels.liger=false", *overrides)
+    return model.build(config, {}, torch.device("cpu")), data.batch(config, 0, 0, 0)
+
+
+def test_where_cudnn_cannot_run_nothing_else_does(machine) -> None:
+    network, tokens = cudnn_model(machine)
+    with pytest.raises(ConfigError, match=r"attention.kind: sdpa_cudnn: cuDNN refuses this: \S.*; use sdpa"):
+        network(input_ids=tokens, labels=tokens)
+
+
+@pytest.mark.parametrize("window", [0, 16])
+def test_cudnn_gets_what_sdpa_gets_and_no_mask_for_a_full_causal_batch(machine, monkeypatch, window) -> None:
+    beside = ("model.family=mistral", f"model.sliding_window={window}", "seq_len.tokens=48", "train.micro_batch_size=2")
+    network, tokens = cudnn_model(machine, *beside)
+    network.eval()
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def note(*arguments, **named):
+        calls.append(named)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return real(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    monkeypatch.setattr(cudnn_attention, "can_use_cudnn_attention", lambda parameters: True)
+    logits = network(input_ids=tokens).logits
+    for call in calls:
+        assert call["enable_gqa"] and call["is_causal"] == (not window)
+        assert (call["attn_mask"] is None) == (not window)
+    assert len(calls) == network.config.num_hidden_layers
+    network.set_attn_implementation("sdpa")
+    torch.testing.assert_close(logits, network(input_ids=tokens).logits, atol=2e-2, rtol=2e-2)
