@@ -8,7 +8,7 @@ closure that takes its input from the forward pass the first time and from where
 
 Why not an autograd function of ours that runs the layer without a graph and calls backward inside (the reentrant way):
   - torch's stops the recomputation at the last tensor that is needed, which spares the layer's last matrix product; the
-    reentrant way computes it again, 2 to 3% of a step at 32k tokens.
+    reentrant way computes it again: 2.6% of a step of a 3B model at 32k tokens, by its FLOPs.
   - The layer's nodes are in the graph, so DeepSpeed's hooks on modules and parameters fire as without us, inputs need not require a
     gradient (LoRA), and outputs may be tuples. Random states of CPU and device, autocast and errors are torch's to handle.
 Why not hooks on saved tensors to move the input: the closure needs nothing but torch's documented `checkpoint`.
@@ -140,7 +140,7 @@ def install(
     config: Config,
     model: nn.Module,
     device: torch.device,
-    placement: Placement = Placement(),
+    placement: Placement | None = None,
     *,
     pin: bool = False,
 ) -> Checkpointing | None:
@@ -154,4 +154,6 @@ def install(
     if mode is CheckpointingMode.gpu:
         return Checkpointing(model, DeviceInputs(), every)
     groups = -(-len(decoder_layers(model)) // every)
-    return Checkpointing(model, HostInputs(groups, estimate.layer_input_bytes(config), device, placement, pin=pin), every)
+    return Checkpointing(
+        model, HostInputs(groups, estimate.layer_input_bytes(config), device, placement, pin=pin), every
+    )
