@@ -44,15 +44,19 @@ class _Checkpoint(torch.autograd.Function):
         return None, None, hidden_states.grad
 
 
-def install(model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def install(
+    model: PreTrainedModel, tokens: int, dtype: torch.dtype, buffers: list[torch.Tensor] | None = None
+) -> list[torch.Tensor]:
     """Put it into every decoder layer of a model in training mode.
 
-    tokens: of one micro-batch. Returns the buffers, one a layer, `tokens * hidden_size` elements each; pinned with CUDA. The
-    input of the first layer must require a gradient: with frozen embeddings call `model.enable_input_require_grads()`.
+    tokens: of one micro-batch. Returns the buffers, one a layer, `tokens * hidden_size` elements each, pinned with CUDA; `buffers`
+    are those of an earlier call. The input of the first layer must require a gradient: with frozen embeddings call
+    `model.enable_input_require_grads()`.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     size = tokens * model.config.get_text_config().hidden_size
-    buffers = [torch.zeros(size, dtype=dtype, pin_memory=torch.cuda.is_available()) for _ in layers]
+    if buffers is None:
+        buffers = [torch.zeros(size, dtype=dtype, pin_memory=torch.cuda.is_available()) for _ in layers]
     for layer, buffer in zip(layers, buffers, strict=True):
         layer._gradient_checkpointing_func = partial(_call, buffer)
         layer.gradient_checkpointing = True

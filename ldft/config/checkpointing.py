@@ -28,7 +28,9 @@ class CheckpointingConfig:
     def validate(self, num_layers: int) -> None:
         """Raise ConfigError where a value is wrong for a model of so many layers."""
         if not 1 <= self.every <= num_layers:
-            raise ConfigError("checkpointing.every", f"{self.every}: the model has {num_layers} layers; use 1 to {num_layers}")
+            raise ConfigError(
+                "checkpointing.every", f"{self.every}: the model has {num_layers} layers; use 1 to {num_layers}"
+            )
         if self.mode is CheckpointingMode.none and self.every > 1:
             raise CombinationError(
                 "checkpointing.every", f"{self.every} needs checkpointing=cpu or gpu, not none; leave it at 1"

@@ -10,12 +10,13 @@ micro-batch. On the device at most two inputs exist at any time: the one in use 
 alternates between two buffers, made at its start and dropped at its end. When the input of a group is asked for, autograd has
 finished with the group after it (it runs nodes in the reverse order of the forward pass), so its buffer takes the group before.
 
-Why a buffer or an input is never freed or overwritten too early: see lanes.py. A slot belongs to the latest forward pass. An earlier
-one that never had its backward is forgotten; to run it after all is an error, not a wrong gradient.
+Why a buffer or an input is never freed or overwritten too early: see lanes.py. A slot belongs to the latest forward pass. An
+earlier one that never had its backward is forgotten; to run it after all is an error, not a wrong gradient.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +35,12 @@ class _Slot:
 
     bytes: torch.Tensor
     forward: int = -1
-    shape: torch.Size = torch.Size()
+    shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.uint8
 
     @property
     def used(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(slots=True)
@@ -55,8 +56,8 @@ class _Buffer:
 class HostInputs:
     """Keeps the input of every group but the last in host memory. Raises HostMemoryError when that cannot be had.
 
-    groups: of layers in one forward pass. bytes_each: of the largest input. pin: register the memory, so that copies run beside
-    the computation. lanes: for tests; the device's own otherwise.
+    groups: of layers in one forward pass. bytes_each: of the largest input. placement: of the memory; None: wherever the process
+    allocates. pin: register it, so that copies run beside the computation. lanes: for tests; the device's own otherwise.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class HostInputs:
         groups: int,
         bytes_each: int,
         device: torch.device,
-        placement: Placement = Placement(),
+        placement: Placement | None = None,
         *,
         pin: bool = False,
         lanes: Lanes | None = None,
@@ -78,7 +79,7 @@ class HostInputs:
         try:
             for first in range(0, groups - 1, most):
                 shape = (min(most, groups - 1 - first), stride)
-                self._arenas.append(allocate(shape, torch.uint8, placement, pin=pin))
+                self._arenas.append(allocate(shape, torch.uint8, placement or Placement(), pin=pin))
         except HostMemoryError as error:
             total = (groups - 1) * stride / 2**30
             raise HostMemoryError(

@@ -1,7 +1,7 @@
 """Copies beside the computation: one lane from the device to the host, one back.
 
-A copy begins once all work given to the compute stream so far is done. So whoever makes the compute stream wait for a copy before it
-frees or overwrites the source, and before it reads the target, is safe; no allocator has to be told of any stream.
+A copy begins once all work given to the compute stream so far is done. So whoever makes the compute stream wait for a copy
+before it frees or overwrites the source, and before it reads the target, is safe; no allocator has to be told of any stream.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Lanes(Protocol):
 
 
 class CudaLanes:
-    """Two side streams. The compute stream is the current one of the calling thread: autograd's threads have that of the forward."""
+    """Two side streams. The compute stream is the calling thread's current one; autograd gives its threads that of the forward."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

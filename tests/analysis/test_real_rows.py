@@ -25,18 +25,18 @@ def test_real_rows_become_tables_and_figures(ldft, folder: Path, capsys: pytest.
     df = load(folder)
     table = cells(df)
     assert table[["seq_len_tokens", "variant", "failure"]].values.tolist() == [
-        [64, "checkpointing=gpu", ""],
+        [64, "checkpointing=cpu", ""],
         [64, "checkpointing=none", ""],
-        [128, "checkpointing=gpu", "timeout"],
+        [128, "checkpointing=cpu", "timeout"],
     ]
     ok = df[df.ok]
     # The phases of a real run make up its iterations, within what medians of parts may differ.
     assert phases(df).groupby(["variant"]).seconds.sum().tolist() == pytest.approx(
         [ok[ok.variant == variant].iteration_median_s.item() for variant in sorted(ok.variant)]
     )
-    line = compare(df, by="checkpointing", baseline="gpu").iloc[0]
+    line = compare(df, by="checkpointing", baseline="cpu").iloc[0]
     expected = ok.set_index("variant").tokens_per_s
-    assert line.speedup == pytest.approx(expected["checkpointing=none"] / expected["checkpointing=gpu"])
+    assert line.speedup == pytest.approx(expected["checkpointing=none"] / expected["checkpointing=cpu"])
     figure = throughput(df)
     points = next(a for a in figure.findobj() if a.get_gid() == "ok|nano|checkpointing=none")
     assert list(points.get_ydata()) == [expected["checkpointing=none"]]

@@ -2,7 +2,8 @@
 
     python tests/training/alone.py ATTEMPT_DIR stock|skip_step|local_gradients|liger|frozen
 
-stock: stock DeepSpeed called directly, with the weights and tokens of the config; writes rank-0.json as a worker does.
+stock: stock DeepSpeed called directly, with the weights and tokens of the config and DeepSpeed's own sizes of buckets and
+live parameters; writes rank-0.json as a worker does.
 liger: the real worker with Liger's fused loss, which Triton's interpreter can run on a CPU.
 frozen: the real worker, which afterwards compares the weights with those before, and counts what the optimizer holds.
 skip_step, local_gradients: the real worker with a planted fault: the fourth update does nothing; gradients are not averaged.
@@ -21,10 +22,12 @@ def stock(folder: Path) -> None:
     import torch
 
     from ldft.config import from_dict
-    from ldft.training import data, deepspeed_config, model
+    from ldft.training import data, deepspeed_config, model, zero_sizes
 
     config = from_dict(json.loads((folder / "config.json").read_text()))
     settings = deepspeed_config.build(config)
+    for name in zero_sizes.sizes(config):
+        del settings["zero_optimization"][name]
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=0, world_size=1
     )

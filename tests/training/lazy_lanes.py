@@ -1,8 +1,8 @@
 """Lanes that play the worst device that is still allowed: what may go wrong on a GPU's streams goes wrong here, every time.
 
-A copy begun runs as late as its order permits: not before somebody waits for it or for a later one of its lane. Then its source must still
-be alive (a freed input's memory belongs to somebody else by then), and its target is what is there at that time. As copies are
-late, so is anything that reads a target without waiting: it finds the poison that was put there.
+A copy runs as late as its order permits: not before somebody waits for it, or for a later one of its lane. Its source must be
+alive then (the memory of a freed input belongs to somebody else by that time), and it copies what the source holds by then. Its
+target is poisoned when it begins: whoever still reads the old content, or reads the new one without waiting, finds that.
 """
 
 from __future__ import annotations
