@@ -71,11 +71,11 @@ for module in model.modules():  # the family's usual random weights: speed depen
         model._init_weights(module)
 if options.checkpointing == "gpu":
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-elif options.checkpointing == "seed":
+model.train()
+if options.checkpointing == "seed":
     import seed_checkpointing
 
-    seed_checkpointing.enable(model)
-model.train()
+    seed_checkpointing.install(model, config["train"]["micro_batch_size"] * config["seq_len"]["tokens"], dtype)
 engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
 init_s = time.time() - start
 

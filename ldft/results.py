@@ -121,6 +121,8 @@ MEASURED = [
     Column("nodes", _NODES, "GiB", "resident memory by NUMA node and kind, sum over ranks, after the last iteration"),
     Column("numa_policy", _TEXT, "", "policy of the ranks: the one asked for, or, with numa=default, the caller's"),
     Column("numa_shares", _SHARES, "", "memory that the ranks added after the policy was set (file pages left out), by node, with the share asked for (null: left open)"),
+    Column("numa_passed_over", _INT, "", "allocations during the run that were meant for a node asked for and went elsewhere, since it had no free memory; of the whole machine"),
+    Column("khugepaged_gib", _FLOAT, "GiB", "memory that the kernel merged into huge pages during the run, each on the node that had most of it; of the whole machine"),
     Column("numa_kernel_weights_json", _TEXT, "", "the kernel's weights for weighted interleave during the run, by node; null before Linux 6.9"),
     Column("git_commit", _TEXT, "", "commit of the package's source, where it is a git checkout"),
     Column("git_dirty", pa.bool_(), "", "whether that checkout had uncommitted changes"),

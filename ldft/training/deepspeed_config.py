@@ -8,7 +8,7 @@ from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.memory import Pinning
-from ldft.training import deepspeed_keys
+from ldft.training import deepspeed_keys, zero_sizes
 
 
 def pins(config: Config) -> bool:
@@ -70,13 +70,7 @@ def _chosen(config: Config) -> dict[str, Any]:
         "offload_optimizer": {"device": offload.optimizer.name},
     }
     if offload.stage == 3:
-        zero |= {
-            "sub_group_size": 1_000_000_000,
-            "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 100_000,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
-        }
+        zero |= zero_sizes.sizes(config)
     if offload.parameters is OffloadDevice.cpu:
         zero["offload_param"] |= {"pin_memory": pins(config)}
     if offload.optimizer is OffloadDevice.cpu:

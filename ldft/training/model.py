@@ -98,7 +98,8 @@ def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device
     architecture = hf_config(config.model)
     _check_attention(kind, architecture)
     # transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO; hence the explicit context.
-    construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype) if partitioned else nullcontext()
+    # No dtype: it follows from the config. One that is given counts only where the device computes in fp16 too (0.19.8).
+    construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
     with construct, no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=kind.name)
     model.tie_weights()

@@ -47,7 +47,7 @@ class Seen:
     """Exit status of `python -m ldft`; None when its time was up."""
     seconds: float = 0.0
     first: dict[int, int] = field(default_factory=dict)
-    """The first reading, when the interpreter had just started."""
+    """The first reading after the worker has set its policy."""
     last: dict[int, int] = field(default_factory=dict)
     """The last reading, while the worker was whole."""
     policies: dict[str, dict[int, int]] = field(default_factory=dict)
@@ -117,8 +117,9 @@ def collapsed() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("thp_collapse_alloc "))
 
 
-def watch(words: list[str]) -> Seen:
-    """Runs a command and looks at its worker until it ends."""
+def watch(words: list[str], results: Path) -> Seen:
+    """Runs a command and looks at its worker until it ends. What the worker has before its first report was there, or on its
+    way, before it could set a policy."""
     ask, seen = Reader(), Seen()
     began, before = time.monotonic(), collapsed()
     run = subprocess.Popen(words)
@@ -127,7 +128,7 @@ def watch(words: list[str]) -> Seen:
             run.terminate()  # ldft ends its worker and leaves a row
             run.wait()
             return seen
-        if (pid := worker()) is not None:
+        if (pid := worker()) is not None and list(results.glob("*/*/rank-0.json")):
             try:
                 reading = ask(pid, [])
             except RuntimeError:  # it ended while it was read
@@ -145,7 +146,7 @@ def main(folder: Path, wanted: list[str]) -> None:
         run = all_runs()[name]
         words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={folder / name}"]
         print(f"numa-vm: whole run {name}: {' '.join(words)}", flush=True)
-        seen = watch(words)
+        seen = watch(words, folder / name)
         fresh = folder / f"{name}.new"
         fresh.write_text(json.dumps(asdict(seen)))
         fresh.replace(folder / f"{name}.json")

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 from ldft.config import Config, Device
 from ldft.environment import PACKAGE_DIR
 from ldft.errors import ConfigError
-from ldft.training import deepspeed_config, deepspeed_keys, engine, schedule
+from ldft.training import deepspeed_config, deepspeed_keys, engine, schedule, zero_sizes
 from tests.conftest import compose, options
 
 SEED = {
@@ -72,6 +72,32 @@ def test_deepspeed_takes_every_option_as_it_is_meant(option: str, precision: str
     on_host = {"full": "cpu cpu", "seed": "cpu cpu", "optimizer": "none cpu"}.get(option, "none none").split()
     devices = [part.device for part in (taken.zero_config.offload_param, taken.zero_config.offload_optimizer)]
     assert [str(getattr(device, "value", device)) for device in devices] == on_host
+
+
+def test_what_zero_keeps_on_the_device_follows_the_size_of_a_layer() -> None:
+    layer = 3072 * (2 * 3072 + 2 * 1024 + 3 * 8192 + 2)  # of Llama 3.2 3B
+    zero = settings("model=llama3_3b")["zero_optimization"]
+    assert (zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]) == (2 * layer, 2 * layer)
+    # Less than the embedding, whose gradient must not share a bucket: that one would be copied.
+    assert zero["reduce_bucket_size"] == 3072 * 8192 < 128256 * 3072
+    assert zero["contiguous_gradients"] is False
+    # Small models are not cut into small buckets, and no model gets more than DeepSpeed would give it.
+    assert settings("model=nano")["zero_optimization"]["reduce_bucket_size"] == 5_000_000
+    for option in options("model"):
+        fitted = settings(f"model={option}")["zero_optimization"]
+        assert all(
+            5_000_000 <= fitted[name] <= value for name, value in zero_sizes.DEFAULTS.items() if value > 5_000_000
+        )
+
+
+def test_deepspeeds_own_sizes_where_its_user_or_the_device_decides(tmp_path: Path) -> None:
+    (tmp_path / "base.json").write_text('{"zero_optimization": {"reduce_bucket_size": 7e6}}')
+    by_file = settings(f"offload.deepspeed_file={tmp_path}/base.json")["zero_optimization"]
+    assert by_file["stage3_max_live_parameters"] == 1_000_000_000 and by_file["reduce_bucket_size"] == 7_000_000
+    taken = DeepSpeedConfig({"train_batch_size": 1, "zero_optimization": {"stage": 3}}).zero_config
+    written = settings("offload=zero3")["zero_optimization"]
+    for name, value in zero_sizes.DEFAULTS.items():
+        assert written[name] == value == getattr(taken, name.removeprefix("stage3_")), name
 
 
 def test_loss_scaling_is_dynamic_unless_it_is_given() -> None:
