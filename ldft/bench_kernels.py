@@ -2,7 +2,7 @@
 
     python -m ldft.bench_kernels INDEX    commands as JSON lines on stdin, one answer a line on stdout
 
-Commands: {"do": "place", "placement": {...}, "bytes": n} allocates four arrays of n bytes; {"do": "time", "kernel": name, "bytes": n,
+Commands: {"do": "place", "placement": {...}, "bytes": n} allocates four arrays of n bytes; {"do": "time", "kernel": k, "bytes": n,
 "repeats": n} uses n bytes of each that the kernel needs. The end of stdin ends the process.
 """
 

@@ -35,11 +35,19 @@ def moments(config: Config) -> dict[str, Parts]:
     if config.checkpointing.mode is CheckpointingMode.none:
         waiting["activations"] = config.model.num_layers * _kept(config)
     inside = {"inside a layer": _inside(config)} | _layer_gradient(config)
+    model = config.model
+    layer, output = shapes.layer_parameters(model), shapes.embedding_parameters(model)
+    # The output projection stays where ZeRO-3 keeps what is used again so soon.
+    kept = output if config.offload.stage == 3 and _zero(config)["stage3_max_reuse_distance"] >= output else 0
     found = {
-        "loss": base | waiting | _loss(config),
+        "loss": base | waiting | _gathered(config, output + layer) | _loss(config),
         # All inputs wait, and the last layer is computed again with the gradients of what is in it.
-        "backward of the last layer": base | waiting | inside | _output_gradient(config),
-        "backward of the first layer": base | gradients | inside,
+        "backward of the last layer": base
+        | waiting
+        | _gathered(config, layer + kept)
+        | inside
+        | _output_gradient(config),
+        "backward of the first layer": base | gradients | _gathered(config, layer) | inside,
         "step": base | gradients | _step(config),
     }
     if config.offload.stage in (1, 2):
@@ -77,7 +85,7 @@ def checkpoints_on_device(config: Config) -> int:
 
 def _state(config: Config) -> Parts:
     """What is there all the time."""
-    model, offload, ranks, width = config.model, config.offload, config.launch.num_ranks, _width(config)
+    offload, ranks, width = config.offload, config.launch.num_ranks, _width(config)
     trained = shapes.trained_sizes(config)
     every = trained + shapes.frozen_sizes(config)
     whole, share = shapes.total(every), shapes.split(trained, ranks)
@@ -87,15 +95,12 @@ def _state(config: Config) -> Parts:
         parts["weights"] = width * whole
     elif offload.parameters is OffloadDevice.none:
         parts["weights"] = width * shapes.split(every, ranks)
-    if offload.stage == 3 and (ranks > 1 or offload.parameters is not OffloadDevice.none):
-        # w x: parameters stay gathered up to a limit, but for the layer at work and the output projection.
-        least = shapes.layer_parameters(model) + shapes.embedding_parameters(model)
-        parts["gathered weights"] = width * min(whole, max(least, int(zero["stage3_max_live_parameters"])))
     if offload.stage >= 2:
-        # w x: one bucket, in which gradients are made contiguous; on the CPU only what is used of it is there.
+        # w x: a buffer in which gradients are made contiguous (on the CPU only what is used of it is there); without it, the copy
+        # that is reduced.
         bucket = int(zero["reduce_bucket_size"])
-        used = min(bucket, shapes.total(trained))
-        parts["reduce bucket"] = width * (used if config.launch.device is Device.cpu else bucket)
+        whole_bucket = zero["contiguous_gradients"] and config.launch.device is not Device.cpu
+        parts["reduce bucket"] = width * (bucket if whole_bucket else min(bucket, shapes.total(trained)))
     if offload.optimizer is OffloadDevice.none:
         # 4 B each: master weight and two moments, one with Lion.
         states = 8 if config.optimizer.name == "lion" else 12
@@ -107,6 +112,17 @@ def _state(config: Config) -> Parts:
         # w x: staging for the largest parameter's gradient.
         parts["gradients"] = width * max(trained)
     return parts
+
+
+def _gathered(config: Config, least: int) -> Parts:
+    """w x: whole parameters of ZeRO-3 at a time, the `least` of those at work, and as many as it may hold ahead."""
+    offload = config.offload
+    if offload.stage < 3 or (config.launch.num_ranks == 1 and offload.parameters is OffloadDevice.none):
+        return {}
+    whole = shapes.num_parameters(config.model)
+    return {
+        "gathered weights": _width(config) * min(whole, max(least, int(_zero(config)["stage3_max_live_parameters"])))
+    }
 
 
 def _gradients(config: Config) -> Parts:
