@@ -2,7 +2,7 @@
 
     python tests/memory/held_by_deepspeed.py FOLDER    configs: FOLDER/*.json; rank variables as for a worker
 
-A JSON line a config: file name -> role -> bytes. Read from DeepSpeed's own attributes (stage3.py, stage_1_and_2.py), apart from ldft.
+A JSON line a config: file name -> role -> bytes. Read from DeepSpeed's own attributes (stage3.py, stage_1_and_2.py), not by ldft.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,11 +73,13 @@ def test_host_bytes_are_what_two_ranks_of_deepspeed_hold(tmp_path: Path) -> None
         (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(config)))
     line = [sys.executable, str(Path(__file__).with_name("held_by_deepspeed.py")), str(tmp_path)]
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(line, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in "01"
-    ]  # fmt: skip
-    said = [process.communicate(timeout=280)[0] for process in ranks]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [subprocess.Popen(line, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    try:
+        said = [process.communicate(timeout=280)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     assert [process.returncode for process in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
     held: dict[str, dict[str, int]] = {}
     for text in said[0].splitlines():
