@@ -113,7 +113,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     settings = deepspeed_config.build(config)
     engines.check(settings)
     arenas = host_memory.arenas_of(config, settings, rank)
-    network = model.build(config, settings, device)
+    network = model.build(config, settings, device, arenas)
     tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
     dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
     name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"

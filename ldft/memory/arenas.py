@@ -41,6 +41,8 @@ class Arena:
     pin: bool
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
     blocks: list[torch.Tensor] = field(default_factory=list)
+    spare: torch.Tensor | None = None
+    """A block in which tensors lie whose names are not known yet; part of the arena once one of them is adopted."""
 
     def lay_out(self, wants: Iterable[Want]) -> None:
         """Allocate one block with a slot, all zeros, for each name that has none of that size and type yet."""
@@ -88,6 +90,8 @@ class Arenas:
         """pinned: the roles to register with CUDA."""
         self._placements, self._pinned = dict(placements), frozenset(pinned)
         self.by_role: dict[str, Arena] = {}
+        self.moved_bytes = 0
+        """What was allocated elsewhere first."""
 
     def of(self, role: str) -> Arena:
         """The arena of a role, empty at first."""
@@ -107,6 +111,13 @@ def piece(block: torch.Tensor, offset: int, numel: int, dtype: torch.dtype) -> t
     start = block.storage_offset() + offset
     assert start % dtype.itemsize == 0 and offset + numel * dtype.itemsize <= block.numel()
     return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), start // dtype.itemsize, (numel,), (1,))
+
+
+def alias(slot: torch.Tensor) -> torch.Tensor:
+    """The same memory in another tensor object: what happens to that one leaves the slot alone."""
+    return torch.empty(0, dtype=slot.dtype).set_(
+        slot.untyped_storage(), slot.storage_offset(), slot.shape, slot.stride()
+    )
 
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:
