@@ -2,7 +2,8 @@
 
     python tests/memory/role_cases.py CASES.json RANK WORLD_SIZE FOLDER
 
-CASES.json: {name: {"config": <config_json>, "fault": one of the faults below, or "", "hide": DeepSpeed's names are others}}. Writes FOLDER/rank-<r>.json.
+CASES.json: {name: {"config": <config_json>, "fault": one of those below, or "", "hide": whether DeepSpeed's names are others}}.
+Writes FOLDER/rank-<r>.json.
 Each case goes through the functions that a worker calls, in one process, so that imports are paid once.
 """
 
