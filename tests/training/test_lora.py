@@ -16,7 +16,7 @@ from ldft.training import checkpointing, data, flops, model
 from tests.conftest import compose
 from tests.training.test_equality import BASE, alone, relative_error, run_once  # noqa: F401
 
-LORA = ("lora=r8", "train.precision=fp32", "model.vocab_size=512", "seq_len.tokens=64", "optimizer.learning_rate=2e-2")
+LORA = ("lora=r8", "train.precision=fp32", "model.vocab_size=512", "seq_len.tokens=64", "optimizer.learning_rate=5e-3")
 CPU = torch.device("cpu")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
