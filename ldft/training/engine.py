@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from ldft.config import Config
 from ldft.errors import ConfigError
+from ldft.memory import audit, rebinding
+from ldft.memory.arenas import Arenas
 from ldft.training import schedule
 
 
@@ -27,12 +29,18 @@ def check(settings: dict[str, Any]) -> None:
         raise ConfigError("offload.deepspeed", f"DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
-def build(config: Config, model: PreTrainedModel, settings: dict[str, Any]) -> Any:
-    """The engine, with the learning rate's schedule; its `get_lr()` is that of the next update."""
+def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], arenas: Arenas | None) -> Any:
+    """The engine, with the learning rate's schedule; its `get_lr()` is that of the next update.
+
+    With arenas, every offloaded tensor lies in that of its role, the moments too. Raises HostMemoryError and AuditError.
+    """
 
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings, lr_scheduler=scheduler)
+    if arenas is not None:
+        rebinding.settle(engine, arenas)
+        audit.check(engine, arenas)
     return engine

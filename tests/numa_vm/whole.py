@@ -16,6 +16,11 @@ alone: nothing heavy at their top (pytest, numpy, ldft.results go into the funct
 
 Guest side: `python -m numa_vm.whole FOLDER NAME...` starts the runs one after the other and watches each one's worker from
 outside, with reader.py, which shares no code with ldft. FOLDER/NAME is the results folder, FOLDER/NAME.json what was seen.
+
+Results are written to the guest's RAM and copied to FOLDER when the run has ended. Not because it is faster: reading a file of
+the written-through folder in the moment in which it is replaced can hang for good. QEMU's 9p server asks for a size by path and
+gets the new file's, while the descriptor reads the old one, and Linux 6.12 (fs/netfs) asks for the missing bytes again and
+again. A parent of ldft reads its ranks' reports while they are rewritten.
 """
 
 from __future__ import annotations
@@ -23,8 +28,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -144,9 +151,12 @@ def watch(words: list[str], results: Path) -> Seen:
 def main(folder: Path, wanted: list[str]) -> None:
     for name in wanted:
         run = all_runs()[name]
-        words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={folder / name}"]
+        results = Path(tempfile.mkdtemp()) / name
+        words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={results}"]
         print(f"numa-vm: whole run {name}: {' '.join(words)}", flush=True)
-        seen = watch(words, folder / name)
+        seen = watch(words, results)
+        if results.exists():
+            shutil.copytree(results, folder / name)
         fresh = folder / f"{name}.new"
         fresh.write_text(json.dumps(asdict(seen)))
         fresh.replace(folder / f"{name}.json")
