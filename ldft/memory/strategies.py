@@ -121,7 +121,10 @@ def node_sets(config: Config, topology: Topology) -> tuple[tuple[int, ...], tupl
         cxl = tuple(n for n in topology.memory_nodes if not topology.node(n).cpus and n not in local)
     for key, nodes in (("local_nodes", local), ("cxl_nodes", cxl)):
         if nodes:
-            Placement(kind="interleave", nodes=nodes).resolve(topology, f"numa.{key}")
+            try:
+                Placement(kind="interleave", nodes=nodes).resolve(topology, "")
+            except PlacementError as error:
+                raise PlacementError(f"numa.{key}", str(error).partition(": ")[2]) from None
     return tuple(n for n in local if n not in numa.cxl_nodes), cxl
 
 
