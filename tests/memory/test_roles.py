@@ -44,12 +44,15 @@ ON_TWO_RANKS = ("full, sub-groups, accumulation", "optimizer, stage 2, accumulat
 
 
 def config_json(*overrides: str) -> str:
+    """The resolved config; overrides may hold several, by spaces."""
     config = compose(*NANO, *(word for text in overrides for word in text.split(" ")))
     config.validate()
     return json.dumps(to_dict(config))
 
 
-def run_cases(cases: dict[str, dict[str, Any]], folder: Path, ranks: int = 1) -> list[dict[str, Any]]:
+def run_cases(
+    cases: dict[str, dict[str, Any]], folder: Path, ranks: int = 1, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """What each rank says of each case."""
     folder.mkdir(exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -61,7 +64,7 @@ def run_cases(cases: dict[str, dict[str, Any]], folder: Path, ranks: int = 1) ->
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-            "DS_ACCELERATOR": "cpu",
+            "DS_ACCELERATOR": device,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "TORCH_EXTENSIONS_DIR": str(cache_dir()),
         }
