@@ -179,7 +179,8 @@ def test_faults_are_found_by_name_and_loading_a_checkpoint_is_mended(tmp_path: P
 
 
 def test_a_run_with_a_tensor_outside_its_arena_fails_with_its_name(ldft: Callable[..., Done]) -> None:
-    done = ldft(env={"PYTHONPATH": str(Path(__file__).with_name("moved"))})
+    folders = [str(Path(__file__).with_name("moved")), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = ldft(env={"PYTHONPATH": os.pathsep.join(folders)})
     row = done.row
     assert (done.exit_code, row.status, row.error_type) == (1, "error", "AuditError"), done.stdout + done.stderr
     assert row.error_message.startswith(
