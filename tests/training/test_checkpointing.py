@@ -261,17 +261,17 @@ def test_at_most_two_inputs_are_on_the_device_at_any_time() -> None:
 
 
 @pytest.fixture
-def failing() -> Iterator[Callable[[nn.Module, int], None]]:
-    """Make a layer raise at its first call; off again for the second."""
+def failing() -> Callable[[nn.Module], None]:
+    """Make a module raise at its next call, and at none after it."""
 
-    def arm(network: nn.Module, number: int) -> None:
+    def arm(module: nn.Module) -> None:
         def fail(*_: object) -> None:
             handle.remove()
             raise ZeroDivisionError("planted")
 
-        handle = network.model.layers[number].mlp.register_forward_pre_hook(fail)
+        handle = module.register_forward_pre_hook(fail)
 
-    yield arm
+    return arm
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -281,15 +281,19 @@ def test_after_an_exception_the_next_pass_is_right(name: str, every: int, failin
     expected = train(network, [batch(1)])
     Checkpointing(network, KEEPERS[name](every), every)
     for number in (0, 2, LAYERS - 1):
-        failing(network, number)  # in the forward pass
+        failing(network.model.layers[number].mlp)  # in the forward pass
         with pytest.raises(ZeroDivisionError, match="planted"):
             train(network, [batch(5)])
         assert equal(train(network, [batch(1)]), expected)
         loss = loss_of(network, batch(5))
-        failing(network, number)  # in the recomputation: a copy may be on its way
+        failing(network.model.layers[number].mlp)  # in the recomputation: a copy may be on its way
         with pytest.raises(ZeroDivisionError, match="planted"):
             loss.backward()
         assert equal(train(network, [batch(1)]), expected)
+    failing(network.model.layers[1])  # between the layers of a group
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        train(network, [batch(5)])
+    assert equal(train(network, [batch(1)]), expected)
 
 
 def test_passes_without_backward_take_nothing_and_a_late_backward_is_an_error() -> None:
