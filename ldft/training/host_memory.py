@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ldft.config import Config, Device, Pinning
-from ldft.memory import audit, strategies
+from ldft.memory import audit, roles, strategies
 from ldft.memory.arenas import Arenas
 from ldft.memory.policy import process_policy
-from ldft.memory.roles import DMA_ROLES
+from ldft.memory.roles import DMA_ROLES, RoleTensor
 from ldft.memory.topology import read_topology
 from ldft.training import deepspeed_config
 
@@ -39,19 +41,25 @@ def pinned(config: Config, settings: dict[str, Any], arenas: Arenas | None) -> b
     return any(report.pinned for report in arenas.reports())
 
 
-def report(engine: Any, arenas: Arenas | None) -> dict[str, Any]:
-    """For the rank's report: each role by node, and the addresses of its tensors. Raises AuditError."""
-    inherited = process_policy().shares()
-    roles = [
+def report(engine: Any, arenas: Arenas | None, activations: list[torch.Tensor]) -> dict[str, Any]:
+    """For the rank's report: each role by node, and the addresses of its tensors. Raises AuditError.
+
+    activations: where layer inputs wait, which DeepSpeed knows nothing of.
+    """
+    found = [*roles.tensors(engine)]
+    found += [RoleTensor("activations", f"layer inputs [{i}]", block) for i, block in enumerate(activations)]
+    if arenas is not None:
+        arenas.of("activations").blocks = activations
+    measured = [
         {
             "role": role.role,
             "bytes": role.bytes,
             "pages": {str(node): count for node, count in role.pages.items()},
             "requested": None if role.requested is None else {str(n): s for n, s in role.requested.items()},
         }
-        for role in audit.measure(engine, arenas, inherited)
+        for role in audit.measure(found, arenas, process_policy().shares())
     ]
-    said: dict[str, Any] = {"roles": roles, "role_addresses": audit.addresses(engine)}
+    said: dict[str, Any] = {"roles": measured, "role_addresses": audit.addresses(found)}
     if arenas is not None:
         methods = {report.method for report in arenas.reports()}
         said["role_methods"] = sorted(methods)
