@@ -136,7 +136,13 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
 
     report.phase("engine", "initialising DeepSpeed")
     engine = engines.build(config, network, settings, arenas)
-    report.put(pinned=host_memory.pinned(config, settings, arenas))
+    activations = inputs.host_tensors() if inputs else []
+    if arenas is not None:
+        arenas.of("activations").blocks = activations
+    report.put(
+        pinned=host_memory.pinned(config, settings, arenas),
+        role_addresses=host_memory.addresses(host_memory.tensors(engine, activations)),
+    )
 
     report.train(interpreter_start, host_memory.seconds(arenas))
     loop.run(
@@ -146,7 +152,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)),
         lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
     )
-    report.put(**nodes.end(first), **host_memory.report(engine, arenas, inputs.host_tensors() if inputs else []))
+    report.put(**nodes.end(first), **host_memory.report(host_memory.tensors(engine, activations), arenas))
     report.phase("teardown", "ending")
     engine.destroy()
     torch.distributed.destroy_process_group()

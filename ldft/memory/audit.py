@@ -71,16 +71,6 @@ def measure(
     return measured
 
 
-def addresses(found: Sequence[RoleTensor]) -> dict[str, list[tuple[str, int, int]]]:
-    """Role -> (DeepSpeed's name, address, bytes) of each owner, from the engine's own tensors: for a reader outside."""
-    by_role: dict[str, list[tuple[str, int, int]]] = {}
-    for item in found:
-        if item.owner and item.tensor.numel():
-            start, end = span(item.tensor)
-            by_role.setdefault(item.role, []).append((item.name, start, end - start))
-    return by_role
-
-
 def _pages(arena: Arena, items: list[RoleTensor]) -> dict[int, int]:
     """Pages of the whole arena by node now. Raises AuditError where they have left the nodes that they were placed on."""
     now = _sum(pages_by_node(block) for block in arena.blocks)

@@ -8,7 +8,7 @@ import torch
 
 from ldft.config import Config, Device, Pinning
 from ldft.memory import audit, roles, strategies
-from ldft.memory.arenas import Arenas
+from ldft.memory.arenas import Arenas, span
 from ldft.memory.policy import process_policy
 from ldft.memory.roles import DMA_ROLES, RoleTensor
 from ldft.memory.topology import read_topology
@@ -41,15 +41,24 @@ def pinned(config: Config, settings: dict[str, Any], arenas: Arenas | None) -> b
     return any(report.pinned for report in arenas.reports())
 
 
-def report(engine: Any, arenas: Arenas | None, activations: list[torch.Tensor]) -> dict[str, Any]:
-    """For the rank's report: each role by node, and the addresses of its tensors. Raises AuditError.
+def tensors(engine: Any, activations: list[torch.Tensor]) -> list[RoleTensor]:
+    """Every tensor with a role. activations: where layer inputs wait, which DeepSpeed knows nothing of."""
+    blocks = [RoleTensor("activations", f"layer inputs [{i}]", block) for i, block in enumerate(activations)]
+    return [*roles.tensors(engine), *blocks]
 
-    activations: where layer inputs wait, which DeepSpeed knows nothing of.
-    """
-    found = [*roles.tensors(engine)]
-    found += [RoleTensor("activations", f"layer inputs [{i}]", block) for i, block in enumerate(activations)]
-    if arenas is not None:
-        arenas.of("activations").blocks = activations
+
+def addresses(found: list[RoleTensor]) -> dict[str, list[tuple[str, int, int]]]:
+    """Role -> (name, address, bytes) of each owner: for a reader outside this process."""
+    by_role: dict[str, list[tuple[str, int, int]]] = {}
+    for item in found:
+        if item.owner and item.tensor.numel():
+            start, end = span(item.tensor)
+            by_role.setdefault(item.role, []).append((item.name, start, end - start))
+    return by_role
+
+
+def report(found: list[RoleTensor], arenas: Arenas | None) -> dict[str, Any]:
+    """For the rank's report: each role by node. Raises AuditError."""
     measured = [
         {
             "role": role.role,
@@ -59,8 +68,5 @@ def report(engine: Any, arenas: Arenas | None, activations: list[torch.Tensor]) 
         }
         for role in audit.measure(found, arenas, process_policy().shares())
     ]
-    said: dict[str, Any] = {"roles": measured, "role_addresses": audit.addresses(found)}
-    if arenas is not None:
-        methods = {report.method for report in arenas.reports()}
-        said["role_methods"] = sorted(methods)
-    return said
+    methods = {report.method for report in arenas.reports()} if arenas else set()
+    return {"roles": measured, "role_methods": sorted(methods)}

@@ -2,7 +2,8 @@
 
     python tests/memory/role_cases.py CASES.json RANK WORLD_SIZE FOLDER
 
-CASES.json: {name: {"config": <config_json>, "fault": one of the faults below, or "", "hide": DeepSpeed's names are others}}. Writes FOLDER/rank-<r>.json.
+CASES.json: {name: {"config": <config_json>, "fault": one of those below, or "", "hide": whether DeepSpeed's names are others}}.
+Writes FOLDER/rank-<r>.json.
 Each case goes through the functions that a worker calls, in one process, so that imports are paid once.
 """
 
@@ -19,7 +20,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from ldft.config import from_dict
+from ldft.config import Device, from_dict
 from ldft.errors import LdftError
 from ldft.memory import audit, construction, rebinding, roles
 from ldft.training import data, deepspeed_config, host_memory, model, operators
@@ -53,16 +54,18 @@ def save_and_load(engine: Any, arenas: Any, folder: Path) -> dict[str, Any]:
 
 
 def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
+    """Losses, and where every role is after the last iteration."""
     config, fault = from_dict(json.loads(case["config"])), case.get("fault", "")
+    device = torch.device(config.launch.device.name, rank if config.launch.device is Device.cuda else None)
     settings = deepspeed_config.build(config)
     arenas = host_memory.arenas_of(config, settings, rank)
-    network = model.build(config, settings, torch.device("cpu"), arenas)
+    network = model.build(config, settings, device, arenas)
     engine = engines.build(config, network, settings, arenas)
     said: dict[str, Any] = {"loss": [], "state_before": len(engine.optimizer.state)}
     said["moved_at_start"] = arenas.moved_bytes if arenas else None
     for iteration in range(config.train.iterations):
         for step in range(config.train.gradient_accumulation_steps):
-            tokens = data.batch(config, iteration, step, rank)
+            tokens = data.batch(config, iteration, step, rank).to(device)
             loss = engine(input_ids=tokens, labels=tokens).loss
             engine.backward(loss)
             engine.step()
@@ -76,6 +79,8 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
         clone_of(engine, fault.removeprefix("move "))
     elif fault == "overlap":
         overlap(engine)
+    if device.type == "cuda":
+        said["pinned"] = {item.name: item.tensor.is_pinned() for item in roles.tensors(engine) if item.owner}
     try:
         said["roles"] = [dataclasses.asdict(role) for role in audit.measure([*roles.tensors(engine)], arenas, None)]
         if arenas is not None:
@@ -93,9 +98,16 @@ def main() -> None:
         *map(int, sys.argv[2:4]),
         Path(sys.argv[4]),
     )
-    operators.load(device="cpu", offloads_optimizer=True, say=lambda text: None)
+    device = json.loads(next(iter(cases.values()))["config"])["launch"]["device"]
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    operators.load(device=device, offloads_optimizer=True, say=lambda text: None)
     deepspeed.init_distributed(
-        "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+        "nccl" if device == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
     )
     said = {}
     methods = dict(construction.METHODS)

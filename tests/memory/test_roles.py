@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ldft.config import to_dict
+from ldft.memory.strategies import ROLES
 from ldft.memory.topology import read_topology
 from ldft.training.operators import cache_dir
-from tests.conftest import compose
+from tests.conftest import Done, compose
 
 CASES = Path(__file__).with_name("role_cases.py")
 NODE = read_topology().memory_nodes[0]
@@ -44,12 +47,15 @@ ON_TWO_RANKS = ("full, sub-groups, accumulation", "optimizer, stage 2, accumulat
 
 
 def config_json(*overrides: str) -> str:
+    """The resolved config; overrides may hold several, by spaces."""
     config = compose(*NANO, *(word for text in overrides for word in text.split(" ")))
     config.validate()
     return json.dumps(to_dict(config))
 
 
-def run_cases(cases: dict[str, dict[str, Any]], folder: Path, ranks: int = 1) -> list[dict[str, Any]]:
+def run_cases(
+    cases: dict[str, dict[str, Any]], folder: Path, ranks: int = 1, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """What each rank says of each case."""
     folder.mkdir(exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -61,7 +67,7 @@ def run_cases(cases: dict[str, dict[str, Any]], folder: Path, ranks: int = 1) ->
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-            "DS_ACCELERATOR": "cpu",
+            "DS_ACCELERATOR": device,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "TORCH_EXTENSIONS_DIR": str(cache_dir()),
         }
@@ -170,3 +176,29 @@ def test_faults_are_found_by_name_and_loading_a_checkpoint_is_mended(tmp_path: P
         assert load["loss"] == said[f"stock {stage}"]["loss"]
         # Back in their old slots: the arenas have not grown.
         assert load["arena_bytes"]["momentum"] < 4 * PARAMETERS + 4096
+
+
+def test_a_run_with_a_tensor_outside_its_arena_fails_with_its_name(ldft: Callable[..., Done]) -> None:
+    done = ldft(env={"PYTHONPATH": str(Path(__file__).with_name("moved"))})
+    row = done.row
+    assert (done.exit_code, row.status, row.error_type) == (1, "error", "AuditError"), done.stdout + done.stderr
+    assert row.error_message.startswith(
+        "fp32_partitioned_groups_flat[0].exp_avg (momentum, 4.3 MiB) is not in the arena"
+    )
+    assert row.error_message in done.stdout and "internal error" not in done.stdout + done.stderr
+
+
+def test_a_row_has_every_role_on_every_rank_and_says_who_placed_it(ldft: Callable[..., Done]) -> None:
+    weighted = (f"numa.roles.momentum.nodes=[{NODE}]", "numa.roles.momentum.weights=[3]")
+    done = ldft("checkpointing=cpu", "launch.num_ranks=2", *weighted)
+    assert done.exit_code == 0, done.stdout + done.stderr
+    row = done.row
+    entries = {(entry["rank"], entry["role"]): entry for entry in row["roles"]}
+    assert set(entries) == {(rank, role) for rank in (0, 1) for role in ROLES}
+    assert entries[0, "momentum"]["bytes"] == entries[1, "momentum"]["bytes"] == 4 * PARAMETERS // 2
+    assert entries[0, "activations"]["bytes"] == row.checkpoint_host_gib * 2**30 > 0
+    assert entries[0, "momentum"]["requested_share"] == entries[0, "momentum"]["share"] == 1.0
+    assert np.isnan(entries[0, "variance"]["requested_share"])
+    assert row.numa_mechanism in ("kernel", "stripes") and row.pinned is False
+    assert 0 < row.init_placement_s + row.init_first_touch_s < row.init_s
+    assert "ldft: momentum              0.004  " in done.stdout and "100.0% -> 100.0%" in done.stdout
