@@ -85,7 +85,11 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    cases, rank, world_size, folder = json.loads(Path(sys.argv[1]).read_text()), *map(int, sys.argv[2:4]), Path(sys.argv[4])
+    cases, rank, world_size, folder = (
+        json.loads(Path(sys.argv[1]).read_text()),
+        *map(int, sys.argv[2:4]),
+        Path(sys.argv[4]),
+    )
     operators.load(device="cpu", offloads_optimizer=True, say=lambda text: None)
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
