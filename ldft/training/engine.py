@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ldft.config import Config
 from ldft.errors import ConfigError
-from ldft.memory import audit, rebinding
+from ldft.memory import audit, construction, rebinding, roles
 from ldft.memory.arenas import Arenas
 from ldft.training import schedule
 
@@ -39,8 +40,11 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], aren
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings, lr_scheduler=scheduler)
+    with construction.engine(arenas) if arenas else nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=trainable, config=settings, lr_scheduler=scheduler
+        )
     if arenas is not None:
         rebinding.settle(engine, arenas)
-        audit.check(engine, arenas)
+        audit.check([*roles.tensors(engine)], arenas)
     return engine
