@@ -83,11 +83,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         torch.cuda.set_device(device)
 
     report.phase("operators", "loading DeepSpeed's operators")
-    operators.load(
-        device=device_type,
-        offloads_optimizer=config.offload.optimizer is OffloadDevice.cpu,
-        say=lambda text: report.put(phase_text=text),
-    )
+    operators.load(config, say=lambda text: report.put(phase_text=text))
 
     report.phase("rendezvous", "waiting for all ranks")
     deepspeed.init_distributed(

@@ -75,13 +75,15 @@ def _chosen(config: Config) -> dict[str, Any]:
         zero["offload_param"] |= {"pin_memory": pins(config)}
     if offload.optimizer is OffloadDevice.cpu:
         zero["offload_optimizer"] |= {"pin_memory": pins(config), "ratio": 1.0}
+    lion = optimizer.name == "lion"
     parameters: dict[str, Any] = {
         "lr": optimizer.learning_rate,
         "weight_decay": optimizer.weight_decay,
         "betas": list(optimizer.betas),
-        "eps": optimizer.eps,
     }
-    if offload.optimizer is OffloadDevice.none:
+    if not lion:
+        parameters["eps"] = optimizer.eps
+    if offload.optimizer is OffloadDevice.none and not lion:
         # torch's own fused kernel: as fast as DeepSpeed's, and nothing to compile.
         parameters |= {"torch_adam": True, "fused": True}
     fp16: dict[str, Any] = {"enabled": train.precision is Precision.fp16, "loss_scale": train.loss_scale}
@@ -99,6 +101,8 @@ def _chosen(config: Config) -> dict[str, Any]:
         "bf16": {"enabled": train.precision is Precision.bf16},
         "fp16": fp16,
         "data_types": {"grad_accum_dtype": train.precision.name},
-        "optimizer": {"type": "AdamW", "params": parameters},
+        "optimizer": {"type": "Lion" if lion else "AdamW", "params": parameters},
+        # Off the host, lion is ldft's own (lion.py), which DeepSpeed has not heard of.
+        "zero_allow_untested_optimizer": lion and offload.optimizer is OffloadDevice.none,
         "zero_optimization": zero,
     }

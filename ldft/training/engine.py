@@ -10,9 +10,10 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from transformers import PreTrainedModel
 
-from ldft.config import Config
+from ldft.config import Config, OffloadDevice
 from ldft.errors import ConfigError
 from ldft.training import schedule
+from ldft.training.lion import Lion
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -34,5 +35,10 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any]) -> A
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings, lr_scheduler=scheduler)
+    own = None
+    if config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
+        own = Lion(trainable, **settings["optimizer"]["params"])
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
+    )
     return engine

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from ldft.config import Config, Device, OffloadDevice
+
 
 def cache_dir() -> Path:
     """TORCH_EXTENSIONS_DIR where it is set, else a folder of ours for this CPU, environment, torch and DeepSpeed."""
@@ -42,14 +44,21 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def load(*, device: str, offloads_optimizer: bool, say: Callable[[str], None]) -> None:
+def needed(config: Config) -> list[str]:
+    """Builders of the operators that this run will use, by DeepSpeed's names."""
+    names = ["ShareMemCommBuilder"] if config.launch.device is Device.cpu else []
+    if config.offload.optimizer is not OffloadDevice.none:
+        names.append("CPULionBuilder" if config.optimizer.name == "lion" else "CPUAdamBuilder")
+    return names
+
+
+def load(config: Config, say: Callable[[str], None]) -> None:
     """Compile (minutes, once) or load (seconds) the operators that this run will use."""
     from deepspeed.accelerator import get_accelerator
 
     folder = cache_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    names = (["ShareMemCommBuilder"] if device == "cpu" else []) + (["CPUAdamBuilder"] if offloads_optimizer else [])
-    for name in names:
+    for name in needed(config):
         if name == "ShareMemCommBuilder":
             from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder
         else:

@@ -215,7 +215,7 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "seq_len.tokens": ("9", batches, []),
     "attention.kind": ("eager", attention_that_runs, []),
     "kernels.liger": ("false", uses_liger, []),
-    "optimizer.name": ("other", refusal, []),
+    "optimizer.name": ("lion", deepspeed, []),
     "optimizer.learning_rate": ("0.5", deepspeed, []),
     "optimizer.schedule": ("linear", learning_rates, []),
     "optimizer.schedule_warmup": ("2", learning_rates, []),
