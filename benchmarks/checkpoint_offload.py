@@ -243,9 +243,9 @@ def report(samples: list[dict[str, Any]], modes: list[str]) -> None:
         out, back = first["copy_to_host_s"], first["copy_to_device_s"]
         forward, backward = median("gpu", "forward_s") / layers, median("gpu", "backward_s") / layers
         print(
-            f"  limit 1.000 (a layer's copy of {size / 2**20:.0f} MiB out takes {out * 1e3:.1f} ms beside {forward * 1e3:.1f} ms of "
-            f"forward, back {back * 1e3:.1f} ms beside {backward * 1e3:.1f} ms of backward; unhidden: "
-            f"{1 + (layers - 1) * (out + back) / gpu:.4f})"
+            f"  limit 1.000 (an input of {size / 2**20:.0f} MiB goes out in {out * 1e3:.1f} ms beside {forward * 1e3:.1f} ms of "
+            f"forward, comes back in {back * 1e3:.1f} ms beside {backward * 1e3:.1f} ms of backward; "
+            f"unhidden: {1 + (layers - 1) * (out + back) / gpu:.4f})"
         )
         less = (median("gpu", "peak_bytes") - median("cpu", "peak_bytes")) / size
         print(

@@ -20,7 +20,9 @@
 namespace ldft {
 namespace {
 
-// Small enough that the last pieces end together, large enough that handing them out costs nothing.
+// Small enough that the last pieces end together, large enough that handing them out costs nothing: of touching, a huge
+// page of the most common size, 0.2 ms; of what takes less time a byte, more.
+constexpr std::size_t kTouchPiece = std::size_t{2} << 20;
 constexpr std::size_t kPiece = std::size_t{8} << 20;
 // Starting a thread takes about as long as clearing this much.
 constexpr std::size_t kWorthAThread = std::size_t{2} << 20;
@@ -31,11 +33,11 @@ struct Piece {
   int node;
 };
 
-std::vector<Piece> cut(std::uintptr_t base, const std::vector<Range>& ranges) {
+std::vector<Piece> cut(std::uintptr_t base, const std::vector<Range>& ranges, std::size_t size) {
   std::vector<Piece> pieces;
   for (const Range& range : ranges) {
-    for (std::size_t done = 0; done < range.bytes; done += kPiece) {
-      pieces.push_back({base + range.offset + done, std::min(kPiece, range.bytes - done), range.node});
+    for (std::size_t done = 0; done < range.bytes; done += size) {
+      pieces.push_back({base + range.offset + done, std::min(size, range.bytes - done), range.node});
     }
   }
   return pieces;
@@ -54,20 +56,24 @@ void run_on(const std::vector<int>& cpus) {
   CPU_FREE(set);
 }
 
+bool may_run_here(const std::vector<int>& cpus) {
+  return cpus.empty() || std::find(cpus.begin(), cpus.end(), sched_getcpu()) != cpus.end();
+}
+
 struct Queue {
   std::vector<Piece> pieces;
   std::atomic<std::size_t> next{0};
 };
 
-// Calls work(thread, piece) for every piece of every group, and returns when all is done. Throws what the first failing
-// call threw. When threads cannot be started, fewer do the work, down to the calling one.
+// Calls work(thread, piece) for every piece of every group, of at most `size` bytes, and returns when all is done.
+// Throws what the first failing call threw. When threads cannot be started, fewer do the work, down to the calling one.
 using Work = std::function<void(std::size_t, const Piece&)>;
-void share_out(std::uintptr_t base, const std::vector<Group>& groups, const Work& work) {
+void share_out(std::uintptr_t base, const std::vector<Group>& groups, std::size_t size, const Work& work) {
   std::vector<std::unique_ptr<Queue>> queues;
   std::vector<std::size_t> home;  // of each thread: its group
   for (std::size_t g = 0; g < groups.size(); ++g) {
     queues.push_back(std::make_unique<Queue>());
-    queues[g]->pieces = cut(base, groups[g].ranges);
+    queues[g]->pieces = cut(base, groups[g].ranges, size);
     std::size_t bytes = 0;
     for (const Piece& piece : queues[g]->pieces) bytes += piece.bytes;
     const std::size_t useful = std::min({groups[g].threads, bytes / kWorthAThread, queues[g]->pieces.size()});
@@ -89,6 +95,10 @@ void share_out(std::uintptr_t base, const std::vector<Group>& groups, const Work
   if (home.size() == 1) {
     serve(0);  // too little for threads; placement is by policy, wherever the touching CPU is
   } else if (!home.empty()) {
+    // The caller is one of the threads where it runs on a CPU of theirs already: waiting for them, it would only be
+    // woken last.
+    std::size_t own = 0;
+    while (own < home.size() && !may_run_here(groups[home[own]].cpus)) ++own;
     // Signals are for the program's own threads.
     sigset_t all, before;
     sigfillset(&all);
@@ -97,6 +107,7 @@ void share_out(std::uintptr_t base, const std::vector<Group>& groups, const Work
     try {
       threads.reserve(home.size());
       for (std::size_t t = 0; t < home.size(); ++t) {
+        if (t == own) continue;
         threads.emplace_back([&, t] {
           run_on(groups[home[t]].cpus);
           serve(t);
@@ -105,7 +116,11 @@ void share_out(std::uintptr_t base, const std::vector<Group>& groups, const Work
     } catch (const std::exception&) {  // a limit on processes or memory: those that started do all of it
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    if (threads.empty()) serve(0);
+    if (own < home.size()) {
+      serve(own);
+    } else if (threads.empty()) {
+      serve(0);
+    }
     for (std::thread& thread : threads) thread.join();
   }
   if (failure) std::rethrow_exception(failure);
@@ -121,7 +136,7 @@ std::size_t total(const std::vector<Range>& ranges) {
 
 void touch(std::uintptr_t base, const std::vector<Group>& groups) {
   const std::size_t page = page_size();
-  share_out(base, groups, [page](std::size_t, const Piece& piece) {
+  share_out(base, groups, kTouchPiece, [page](std::size_t, const Piece& piece) {
     auto* byte = reinterpret_cast<volatile unsigned char*>(piece.address);
     for (std::size_t at = 0; at < piece.bytes; at += page) byte[at] = 0;
   });
@@ -133,7 +148,7 @@ Census census(std::uintptr_t base, const std::vector<Range>& ranges, std::size_t
   const HugeScan scan;
   threads = std::max<std::size_t>(1, std::min(threads, total(ranges) / kPiece));
   std::vector<Census> parts(threads);
-  share_out(base, {Group{ranges, {}, threads}}, [&](std::size_t thread, const Piece& piece) {
+  share_out(base, {Group{ranges, {}, threads}}, kPiece, [&](std::size_t thread, const Piece& piece) {
     // Every page is asked for, or stands behind the first of the huge page that it is part of.
     std::vector<void*> pages;
     std::vector<std::size_t> counts;
@@ -182,7 +197,7 @@ Census census(std::uintptr_t base, const std::vector<Range>& ranges, std::size_t
 
 void bring_home(std::uintptr_t base, const std::vector<Range>& ranges) {
   const std::size_t page = page_size();
-  for (const Piece& piece : cut(base, ranges)) {
+  for (const Piece& piece : cut(base, ranges, kPiece)) {
     if (piece.node < 0) continue;
     const std::vector<int> nodes = nodes_of_pages(piece.address, piece.bytes);
     std::vector<void*> pages;
@@ -203,7 +218,7 @@ void bring_home(std::uintptr_t base, const std::vector<Range>& ranges) {
 void discard(std::uintptr_t address, std::size_t bytes) noexcept {
   try {
     const std::size_t threads = std::min<std::size_t>(16, std::max(1u, std::thread::hardware_concurrency()));
-    share_out(address, {Group{{{0, bytes, -1}}, {}, threads}}, [](std::size_t, const Piece& piece) {
+    share_out(address, {Group{{{0, bytes, -1}}, {}, threads}}, kPiece, [](std::size_t, const Piece& piece) {
       madvise(reinterpret_cast<void*>(piece.address), piece.bytes, MADV_DONTNEED);
     });
   } catch (const std::exception&) {  // no memory for the lists: munmap does it all

@@ -10,7 +10,7 @@
 namespace ldft {
 
 // Ranges whose pages are worked on by threads that run on `cpus` (empty: wherever the caller may run), one thread a
-// CPU, at most `threads`.
+// CPU, at most `threads`. The calling thread is one of them where it runs on such a CPU; it is not bound.
 struct Group {
   std::vector<Range> ranges;  // offsets count from the base address given beside it
   std::vector<int> cpus;

@@ -8,6 +8,7 @@ from pathlib import Path
 from ldft import environment
 from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
+from ldft.memory import strategies
 from ldft.memory.topology import read_topology
 from ldft.training import attention, deepspeed_config, liger, shards, text
 
@@ -20,7 +21,9 @@ def resolve_device(config: Config) -> None:
 
 def check_machine(config: Config) -> None:
     """Raise ConfigError where the config asks for what this machine does not have."""
-    config.numa.placement.resolve(read_topology(), "numa")
+    topology = read_topology()
+    config.numa.placement.resolve(topology, "numa")
+    strategies.assign(config, topology)
     gpus = environment.gpus()
     if config.launch.device is Device.cuda:
         if not gpus:

@@ -20,7 +20,7 @@ from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError
 
 # Sections whose keys are not ours to list: new ones need no plus sign.
-OPEN = ("offload.deepspeed", "model.extra", "model.rope_scaling")
+OPEN = ("offload.deepspeed", "model.extra", "model.rope_scaling", "numa.bandwidth")
 # The seed repository's names, and what people type for ours.
 _OTHER_NAMES = {
     "model_name": "model", "num_layers": "model.num_layers", "hidden_size": "model.hidden_size",

@@ -7,10 +7,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from ldft import checks, environment
+from ldft import checks, environment, fit, placement_view
 from ldft.config import Config, DataKind, Device, Weights, run_id
 from ldft.launch import cores_of_ranks
-from ldft.memory import estimate
+from ldft.memory import estimate, shapes, vram
+from ldft.memory.topology import read_topology
 from ldft.training import deepspeed_config
 
 _LIST_RANKS = 4
@@ -29,20 +30,26 @@ def describe(config: Config) -> str:
     checks.check_inputs(config, fetch=False)
     settings = deepspeed_config.build(config)
     lines = ["ldft: dry run: nothing is started or written", *_what(config), *_processes(config, asked)]
-    lines += [*_bytes(config), *_files(config), "DeepSpeed config:", json.dumps(settings, indent=2)]
+    lines += [
+        *_bytes(config),
+        *placement_view.lines(config, read_topology()),
+        *_files(config),
+        "DeepSpeed config:",
+        json.dumps(settings, indent=2),
+    ]
     return "\n".join(lines)
 
 
 def _what(config: Config) -> list[str]:
     model, train = config.model, config.train
-    exact = "" if model.family in estimate.FAMILIES else "about "
+    exact = "" if model.family in shapes.FAMILIES else "about "
     weights = f"pretrained, from {model.path or 'the hub: ' + model.hf_id}"
     if model.weights is Weights.random:
         weights = f"random, train.seed={train.seed}"
     sequences = train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks
     data = f"{config.data.kind.name}{f', {config.data.path}' if config.data.kind is DataKind.text else ''}"
     return [
-        f"model: {model.name}, {model.family}, {model.num_layers} layers, {exact}{estimate.num_parameters(model):,} parameters",
+        f"model: {model.name}, {model.family}, {model.num_layers} layers, {exact}{shapes.num_parameters(model):,} parameters",
         f"weights: {weights}; data: {data}",
         f"iteration: {sequences} sequences of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} tokens, "
         f"{train.iterations} iterations of which {train.warmup_iterations} warm-up, {train.precision.name}",
@@ -73,15 +80,24 @@ def _ranges(cores: list[int]) -> str:
 
 def _bytes(config: Config) -> list[str]:
     ranks = config.launch.num_ranks
-    host, device = estimate.host_bytes(config), estimate.device_bytes(config)
+    roles, others = estimate.host_bytes(config), estimate.other_bytes(config)
+    lines = [f"expected host memory, all ranks: {gib(estimate.predicted_host_bytes(config))}"]
+    lines += [f"  {part}: {gib(ranks * value)}" for part, value in (roles | others).items()]
+    moments = vram.moments(config)
+    peak = max(moments, key=lambda moment: sum(moments[moment].values()))
     where = "VRAM" if config.launch.device is Device.cuda else "host memory in the device's place"
-    lines = [f"expected host memory, all ranks, by role: {gib(ranks * sum(host.values()))}"]
-    lines += [f"  {role}: {gib(ranks * value)}" for role, value in host.items()]
-    lines.append(f"expected {where}, each rank: {gib(sum(device.values()))}")
-    lines += [f"  {part}: {gib(value)}" for part, value in device.items()]
+    lines.append(f"expected {where}, each rank: {gib(sum(moments[peak].values()))}, at its peak ({peak})")
+    lines += [f"  {part}: {gib(value)}" for part, value in moments[peak].items()]
+    free = fit.available(config)
+    vram_gib = environment.gpu_memory_gib()
     lines.append(
-        f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, GPUs: {len(environment.gpus())}"
+        f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, {gib(free.bytes)} free by {free.limit}; "
+        f"GPUs: {len(environment.gpus())}{f' of {vram_gib:.1f} GiB' if vram_gib else ''}"
     )
+    try:
+        fit.check(config)
+    except fit.DoesNotFitError as error:
+        lines.append(f"does not fit here: {error}")
     return lines
 
 

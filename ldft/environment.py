@@ -29,6 +29,16 @@ def compute_capability() -> tuple[int, int] | None:
     return min(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles)
 
 
+def gpu_memory_gib() -> float | None:
+    """Memory of the machine's smallest GPU, GiB, by NVML; None without a GPU."""
+    if not gpus():
+        return None
+    import pynvml
+
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    return min(float(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles) / 2**30
+
+
 @cache
 def gpus() -> tuple[str, ...]:
     """Models of the GPUs that CUDA would show, by NVML; empty without a driver. Honours CUDA_VISIBLE_DEVICES."""

@@ -2,16 +2,20 @@
 
 What a rank has when its policy is set (the interpreter itself) was placed by whoever started it. So each rank reads its numa_maps
 twice, right after setting the policy and after the last iteration, and what was added in between is what the policy decided about.
-Pages of files are left out: they are where somebody read them first.
+Pages of files are left out: they are where somebody read them first. The machine's counters of what goes against policies are read
+at the same two moments.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from typing import Any
 
 from ldft.config import Config
+from ldft.memory import placing
+from ldft.memory.drift import Counters, read_counters
 from ldft.memory.policy import process_policy, set_process_policy
 from ldft.memory.probe import GIB, MIB, MemoryTable, NodeMemory, process_memory
 from ldft.memory.topology import read_topology
@@ -20,8 +24,15 @@ from ldft.memory.topology import read_topology
 _TOLERANCE, _WORTH_A_WARNING = 0.05, 64 * MIB
 
 
+def settle(config: Config) -> None:
+    """Set what every allocation of this process follows."""
+    placing.settings.huge_pages = config.memory.huge_pages
+    placing.settings.capacity_gib = config.memory.capacity_gib or None
+
+
 def begin(config: Config) -> tuple[MemoryTable, dict[str, Any]]:
     """Set the process policy, in a rank that has not touched much yet. Returns the first reading and what to report."""
+    settle(config)
     topology = read_topology()
     placement = config.numa.placement
     if placement.kind != "default":
@@ -33,6 +44,7 @@ def begin(config: Config) -> tuple[MemoryTable, dict[str, Any]]:
         "numa_policy": asked.describe(),
         "numa_requested": None if shares is None else {str(node): share for node, share in shares.items()},
         "numa_kernel_weights_json": json.dumps(topology.weights) if topology.weights else None,
+        "numa_counters": _plain(read_counters()),
     }
     return process_memory(os.getpid()), said
 
@@ -43,7 +55,34 @@ def end(first: MemoryTable) -> dict[str, Any]:
     zero = NodeMemory()
     added = {str(n): max(0, m.anonymous - first.nodes.get(n, zero).anonymous) for n, m in table.nodes.items()}
     parts = {str(n): [m.huge, m.heap, m.stack, m.private, m.file] for n, m in table.nodes.items()}
-    return {"numa_added": added, "numa_memory": parts, "numa_process": [table.pids, table.names]}
+    process = [table.pids, table.names]
+    return {
+        "numa_added": added,
+        "numa_memory": parts,
+        "numa_process": process,
+        "numa_counters_end": _plain(read_counters()),
+    }
+
+
+def _plain(counters: Counters) -> dict[str, Any]:
+    return dataclasses.asdict(counters) | {"passed_over": {str(n): count for n, count in counters.passed_over.items()}}
+
+
+def _drift(report: dict[str, Any]) -> Counters:
+    """What the machine did against policies between this rank's two readings."""
+
+    def counters(name: str) -> Counters:
+        values = report[name]
+        passed = {int(node): count for node, count in values["passed_over"].items()}
+        return Counters(passed_over=passed, merged_bytes=values["merged_bytes"])
+
+    return counters("numa_counters_end").since(counters("numa_counters"))
+
+
+def _asked(report: dict[str, Any]) -> set[int]:
+    """Nodes that the policy names; all, where it leaves them open."""
+    requested = report["numa_requested"]
+    return {int(node) for node, share in requested.items() if share} if requested else set(_drift(report).passed_over)
 
 
 def table_of(reports: list[dict[str, Any]]) -> MemoryTable | None:
@@ -86,6 +125,9 @@ def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
         }
         for node in sorted(added)
     ]
+    drift = _drift(first)
+    row["numa_passed_over"] = sum(count for node, count in drift.passed_over.items() if node in _asked(first))
+    row["khugepaged_gib"] = drift.merged_bytes / GIB
     return row
 
 
@@ -102,5 +144,7 @@ def lines(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
     ]
     large = sum(s["added_gib"] for s in shares) * GIB > _WORTH_A_WARNING
     if asked and large and any(abs(s["share"] - s["requested_share"]) > _TOLERANCE for s in shares):
+        causes = _drift(reports[0]).explain(_asked(reports[0]))
         said.append("ldft: warning: the memory is not where numa= asked for it; the row has both shares (numa_shares)")
+        said += [f"ldft: warning: meanwhile {cause}" for cause in causes]
     return said

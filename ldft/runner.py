@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldft import attempt, checks, environment, launch, nodes, results, stop, verdict
+from ldft import attempt, checks, environment, fit, launch, nodes, results, stop, verdict
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError
@@ -63,6 +63,8 @@ def run(
         config.validate()
         checks.check_machine(config)
         checks.check_inputs(config, fetch=True)
+        row |= fit.predictions(config)
+        fit.check(config)
         restore_kernel_weights()  # what a run that died may have left
         if show:
             exits, decision, waited_s = _run_ranks(config, folder, show)

@@ -171,7 +171,7 @@ def test_the_kernel_killing_a_rank_for_memory_is_oom_host(start) -> None:
     limit = next(p for p in (group / "memory.limit_in_bytes", group / "memory.max") if p.exists())
     limit.write_text(str(350 << 20))  # Python and torch alone take more
     try:
-        run = start(preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
+        run = start("force=true", preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
         exit_code, out = run.end()
         row = only_row(run.results_dir)
         assert (exit_code, row.status, row.signal) == (1, "oom_host", "SIGKILL"), out

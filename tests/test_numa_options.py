@@ -36,6 +36,8 @@ def test_a_policy_is_applied_and_its_shares_are_in_the_row_and_on_screen(ldft) -
     share = next(s for s in row.numa_shares if s["node"] == NODE)
     assert share["requested_share"] == 1.0 and share["share"] > 0.95
     assert share["added_gib"] > 0.05  # torch and the model, not the interpreter alone
+    assert row.numa_passed_over == 0 or len(read_topology().nodes) > 1
+    assert row.khugepaged_gib >= 0
     assert sum(n["total_gib"] for n in row.nodes) == pytest.approx(row.peak_rss_gib[0], rel=0.2)
     assert "Per-node process memory usage (in MBs) for PID" in done.stdout
     assert f"ldft: memory policy bind of node {NODE}: asked node {NODE} 100.0%; got node {NODE}" in done.stdout
@@ -58,8 +60,10 @@ def test_nodes_that_do_not_exist_are_one_line_and_exit_code_2(ldft, arguments, k
     assert done.row.error_message in done.stderr and "\n" not in done.row.error_message
 
 
-def report(added: dict[str, int], requested: dict[str, float] | None) -> dict:
+def report(added: dict[str, int], requested: dict[str, float] | None, passed: int = 0, merged: int = 0) -> dict:
     return {
+        "numa_counters": {"passed_over": {"0": 70, "3": 5}, "merged_bytes": 4 * GIB},
+        "numa_counters_end": {"passed_over": {"0": 70 + passed, "3": 5}, "merged_bytes": 4 * GIB + merged},
         "numa_policy": "weighted_interleave of nodes 0,3 by 1:2",
         "numa_requested": requested,
         "numa_kernel_weights_json": json.dumps({0: 1, 3: 2}),
@@ -82,6 +86,11 @@ def test_ranks_are_summed_and_a_difference_is_a_warning() -> None:
     assert said[-1].endswith("asked node 0 33.3%, node 3 66.7%; got node 0 33.3%, node 3 66.7%")
     astray = [report({"0": 2 * GIB, "3": 2 * GIB}, asked)]
     assert "warning" in nodes.lines(nodes.columns(astray, "here"), astray)[-1]
+    astray = [report({"0": 2 * GIB, "3": 2 * GIB}, asked, passed=9, merged=GIB)]
+    row = nodes.columns(astray, "here")
+    assert row["numa_passed_over"] == 9 and row["khugepaged_gib"] == 1.0
+    full, merged = nodes.lines(row, astray)[-2:]
+    assert "passed over node 0 9 times" in full and "node 3" not in full and "khugepaged merged 1.00 GiB" in merged
     open_ended = [report({"0": GIB}, None)]
     assert "warning" not in nodes.lines(nodes.columns(open_ended, "here"), open_ended)[-1]
 

@@ -6,9 +6,9 @@ from ldft.config.data import DataConfig, DataKind
 from ldft.config.kernels import KernelsConfig
 from ldft.config.launch import Device, LaunchConfig
 from ldft.config.lora import LoraConfig
-from ldft.config.memory import MemoryConfig
+from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig, Weights
-from ldft.config.numa import NumaConfig
+from ldft.config.numa import NumaConfig, NumaKind, NumaScope, NumaStrategy
 from ldft.config.offload import OffloadConfig, OffloadDevice
 from ldft.config.optimizer import OptimizerConfig, Schedule
 from ldft.config.root import Config, ResultsConfig, columns, from_dict, run_id, series_id, to_dict
@@ -30,9 +30,13 @@ __all__ = [
     "MemoryConfig",
     "ModelConfig",
     "NumaConfig",
+    "NumaKind",
+    "NumaScope",
+    "NumaStrategy",
     "OffloadConfig",
     "OffloadDevice",
     "OptimizerConfig",
+    "Pinning",
     "Precision",
     "Rerun",
     "ResultsConfig",

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
+from ldft.errors import ConfigError
+
 
 class Pinning(Enum):
-    """torch: pinned by torch's own allocator, as stock DeepSpeed does it; none: pageable."""
+    """exact: in ldft's own arenas, exact bytes, pinned where DMA touches them; torch: stock DeepSpeed's tensors, pinned by
+    torch's allocator; none: ldft's arenas, pageable."""
 
+    exact = "exact"
     torch = "torch"
     none = "none"
 
 
 @dataclass(kw_only=True, slots=True)
 class MemoryConfig:
-    pinning: Pinning = Pinning.torch
-    """How offloaded tensors that DMA touches are pinned. Without CUDA nothing is pinned."""
+    pinning: Pinning = Pinning.exact
+    """Whose host memory offloaded tensors lie in, and whether what DMA touches is pinned. Without CUDA nothing is pinned."""
+
+    huge_pages: bool = True
+    """Ask the kernel for transparent huge pages in ldft's arenas."""
+
+    capacity_gib: float = 0.0
+    """This machine's memory, GiB, for virtual machines that show less and grow as it is touched; 0: what the kernel says."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for what is wrong on any machine."""
+        if not (self.capacity_gib >= 0 and math.isfinite(self.capacity_gib)):
+            raise ConfigError(
+                "memory.capacity_gib", f"{self.capacity_gib:g} is no size; use 0 (what the kernel says) or GiB above 0"
+            )

@@ -18,7 +18,7 @@ from ldft.config.data import DataConfig
 from ldft.config.kernels import KernelsConfig
 from ldft.config.launch import Device, LaunchConfig
 from ldft.config.lora import LoraConfig
-from ldft.config.memory import MemoryConfig
+from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig
 from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig
@@ -29,7 +29,7 @@ from ldft.config.train import Precision, TrainConfig
 from ldft.errors import CombinationError, ConfigError
 
 # Keys that say where results go, how long to wait or what else runs, not what is measured.
-_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun", "dry_run")
+_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun", "dry_run", "force")
 # Raised when a key's meaning changes, so that old and new results of one command line stay apart.
 _IDENTITY_VERSION = 1
 
@@ -73,6 +73,9 @@ class Config:
     dry_run: bool = False
     """Print what would run and end; nothing is started or written."""
 
+    force: bool = False
+    """Run also what does not fit this machine by the estimate."""
+
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
         for part in (
@@ -85,6 +88,7 @@ class Config:
             self.data,
             self.train,
             self.launch,
+            self.memory,
             self.sweep,
         ):
             part.validate()
@@ -93,6 +97,10 @@ class Config:
             raise ConfigError("repeat", f"{self.repeat} is too small; use 1 or more")
         if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:
             raise CombinationError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")
+        if self.numa.by_role and self.memory.pinning is Pinning.torch:
+            raise CombinationError(
+                "memory.pinning", "torch leaves tensors where torch's allocator puts them; roles need exact or none"
+            )
         if self.snapshot and self.launch.device is Device.cpu:
             raise CombinationError(
                 "snapshot", "true needs launch.device=cuda, not cpu: torch keeps no history of host memory"

@@ -1,113 +1,122 @@
-"""Expected bytes by formula, before anything runs. Without torch.
+"""Expected bytes in host memory by formula, before anything runs. Without torch. VRAM: vram.py.
 
-What stock DeepSpeed keeps per parameter with AdamW: 4 B master weight, 4 B master gradient and 4 + 4 B moments in fp32; in
-compute precision the weight, and with ZeRO-3 offload a gradient that waits for accumulation (read in its source, 0.19.8).
+What stock DeepSpeed (0.19, read in its source) keeps for each trained parameter that a rank holds, with the optimizer on the host:
+
+    master_weights, master_gradients    4 B each, fp32
+    momentum, variance                  4 B each, fp32; Lion has no variance
+    compute_gradients                   ZeRO-3: in compute precision, also with one accumulation step
+                                        ZeRO-2: one largest parameter, and with accumulation every parameter, whole
+    compute_weights                     ZeRO-3 with parameters on the host: in compute precision, frozen ones too
+                                        ZeRO-2: the updated weights on their way to the device
+
+ZeRO-3 pads each parameter to a multiple of the ranks; ZeRO-1 and 2 pad all of them together to a multiple of twice the ranks.
+Sub-groups are not padded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from typing import Any
 
-from ldft.config import Config, ModelConfig, OffloadDevice, Precision
+from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.checkpointing import CheckpointingMode
+from ldft.memory import shapes, vram
+from ldft.training import deepspeed_config
+
+# Interpreter, libraries and, on CUDA, its context, less file pages: measured peaks of runs whose tensors are few
+# (benchmarks/results/fp16-*.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.44 GiB without a GPU).
+_PROCESS = {Device.cuda: int(1.55 * 2**30), Device.cpu: int(0.44 * 2**30)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What sets a family's parameter count apart from Llama's."""
-
-    qkv_bias: bool = False
-    norms_per_layer: int = 2
+def trained_sizes(config: Config) -> Counter[int]:
+    """Elements -> number of trained parameters of that size."""
+    return shapes.parameter_sizes(config.model)
 
 
-# Families whose count is exact, which a test compares with transformers' own. Others are counted as Llama.
-FAMILIES = {
-    "llama": _Family(),
-    "mistral": _Family(),
-    "phi3": _Family(),
-    "qwen2": _Family(qkv_bias=True),
-    "gemma2": _Family(norms_per_layer=4),
-}
+def frozen_sizes(config: Config) -> Counter[int]:
+    """The same of the parameters that are not trained."""
+    return Counter()
 
 
-def layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one decoder layer."""
-    family = FAMILIES.get(model.family, _Family())
-    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    attention = 2 * model.hidden_size * queries + 2 * model.hidden_size * keys
-    biases = queries + 2 * keys if family.qkv_bias else 0
-    norms = family.norms_per_layer * model.hidden_size
-    return attention + biases + 3 * model.hidden_size * model.intermediate_size + norms
-
-
-def num_parameters(model: ModelConfig) -> int:
-    """Parameters of the model, a tied embedding counted once."""
-    embeddings = (1 if model.tie_word_embeddings else 2) * model.vocab_size * model.hidden_size
-    return embeddings + model.num_layers * layer_parameters(model) + model.hidden_size
-
-
-def _compute_bytes(config: Config) -> int:
-    return 4 if config.train.precision is Precision.fp32 else 2
+def host_bytes(config: Config) -> dict[str, int]:
+    """Bytes of one rank in host memory by role, the same for every rank; roles that stay on the device are missing."""
+    offload, ranks = config.offload, config.launch.num_ranks
+    width = 4 if config.train.precision is Precision.fp32 else 2
+    trained, frozen = trained_sizes(config), frozen_sizes(config)
+    roles: dict[str, int] = {}
+    if offload.optimizer is OffloadDevice.cpu:
+        if offload.stage == 3:
+            share = shapes.split(trained, ranks)
+            roles["compute_gradients"] = width * share
+        else:
+            whole = shapes.total(trained)
+            share = -(-whole // (2 * ranks)) * 2
+            accumulates = config.train.gradient_accumulation_steps > 1
+            roles["compute_gradients"] = width * (max(trained) + (whole if accumulates else 0))
+            roles["compute_weights"] = width * share
+        roles |= {name: 4 * share for name in ("master_weights", "master_gradients", "momentum", "variance")}
+        if config.optimizer.name == "lion":
+            del roles["variance"]
+    if offload.parameters is OffloadDevice.cpu:
+        roles["compute_weights"] = width * (shapes.split(trained, ranks) + shapes.split(frozen, ranks))
+    if checkpoint_bytes(config):
+        roles["activations"] = checkpoint_bytes(config)
+    return roles
 
 
 def layer_input_bytes(config: Config) -> int:
     """Bytes of one decoder layer's input, of one micro-batch."""
-    tokens = config.train.micro_batch_size * config.seq_len.tokens
-    return _compute_bytes(config) * tokens * config.model.hidden_size
+    return vram.hidden_bytes(config)
 
 
 def checkpoint_bytes(config: Config) -> int:
     """Bytes of layer inputs that wait in one rank's host memory: those of all groups of layers but the last."""
     if config.checkpointing.mode is not CheckpointingMode.cpu:
         return 0
-    return (config.checkpointing.groups(config.model.num_layers) - 1) * layer_input_bytes(config)
+    return (config.checkpointing.groups(config.model.num_layers) - 1) * vram.hidden_bytes(config)
 
 
-def host_bytes(config: Config) -> dict[str, int]:
-    """Bytes of one rank in host memory by role; roles that stay on the device are missing."""
-    share = num_parameters(config.model) // config.launch.num_ranks
-    roles: dict[str, int] = {}
-    if config.offload.optimizer is OffloadDevice.cpu:
-        roles |= {name: 4 * share for name in ("master_weights", "master_gradients", "momentum", "variance")}
-        roles["compute_gradients"] = _compute_bytes(config) * share
-    if config.offload.parameters is OffloadDevice.cpu:
-        roles["compute_weights"] = _compute_bytes(config) * share
-    if checkpoint_bytes(config):
-        roles["activations"] = checkpoint_bytes(config)
-    return roles
-
-
-def device_bytes(config: Config) -> dict[str, int]:
-    """Bytes of one rank in device memory at their peak, by what they are for. Buckets and fragmentation are not in it."""
-    model, offload, ranks = config.model, config.offload, config.launch.num_ranks
-    parameters, width = num_parameters(model), _compute_bytes(config)
-    share = parameters // ranks
-    tokens = config.train.micro_batch_size * config.seq_len.tokens
-    parts: dict[str, int] = {}
-    if offload.stage < 3:
-        parts["weights"] = width * parameters
-    else:
-        if offload.parameters is OffloadDevice.none:
-            parts["weights"] = width * share
-        # The module at work and the next one, whole: two layers, or embedding and output projection.
-        parts["gathered weights"] = 2 * width * max(layer_parameters(model), model.vocab_size * model.hidden_size)
-    if offload.optimizer is OffloadDevice.none:
-        parts["gradients"] = width * (parameters if offload.stage < 2 else share)
-        parts["optimizer"] = 12 * (parameters if offload.stage == 0 else share)
-    elif offload.stage == 1:
-        parts["gradients"] = width * parameters
-    layer_input = layer_input_bytes(config)
-    # Inside a layer: norms and residuals (6 hidden), queries, keys, values and output, three MLP products and their activation.
-    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    inside = width * tokens * (6 * model.hidden_size + heads + 4 * model.intermediate_size)
-    if config.checkpointing.mode is CheckpointingMode.none:
-        parts["activations"] = model.num_layers * (layer_input + inside)
-    else:
-        waiting = config.checkpointing.groups(model.num_layers)
-        if config.checkpointing.mode is CheckpointingMode.cpu:
-            waiting = min(waiting, 2)  # the one in use and the one on its way
-        every = config.checkpointing.every
-        parts["activations"] = waiting * layer_input + every * inside + (every - 1) * layer_input
-    # In compute precision and, for the loss, in fp32; and the gradient of each.
-    parts["logits"] = 2 * (width + 4) * tokens * model.vocab_size
+def other_bytes(config: Config) -> dict[str, int]:
+    """Bytes of one rank in host memory beside the roles, by what they are for."""
+    parts = {"process": _PROCESS[config.launch.device]}
+    if deepspeed_config.pins(config) and config.offload.optimizer is OffloadDevice.cpu:
+        parts["torch's pinned allocator"] = _rounding(config)
+    if config.launch.device is Device.cpu:
+        parts["device part"] = sum(vram.device_bytes(config).values())
     return parts
+
+
+def predicted_host_bytes(config: Config) -> int:
+    """Peak of all ranks together."""
+    return config.launch.num_ranks * (sum(host_bytes(config).values()) + sum(other_bytes(config).values()))
+
+
+def _rounding(config: Config) -> int:
+    """What torch's pinned allocator adds: each block becomes a power of two, and the weights, pinned one by one before
+    DeepSpeed moves them into one block, stay in its cache."""
+    roles, ranks = host_bytes(config), config.launch.num_ranks
+    width = 4 if config.train.precision is Precision.fp32 else 2
+    zero: dict[str, Any] = deepspeed_config.build(config)["zero_optimization"]
+    blocks = [roles["compute_gradients"], roles.get("compute_weights", 0)]
+    blocks += [4 * part for part in _sub_groups(config, zero.get("sub_group_size", 1 << 62))]
+    added = sum(_power_of_two(block) - block for block in blocks)
+    if config.offload.parameters is OffloadDevice.cpu:
+        sizes = trained_sizes(config) + frozen_sizes(config)
+        added += sum(_power_of_two(width * -(-size // ranks)) * count for size, count in sizes.items())
+    return added
+
+
+def _sub_groups(config: Config, size: int) -> list[int]:
+    """Elements of the sub-groups that DeepSpeed makes: as many parameters as reach `size`, about, since their order is left out."""
+    share = shapes.split(trained_sizes(config), config.launch.num_ranks)
+    if config.offload.stage < 3 or size >= share:
+        return [share]
+    if size == 0:
+        sizes = trained_sizes(config).elements()
+        return [-(-one // config.launch.num_ranks) for one in sizes]
+    whole = share // size
+    return [size] * whole + ([share - whole * size] if share > whole * size else [])
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size > 0 else 0

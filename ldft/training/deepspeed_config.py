@@ -12,7 +12,7 @@ from ldft.training import deepspeed_keys, zero_sizes
 
 
 def pins(config: Config) -> bool:
-    """Whether DeepSpeed is told to pin offloaded tensors."""
+    """Whether DeepSpeed is told to pin offloaded tensors. Those in arenas of ours are pinned, or not, by us."""
     return config.launch.device is Device.cuda and config.memory.pinning is Pinning.torch
 
 

@@ -25,7 +25,7 @@ def add(model: PreTrainedModel, config: Config, deepspeed_config: dict[str, Any]
     lora.target_modules names does not exist.
     """
     dtype, partitioned = model.dtype, config.offload.stage == 3
-    construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype) if partitioned else nullcontext()
+    construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
     settings = _peft_config(config.lora)
     previous = torch.get_default_dtype()
     try:

@@ -24,7 +24,7 @@ ahead is device memory for nothing:
 from __future__ import annotations
 
 from ldft.config import Config, ModelConfig, OffloadDevice
-from ldft.memory.estimate import layer_parameters
+from ldft.memory.shapes import layer_parameters
 
 # DeepSpeed's own defaults, written out. All in elements.
 DEFAULTS = {

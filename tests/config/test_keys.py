@@ -15,11 +15,15 @@ import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from ldft import cell, dry_run, environment, launch, plan, results, runner
+from ldft import cell, dry_run, environment, fit, launch, nodes, plan, results, runner
 from ldft.config import Config, Device, columns, from_dict, run_id, series_id, to_dict
 from ldft.errors import ConfigError
 from ldft.history import History
 from ldft.launch import RankExit
+from ldft.memory import placing, strategies
+from ldft.memory.limits import Free
+from ldft.memory.strategies import ROLES
+from ldft.memory.topology import Node, Topology
 from ldft.training import checkpointing, data, deepspeed_config, liger, model, schedule, shards
 from tests.conftest import compose
 
@@ -121,6 +125,7 @@ def run(config: Config) -> Any:
         patch.setattr(launch, "Ranks", fake)
         patch.setattr(environment, "gpus", lambda: ("a GPU", "a GPU"))
         patch.setattr(environment, "driver", lambda: None)
+        patch.setattr(environment, "gpu_memory_gib", lambda: 80.0)
         patch.setattr(environment, "compute_capability", lambda: (9, 0))
         patch.setattr(launch, "wait", lambda ranks, timeout_s, tick: fake.update(timeout_s=timeout_s) or True)
         row = runner.run(config).row
@@ -149,6 +154,30 @@ def placement(config: Config) -> Any:
     return config.numa.placement
 
 
+def assigned(config: Config) -> Any:
+    """Placement by role on a machine of two nodes."""
+    nodes = tuple(Node(id=id, cpus=(0,), total_bytes=1 << 30, distances={0: 10, 1: 20}) for id in (0, 1))
+    return strategies.assign(config, Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1)))
+
+
+def strategy(config: Config) -> Any:
+    """Placement by role of two ranks on a machine with two nodes of local memory and two of CXL; or the line that refuses it."""
+    config.launch.num_ranks = 2
+    nodes = tuple(
+        Node(id=id, cpus=(id,) * (id < 2), total_bytes=4 << 30, distances={n: 10 for n in range(4)}) for id in range(4)
+    )
+    machine = Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1, 2, 3))
+    return strategies.assign(config, machine)
+
+
+def allocations(config: Config) -> Any:
+    """What every allocation of a rank follows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placing, "settings", placing.Settings())
+        nodes.settle(config)
+        return placing.settings
+
+
 def planned(config: Config) -> Any:
     """Seeds and repetitions of the cells that a sweep over three seeds would run with this config."""
     cells = [[f"train.seed={seed}"] for seed in range(3)]
@@ -173,10 +202,22 @@ def decision(config: Config) -> Any:
     return [cell.decide(one, History(folder)).do for one in (config, longer)]
 
 
+def fitting(config: Config) -> Any:
+    """What becomes of a run that has a KiB of free memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "free_memory", lambda capacity: Free(bytes=1024, limit="MemAvailable"))
+        try:
+            fit.check(config)
+        except ConfigError as error:
+            return str(error)
+    return "runs"
+
+
 def printed(config: Config) -> Any:
     return config.dry_run and dry_run.describe(config)
 
 
+BANDWIDTH = "{node0:{cpu:200},node1:{cpu:200},node2:{cpu:50},node3:{cpu:50}}"
 # key -> (what it is changed to, where that must show, what else is set before and after). A new key without an entry fails the
 # test; there are no exemptions.
 CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
@@ -206,10 +247,23 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "offload.deepspeed": ("{zero_optimization:{sub_group_size:7}}", deepspeed, []),
     "offload.deepspeed_file": ("$JSON", deepspeed, []),
     "numa.name": ("other", run, []),
-    "numa.scope": ("roles", refusal, []),
+    "numa.scope": ("roles", refusal, ["memory.pinning=torch"]),
     "numa.kind": ("bind", placement, ["numa.nodes=[0]"]),
     "numa.nodes": ("[0]", placement, ["numa.kind=bind"]),
     "numa.weights": ("[2]", placement, ["numa.kind=weighted_interleave", "numa.nodes=[0]"]),
+    "numa.strategy": ("local_only", strategy, []),
+    "numa.local_nodes": ("[1]", strategy, ["numa=local_only"]),
+    "numa.cxl_nodes": ("[3]", strategy, ["numa=naive_interleaving"]),
+    "numa.local_budget_gib": ("0.001", strategy, ["numa=cxl_aware"]),
+    "numa.cxl_budget_gib": ("0.0002", strategy, ["numa=optimal", f"numa.bandwidth={BANDWIDTH}"]),
+    "numa.bandwidth": (
+        BANDWIDTH.replace("{cpu:50}", "{cpu:9}"),
+        strategy,
+        ["numa=optimal", f"numa.bandwidth={BANDWIDTH}"],
+    ),
+    **{f"numa.roles.{role}.kind": ("preferred", assigned, [f"numa.roles.{role}.nodes=[0,1]"]) for role in ROLES},
+    **{f"numa.roles.{role}.nodes": ("[0]", assigned, []) for role in ROLES},
+    **{f"numa.roles.{role}.weights": ("[4,1]", assigned, [f"numa.roles.{role}.nodes=[0,1]"]) for role in ROLES},
     "checkpointing.mode": ("none", waiting_inputs, []),
     "checkpointing.every": ("2", waiting_inputs, []),
     "seq_len.tokens": ("9", batches, []),
@@ -240,7 +294,9 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "launch.num_ranks": ("2", run, []),
     "launch.device": ("auto", run, []),
     "launch.timeout_s": ("33", run, []),
-    "memory.pinning": ("none", deepspeed_on_cuda, []),
+    "memory.pinning": ("torch", deepspeed_on_cuda, []),
+    "memory.huge_pages": ("false", allocations, []),
+    "memory.capacity_gib": ("64", allocations, []),
     "results.dir": ("$TMP/elsewhere", run, []),
     "system": ("rack7", run, []),
     "repeat": ("2", run, []),
@@ -253,6 +309,7 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "sweep.started_at": ("2e9", refusal, ["sweep.repeats=2"]),
     "snapshot": ("true", refusal, []),
     "dry_run": ("true", printed, []),
+    "force": ("true", fitting, []),
 }
 
 

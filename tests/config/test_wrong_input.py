@@ -116,6 +116,13 @@ WRONG = {
     ],
     "train.loss_scale=8": ["train.loss_scale: 8 has no use with train.precision=bf16", "fp16"],
     "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],
+    "memory.capacity_gib=-1": ["memory.capacity_gib: -1 is no size", "above 0"],
+    "numa=roles_0_3 memory.pinning=torch": ["memory.pinning: torch leaves tensors", "exact or none"],
+    "numa.roles.momentum.nodes=[0] memory.pinning=torch": ["memory.pinning: torch leaves tensors"],
+    "numa.roles.momentum.nodes=[0,99]": ["numa.roles.momentum.nodes: node 99 does not exist", "choose from those"],
+    "numa.roles.momentum.kind=bind": ["numa.roles.momentum.nodes: kind bind needs at least one node"],
+    "numa.roles.variance.nodes=[0] numa.roles.variance.weights=[1,2]": ["numa.roles.variance.weights: 2 weights for 1"],
+    "numa.roles.moments.nodes=[0]": ["numa.roles.moments: no such key", "did you mean numa.roles.momentum?"],
     "launch.device=cuda": ["launch.device: cuda: no NVIDIA GPU", "launch.device=cpu"],
     "attention=flash": ["attention: 'flash' does not exist", "use one of auto, eager", "sdpa_cudnn"],
     "attention=sdpa_cudnn launch.device=cpu": ["attention.kind: sdpa_cudnn needs launch.device=cuda", "use sdpa"],
@@ -197,6 +204,7 @@ def test_more_ranks_than_gpus_and_old_gpus_are_refused(ldft: CLI, monkeypatch: p
     monkeypatch.setattr(environment, "gpus", lambda: ("a GPU",))
     monkeypatch.setattr(environment, "driver", lambda: None)
     monkeypatch.setattr(environment, "compute_capability", lambda: (7, 5))
+    monkeypatch.setattr(environment, "gpu_memory_gib", lambda: 80.0)
     done = ldft("launch.device=cuda", "launch.num_ranks=2")
     assert (done.exit_code, done.stderr) == (
         2,

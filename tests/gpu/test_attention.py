@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from ldft.config import AttentionKind, Config, Device
 from ldft.errors import ConfigError
 from ldft.training import attention, cudnn_attention
+from tests.gpu.machine import cuda_config, kinds
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -25,21 +25,9 @@ KERNELS = {
 }
 
 
-def kinds() -> list[str]:
-    """What can run here."""
-    found = []
-    for kind in AttentionKind:
-        config = Config()
-        config.launch.device, config.attention.kind = Device.cuda, kind
-        try:
-            attention.choose(config)
-        except ConfigError:
-            continue
-        found.append(kind.name)
-    return [name for name in found if name not in ("auto", "eager")]
-
-
-KINDS = kinds() if torch.cuda.is_available() else []
+KINDS = (
+    [kind for kind in kinds(cuda_config("kernels.liger=false")) if kind != "eager"] if torch.cuda.is_available() else []
+)
 
 
 def run(kind: str, tensors: list[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
@@ -134,8 +122,7 @@ def test_the_kernel_that_runs_is_the_one_asked_for_also_when_recomputed(kind: st
         assert not [name for name in names if any(part in name for part in (*others, "fmha_cutlass", "softmax"))], names
 
 
-def test_auto_on_this_machine() -> None:
-    config = Config()
-    config.launch.device = Device.cuda
-    expected = "sdpa_cudnn" if torch.cuda.get_device_capability()[0] in (9, 10) else None
-    assert expected is None or attention.choose(config).name == expected
+def test_auto_takes_cudnn_on_hopper() -> None:
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("neither Hopper nor Blackwell")
+    assert attention.choose(cuda_config()).name == "sdpa_cudnn"

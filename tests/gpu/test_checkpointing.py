@@ -87,7 +87,7 @@ def test_gradients_are_those_of_inputs_on_the_device(precision: str, slow: str) 
         expected = [gradients(network, seed) for seed in range(3)]
         # Some kernels add in any order: what two equal passes differ by is the measure.
         noise = max(difference(gradients(network, seed), expected[seed]) for seed in range(3))
-        assert difference(expected[0], expected[1]) > 100 * noise
+        assert difference(expected[0], expected[1]) > 10 * noise
         kept = store(every, lanes=SlowLanes(device()) if slow == "copies" else None, width=width)
         Checkpointing(network, kept, every)
         torch.cuda.synchronize()
@@ -137,8 +137,8 @@ def test_peak_memory_is_lower_by_all_but_three_inputs_and_does_not_grow() -> Non
             torch.cuda.reset_peak_memory_stats()
             network(states).backward()
             peaks[name] = torch.cuda.max_memory_allocated()
-            assert torch.cuda.memory_allocated() == before
             torch.cuda.synchronize()
+            assert torch.cuda.memory_allocated() == before
             reserved.append(torch.cuda.memory_reserved())
         assert len(set(reserved)) == 1
     assert peaks["gpu"] - peaks["cpu"] >= (layers - 3) * size
@@ -176,7 +176,12 @@ def test_copies_run_beside_the_computation() -> None:
     kept = HostInputs(layers, size, device(), pin=True)
     slot = kept.host_tensors()[0][0]
     bytes_ = states.view(torch.uint8)
-    copies_s = (layers - 1) * seconds(lambda: (slot.copy_(bytes_, True), bytes_.copy_(slot, True)) and None)
+
+    def there_and_back() -> None:
+        slot.copy_(bytes_, non_blocking=True)
+        bytes_.copy_(slot, non_blocking=True)
+
+    copies_s = (layers - 1) * seconds(there_and_back)
     states.fill_(1)
     network = Stack(layers, cycles=24_000_000)  # over 10 ms, a copy takes 5
     times = {}

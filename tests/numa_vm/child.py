@@ -50,6 +50,20 @@ def policy(placement: Placement) -> None:
         heir.communicate("\n")
 
 
+def plain(placement: Placement) -> None:
+    set_process_policy(placement)
+    say(ranges=[take(192)])
+
+
+def mergeable(placement: Placement) -> None:
+    """Base pages that khugepaged may merge: it is told that it may once they are there."""
+    with kernel_weights(placement):
+        set_process_policy(placement)
+        taken = take(64)
+        MAPPINGS[-1].madvise(mmap.MADV_HUGEPAGE)
+        say(ranges=[taken])
+
+
 def inherit(_: Placement) -> None:
     now = process_policy()
     say(ranges=[take(24)], policy=[now.kind, list(now.nodes), list(now.weights)])
@@ -72,7 +86,7 @@ def fail_inside(placement: Placement) -> None:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
-    action = {f.__name__: f for f in (policy, inherit, weights, restore, fail_inside)}[sys.argv[1]]
+    action = {f.__name__: f for f in (policy, plain, mergeable, inherit, weights, restore, fail_inside)}[sys.argv[1]]
     try:
         action(Placement(**given))
     except (ValueError, MemoryError) as error:

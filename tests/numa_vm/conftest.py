@@ -100,3 +100,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if any(counts.values()):
         said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         terminalreporter.write_line(f"numa-vm: tests of the emulated four-node machine: {said}")
+    if counts["skipped"] and os.environ.get("LDFT_REQUIRE_NUMA_VM") == "1":
+        terminalreporter.write_line("numa-vm: LDFT_REQUIRE_NUMA_VM=1, so a skip is a failure", red=True)

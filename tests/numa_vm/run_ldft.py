@@ -3,9 +3,11 @@
 
     .venv/bin/python tests/numa_vm/run_ldft.py model=nano seq_len.tokens=16 train.iterations=3 numa=weighted_0_3
 
-Results go to .numa-vm/results in the current folder, unless results.dir is given (it has to lie in .numa-vm).
+Results go to .numa-vm/results in the current folder, unless results.dir is given (it has to lie in .numa-vm). In the guest
+that folder is a copy in RAM, which is copied back at the end; whole.py says why.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,10 +19,19 @@ LIMIT_S = 900
 
 def words(folder: Path, overrides: list[str]) -> list[str]:
     """The command line for the guest; results under `folder` unless `overrides` say where."""
+    given = [word.removeprefix("results.dir=") for word in overrides if word.startswith("results.dir=")]
+    kept = Path(given[-1]).absolute() if given else folder / "results"
+    if not kept.is_relative_to(folder):
+        raise machine.MachineError(f"results.dir={given[-1]} is lost with the machine; choose a folder in {folder}")
+    kept.mkdir(parents=True, exist_ok=True)
     variables = build_ops.portable_environment(folder / "ops")
-    if not any(word.startswith("results.dir=") for word in overrides):
-        overrides = [*overrides, f"results.dir={folder / 'results'}"]
-    return ["env", *(f"{name}={value}" for name, value in variables.items()), sys.executable, "-m", "ldft", *overrides]
+    ldft = shlex.join([sys.executable, "-m", "ldft", *overrides, f"results.dir={kept}"])
+    folder_in_ram = (
+        f'host=$(mktemp -d); here={shlex.quote(str(kept))}; mount --bind "$here" "$host" && '
+        'mount -t tmpfs results "$here" && cp -a "$host/." "$here"'
+    )
+    script = f'{folder_in_ram} || exit 1; {ldft}; status=$?; cp -a "$here/." "$host"; exit $status'
+    return ["env", *(f"{name}={value}" for name, value in variables.items()), "sh", "-c", script]
 
 
 def main() -> int:

@@ -6,8 +6,8 @@ RUNS = Runs()
 WITHIN = 0.05
 # Enough for the shares to mean something: 80 MB.
 WORTH = 20_000
-# Pages that may be elsewhere: the interpreter itself, before it could set a policy, has 13 MB.
-BEFORE_POLICY = 6000
+# Pages that may be elsewhere: the interpreter moves some that it had before it could set a policy. 4 MB.
+STRAY = 1000
 
 
 def check_shares(row, seen: Seen, wanted: dict[int, float]) -> None:
@@ -19,7 +19,7 @@ def check_shares(row, seen: Seen, wanted: dict[int, float]) -> None:
     assert total > WORTH, f"the watcher: {seen}"
     for node, share in wanted.items():
         assert added.get(node, 0) / total == pytest.approx(share, rel=WITHIN), f"the watcher: {seen}"
-    assert sum(added.values()) - total < BEFORE_POLICY, f"the watcher: {seen}"
+    assert sum(added.values()) - total < STRAY, f"the watcher: {seen}"
 
     achieved = {entry["node"]: entry["share"] for entry in row["numa_shares"]}
     for node, share in wanted.items():

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-MODULES = ["guest_placement", "guest_full", "guest_process"]
+MODULES = ["guest_placement", "guest_full", "guest_process", "guest_drift"]
 
 
 class Cases(dict[str, Callable[[], dict | None]]):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from numa_vm import guest_full, guest_placement, guest_process
+from numa_vm import guest_drift, guest_full, guest_placement, guest_process
 
 
 @pytest.mark.parametrize("name", guest_placement.CASES)
@@ -20,6 +20,12 @@ def test_full_node(check_case, name):
 @pytest.mark.parametrize("name", guest_process.CASES)
 def test_process(check_case, name):
     """The policy of a process is that of all its memory, and the machine's weights come back."""
+    check_case(name)
+
+
+@pytest.mark.parametrize("name", guest_drift.CASES)
+def test_drift(check_case, name):
+    """What the kernel moves or places elsewhere on its own account is counted, and a placed tensor stays where it is."""
     check_case(name)
 
 

@@ -16,6 +16,11 @@ alone: nothing heavy at their top (pytest, numpy, ldft.results go into the funct
 
 Guest side: `python -m numa_vm.whole FOLDER NAME...` starts the runs one after the other and watches each one's worker from
 outside, with reader.py, which shares no code with ldft. FOLDER/NAME is the results folder, FOLDER/NAME.json what was seen.
+
+Results are written to the guest's RAM and copied to FOLDER when the run has ended. Not because it is faster: reading a file of
+the written-through folder in the moment in which it is replaced can hang for good. QEMU's 9p server asks for a size by path and
+gets the new file's, while the descriptor reads the old one, and Linux 6.12 (fs/netfs) asks for the missing bytes again and
+again. A parent of ldft reads its ranks' reports while they are rewritten.
 """
 
 from __future__ import annotations
@@ -23,8 +28,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -47,7 +54,7 @@ class Seen:
     """Exit status of `python -m ldft`; None when its time was up."""
     seconds: float = 0.0
     first: dict[int, int] = field(default_factory=dict)
-    """The first reading, when the interpreter had just started."""
+    """The first reading after the worker has set its policy."""
     last: dict[int, int] = field(default_factory=dict)
     """The last reading, while the worker was whole."""
     policies: dict[str, dict[int, int]] = field(default_factory=dict)
@@ -117,8 +124,9 @@ def collapsed() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("thp_collapse_alloc "))
 
 
-def watch(words: list[str]) -> Seen:
-    """Runs a command and looks at its worker until it ends."""
+def watch(words: list[str], results: Path) -> Seen:
+    """Runs a command and looks at its worker until it ends. What the worker has before its first report was there, or on its
+    way, before it could set a policy."""
     ask, seen = Reader(), Seen()
     began, before = time.monotonic(), collapsed()
     run = subprocess.Popen(words)
@@ -127,7 +135,7 @@ def watch(words: list[str]) -> Seen:
             run.terminate()  # ldft ends its worker and leaves a row
             run.wait()
             return seen
-        if (pid := worker()) is not None:
+        if (pid := worker()) is not None and list(results.glob("*/*/rank-0.json")):
             try:
                 reading = ask(pid, [])
             except RuntimeError:  # it ended while it was read
@@ -143,9 +151,12 @@ def watch(words: list[str]) -> Seen:
 def main(folder: Path, wanted: list[str]) -> None:
     for name in wanted:
         run = all_runs()[name]
-        words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={folder / name}"]
+        results = Path(tempfile.mkdtemp()) / name
+        words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={results}"]
         print(f"numa-vm: whole run {name}: {' '.join(words)}", flush=True)
-        seen = watch(words)
+        seen = watch(words, results)
+        if results.exists():
+            shutil.copytree(results, folder / name)
         fresh = folder / f"{name}.new"
         fresh.write_text(json.dumps(asdict(seen)))
         fresh.replace(folder / f"{name}.json")

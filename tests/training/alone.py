@@ -1,10 +1,11 @@
 """Run rank processes without the parent, so that a test can put something in their way first.
 
-    python tests/training/alone.py ATTEMPT_DIR stock|skip_step|local_gradients|liger
+    python tests/training/alone.py ATTEMPT_DIR stock|skip_step|local_gradients|liger|frozen
 
 stock: stock DeepSpeed called directly, with the weights and tokens of the config and DeepSpeed's own sizes of buckets and
 live parameters; writes rank-0.json as a worker does.
 liger: the real worker with Liger's fused loss, which Triton's interpreter can run on a CPU.
+frozen: the real worker, which afterwards compares the weights with those before, and counts what the optimizer holds.
 skip_step, local_gradients: the real worker with a planted fault: the fourth update does nothing; gradients are not averaged.
 """
 
@@ -79,11 +80,44 @@ def use_liger() -> None:
     model.build = build
 
 
+def frozen() -> None:
+    import deepspeed
+    import torch
+
+    from ldft.training import loop
+
+    def weights(engine: object) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, parameter in engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters(parameter):
+                found[name] = parameter.detach().clone()
+        return found
+
+    real = loop.run
+
+    def run(config: object, engine: object, *others: object) -> object:
+        before = weights(engine)
+        samples = real(config, engine, *others)
+        after = weights(engine)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+        assert changed == trained and trained and all(".lora_" in name for name in trained), changed ^ trained
+        numbers = sum(before[name].numel() for name in trained)
+        optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        states = [state["exp_avg"].numel() for state in optimizer.state.values() if "exp_avg" in state]
+        assert numbers <= sum(states) < 1.01 * numbers + 1000, (numbers, states)  # ZeRO pads
+        return samples
+
+    loop.run = run
+
+
 if __name__ == "__main__":
     if sys.argv[2] == "stock":
         stock(Path(sys.argv[1]))
     else:
-        {"skip_step": skip_step, "local_gradients": local_gradients, "liger": use_liger}[sys.argv[2]]()
+        {"skip_step": skip_step, "local_gradients": local_gradients, "liger": use_liger, "frozen": frozen}[
+            sys.argv[2]
+        ]()
         from ldft import worker
 
         os.environ["PYTHONUNBUFFERED"] = "1"

@@ -377,17 +377,18 @@ def test_slots_of_one_registration_each_where_the_arena_would_span_several(monke
 def test_runs_of_the_command_line_have_the_losses_of_checkpointing_on_the_device(tmp_path: Path) -> None:
     """Every way to offload, accumulation, groups and two ranks; under ZeRO-3 its hooks fetch weights in the recomputation too."""
     base = ["model=nano", "model.num_layers=5", "data=repeat", "seq_len.tokens=64", "optimizer.learning_rate=2e-3"]
-    base += ["train.gradient_accumulation_steps=2", "train.iterations=4", "train.warmup_iterations=1"]
+    base += ["train.gradient_accumulation_steps=2", "train.iterations=3", "train.warmup_iterations=1"]
     grids = (
         ["offload=full,optimizer,none", "checkpointing=cpu,gpu"],
-        ["launch.num_ranks=2", "checkpointing=cpu,gpu", "checkpointing.every=1,2"],
+        ["launch.num_ranks=2", "checkpointing=cpu", "checkpointing.every=2"],
+        ["launch.num_ranks=2", "checkpointing=gpu"],
     )
     for grid in grids:
         command = [sys.executable, "-m", "ldft", "-m", *base, f"results.dir={tmp_path}", *grid]
         done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     rows = results.read(tmp_path)
-    assert len(rows) == 10
+    assert len(rows) == 8
     keys = ["cfg.offload.stage", "cfg.offload.parameters", "cfg.launch.num_ranks"]
     losses = set()
     for key, same in rows.groupby(keys):
@@ -396,7 +397,7 @@ def test_runs_of_the_command_line_have_the_losses_of_checkpointing_on_the_device
         losses.add(same.loss.map(tuple).iloc[0])
     assert len(losses) > 1  # two ranks train on other tokens than one
     # A slot a group but the last, on each rank: 64 tokens of 64 bf16 values.
-    slots = {("gpu", 1): 0, ("gpu", 2): 0, ("cpu", 1): 4, ("cpu", 2): 2}
+    slots = {("gpu", 1): 0, ("cpu", 1): 4, ("cpu", 2): 2}
     for _, row in rows.iterrows():
         each = slots[row["cfg.checkpointing.mode"], row["cfg.checkpointing.every"]]
         assert row.checkpoint_host_gib * 2**30 == each * 64 * 64 * 2 * row["cfg.launch.num_ranks"]

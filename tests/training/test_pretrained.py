@@ -166,3 +166,14 @@ def test_the_hub_is_asked_for_the_published_name(monkeypatch: pytest.MonkeyPatch
     config = compose("model=llama3_8b", "model.weights=pretrained")
     with pytest.raises(ConfigError, match=r"model.weights: cannot fetch meta-llama/Llama-3.1-8B .*model.path"):
         shards.folder(config.model, fetch=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_3_draws_the_same_weights_in_the_precision_asked_for(process_group: None, precision: str) -> None:
+    whole, split = (
+        model.build(config, deepspeed_config.build(config), CPU)
+        for config in (config_of(f"offload={offload}", f"train.precision={precision}") for offload in ("none", "full"))
+    )
+    for (name, expected), parameter in zip(whole.named_parameters(), split.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters(parameter):
+            assert parameter.dtype == expected.dtype and torch.equal(parameter, expected), name

@@ -1,0 +1,319 @@
+"""`python -m ldft.bench nodes`: bandwidth of CPU streams and GPU copies by NUMA node and node set.
+
+    python -m ldft.bench nodes                                   measure this machine and save its profile for numa=optimal
+    python -m ldft.bench nodes --rows streams.parquet --nodes 0 3 0,3 --weights 1:1 4:1 --sizes 64M 1G --processes 1 2
+
+Each process is bound to cores of its own, as the ranks of a run are; its arrays lie on the nodes of the set, touched and verified. All
+processes of a measurement work at the same time. Rates are bytes over the median time, GB/s (1e9).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ldft.errors import ConfigError, LdftError, ResultsError
+from ldft.launch import cores_of_ranks
+from ldft.memory import hardware
+from ldft.memory.limits import free_memory, free_on_node
+from ldft.memory.policy import Placement, PlacementError
+from ldft.memory.topology import Topology, read_topology
+
+CPU_KERNELS, COPIES = ("read", "write", "triad", "adam"), ("h2d", "d2h")
+# Bytes of traffic for each byte of one array. Adam reads weight, gradient and two moments and writes all but the gradient: 28 B a
+# parameter of 4 B. Cache lines that a plain store fetches first are not counted, as in STREAM.
+TRAFFIC = {"read": 1, "write": 1, "triad": 3, "adam": 7, "h2d": 1, "d2h": 1}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# An array of this size is larger than the caches of most machines, and four of them are Adam's.
+_LEAST, _MOST = 64 << 20, 1 << 30
+
+SCHEMA = pa.schema(
+    [
+        pa.field("host", pa.string()),
+        pa.field("measured_at", pa.string()),
+        pa.field(
+            "kernel", pa.string(), metadata={"description": "read, write, triad, adam: CPU; h2d, d2h: copies of a GPU"}
+        ),
+        pa.field("implementation", pa.string(), metadata={"description": "adam: whose kernel"}),
+        pa.field("nodes", pa.string()),
+        pa.field("weights", pa.string(), metadata={"description": "pages a turn on each node; empty: one node"}),
+        pa.field("processes", pa.int64(), metadata={"description": "at work at the same time"}),
+        pa.field("process", pa.int64()),
+        pa.field("cores", pa.int64(), metadata={"description": "of this process"}),
+        pa.field("array_bytes", pa.int64(), metadata={"description": "of one array; adam has four, triad three"}),
+        pa.field("elements", pa.int64(), metadata={"description": "fp32 elements of an array: parameters, for adam"}),
+        pa.field("traffic_bytes", pa.int64(), metadata={"description": "read and written in one repetition"}),
+        pa.field("samples_s", pa.list_(pa.float64())),
+        pa.field("median_s", pa.float64()),
+        pa.field("gb_per_s", pa.float64(), metadata={"description": "traffic_bytes / median_s / 1e9, of this process"}),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSet:
+    """Nodes that arrays are spread over, and in which ratio."""
+
+    nodes: tuple[int, ...]
+    weights: tuple[int, ...] = ()
+
+    @property
+    def placement(self) -> Placement:
+        if len(self.nodes) == 1:
+            return Placement(kind="bind", nodes=self.nodes)
+        if not self.weights:
+            return Placement(kind="interleave", nodes=self.nodes)
+        return Placement(kind="weighted_interleave", nodes=self.nodes, weights=self.weights, method="stripes")
+
+    def texts(self) -> tuple[str, str]:
+        weights = self.weights or ((1,) * len(self.nodes) if len(self.nodes) > 1 else ())
+        return ",".join(map(str, self.nodes)), ":".join(map(str, weights))
+
+
+class Workers:
+    """So many measuring processes that take the same commands at the same time."""
+
+    def __init__(self, count: int) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+        self.cores = [len(cores) for cores in cores_of_ranks(count)]
+        for index, cores in enumerate(cores_of_ranks(count)):
+            threads = {"OMP_NUM_THREADS": str(len(cores)), "OMP_PROC_BIND": "true", "DS_ACCELERATOR": "cpu"}
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "ldft.bench_kernels", str(index)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | threads,
+                    preexec_fn=partial(os.sched_setaffinity, 0, cores),
+                )
+            )
+        answers = [self._answer(process) for process in self._processes]
+        self.gpus, self.adam_by = answers[0]["gpus"], answers[0]["adam"]
+
+    def ask(self, **command: Any) -> list[dict[str, Any]]:
+        """Each process's answer. Raises LdftError where one has ended."""
+        for process in self._processes:
+            assert process.stdin
+            process.stdin.write(json.dumps(command) + "\n")
+            process.stdin.flush()
+        return [self._answer(process) for process in self._processes]
+
+    @staticmethod
+    def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+        assert process.stdout
+        line = process.stdout.readline()
+        if not line:
+            raise LdftError(f"a measuring process ended with code {process.wait()}; what it said is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def end(self) -> None:
+        for process in self._processes:
+            assert process.stdin and process.stdout
+            process.stdin.close()
+            process.wait()
+            process.stdout.close()
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[Workers]:
+    """Measuring processes, ended at the end of the context."""
+    made = Workers(count)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def measure(
+    sets: list[NodeSet], sizes: list[int], counts: list[int], kernels: list[str], repeats: int
+) -> list[dict[str, Any]]:
+    """Rows of SCHEMA, one a process and measurement; a line on screen each. Node sets without room are left out with a line."""
+    rows = []
+    common = {"host": socket.gethostname(), "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    for count in counts:
+        with _workers(count) as group:
+            here = [kernel for kernel in kernels if kernel not in COPIES or count <= group.gpus]
+            for node_set in sets:
+                nodes, weights = node_set.texts()
+                label = (
+                    f"nodes {nodes}{f' by {weights}' if weights else ''}, {count} process{'es' if count > 1 else ''}"
+                )
+                print(f"ldft: {label}: placing {max(sizes) / 2**20:.0f} MiB x 4 each", flush=True)
+                placed = group.ask(do="place", placement=_plain(node_set.placement), bytes=max(sizes))
+                if refused := next((answer["error"] for answer in placed if "error" in answer), None):
+                    print(f"ldft: {label}: left out: {refused}", flush=True)
+                    continue
+                for size, kernel in itertools.product(sorted(sizes), here):
+                    answers = group.ask(do="time", kernel=kernel, bytes=size, repeats=repeats)
+                    found = [
+                        _row(kernel, size, answer["seconds"])
+                        | common
+                        | {"nodes": nodes, "weights": weights, "processes": count, "process": index}
+                        | {"cores": group.cores[index], "implementation": group.adam_by if kernel == "adam" else None}
+                        for index, answer in enumerate(answers)
+                    ]
+                    rows += found
+                    total = sum(row["gb_per_s"] for row in found)
+                    print(f"ldft:   {kernel:5} {size / 2**20:8.2f} MiB: {total:7.1f} GB/s", flush=True)
+    return rows
+
+
+def _plain(placement: Placement) -> dict[str, Any]:
+    return {name: getattr(placement, name) for name in ("kind", "nodes", "weights", "method")}
+
+
+def _row(kernel: str, size: int, seconds: list[float]) -> dict[str, Any]:
+    median_s = statistics.median(seconds)
+    traffic = TRAFFIC[kernel] * size
+    return {
+        "kernel": kernel,
+        "array_bytes": size,
+        "elements": size // 4,
+        "traffic_bytes": traffic,
+        "samples_s": seconds,
+        "median_s": median_s,
+        "gb_per_s": traffic / median_s / 1e9,
+    }
+
+
+def profile(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What later runs read: by node Adam's rate, and copies of all processes together; of the link what one process gets at best."""
+    by_node: dict[str, dict[str, float]] = {}
+    link: dict[str, float] = {}
+    largest = max((row["array_bytes"] for row in rows), default=0)
+    for row in rows:
+        name = {"adam": "cpu"}.get(row["kernel"], row["kernel"])
+        if row["array_bytes"] != largest or "," in row["nodes"] or name not in ("cpu", *COPIES):
+            continue
+        together = [
+            other["gb_per_s"]
+            for other in rows
+            if all(other[key] == row[key] for key in ("kernel", "nodes", "weights", "processes", "array_bytes"))
+        ]
+        entry = by_node.setdefault(f"node{row['nodes']}", {})
+        entry[name] = round(max(entry.get(name, 0.0), sum(together)), 3)
+        if name in COPIES:
+            link[name] = round(max(link.get(name, 0.0), row["gb_per_s"]), 3)
+    bandwidth: dict[str, Any] = dict(by_node)
+    if link:
+        bandwidth["link"] = link
+    return {
+        "host": socket.gethostname(),
+        "measured_at": rows[0]["measured_at"] if rows else None,
+        "bandwidth": bandwidth,
+    }
+
+
+def default_size(topology: Topology) -> int:
+    """Bytes of an array: well above the caches, and four of them a sixteenth of what the smallest node has free."""
+    free = min([free_on_node(node) or free_memory().bytes for node in topology.memory_nodes] + [free_memory().bytes])
+    wanted = min(_MOST, max(4 * _LEAST, 16 * len(os.sched_getaffinity(0)) << 20))
+    return max(1 << 20, min(wanted, free // 64) >> 20 << 20)
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found or int(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: write bytes, or 64K, 256M, 2G")
+    return max(4, int(found[1]) * _UNITS[found[2].upper()] // 4 * 4)
+
+
+def _numbers(text: str, separator: str) -> tuple[int, ...]:
+    parts = text.split(separator)
+    if not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: write numbers, as in {separator.join('03')}")
+    return tuple(int(part) for part in parts)
+
+
+def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResultsError(f"cannot write {path}: {error.strerror}; name another file") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ldft.bench", description="Measure what this machine can do.")
+    nodes = parser.add_subparsers(dest="command", required=True).add_parser("nodes", help="bandwidth by NUMA node")
+    nodes.add_argument(
+        "--nodes", nargs="+", type=lambda t: _numbers(t, ","), help="node sets, e.g. 0 3 0,3; default: each node"
+    )
+    nodes.add_argument(
+        "--weights",
+        nargs="+",
+        type=lambda t: _numbers(t, ":"),
+        default=[],
+        help="ratios for the sets of as many nodes, e.g. 1:1 4:1",
+    )
+    nodes.add_argument(
+        "--sizes", nargs="+", type=_size, help="bytes of an array, e.g. 64M 1G; default: what suits the machine"
+    )
+    nodes.add_argument("--processes", nargs="+", type=int, default=None, help="default: 1, and as many as GPUs")
+    nodes.add_argument("--kernels", nargs="+", choices=[*CPU_KERNELS, *COPIES], default=[*CPU_KERNELS, *COPIES])
+    nodes.add_argument("--repeats", type=int, default=7, help="timed repetitions, after two to warm up; default: 7")
+    nodes.add_argument("--rows", type=Path, metavar="OUT.parquet", help="also write every measurement as a row")
+    nodes.add_argument("--profile", type=Path, help="where the profile goes; default: where numa=optimal looks for it")
+    return parser
+
+
+def main() -> int:
+    """Returns the exit code: 0, 1 when nothing could be measured or written, 2 for wrong input."""
+    from ldft import environment
+
+    arguments = _parser().parse_args()
+    topology = read_topology()
+    whole = arguments.nodes or [(node,) for node in topology.memory_nodes]
+    sets = [NodeSet(nodes) for nodes in whole]
+    sets += [NodeSet(n, w) for n, w in itertools.product(whole, arguments.weights) if len(n) == len(w) > 1]
+    counts = arguments.processes or sorted({1, max(1, len(environment.gpus()))})
+    try:
+        if arguments.repeats < 1 or min(counts) < 1:
+            raise ConfigError("--repeats" if arguments.repeats < 1 else "--processes", "use 1 or more")
+        for node_set in sets:
+            node_set.placement.resolve(topology, "--")
+        rows = measure(sets, arguments.sizes or [default_size(topology)], counts, arguments.kernels, arguments.repeats)
+        if arguments.rows:
+            _write_rows(rows, arguments.rows)
+            print(f"ldft: rows: {arguments.rows}")
+        found = profile(rows)
+        if any("cpu" in entry for entry in found["bandwidth"].values()):
+            path = arguments.profile or hardware.profile_path()
+            hardware.save(found, path)
+            print(f"ldft: profile: {path}: {json.dumps(found['bandwidth'])}")
+        return 0 if rows else 1
+    except KeyboardInterrupt:
+        return 130
+    except (ConfigError, PlacementError) as error:
+        print(f"ldft: {error}", file=sys.stderr)
+        return 2
+    except (LdftError, OSError) as error:
+        print(f"ldft: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

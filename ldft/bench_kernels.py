@@ -1,0 +1,144 @@
+"""One process of `python -m ldft.bench`: holds memory on the nodes it is told and times streams over it.
+
+    python -m ldft.bench_kernels INDEX    commands as JSON lines on stdin, one answer a line on stdout
+
+Commands: {"do": "place", "placement": {...}, "bytes": n}, {"do": "time", "kernel": name, "bytes": n, "repeats": n}. The end of stdin ends
+the process. `place` allocates four arrays of n bytes; `time` uses n bytes of each that the kernel needs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldft.memory.allocator import allocate
+from ldft.memory.policy import Placement
+from ldft.training import operators
+
+# Arrays that each kernel streams over; what traffic that makes, bench.TRAFFIC says.
+ARRAYS = {"read": 1, "write": 1, "triad": 3, "adam": 4, "h2d": 1, "d2h": 1}
+
+
+class Streams:
+    """The arrays and what is done with them."""
+
+    def __init__(self, index: int) -> None:
+        self._gpu = torch.device("cuda", index) if torch.cuda.is_available() else None
+        self._arrays: list[torch.Tensor] = []
+        self._on_gpu: torch.Tensor | None = None
+        self._adam, self.adam_by = _adam()
+
+    def place(self, placement: Placement, size: int) -> None:
+        """Four arrays of so many bytes. Raises HostMemoryError and PlacementError."""
+        self._arrays = []  # first: memory goes back before more is asked for
+        # One mapping an array: each is spread over the nodes in the same way.
+        pin = self._gpu is not None
+        self._arrays = [allocate(size // 4, torch.float32, placement, pin=pin) for _ in range(max(ARRAYS.values()))]
+        for number, array in enumerate(self._arrays):
+            array.fill_(number + 1e-3)
+        if self._gpu:
+            self._on_gpu = torch.empty(size // 4, dtype=torch.float32, device=self._gpu)
+
+    def time(self, kernel: str, size: int, repeats: int) -> list[float]:
+        """Seconds of each repetition; warmed up before."""
+        arrays = [array[: size // 4] for array in self._arrays[: ARRAYS[kernel]]]
+        if kernel in ("h2d", "d2h"):
+            return self._copies(kernel, arrays[0], repeats)
+        run = self._cpu(kernel, arrays)
+        seconds = []
+        for repeat in range(repeats + 2):
+            started = time.perf_counter()
+            run()
+            if repeat >= 2:
+                seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _cpu(self, kernel: str, arrays: list[torch.Tensor]) -> Callable[[], Any]:
+        if kernel == "read":
+            return arrays[0].sum
+        if kernel == "write":
+            return lambda: arrays[0].fill_(1.0)
+        if kernel == "triad":
+            return lambda: torch.add(arrays[0], arrays[1], alpha=3.0, out=arrays[2])
+        return lambda: self._adam(arrays)
+
+    def _copies(self, kernel: str, host: torch.Tensor, repeats: int) -> list[float]:
+        assert self._on_gpu is not None
+        device = self._on_gpu[: host.numel()]
+        source, target = (host, device) if kernel == "h2d" else (device, host)
+        seconds = []
+        for repeat in range(repeats + 2):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            target.copy_(source, non_blocking=True)
+            end.record()
+            end.synchronize()
+            if repeat >= 2:
+                seconds.append(start.elapsed_time(end) / 1e3)
+        return seconds
+
+
+def _adam() -> tuple[Callable[[list[torch.Tensor]], None], str]:
+    """One AdamW step over weight, gradient and two moments, and what does it: DeepSpeed's kernel where a run has compiled it.
+
+    torch's own is two to three times slower, so that it tells less about the memory.
+    """
+    found = sorted((operators.cache_dir() / "cpu_adam").glob("*.so"))
+    if found:
+        op = _extension(found[0])
+        op.create_adam(0, 1e-4, 0.9, 0.95, 1e-8, 0.01, True, False)
+
+        def deepspeed(arrays: list[torch.Tensor]) -> None:
+            op.adam_update(0, 1, 1e-4, 0.9, 0.95, 1e-8, 0.01, True, *arrays)
+
+        return deepspeed, "deepspeed"
+    step = torch.tensor(1.0)
+
+    def fused(arrays: list[torch.Tensor]) -> None:
+        weight, gradient, mean, square = ([array] for array in arrays)
+        torch._fused_adamw_(
+            weight, gradient, mean, square, [], [step],
+            lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    return fused, "torch"
+
+
+def _extension(path: Path) -> Any:
+    from importlib.machinery import ExtensionFileLoader
+    from importlib.util import module_from_spec, spec_from_loader
+
+    loader = ExtensionFileLoader("cpu_adam", str(path))
+    spec = spec_from_loader("cpu_adam", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def main() -> int:
+    streams = Streams(int(sys.argv[1]))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    print(json.dumps({"gpus": gpus, "adam": streams.adam_by}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            if asked["do"] == "place":
+                streams.place(Placement(**asked["placement"]), asked["bytes"])
+                answer: dict[str, Any] = {}
+            else:
+                answer = {"seconds": streams.time(asked["kernel"], asked["bytes"], asked["repeats"])}
+        except MemoryError as error:  # HostMemoryError among them: this node set is left out
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Whether a run can fit this machine, from the estimate and before any memory is touched. Without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ldft import environment, placement_view
+from ldft.config import Config, Device
+from ldft.errors import ConfigError
+from ldft.memory import estimate, strategies, vram
+from ldft.memory.limits import Free, free_memory, free_on_node
+from ldft.memory.policy import Placement
+from ldft.memory.topology import Topology, read_topology
+
+GIB = 2**30
+
+# What makes a term smaller.
+_REMEDIES = {
+    "layer inputs": "checkpointing=cpu, or a shorter seq_len",
+    "activations": "checkpointing=gpu, or a shorter seq_len",
+    "inside a layer": "a shorter seq_len or a smaller train.micro_batch_size",
+    "logits": "a shorter seq_len or a smaller train.micro_batch_size",
+    "weights": "offload=full",
+    "optimizer": "offload=full",
+    "gradients": "offload=full",
+    "fp32 gradients": "offload=full",
+    "gathered weights": "a smaller stage3_max_live_parameters in offload.deepspeed.zero_optimization",
+    "torch's pinned allocator": "memory.pinning=exact",
+    "process": "fewer ranks",
+}
+_STATES = "a smaller model, or more memory"
+
+
+class DoesNotFitError(ConfigError):
+    """The run needs more memory than there is."""
+
+
+def predictions(config: Config) -> dict[str, Any]:
+    """The row's columns: predicted peaks, and what they consist of."""
+    host = estimate.host_bytes(config) | estimate.other_bytes(config)
+    columns: dict[str, Any] = {
+        "predicted_host_gib": estimate.predicted_host_bytes(config) / GIB,
+        "predicted_host_json": json.dumps({name: size / GIB for name, size in host.items()}),
+    }
+    if config.launch.device is Device.cuda:
+        device = vram.device_bytes(config)
+        columns["predicted_vram_gib"] = sum(device.values()) / GIB
+        columns["predicted_vram_json"] = json.dumps({name: size / GIB for name, size in device.items()})
+    if seconds := placement_view.modelled_s(config, read_topology()):
+        columns["modelled_traffic_s"] = sum(seconds.values())
+    return columns
+
+
+def check(config: Config) -> None:
+    """Raise DoesNotFitError, one line, where the estimate is more than the machine has; `force` lets the run try."""
+    if config.force:
+        return
+    _check_device(config)
+    _check_host(config)
+    _check_nodes(config, read_topology())
+
+
+def _check_device(config: Config) -> None:
+    have = environment.gpu_memory_gib() if config.launch.device is Device.cuda else None
+    if have is None:
+        return
+    parts = vram.device_bytes(config)
+    need = sum(parts.values()) * (1 + vram.FRAGMENTATION) + vram.CONTEXT
+    if need > have * GIB:
+        raise _refusal("VRAM", need, f"{have:.1f} GiB on the smallest GPU", parts)
+
+
+def _check_host(config: Config) -> None:
+    free = available(config)
+    need = estimate.predicted_host_bytes(config)
+    if need > free.bytes:
+        roles = estimate.host_bytes(config) | estimate.other_bytes(config)
+        parts = {name: config.launch.num_ranks * size for name, size in roles.items()}
+        raise _refusal("host memory", need, f"{free.bytes / GIB:.1f} GiB free by {free.limit}", parts)
+
+
+def available(config: Config) -> Free:
+    """What all ranks together may touch."""
+    return free_memory(int(config.memory.capacity_gib * GIB) or None)
+
+
+def _check_nodes(config: Config, topology: Topology) -> None:
+    """Where a placement leaves no choice, each node must hold its part. One node is the whole machine: checked already."""
+    if len(topology.nodes) == 1:
+        return
+    for node, parts in bytes_by_node(config, topology).items():
+        free = free_on_node(node)
+        if free is not None and sum(parts.values()) > free:
+            raise _refusal(f"memory of node {node}", sum(parts.values()), f"{free / GIB:.1f} GiB free there", parts)
+
+
+def bytes_by_node(config: Config, topology: Topology) -> dict[int, dict[str, float]]:
+    """Node -> role -> bytes of all ranks that have to be there."""
+    sizes = estimate.host_bytes(config)
+    process = config.numa.placement.resolve(topology, "numa")
+    found: dict[int, dict[str, float]] = {}
+    for placements in strategies.assign(config, topology):
+        for role, size in sizes.items():
+            placement = process if placements[role].kind == "default" else placements[role]
+            for node, share in _strict_shares(placement).items():
+                parts = found.setdefault(node, {})
+                parts[role] = parts.get(role, 0.0) + size * share
+    return found
+
+
+def _strict_shares(placement: Placement) -> Mapping[int, float]:
+    return {} if placement.kind in ("default", "preferred") else placement.shares() or {}
+
+
+def _refusal(what: str, need: float, have: str, parts: Mapping[str, float]) -> DoesNotFitError:
+    largest = sorted(parts, key=lambda name: -parts[name])[:3]
+    terms = ", ".join(f"{name} {parts[name] / GIB:.1f}" for name in largest)
+    remedy = _REMEDIES.get(largest[0], _STATES)
+    growing = "; set memory.capacity_gib where the machine grows as memory is touched" if "Mem" in have else ""
+    return DoesNotFitError(
+        "force",
+        f"false, and {what} does not suffice: {need / GIB:.1f} GiB expected, {have} (largest: {terms}); use {remedy}{growing}, "
+        "or force=true to try all the same",
+    )

@@ -1,0 +1,210 @@
+"""How long a step's traffic to host memory takes, and the placement that makes it shortest. Without torch and Hydra.
+
+The cost model. Whatever streams through several nodes at once works through each node's share alone, and the slowest one
+decides; copies of a GPU also never beat its link:
+
+    T = max( max over nodes (bytes on the node / rate of the node alone), bytes of one GPU / rate of its link )
+
+The published measurements on a CXL expander follow it (docs/numa.md). A step is three phases, one after the other, and
+copies in both directions run at once, so a phase takes as long as its slowest stream:
+
+    optimizer   CPU: the update reads and writes gradients, master weights and moments, and writes 16-bit weights
+    forward     to the GPU: weights; from it: layer inputs
+    backward    to the GPU: weights, layer inputs, gradients read back to accumulate; from it: gradients, twice
+
+Compute on the GPU is not in it: it hides copies, and the same for every placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+
+Shares = dict[str, dict[int, float]]
+"""Role -> node -> share of the role's bytes, summing to 1."""
+
+# Accesses per stored byte and step of stock DeepSpeed (0.19, ZeRO-3, no accumulation), by stream and role. In the optimizer:
+# gradients are unscaled (read, write) and read by the update; master weights read, written, and read for the 16-bit copy; moments
+# read and written. Sums: master gradients 4, master and compute weights 3, all others 2.
+STREAMS: dict[tuple[str, str], dict[str, float]] = {
+    ("optimizer", "cpu"): {
+        "master_gradients": 3,
+        "master_weights": 3,
+        "momentum": 2,
+        "variance": 2,
+        "compute_weights": 1,
+    },
+    ("forward", "h2d"): {"compute_weights": 1},
+    ("forward", "d2h"): {"activations": 1},
+    ("backward", "h2d"): {"compute_weights": 1, "activations": 1, "compute_gradients": 1},
+    ("backward", "d2h"): {"compute_gradients": 1, "master_gradients": 1},
+}
+PHASES = ("optimizer", "forward", "backward")
+# Shares are rounded to this many parts, as integer weights.
+PARTS = 10_000
+
+
+class DoesNotFit(ValueError):
+    """The roles need more than the budgets give."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Bandwidths:
+    """Rates of one machine, bytes per second."""
+
+    cpu: dict[int, float]
+    """By node: what an optimizer step on all cores gets from that node alone."""
+    h2d: dict[int, float]
+    """By node: what copies to the GPUs get from that node alone, all GPUs together."""
+    d2h: dict[int, float]
+    """By node: what copies from the GPUs get, all together."""
+    link_h2d: float
+    """The most that one GPU takes, from whatever nodes."""
+    link_d2h: float
+    """The most that one GPU gives."""
+
+    def nodes(self) -> tuple[int, ...]:
+        return tuple(sorted(self.cpu))
+
+    def of(self, nodes: tuple[int, ...]) -> Bandwidths:
+        """Of these nodes alone."""
+        cpu, h2d, d2h = ({node: rates[node] for node in nodes} for rates in (self.cpu, self.h2d, self.d2h))
+        return Bandwidths(cpu=cpu, h2d=h2d, d2h=d2h, link_h2d=self.link_h2d, link_d2h=self.link_d2h)
+
+    def rates(self, engine: str) -> tuple[dict[int, float], float]:
+        """Rates by node, and the link's, of `cpu`, `h2d` or `d2h`."""
+        if engine == "cpu":
+            return self.cpu, float("inf")
+        return (self.h2d, self.link_h2d) if engine == "h2d" else (self.d2h, self.link_d2h)
+
+
+def stream_s(
+    size: float, shares: Mapping[int, float], rates: Mapping[int, float], link: float = float("inf"), gpus: int = 1
+) -> float:
+    """Seconds for `size` bytes that lie on nodes by `shares`; `link` bytes per second for each of `gpus`."""
+    alone = max((size * share / rates[node] for node, share in shares.items() if share > 0), default=0.0)
+    return max(alone, size / gpus / link)
+
+
+def step_s(sizes: Mapping[str, float], shares: Shares, bandwidths: Bandwidths, gpus: int = 1) -> dict[str, float]:
+    """Seconds of a step's host traffic by phase. sizes: bytes by role, all ranks together; one GPU a rank."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    for (phase, engine), accesses in STREAMS.items():
+        traffic: dict[int, float] = {}
+        for role, times in accesses.items():
+            for node, share in shares.get(role, {}).items():
+                traffic[node] = traffic.get(node, 0.0) + times * sizes.get(role, 0.0) * share
+        rates, link = bandwidths.rates(engine)
+        total = sum(traffic.values())
+        if total > 0:
+            parts = {node: size / total for node, size in traffic.items()}
+            seconds[phase] = max(seconds[phase], stream_s(total, parts, rates, link, gpus))
+    return seconds
+
+
+def solve(
+    sizes: Mapping[str, float], bandwidths: Bandwidths, budgets: Mapping[tuple[int, ...], float], gpus: int = 1
+) -> dict[str, dict[int, int]]:
+    """The placement with the shortest modelled step: role -> node -> integer weight, nodes without a share missing.
+
+    sizes: bytes by role, all ranks together. budgets: bytes that a set of nodes may hold in sum; nodes of no set have no limit.
+    Raises DoesNotFit.
+    """
+    # What rounding to PARTS can add to a node is left free.
+    shares, _ = _program(sizes, bandwidths, budgets, gpus, spare=1 / PARTS)
+    return {role: rounded(of) for role, of in shares.items()}
+
+
+def bound_s(
+    sizes: Mapping[str, float], bandwidths: Bandwidths, budgets: Mapping[tuple[int, ...], float], gpus: int = 1
+) -> float:
+    """Seconds that no placement within the budgets beats, by the model: the optimum of the linear program itself."""
+    return _program(sizes, bandwidths, budgets, gpus, spare=0.0)[1]
+
+
+def _program(
+    sizes: Mapping[str, float],
+    bandwidths: Bandwidths,
+    budgets: Mapping[tuple[int, ...], float],
+    gpus: int,
+    spare: float,
+) -> tuple[Shares, float]:
+    """Shares and seconds by linear programming.
+
+    Share x[role, node] >= 0, over the nodes 1 in sum; bytes within every budget, less a part `spare` of all bytes a node;
+    t[phase] >= the time of each of its streams on each node, and on the link; the sum of t is made smallest.
+    """
+    # Here, since a rank sets its memory policy before anything imports numpy.
+    import numpy as np
+    from scipy.optimize import linprog
+
+    roles = [role for role, size in sizes.items() if size > 0]
+    nodes = bandwidths.nodes()
+    if not roles:
+        return {}, 0.0
+    total = sum(sizes[role] for role in roles)
+    count = len(roles) * len(nodes)
+    column = {(role, node): i for i, (role, node) in enumerate((r, n) for r in roles for n in nodes)}
+    # Scaled, so that the solver's tolerances suit: times in units of all bytes over all rates.
+    unit_s = total / sum(bandwidths.cpu.values())
+    least = [0.0] * len(PHASES)
+    rows = []
+    limits = []
+    for (phase, engine), accesses in STREAMS.items():
+        rates, link = bandwidths.rates(engine)
+        at = PHASES.index(phase)
+        least[at] = max(least[at], sum(n * sizes.get(role, 0.0) for role, n in accesses.items()) / gpus / link / unit_s)
+        for node in nodes:
+            row = np.zeros(count + len(PHASES))
+            for role, times in accesses.items():
+                if (role, node) in column:
+                    row[column[role, node]] = times * sizes[role] / rates[node] / unit_s
+            row[count + at] = -1.0
+            rows.append(row)
+            limits.append(0.0)
+    for members, budget in budgets.items():
+        row = np.zeros(count + len(PHASES))
+        for role in roles:
+            for node in members:
+                row[column[role, node]] = sizes[role] / total
+        rows.append(row)
+        limits.append(budget / total - len(members) * spare)
+    whole = np.zeros((len(roles), count + len(PHASES)))
+    for i in range(len(roles)):
+        whole[i, i * len(nodes) : (i + 1) * len(nodes)] = 1.0
+    found = linprog(
+        np.concatenate([np.zeros(count), np.ones(len(PHASES))]),
+        A_ub=np.array(rows),
+        b_ub=np.array(limits),
+        A_eq=whole,
+        b_eq=np.ones(len(roles)),
+        bounds=[(0.0, 1.0)] * count + [(low, None) for low in least],
+        method="highs",
+    )
+    if found.status != 0:
+        need, have = total / 2**30, sum(budgets.values()) / 2**30
+        raise DoesNotFit(f"the roles need {need:.1f} GiB, the budgets give {have:.1f} GiB")
+    shares = found.x[:count].reshape(len(roles), len(nodes))
+    return {r: dict(zip(nodes, map(float, shares[i]), strict=True)) for i, r in enumerate(roles)}, found.fun * unit_s
+
+
+def rounded(shares: Mapping[int, float]) -> dict[int, int]:
+    """Integer weights of shares that sum to 1, each less than 1/PARTS off; the smallest that say the same."""
+    exact = {node: max(0.0, share) * PARTS for node, share in shares.items()}
+    weights = {node: int(part + 1e-6) for node, part in exact.items()}
+    left = PARTS - sum(weights.values())
+    for node in sorted(exact, key=lambda node: weights[node] - exact[node])[:left]:
+        weights[node] += 1
+    return reduced(weights)
+
+
+def reduced(weights: Mapping[int, int]) -> dict[int, int]:
+    """The same ratio in the smallest integers, without nodes of weight 0."""
+    divisor = gcd(*weights.values())
+    return {node: weight // divisor for node, weight in weights.items() if weight > 0}
+
+
+def shares_of(weights: Mapping[str, Mapping[int, int]]) -> Shares:
+    """Shares out of weights."""
+    return {role: {n: w / sum(of.values()) for n, w in of.items()} for role, of in weights.items()}

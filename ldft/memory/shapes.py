@@ -1,0 +1,91 @@
+"""The parameters of a model by formula: how many there are, and of what sizes. Without torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ldft.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What sets a family's parameters apart from Llama's."""
+
+    qkv_bias: bool = False
+    norms_per_layer: int = 2
+    fused: bool = False
+    """Queries, keys and values in one matrix; gate and up in one."""
+
+
+# Families whose parameters are exact, which a test compares with transformers' own. Others are counted as Llama.
+FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(),
+    "phi3": _Family(fused=True),
+    "qwen2": _Family(qkv_bias=True),
+    "gemma2": _Family(norms_per_layer=4),
+}
+
+
+def linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Name -> (inputs, outputs) of the linear modules of one decoder layer."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    if FAMILIES.get(model.family, _Family()).fused:
+        return {
+            "qkv_proj": (hidden, queries + 2 * keys),
+            "o_proj": (queries, hidden),
+            "gate_up_proj": (hidden, 2 * inner),
+            "down_proj": (inner, hidden),
+        }
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def layer_sizes(model: ModelConfig) -> Counter[int]:
+    """Elements -> number of parameters of that size in one decoder layer."""
+    family = FAMILIES.get(model.family, _Family())
+    sizes = Counter(inputs * outputs for inputs, outputs in linears(model).values())
+    if family.qkv_bias:
+        sizes.update(linears(model)[name][1] for name in ("q_proj", "k_proj", "v_proj"))
+    sizes[model.hidden_size] += family.norms_per_layer
+    return sizes
+
+
+def parameter_sizes(model: ModelConfig) -> Counter[int]:
+    """Elements -> number of parameters of that size in the model, a tied embedding counted once."""
+    sizes = Counter({size: model.num_layers * count for size, count in layer_sizes(model).items()})
+    sizes[embedding_parameters(model)] += 1 if model.tie_word_embeddings else 2
+    sizes[model.hidden_size] += 1
+    return sizes
+
+
+def embedding_parameters(model: ModelConfig) -> int:
+    return model.vocab_size * model.hidden_size
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    """Parameters of one decoder layer."""
+    return total(layer_sizes(model))
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Parameters of the model, a tied embedding counted once."""
+    return total(parameter_sizes(model))
+
+
+def total(sizes: Counter[int]) -> int:
+    return sum(size * count for size, count in sizes.items())
+
+
+def split(sizes: Counter[int], ranks: int) -> int:
+    """Elements that each rank holds under ZeRO-3, which pads every parameter to a multiple of the ranks."""
+    return sum(-(-size // ranks) * count for size, count in sizes.items())

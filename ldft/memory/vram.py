@@ -1,0 +1,192 @@
+"""Expected bytes in device memory by formula: several moments of an iteration, each with its parts; the largest is the peak.
+
+What is meant is torch's peak of allocated memory; measured ones are in tests/memory/measured_vram.csv. CUDA's context and what the
+allocator reserves beyond come on top (CONTEXT, FRAGMENTATION).
+
+H hidden size, I the MLP's width, Q and K widths of all query and of all key heads, T tokens of a micro-batch, V vocabulary,
+w bytes of the compute precision, P parameters, N ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldft.config import Config, Device, OffloadDevice, Precision
+from ldft.config.checkpointing import CheckpointingMode
+from ldft.memory import shapes
+from ldft.training import deepspeed_config
+
+Parts = dict[str, int]
+
+# CUDA's context with its libraries on one GPU (0.5 to 0.7 GiB on an H200), and the share that the allocator needs on top of what
+# is allocated: freed blocks that nothing fits into.
+CONTEXT, FRAGMENTATION = int(0.7 * 2**30), 0.05
+
+
+def device_bytes(config: Config) -> Parts:
+    """Bytes of one rank in device memory at their peak, by what they are for."""
+    return max(moments(config).values(), key=lambda parts: sum(parts.values()))
+
+
+def moments(config: Config) -> dict[str, Parts]:
+    """Moments of an iteration at which memory may peak."""
+    base, gradients = _state(config), _gradients(config)
+    waiting = {"layer inputs": checkpoints_on_device(config) * hidden_bytes(config)}
+    if config.checkpointing.mode is CheckpointingMode.none:
+        waiting["activations"] = config.model.num_layers * _kept(config)
+    inside = {"inside a layer": _inside(config)} | _layer_gradient(config)
+    found = {
+        "loss": base | waiting | _loss(config),
+        # All inputs wait, and the last layer is computed again with the gradients of what is in it.
+        "backward of the last layer": base | waiting | inside | _output_gradient(config),
+        "backward of the first layer": base | gradients | inside,
+        "step": base | gradients | _step(config),
+    }
+    if config.offload.stage in (1, 2):
+        # The weights are copied into one block while the model still holds them.
+        found["start"] = {"weights": 2 * _width(config) * shapes.num_parameters(config.model)}
+    return found
+
+
+def _width(config: Config) -> int:
+    return 4 if config.train.precision is Precision.fp32 else 2
+
+
+def _zero(config: Config) -> dict[str, Any]:
+    """DeepSpeed's settings of ZeRO, the user's own values among them."""
+    settings: dict[str, Any] = deepspeed_config.build(config)["zero_optimization"]
+    return settings
+
+
+def tokens(config: Config) -> int:
+    return config.train.micro_batch_size * config.seq_len.tokens
+
+
+def hidden_bytes(config: Config) -> int:
+    """One layer's input: w T H."""
+    return _width(config) * tokens(config) * config.model.hidden_size
+
+
+def checkpoints_on_device(config: Config) -> int:
+    """Layer inputs that wait on the device; from host memory come the one in use and the one on its way."""
+    if config.checkpointing.mode is CheckpointingMode.none:
+        return config.model.num_layers
+    groups = config.checkpointing.groups(config.model.num_layers)
+    return min(groups, 2) if config.checkpointing.mode is CheckpointingMode.cpu else groups
+
+
+def _state(config: Config) -> Parts:
+    """What is there all the time."""
+    model, offload, ranks, width = config.model, config.offload, config.launch.num_ranks, _width(config)
+    whole = shapes.num_parameters(model)
+    share = shapes.split(shapes.parameter_sizes(model), ranks)
+    zero = _zero(config)
+    parts: Parts = {}
+    if offload.stage < 3:
+        parts["weights"] = width * whole
+    elif offload.parameters is OffloadDevice.none:
+        parts["weights"] = width * share
+    if offload.stage == 3 and (ranks > 1 or offload.parameters is not OffloadDevice.none):
+        # w x: parameters stay gathered up to a limit, but for the layer at work and the output projection.
+        least = shapes.layer_parameters(model) + shapes.embedding_parameters(model)
+        parts["gathered weights"] = width * min(whole, max(least, int(zero["stage3_max_live_parameters"])))
+    if offload.stage >= 2:
+        # w x: one bucket, in which gradients are made contiguous; on the CPU only what is used of it is there.
+        bucket = int(zero["reduce_bucket_size"])
+        parts["reduce bucket"] = width * (min(bucket, whole) if config.launch.device is Device.cpu else bucket)
+    if offload.optimizer is OffloadDevice.none:
+        # 4 B each: master weight and two moments, one with Lion.
+        states = 8 if config.optimizer.name == "lion" else 12
+        parts["optimizer"] = states * (whole if offload.stage == 0 else share)
+        if offload.stage == 3:
+            # fp32 gradients of one sub-group; gradients of all in compute precision.
+            parts["gradients"] = width * share + 4 * min(share, int(zero["sub_group_size"]))
+    elif offload.stage < 3:
+        # w x: staging for the largest parameter's gradient.
+        parts["gradients"] = width * max(shapes.parameter_sizes(model))
+    return parts
+
+
+def _gradients(config: Config) -> Parts:
+    """Gradients that wait on the device at the end of the backward pass, w P or less, and are not there at its start."""
+    offload, width = config.offload, _width(config)
+    whole = shapes.num_parameters(config.model)
+    if offload.stage < 2:
+        return {"gradients": width * whole}
+    if offload.stage == 2 and offload.optimizer is OffloadDevice.none:
+        return {"gradients": width * shapes.split(shapes.parameter_sizes(config.model), config.launch.num_ranks)}
+    return {}
+
+
+def _output_gradient(config: Config) -> Parts:
+    """w V H: a tied output projection's gradient waits for the embedding's; another one is reduced at once."""
+    if not config.model.tie_word_embeddings:
+        return {}
+    return {"output projection's gradient": _width(config) * shapes.embedding_parameters(config.model)}
+
+
+def _step(config: Config) -> Parts:
+    """4 P/N: the gradients in fp32, without offload and below stage 3."""
+    if config.offload.optimizer is not OffloadDevice.none or config.offload.stage == 3:
+        return {}
+    whole, ranks = shapes.num_parameters(config.model), config.launch.num_ranks
+    return {"fp32 gradients": 4 * (whole if config.offload.stage == 0 else whole // ranks)}
+
+
+def _inside(config: Config) -> int:
+    """One layer in its backward pass: w T (6 H + 2 Q + 2 K + 4 I), less what is kept in any case.
+
+    Norms and residuals and their gradients take 6 H; queries, keys, values, before and after rotation, and the attention's output
+    2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers that are computed again together keep theirs.
+    """
+    model = config.model
+    inside = _width(config) * tokens(config) * (2 * model.hidden_size + model.intermediate_size) + _scores(config, 2)
+    if config.checkpointing.mode is CheckpointingMode.none:
+        return inside
+    every = config.checkpointing.every
+    return inside + every * _kept(config) + (every - 1) * hidden_bytes(config)
+
+
+def _kept(config: Config) -> int:
+    """What a layer's forward pass keeps beside its input: w T (4 H + 2 Q + 2 K + 3 I)."""
+    model = config.model
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    elements = 4 * model.hidden_size + 2 * queries + 2 * keys + 3 * model.intermediate_size
+    return _width(config) * tokens(config) * elements + _scores(config, 4)
+
+
+def _layer_gradient(config: Config) -> Parts:
+    """w x parameters of a layer, where the bucket is too small to take them."""
+    size = shapes.layer_parameters(config.model)
+    if config.offload.stage < 2 or _zero(config)["reduce_bucket_size"] >= size:
+        return {}
+    return {"a layer's gradients": _width(config) * size}
+
+
+def _scores(config: Config, copies: int) -> int:
+    """Attention that is computed in full (Gemma 2's soft caps): w T S heads for each copy of the scores, fp32 being two."""
+    if not config.model.attention_softcap:
+        return 0
+    return copies * _width(config) * tokens(config) * config.seq_len.tokens * config.model.num_attention_heads
+
+
+def fuses_loss(config: Config) -> bool:
+    """Whether logits exist chunk by chunk only."""
+    return False
+
+
+def _loss(config: Config) -> Parts:
+    """Around the output projection.
+
+    Stock: logits in w and fp32, and a gradient of each: 2 T V (w + 4). Liger: the gradient of the projection, w V H, and of its
+    input, w T H, and the logits of a chunk, which has about T H / V tokens, rounded up to a power of two.
+    """
+    model, width, all_tokens = config.model, _width(config), tokens(config)
+    if not fuses_loss(config):
+        return {"logits": 2 * (width + 4) * all_tokens * model.vocab_size}
+    chunks = -(-model.vocab_size // model.hidden_size)
+    chunk = 1 << (-(-all_tokens // chunks) - 1).bit_length()
+    return {
+        "output projection's gradient": width * shapes.embedding_parameters(model),
+        "logits": hidden_bytes(config) + width * min(chunk, all_tokens) * model.vocab_size,
+    }

@@ -1,0 +1,59 @@
+"""The placement by role of a run as text, with the modelled time of its traffic to host memory. Without torch."""
+
+from __future__ import annotations
+
+from ldft.config import Config
+from ldft.memory import estimate, hardware, planner, strategies
+from ldft.memory.policy import Placement
+from ldft.memory.topology import Topology
+
+
+def lines(config: Config, topology: Topology) -> list[str]:
+    """Role -> nodes, shares and bytes, for rank 0 and the ranks that differ; empty where no role has a placement of its own.
+
+    Raises PlacementError as `strategies.assign` does.
+    """
+    if not config.numa.by_role:
+        return []
+    ranks, sizes = strategies.assign(config, topology), estimate.host_bytes(config)
+    found = [f"placement by role (numa={config.numa.name}), each rank:"]
+    for role in (role for role in strategies.ROLES if sizes.get(role)):
+        found.append(f"  {role}: {_text(ranks[0][role], sizes[role])}")
+        found += [
+            f"    rank {rank}: {_text(placements[role], sizes[role])}"
+            for rank, placements in enumerate(ranks)
+            if placements[role] != ranks[0][role]
+        ]
+    seconds = modelled_s(config, topology)
+    if seconds:
+        parts = ", ".join(f"{phase} {value:.3f}" for phase, value in seconds.items())
+        found.append(f"modelled traffic to host memory, s a step: {sum(seconds.values()):.3f} ({parts})")
+    return found
+
+
+def modelled_s(config: Config, topology: Topology) -> dict[str, float]:
+    """Seconds of a step's traffic to host memory by phase; empty where bandwidths or the nodes of a role are not known."""
+    known = hardware.bandwidths(config.numa.bandwidth)
+    if known is None:
+        return {}
+    ranks, sizes = strategies.assign(config, topology), estimate.host_bytes(config)
+    process = config.numa.placement.resolve(topology, "numa")
+    shares: planner.Shares = {}
+    for placements in ranks:
+        for role in sizes:
+            of = (process if placements[role].kind == "default" else placements[role]).shares()
+            if of is None and len(topology.memory_nodes) == 1:
+                of = {topology.memory_nodes[0]: 1.0}
+            if of is None or not set(of) <= set(known.nodes()):
+                return {}
+            into = shares.setdefault(role, {})
+            for node, share in of.items():
+                into[node] = into.get(node, 0.0) + share / len(ranks)
+    return planner.step_s({role: len(ranks) * size for role, size in sizes.items()}, shares, known, len(ranks))
+
+
+def _text(placement: Placement, size: int) -> str:
+    shares = placement.shares()
+    if shares is None:
+        return f"{placement.describe()}, {size / 2**30:.2f} GiB"
+    return ", ".join(f"node {node} {share:.1%} ({share * size / 2**30:.2f} GiB)" for node, share in shares.items())
