@@ -8,7 +8,7 @@ from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.memory import Pinning
-from ldft.training import deepspeed_keys, zero_sizes
+from ldft.training import deepspeed_keys, moved, zero_sizes
 
 
 def pins(config: Config) -> bool:
@@ -34,6 +34,7 @@ def build(config: Config) -> dict[str, Any]:
         values = deepspeed_keys.cleaned(values, origin)
         deepspeed_keys.check_owned(values, owned, origin)
         merge(settings, _without_owned(values))
+    moved.check(config, settings)
     return settings
 
 
@@ -71,10 +72,15 @@ def _chosen(config: Config) -> dict[str, Any]:
     }
     if offload.stage == 3:
         zero |= zero_sizes.sizes(config)
-    if offload.parameters is OffloadDevice.cpu:
+    if offload.parameters is not OffloadDevice.none:
         zero["offload_param"] |= {"pin_memory": pins(config)}
-    if offload.optimizer is OffloadDevice.cpu:
+    if offload.optimizer is not OffloadDevice.none:
         zero["offload_optimizer"] |= {"pin_memory": pins(config), "ratio": 1.0}
+    if offload.parameters is OffloadDevice.nvme:
+        zero["offload_param"] |= {"nvme_path": offload.nvme_path, **moved.nvme_sizes(config)}
+    if offload.optimizer is OffloadDevice.nvme:
+        pipelined = {"pipeline_read": False, "pipeline_write": False, "fast_init": False}
+        zero["offload_optimizer"] |= {"nvme_path": offload.nvme_path, "buffer_count": 4, **pipelined}
     lion = optimizer.name == "lion"
     parameters: dict[str, Any] = {
         "lr": optimizer.learning_rate,

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ldft.config import Config, Device, OffloadDevice
+from ldft.errors import ConfigError
 
 
 def cache_dir() -> Path:
@@ -49,6 +50,8 @@ def needed(config: Config) -> list[str]:
     names = ["ShareMemCommBuilder"] if config.launch.device is Device.cpu else []
     if config.offload.optimizer is not OffloadDevice.none:
         names.append("CPULionBuilder" if config.optimizer.name == "lion" else "CPUAdamBuilder")
+    if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
+        names += ["PinMemoryBuilder", "AsyncIOBuilder"]
     return names
 
 
@@ -64,6 +67,12 @@ def load(config: Config, say: Callable[[str], None]) -> None:
         else:
             Builder = get_accelerator().get_op_builder(name)
         builder = Builder()
+        if name == "AsyncIOBuilder" and not builder.is_compatible(verbose=False):
+            raise ConfigError(
+                "offload",
+                "nvme: DeepSpeed reads and writes swap files with libaio, which cannot be compiled against here; "
+                "apt-get install libaio-dev, or use full",
+            )
         with _locked(folder):
             if not list((folder / builder.name).glob("*.so")):
                 say(f"compiling DeepSpeed's {builder.name} (a minute or two, once on this machine)")
