@@ -3,8 +3,8 @@
     python -m ldft.bench nodes                                   measure this machine and save its profile for numa=optimal
     python -m ldft.bench nodes --rows streams.parquet --nodes 0 3 0,3 --weights 1:1 4:1 --sizes 64M 1G --processes 1 2
 
-Each process is bound to cores of its own, as the ranks of a run are; its arrays lie on the nodes of the set, touched and verified. All
-processes of a measurement work at the same time. Rates are bytes over the median time, GB/s (1e9).
+Each process is bound to cores of its own, as the ranks of a run are; its arrays lie on the nodes of the set, touched and verified.
+All processes of a measurement work at the same time. Rates are bytes over the median time, GB/s (1e9).
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _row(kernel: str, size: int, seconds: list[float]) -> dict[str, Any]:
 
 
 def profile(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What later runs read: by node Adam's rate, and copies of all processes together; of the link what one process gets at best."""
+    """What later runs read: by node Adam's rate and that of copies, all processes together; as link the best that one gets."""
     by_node: dict[str, dict[str, float]] = {}
     link: dict[str, float] = {}
     largest = max((row["array_bytes"] for row in rows), default=0)

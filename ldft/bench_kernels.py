@@ -2,8 +2,8 @@
 
     python -m ldft.bench_kernels INDEX    commands as JSON lines on stdin, one answer a line on stdout
 
-Commands: {"do": "place", "placement": {...}, "bytes": n}, {"do": "time", "kernel": name, "bytes": n, "repeats": n}. The end of stdin ends
-the process. `place` allocates four arrays of n bytes; `time` uses n bytes of each that the kernel needs.
+Commands: {"do": "place", "placement": {...}, "bytes": n} allocates four arrays of n bytes; {"do": "time", "kernel": k, "bytes": n,
+"repeats": n} uses n bytes of each that the kernel needs. The end of stdin ends the process.
 """
 
 from __future__ import annotations

@@ -105,6 +105,13 @@ def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
     """The row's columns about nodes, from what the ranks reported; those that are not known are left out."""
     first = reports[0]
     row: dict[str, Any] = {name: first[name] for name in ("numa_policy", "numa_kernel_weights_json") if name in first}
+    if all("roles" in report for report in reports):
+        row["roles"] = [
+            entry
+            for rank, report in enumerate(reports)
+            for role in report["roles"]
+            for entry in _role(host, rank, role)
+        ]
     table = table_of(reports)
     if table is None:
         return row
@@ -131,6 +138,42 @@ def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
     return row
 
 
+def _role(host: str, rank: int, role: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of one role of a rank: one a node that has, or should have, some of it."""
+    pages, asked = role["pages"], role["requested"]
+    total = sum(pages.values())
+    return [
+        {
+            "host": host,
+            "rank": rank,
+            "role": role["role"],
+            "bytes": role["bytes"],
+            "node": int(node),
+            "share": pages.get(node, 0) / total,
+            "requested_share": None if asked is None else asked.get(node, 0.0),
+        }
+        for node in sorted({*pages, *(asked or {})}, key=int)
+    ]
+
+
+def _role_lines(roles: list[dict[str, Any]]) -> list[str]:
+    """Role by role, summed over ranks: its size, and asked and got by node."""
+    said = [f"ldft: {'role':<18}{'GiB':>9}  asked -> got by node"]
+    for role in dict.fromkeys(entry["role"] for entry in roles):
+        mine = [entry for entry in roles if entry["role"] == role]
+        sizes = {entry["rank"]: entry["bytes"] for entry in mine}
+        total = sum(sizes.values())
+        nodes = []
+        for node in sorted({entry["node"] for entry in mine}):
+            there = [entry for entry in mine if entry["node"] == node]
+            got = sum(entry["share"] * entry["bytes"] for entry in there) / total
+            open_ = any(entry["requested_share"] is None for entry in there)
+            asked = "" if open_ else f"{sum(e['requested_share'] * e['bytes'] for e in there) / total:.1%} -> "
+            nodes.append(f"{node}: {asked}{got:.1%}")
+        said.append(f"ldft: {role:<18}{total / GIB:>9.3f}  {', '.join(nodes)}")
+    return said
+
+
 def lines(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
     """For the terminal: the per-node table, what was asked and achieved, and a warning where that differs."""
     table, shares = table_of(reports), row.get("numa_shares")
@@ -142,6 +185,8 @@ def lines(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
         table.render(),
         f"ldft: memory policy {row['numa_policy']}: " + (f"asked {asked}; got {got}" if asked else f"got {got}"),
     ]
+    if row.get("roles") and row.get("cfg.numa.scope") == "roles":
+        said += _role_lines(row["roles"])
     large = sum(s["added_gib"] for s in shares) * GIB > _WORTH_A_WARNING
     if asked and large and any(abs(s["share"] - s["requested_share"]) > _TOLERANCE for s in shares):
         causes = _drift(reports[0]).explain(_asked(reports[0]))

@@ -60,6 +60,19 @@ _NODES = pa.list_(
 _SHARES = pa.list_(
     pa.struct([("host", _TEXT), ("node", _INT), ("added_gib", _FLOAT), ("share", _FLOAT), ("requested_share", _FLOAT)])
 )
+_ROLES = pa.list_(
+    pa.struct(
+        [
+            ("host", _TEXT),
+            ("rank", _INT),
+            ("role", _TEXT),
+            ("bytes", _INT),
+            ("node", _INT),
+            ("share", _FLOAT),
+            ("requested_share", _FLOAT),
+        ]
+    )
+)
 
 # Columns are added, never renamed or retyped. The README's table is generated from this list.
 MEASURED = [
@@ -119,11 +132,15 @@ MEASURED = [
     Column("init_model_s", _FLOAT, "s", "part of init_s: building and initialising the model"),
     Column("init_checkpoint_buffers_s", _FLOAT, "s", "part of init_s: host memory for layer inputs"),
     Column("init_engine_s", _FLOAT, "s", "part of init_s: deepspeed.initialize"),
+    Column("init_placement_s", _FLOAT, "s", "part of init_model_s and init_engine_s: placing, verifying and pinning arenas"),
+    Column("init_first_touch_s", _FLOAT, "s", "part of init_model_s and init_engine_s: first touch of every page of the arenas"),
     Column("nodes", _NODES, "GiB", "resident memory by NUMA node and kind, sum over ranks, after the last iteration"),
     Column("numa_policy", _TEXT, "", "policy of the ranks: the one asked for, or, with numa=default, the caller's"),
     Column("numa_shares", _SHARES, "", "memory that the ranks added after the policy was set (file pages left out), by node, with the share asked for (null: left open)"),
     Column("numa_passed_over", _INT, "", "allocations during the run that were meant for a node asked for and went elsewhere, since it had no free memory; of the whole machine"),
     Column("khugepaged_gib", _FLOAT, "GiB", "memory that the kernel merged into huge pages during the run, each on the node that had most of it; of the whole machine"),
+    Column("numa_mechanism", _TEXT, "", "who spread pages as asked: kernel (one policy a range), or stripes (a policy each); null with numa=default"),
+    Column("roles", _ROLES, "bytes", "offloaded tensors by role, rank and node after the last iteration (move_pages): bytes of the role on the rank, the node's share of them, the share asked for (null: left open)"),
     Column("numa_kernel_weights_json", _TEXT, "", "the kernel's weights for weighted interleave during the run, by node; null before Linux 6.9"),
     Column("git_commit", _TEXT, "", "commit of the package's source, where it is a git checkout"),
     Column("git_dirty", pa.bool_(), "", "whether that checkout had uncommitted changes"),

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ldft import attempt, nodes, swap
-from ldft.config import Config, OffloadDevice, from_dict
+from ldft.config import Config, from_dict
 from ldft.config.memory import Pinning
-from ldft.errors import LdftError
+from ldft.errors import ConfigError
+from ldft.memory.policy import Placement
 from ldft.memory.probe import MemoryTable
 from ldft.verdict import OOM_DEVICE, OOM_HOST
 
@@ -44,10 +45,10 @@ class _Report:
         self._phase_start, self._phase_name = now, name
         self.put(phase=name, phase_text=text)
 
-    def train(self, interpreter_start: float) -> None:
+    def train(self, interpreter_start: float, parts_s: dict[str, float]) -> None:
         self.phase("train", "training")
         self._phase_start = None
-        self._values["init"]["init_s"] = time.time() - interpreter_start
+        self._values["init"] |= parts_s | {"init_s": time.time() - interpreter_start}
         self.put()
 
 
@@ -86,7 +87,17 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     import deepspeed
     import torch
 
-    from ldft.training import checkpointing, deepspeed_config, flops, liger, loop, model, operators, snapshot
+    from ldft.training import (
+        checkpointing,
+        deepspeed_config,
+        flops,
+        host_memory,
+        liger,
+        loop,
+        model,
+        operators,
+        snapshot,
+    )
     from ldft.training import engine as engines
 
     device_type = config.launch.device.name
@@ -111,6 +122,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     settings = deepspeed_config.build(config)
     swap.place(settings)
     engines.check(settings)
+    arenas = host_memory.arenas_of(config, settings, rank)
     network = model.build(config, settings, device)
     tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
     dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
@@ -124,18 +136,19 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         model_tflop_dense=dense,
         model_tflop_attention=attention,
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
-        pinned=deepspeed_config.pins(config) and config.offload.optimizer is not OffloadDevice.none,
     )
 
     report.phase("checkpoint_buffers", "allocating host memory for layer inputs")
     pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
-    inputs = checkpointing.install(config, network, device, pin=pin)
+    placement = arenas.of("activations").placement if arenas else Placement()
+    inputs = checkpointing.install(config, network, device, placement, pin=pin)
     report.put(checkpoint_host_gib=sum(t.nbytes for t in inputs.host_tensors()) / 2**30 if inputs else 0.0)
 
     report.phase("engine", "initialising DeepSpeed")
-    engine = engines.build(config, network, settings)
+    engine = engines.build(config, network, settings, arenas)
+    report.put(pinned=host_memory.pinned(config, settings, arenas))
 
-    report.train(interpreter_start)
+    report.train(interpreter_start, host_memory.seconds(arenas))
     loop.run(
         config,
         engine,
@@ -143,7 +156,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)),
         lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
     )
-    report.put(**nodes.end(first))
+    report.put(**nodes.end(first), **host_memory.report(engine, arenas))
     report.phase("teardown", "ending")
     engine.destroy()
     torch.distributed.destroy_process_group()
@@ -171,7 +184,7 @@ def main() -> int:
         _train(config, report, rank, interpreter_start, first)
     except BaseException as error:
         traceback.print_exc()
-        kind = "invalid" if isinstance(error, LdftError) and not isinstance(error, MemoryError) else _kind_of(error)
+        kind = "invalid" if isinstance(error, ConfigError) else _kind_of(error)
         text = " ".join(str(error).split())[:500]
         report.put(error_type=type(error).__name__, error_message=text or type(error).__name__, error_kind=kind)
         return 1

@@ -15,7 +15,6 @@ Sub-groups are not padded.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice, Precision
@@ -28,21 +27,11 @@ from ldft.training import deepspeed_config
 _PROCESS = {Device.cuda: int(1.55 * 2**30), Device.cpu: int(0.44 * 2**30)}
 
 
-def trained_sizes(config: Config) -> Counter[int]:
-    """Elements -> number of trained parameters of that size."""
-    return shapes.parameter_sizes(config.model)
-
-
-def frozen_sizes(config: Config) -> Counter[int]:
-    """The same of the parameters that are not trained."""
-    return Counter()
-
-
 def host_bytes(config: Config) -> dict[str, int]:
     """Bytes of one rank in host memory by role, the same for every rank; roles that stay on the device are missing."""
     offload, ranks = config.offload, config.launch.num_ranks
     width = 4 if config.train.precision is Precision.fp32 else 2
-    trained, frozen = trained_sizes(config), frozen_sizes(config)
+    trained, frozen = shapes.trained_sizes(config), shapes.frozen_sizes(config)
     roles: dict[str, int] = {}
     if offload.optimizer is OffloadDevice.cpu:
         if offload.stage == 3:
@@ -101,18 +90,18 @@ def _rounding(config: Config) -> int:
     blocks += [4 * part for part in _sub_groups(config, zero.get("sub_group_size", 1 << 62))]
     added = sum(_power_of_two(block) - block for block in blocks)
     if config.offload.parameters is OffloadDevice.cpu:
-        sizes = trained_sizes(config) + frozen_sizes(config)
+        sizes = shapes.trained_sizes(config) + shapes.frozen_sizes(config)
         added += sum(_power_of_two(width * -(-size // ranks)) * count for size, count in sizes.items())
     return added
 
 
 def _sub_groups(config: Config, size: int) -> list[int]:
     """Elements of the sub-groups that DeepSpeed makes: as many parameters as reach `size`, about, since their order is left out."""
-    share = shapes.split(trained_sizes(config), config.launch.num_ranks)
+    share = shapes.split(shapes.trained_sizes(config), config.launch.num_ranks)
     if config.offload.stage < 3 or size >= share:
         return [share]
     if size == 0:
-        sizes = trained_sizes(config).elements()
+        sizes = shapes.trained_sizes(config).elements()
         return [-(-one // config.launch.num_ranks) for one in sizes]
     whole = share // size
     return [size] * whole + ([share - whole * size] if share > whole * size else [])

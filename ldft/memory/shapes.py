@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ldft.config import ModelConfig
+from ldft.config import Config, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,26 @@ def parameter_sizes(model: ModelConfig) -> Counter[int]:
     sizes[embedding_parameters(model)] += 1 if model.tie_word_embeddings else 2
     sizes[model.hidden_size] += 1
     return sizes
+
+
+def trained_sizes(config: Config) -> Counter[int]:
+    """The same of the parameters that are trained: all, or those of the adapters."""
+    model, rank, named = config.model, config.lora.rank, config.lora.target_modules
+    if not rank:
+        return parameter_sizes(model)
+    sizes: Counter[int] = Counter()
+    for name, (inputs, outputs) in linears(model).items():
+        if not named or name in named:
+            sizes[rank * inputs] += model.num_layers
+            sizes[rank * outputs] += model.num_layers
+    if "lm_head" in named:
+        sizes.update((rank * model.hidden_size, rank * model.vocab_size))
+    return sizes
+
+
+def frozen_sizes(config: Config) -> Counter[int]:
+    """The same of those that are not: with adapters, the whole model."""
+    return parameter_sizes(config.model) if config.lora.rank else Counter()
 
 
 def embedding_parameters(model: ModelConfig) -> int:

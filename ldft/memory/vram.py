@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldft.config import Config, Device, OffloadDevice, Precision
+from ldft.config import AttentionKind, Config, Device, OffloadDevice, Precision
 from ldft.config.checkpointing import CheckpointingMode
 from ldft.memory import shapes
-from ldft.training import deepspeed_config
+from ldft.training import attention, deepspeed_config, liger
 
 Parts = dict[str, int]
 
@@ -35,11 +35,19 @@ def moments(config: Config) -> dict[str, Parts]:
     if config.checkpointing.mode is CheckpointingMode.none:
         waiting["activations"] = config.model.num_layers * _kept(config)
     inside = {"inside a layer": _inside(config)} | _layer_gradient(config)
+    model = config.model
+    layer, output = shapes.layer_parameters(model), shapes.embedding_parameters(model)
+    # The output projection stays where ZeRO-3 keeps what is used again so soon.
+    kept = output if config.offload.stage == 3 and _zero(config)["stage3_max_reuse_distance"] >= output else 0
     found = {
-        "loss": base | waiting | _loss(config),
+        "loss": base | waiting | _gathered(config, output + layer) | _loss(config),
         # All inputs wait, and the last layer is computed again with the gradients of what is in it.
-        "backward of the last layer": base | waiting | inside | _output_gradient(config),
-        "backward of the first layer": base | gradients | inside,
+        "backward of the last layer": base
+        | waiting
+        | _gathered(config, layer + kept)
+        | inside
+        | _output_gradient(config),
+        "backward of the first layer": base | gradients | _gathered(config, layer) | inside,
         "step": base | gradients | _step(config),
     }
     if config.offload.stage in (1, 2):
@@ -77,50 +85,60 @@ def checkpoints_on_device(config: Config) -> int:
 
 def _state(config: Config) -> Parts:
     """What is there all the time."""
-    model, offload, ranks, width = config.model, config.offload, config.launch.num_ranks, _width(config)
-    whole = shapes.num_parameters(model)
-    share = shapes.split(shapes.parameter_sizes(model), ranks)
+    offload, ranks, width = config.offload, config.launch.num_ranks, _width(config)
+    trained = shapes.trained_sizes(config)
+    every = trained + shapes.frozen_sizes(config)
+    whole, share = shapes.total(every), shapes.split(trained, ranks)
     zero = _zero(config)
     parts: Parts = {}
     if offload.stage < 3:
         parts["weights"] = width * whole
     elif offload.parameters is OffloadDevice.none:
-        parts["weights"] = width * share
-    if offload.stage == 3 and (ranks > 1 or offload.parameters is not OffloadDevice.none):
-        # w x: parameters stay gathered up to a limit, but for the layer at work and the output projection.
-        least = shapes.layer_parameters(model) + shapes.embedding_parameters(model)
-        parts["gathered weights"] = width * min(whole, max(least, int(zero["stage3_max_live_parameters"])))
+        parts["weights"] = width * shapes.split(every, ranks)
     if offload.stage >= 2:
-        # w x: one bucket, in which gradients are made contiguous; on the CPU only what is used of it is there.
+        # w x: a buffer in which gradients are made contiguous (on the CPU only what is used of it is there); without it, the copy
+        # that is reduced.
         bucket = int(zero["reduce_bucket_size"])
-        parts["reduce bucket"] = width * (min(bucket, whole) if config.launch.device is Device.cpu else bucket)
+        whole_bucket = zero["contiguous_gradients"] and config.launch.device is not Device.cpu
+        parts["reduce bucket"] = width * (bucket if whole_bucket else min(bucket, shapes.total(trained)))
     if offload.optimizer is OffloadDevice.none:
         # 4 B each: master weight and two moments, one with Lion.
         states = 8 if config.optimizer.name == "lion" else 12
-        parts["optimizer"] = states * (whole if offload.stage == 0 else share)
+        parts["optimizer"] = states * (shapes.total(trained) if offload.stage == 0 else share)
         if offload.stage == 3:
             # fp32 gradients of one sub-group; gradients of all in compute precision.
             parts["gradients"] = width * share + 4 * min(share, int(zero["sub_group_size"]))
     elif offload.stage < 3:
         # w x: staging for the largest parameter's gradient.
-        parts["gradients"] = width * max(shapes.parameter_sizes(model))
+        parts["gradients"] = width * max(trained)
     return parts
+
+
+def _gathered(config: Config, least: int) -> Parts:
+    """w x: whole parameters of ZeRO-3 at a time, the `least` of those at work, and as many as it may hold ahead."""
+    offload = config.offload
+    if offload.stage < 3 or (config.launch.num_ranks == 1 and offload.parameters is OffloadDevice.none):
+        return {}
+    whole = shapes.num_parameters(config.model)
+    return {
+        "gathered weights": _width(config) * min(whole, max(least, int(_zero(config)["stage3_max_live_parameters"])))
+    }
 
 
 def _gradients(config: Config) -> Parts:
     """Gradients that wait on the device at the end of the backward pass, w P or less, and are not there at its start."""
     offload, width = config.offload, _width(config)
-    whole = shapes.num_parameters(config.model)
+    trained = shapes.trained_sizes(config)
     if offload.stage < 2:
-        return {"gradients": width * whole}
+        return {"gradients": width * shapes.total(trained)}
     if offload.stage == 2 and offload.optimizer is OffloadDevice.none:
-        return {"gradients": width * shapes.split(shapes.parameter_sizes(config.model), config.launch.num_ranks)}
+        return {"gradients": width * shapes.split(trained, config.launch.num_ranks)}
     return {}
 
 
 def _output_gradient(config: Config) -> Parts:
     """w V H: a tied output projection's gradient waits for the embedding's; another one is reduced at once."""
-    if not config.model.tie_word_embeddings:
+    if not config.model.tie_word_embeddings or config.lora.rank:
         return {}
     return {"output projection's gradient": _width(config) * shapes.embedding_parameters(config.model)}
 
@@ -129,7 +147,7 @@ def _step(config: Config) -> Parts:
     """4 P/N: the gradients in fp32, without offload and below stage 3."""
     if config.offload.optimizer is not OffloadDevice.none or config.offload.stage == 3:
         return {}
-    whole, ranks = shapes.num_parameters(config.model), config.launch.num_ranks
+    whole, ranks = shapes.total(shapes.trained_sizes(config)), config.launch.num_ranks
     return {"fp32 gradients": 4 * (whole if config.offload.stage == 0 else whole // ranks)}
 
 
@@ -158,21 +176,16 @@ def _kept(config: Config) -> int:
 def _layer_gradient(config: Config) -> Parts:
     """w x parameters of a layer, where the bucket is too small to take them."""
     size = shapes.layer_parameters(config.model)
-    if config.offload.stage < 2 or _zero(config)["reduce_bucket_size"] >= size:
+    if config.lora.rank or config.offload.stage < 2 or _zero(config)["reduce_bucket_size"] >= size:
         return {}
     return {"a layer's gradients": _width(config) * size}
 
 
 def _scores(config: Config, copies: int) -> int:
-    """Attention that is computed in full (Gemma 2's soft caps): w T S heads for each copy of the scores, fp32 being two."""
-    if not config.model.attention_softcap:
+    """Attention that is computed in full: w T S heads for each copy of the scores, fp32 being two."""
+    if attention.choose(config) is not AttentionKind.eager:
         return 0
     return copies * _width(config) * tokens(config) * config.seq_len.tokens * config.model.num_attention_heads
-
-
-def fuses_loss(config: Config) -> bool:
-    """Whether logits exist chunk by chunk only."""
-    return False
 
 
 def _loss(config: Config) -> Parts:
@@ -182,11 +195,12 @@ def _loss(config: Config) -> Parts:
     input, w T H, and the logits of a chunk, which has about T H / V tokens, rounded up to a power of two.
     """
     model, width, all_tokens = config.model, _width(config), tokens(config)
-    if not fuses_loss(config):
+    if not liger.wanted(config):
         return {"logits": 2 * (width + 4) * all_tokens * model.vocab_size}
     chunks = -(-model.vocab_size // model.hidden_size)
     chunk = 1 << (-(-all_tokens // chunks) - 1).bit_length()
+    gradient = 0 if config.lora.rank else width * shapes.embedding_parameters(model)
     return {
-        "output projection's gradient": width * shapes.embedding_parameters(model),
+        "output projection's gradient": gradient,
         "logits": hidden_bytes(config) + width * min(chunk, all_tokens) * model.vocab_size,
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.memory import Pinning
+from ldft.errors import CombinationError
 from ldft.training import deepspeed_keys, moved, zero_sizes
 
 
@@ -16,15 +17,21 @@ def pins(config: Config) -> bool:
     return config.launch.device is Device.cuda and config.memory.pinning is Pinning.torch
 
 
+def uses_arenas(config: Config, settings: dict[str, Any]) -> bool:
+    """Whether offloaded tensors lie in arenas of ldft."""
+    return config.memory.pinning is not Pinning.torch and moved.moved_by(settings) is None
+
+
 def build(config: Config) -> dict[str, Any]:
     """What `deepspeed.initialize` gets: ldft's choices, then the user's file, then the user's keys.
 
-    Raises ConfigError where the user's keys are unknown to DeepSpeed, of another type, or ldft's own.
+    Raises ConfigError where the user's keys are unknown to DeepSpeed, of another type, or ldft's own, and where roles are to be
+    placed that DeepSpeed moves itself.
     """
     settings = _chosen(config)
     owned = dict(deepspeed_keys.flat(settings))
     for name in ("offload_param", "offload_optimizer"):
-        owned[f"zero_optimization.{name}.pin_memory"] = config.memory.pinning is Pinning.torch
+        owned[f"zero_optimization.{name}.pin_memory"] = config.memory.pinning is not Pinning.none
     file = config.offload.deepspeed_file
     layers = [(config.offload.deepspeed, "offload.deepspeed")]
     if file:
@@ -35,6 +42,17 @@ def build(config: Config) -> dict[str, Any]:
         deepspeed_keys.check_owned(values, owned, origin)
         merge(settings, _without_owned(values))
     moved.check(config, settings)
+    kind = moved.moved_by(settings)
+    if kind and config.numa.by_role:
+        raise CombinationError(
+            "numa.scope",
+            f"roles cannot be placed with {kind}, where DeepSpeed moves them; use a policy of scope process",
+        )
+    if kind and config.memory.pinning is Pinning.exact:
+        # What no arena can hold is pinned as stock DeepSpeed pins it.
+        for name in ("offload_param", "offload_optimizer"):
+            if "pin_memory" in settings["zero_optimization"][name]:
+                settings["zero_optimization"][name]["pin_memory"] = config.launch.device is Device.cuda
     return settings
 
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from ldft.config import Config, OffloadDevice
 from ldft.errors import ConfigError
+from ldft.memory import audit, rebinding
+from ldft.memory.arenas import Arenas
 from ldft.training import schedule
 from ldft.training.lion import Lion
 
@@ -28,8 +30,11 @@ def check(settings: dict[str, Any]) -> None:
         raise ConfigError("offload.deepspeed", f"DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
-def build(config: Config, model: PreTrainedModel, settings: dict[str, Any]) -> Any:
-    """The engine, with the learning rate's schedule; its `get_lr()` is that of the next update."""
+def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], arenas: Arenas | None) -> Any:
+    """The engine, with the learning rate's schedule; its `get_lr()` is that of the next update.
+
+    With arenas, every offloaded tensor lies in that of its role, the moments too. Raises HostMemoryError and AuditError.
+    """
 
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
@@ -41,4 +46,7 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any]) -> A
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
     )
+    if arenas is not None:
+        rebinding.settle(engine, arenas)
+        audit.check(engine, arenas)
     return engine

@@ -63,7 +63,7 @@ def notes(config: Config, settings: dict[str, Any]) -> list[str]:
     if kind == "zenflow":
         values = settings["zero_optimization"]["zenflow"]
         return [
-            f"zenflow is another algorithm: {values.get('topk_ratio', 0.1):.0%} of the columns are updated each iteration, the rest "
+            f"zenflow is another algorithm: {values.get('topk_ratio', 0.1):.0%} of the columns are updated each iteration, others "
             f"every {values.get('update_interval', 'auto')} iterations; losses and times are not those of AdamW"
         ]
     return []

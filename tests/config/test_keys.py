@@ -244,6 +244,7 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "offload.stage": ("2", deepspeed, ["offload.parameters=none"]),
     "offload.parameters": ("none", deepspeed, []),
     "offload.optimizer": ("none", deepspeed, []),
+    "offload.nvme_path": ("$TMP/disk", deepspeed, ["offload.optimizer=nvme", "offload.nvme_path=$TMP"]),
     "offload.deepspeed": ("{zero_optimization:{sub_group_size:7}}", deepspeed, []),
     "offload.deepspeed_file": ("$JSON", deepspeed, []),
     "numa.name": ("other", run, []),

@@ -8,21 +8,24 @@ from pathlib import Path
 import pytest
 
 from ldft.memory import vram
+from ldft.training import zero_sizes
 from tests.conftest import compose
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "measured_vram.csv").read_text().splitlines()[1:]))
 
 
+# What the scripts ran with; ldft's own are smaller.
+SIZES = ",".join(f"{name}:{value}" for name, value in zero_sizes.DEFAULTS.items())
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row.values()))
-def test_the_formula_is_within_five_percent_of_the_measured_peak(
-    row: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_formula_is_within_five_percent_of_the_measured_peak(row: dict[str, str]) -> None:
     config = compose(
         f"model={row['model']}", f"seq_len.tokens={row['tokens']}", f"train.micro_batch_size={row['batch']}",
         f"launch.num_ranks={row['ranks']}", f"offload={row['offload']}", f"train.precision={row['precision']}",
-        f"checkpointing={row['checkpointing']}", "launch.device=cuda",
+        *([f"offload.deepspeed.zero_optimization={{{SIZES},contiguous_gradients:true}}"] if row["offload"] == "full" else []),
+        f"checkpointing={row['checkpointing']}", f"kernels.liger={row['liger']}", "launch.device=cuda",
     )  # fmt: skip
-    monkeypatch.setattr(vram, "fuses_loss", lambda config: row["liger"] == "true")
     peak_gb = sum(vram.device_bytes(config).values()) / 1e9
     assert peak_gb == pytest.approx(float(row["peak_gb"]), rel=0.05)
 

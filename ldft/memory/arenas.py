@@ -1,0 +1,110 @@
+"""Arenas: all host memory of one role on one rank, placed and pinned as one, handed out in named slots.
+
+A slot is a plain tensor in the arena's memory. Slots start on cache lines, as torch's own tensors do, and are remembered by name,
+so that what somebody has moved elsewhere can be brought back to where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ldft.memory import allocator
+from ldft.memory.placing import Report
+from ldft.memory.policy import Placement
+
+# Bytes: a cache line, and the widest vector of any CPU.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A slot to be made: its name, elements and type."""
+
+    name: str
+    numel: int
+    dtype: torch.dtype
+
+    @property
+    def padded_bytes(self) -> int:
+        return -(-self.numel * self.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(kw_only=True, slots=True)
+class Arena:
+    """Memory of one role. Usually one block; a second one where a role grew after the first was made."""
+
+    role: str
+    placement: Placement
+    pin: bool
+    slots: dict[str, torch.Tensor] = field(default_factory=dict)
+    blocks: list[torch.Tensor] = field(default_factory=list)
+
+    def lay_out(self, wants: Iterable[Want]) -> None:
+        """Allocate one block with a slot, all zeros, for each name that has none of that size and type yet."""
+        missing = [want for want in wants if not self._fits(want)]
+        if not missing:
+            return
+        block = self.allocate(sum(want.padded_bytes for want in missing))
+        self.blocks.append(block)
+        offset = 0
+        for want in missing:
+            self.slots[want.name] = piece(block, offset, want.numel, want.dtype)
+            offset += want.padded_bytes
+
+    def allocate(self, size: int) -> torch.Tensor:
+        """`size` bytes under this role's placement, not yet part of the arena."""
+        return allocator.allocate(size, torch.uint8, self.placement, pin=self.pin)
+
+    def adopt(self, block: torch.Tensor, name: str, slot: torch.Tensor) -> None:
+        """Take over a slot that lies in a block which `allocate` gave."""
+        if not any(known is block for known in self.blocks):
+            self.blocks.append(block)
+        self.slots[name] = slot
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether all of a contiguous tensor lies in one of the blocks."""
+        start, end = span(tensor)
+        return any(first <= start and end <= last for first, last in map(span, self.blocks))
+
+    def _fits(self, want: Want) -> bool:
+        slot = self.slots.get(want.name)
+        return slot is not None and slot.numel() == want.numel and slot.dtype == want.dtype
+
+    def reports(self) -> list[Report]:
+        """How each block was allocated."""
+        return [allocator.report_of(block) for block in self.blocks if block.numel()]
+
+
+class Arenas:
+    """The arenas of one rank, made when a role first needs memory."""
+
+    def __init__(self, placements: Mapping[str, Placement], *, pinned: Iterable[str]) -> None:
+        """pinned: the roles to register with CUDA."""
+        self._placements, self._pinned = dict(placements), frozenset(pinned)
+        self.by_role: dict[str, Arena] = {}
+
+    def of(self, role: str) -> Arena:
+        """The arena of a role, empty at first."""
+        if role not in self.by_role:
+            placement = self._placements.get(role, Placement())
+            self.by_role[role] = Arena(role=role, placement=placement, pin=role in self._pinned)
+        return self.by_role[role]
+
+    def reports(self) -> list[Report]:
+        return [report for arena in self.by_role.values() for report in arena.reports()]
+
+
+def piece(block: torch.Tensor, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor over part of a block of bytes; no view to autograd, so that it may become a leaf."""
+    start = block.storage_offset() + offset
+    assert start % dtype.itemsize == 0 and offset + numel * dtype.itemsize <= block.numel()
+    return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), start // dtype.itemsize, (numel,), (1,))
+
+
+def span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First address of a contiguous tensor and the one after its last byte."""
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()

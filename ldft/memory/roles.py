@@ -1,0 +1,115 @@
+"""Which tensors of a DeepSpeed engine play which role in host memory: the one module that knows where DeepSpeed keeps them.
+
+Read in DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py, ops/adam/cpu_adam.py, ops/lion/cpu_lion.py); the names have been
+the same since 0.9.5. An owner is a tensor with memory of its own; a view is another tensor object over the same memory, which has to
+follow when the owner moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.lion import DeepSpeedCPULion
+
+# Touched by the device's copy engines; the optimizer's own tensors are not. (ZeRO-1/2 of stock DeepSpeed pin master weights too, but
+# copy them through a 16-bit buffer.)
+DMA_ROLES = ("compute_weights", "master_gradients", "compute_gradients", "activations")
+# What the optimizers keep, under their own names. Lion's second moment, which stock DeepSpeed allocates, is never used.
+MOMENTS = {"exp_avg": "momentum", "exp_avg_sq": "variance"}
+_MOMENTS_OF = {DeepSpeedCPUAdam: ("exp_avg", "exp_avg_sq"), DeepSpeedCPULion: ("exp_avg",)}
+# Private to the class that it is named after, hence the prefix.
+_GRADIENT_VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleTensor:
+    """A tensor of the live engine, by DeepSpeed's own name for it."""
+
+    role: str
+    name: str
+    tensor: torch.Tensor
+    owner: bool = True
+    """False: a view of an owner of the same role."""
+
+
+def tensors(engine: Any) -> Iterator[RoleTensor]:
+    """Every tensor in host memory that has a role, owners before their views."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        yield from _stage_3(engine.module, optimizer)
+    elif hasattr(optimizer, "single_partition_of_fp32_groups") and optimizer.cpu_offload:
+        yield from _stage_1_and_2(optimizer)
+
+
+def moments_of(optimizer: Any) -> tuple[str, ...]:
+    """Names of the moments that an optimizer on the CPU uses; empty for one that is not known here."""
+    return _MOMENTS_OF.get(type(optimizer), ())
+
+
+def moment_type(optimizer: Any, master: torch.Tensor) -> torch.dtype:
+    """The type that the optimizer gives moments of a master weight."""
+    return torch.float32 if optimizer.fp32_optimizer_states else master.dtype
+
+
+def _stage_3(module: torch.nn.Module, optimizer: Any) -> Iterator[RoleTensor]:
+    if optimizer.offload_param:
+        flats = optimizer.param_groups_fp16_flat_cpu_memory
+        yield from (RoleTensor("compute_weights", _flat_name(i), flat) for i, flat in enumerate(flats))
+        trained = {id(parameter) for group in optimizer.fp16_groups for parameter in group}
+        for name, parameter in module.named_parameters():
+            if hasattr(parameter, "ds_tensor") and parameter.ds_tensor.device.type == "cpu":
+                # A frozen parameter has its part to itself.
+                owner = id(parameter) not in trained
+                yield RoleTensor("compute_weights", f"{name}.ds_tensor", parameter.ds_tensor, owner)
+        for i, part in enumerate(optimizer.fp16_partitioned_groups_flat):
+            yield RoleTensor("compute_weights", f"fp16_partitioned_groups_flat[{i}]", part, owner=False)
+    if not optimizer.offload_optimizer:
+        return
+    for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+        if optimizer.subgroup_to_device[i] == "cpu":
+            yield from _updated(optimizer, f"fp32_partitioned_groups_flat[{i}]", master)
+    yield RoleTensor("compute_gradients", "grad_partitions_flat_buffer", optimizer.grad_partitions_flat_buffer)
+    for i, part in getattr(optimizer, _GRADIENT_VIEWS, {}).items():
+        yield RoleTensor("compute_gradients", f"param_id_to_grad_partition[{i}]", part, owner=False)
+
+
+def _stage_1_and_2(optimizer: Any) -> Iterator[RoleTensor]:
+    for i, master in enumerate(optimizer.single_partition_of_fp32_groups):
+        yield from _updated(optimizer, f"single_partition_of_fp32_groups[{i}]", master)
+        staging = optimizer.param_buffer_of_bit16_for_cpu_offload_groups[i]
+        yield RoleTensor("compute_weights", f"param_buffer_of_bit16_for_cpu_offload_groups[{i}]", staging)
+        for parameter in optimizer.bit16_groups[i]:
+            mapping = parameter._hp_mapping
+            name = optimizer.param_names[parameter]
+            if mapping is not None:
+                yield RoleTensor("master_weights", f"{name}.hp_fragment", mapping.hp_fragment, owner=False)
+                for key, part in (mapping.optim_fragment or {}).items():
+                    if key in MOMENTS:
+                        yield RoleTensor(MOMENTS[key], f"{name}.optim_fragment.{key}", part, owner=False)
+        for k, part in enumerate(optimizer.offload_gradient_dict.get(i) or ()):
+            yield RoleTensor("master_gradients", f"offload_gradient_dict[{i}][{k}]", part, owner=False)
+    yield RoleTensor(
+        "compute_gradients", "temp_grad_buffer_for_cpu_offload", optimizer.temp_grad_buffer_for_cpu_offload
+    )
+    for i, gradient in optimizer.accumulated_grads_in_cpu.items():
+        if optimizer.master_weights_and_grads_dtype == torch.float32:  # else it is a view of the master gradient
+            yield RoleTensor("compute_gradients", f"accumulated_grads_in_cpu[{i}]", gradient)
+
+
+def _updated(optimizer: Any, name: str, master: torch.Tensor) -> Iterator[RoleTensor]:
+    """A partition that the optimizer updates, its gradient and its moments."""
+    yield RoleTensor("master_weights", name, master)
+    if master.grad is not None:
+        yield RoleTensor("master_gradients", f"{name}.grad", master.grad)
+    state = optimizer.optimizer.state.get(master, {})
+    for key, role in MOMENTS.items():
+        if key in state:
+            yield RoleTensor(role, f"{name}.{key}", state[key])
+
+
+def _flat_name(group: int) -> str:
+    return f"param_groups_fp16_flat_cpu_memory[{group}]"

@@ -1,0 +1,58 @@
+"""The host memory of a rank's offloaded tensors: its arenas, and what the row says of every role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldft.config import Config, Device, Pinning
+from ldft.memory import audit, strategies
+from ldft.memory.arenas import Arenas
+from ldft.memory.policy import process_policy
+from ldft.memory.roles import DMA_ROLES
+from ldft.memory.topology import read_topology
+from ldft.training import deepspeed_config
+
+
+def arenas_of(config: Config, settings: dict[str, Any], rank: int) -> Arenas | None:
+    """The rank's arenas, empty so far; None where DeepSpeed's tensors are left to DeepSpeed. settings: its config."""
+    if not deepspeed_config.uses_arenas(config, settings):
+        return None
+    exact = config.memory.pinning is Pinning.exact and config.launch.device is Device.cuda
+    placements = strategies.assign(config, read_topology())[rank]
+    return Arenas(placements, pinned=DMA_ROLES if exact else ())
+
+
+def seconds(arenas: Arenas | None) -> dict[str, float]:
+    """Parts of the initialisation that arenas took, as the row names them."""
+    reports = [] if arenas is None else arenas.reports()
+    placed_s = sum(report.place_s + report.verify_s + report.register_s for report in reports)
+    return {"init_placement_s": placed_s, "init_first_touch_s": sum(report.touch_s for report in reports)}
+
+
+def pinned(config: Config, settings: dict[str, Any], arenas: Arenas | None) -> bool:
+    """Whether offloaded tensors that DMA touches are pinned, by us or by DeepSpeed."""
+    if arenas is None:
+        return any(
+            settings["zero_optimization"].get(name, {}).get("pin_memory", False)
+            for name in ("offload_param", "offload_optimizer")
+        )
+    return any(report.pinned for report in arenas.reports())
+
+
+def report(engine: Any, arenas: Arenas | None) -> dict[str, Any]:
+    """For the rank's report: each role by node, and the addresses of its tensors. Raises AuditError."""
+    inherited = process_policy().shares()
+    roles = [
+        {
+            "role": role.role,
+            "bytes": role.bytes,
+            "pages": {str(node): count for node, count in role.pages.items()},
+            "requested": None if role.requested is None else {str(n): s for n, s in role.requested.items()},
+        }
+        for role in audit.measure(engine, arenas, inherited)
+    ]
+    said: dict[str, Any] = {"roles": roles, "role_addresses": audit.addresses(engine)}
+    if arenas is not None:
+        methods = {report.method for report in arenas.reports()}
+        said["role_methods"] = sorted(methods)
+    return said

@@ -1,0 +1,103 @@
+"""Rank process of test_roles.py: train each of several configs in turn and say what became of losses and roles.
+
+    python tests/memory/role_cases.py CASES.json RANK WORLD_SIZE FOLDER
+
+CASES.json: {name: {"config": <config_json>, "fault": name of one of the faults below, or ""}}. Writes FOLDER/rank-<r>.json.
+Each case goes through the functions that a worker calls, in one process, so that imports are paid once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from ldft.config import from_dict
+from ldft.errors import LdftError
+from ldft.memory import audit, rebinding, roles
+from ldft.training import data, deepspeed_config, host_memory, model, operators
+from ldft.training import engine as engines
+
+
+def clone_of(engine: Any, role: str) -> None:
+    """Move the first owner of a role out of its arena."""
+    item = next(item for item in roles.tensors(engine) if item.role == role and item.owner)
+    item.tensor.data = item.tensor.detach().clone()
+
+
+def overlap(engine: Any) -> None:
+    """Let the variance of the first partition lie in the memory of the second one's: inside the arena, and wrong."""
+    first, second = [item.tensor for item in roles.tensors(engine) if item.role == "variance" and item.owner][:2]
+    first.data = torch.empty(0).set_(second.untyped_storage(), second.storage_offset(), (first.numel(),), (1,))
+
+
+def save_and_load(engine: Any, arenas: Any, folder: Path) -> dict[str, Any]:
+    """DeepSpeed replaces the moments when it loads; bring them back."""
+    engine.save_checkpoint(str(folder), tag="one")
+    engine.load_checkpoint(str(folder), tag="one")
+    said: dict[str, Any] = {}
+    try:
+        audit.check(engine, arenas)
+    except audit.AuditError as error:
+        said["after_load"] = str(error)
+    said["moved"] = rebinding.replace_after_load(engine, arenas)
+    return said
+
+
+def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
+    config, fault = from_dict(json.loads(case["config"])), case.get("fault", "")
+    settings = deepspeed_config.build(config)
+    arenas = host_memory.arenas_of(config, settings, rank)
+    network = model.build(config, settings, torch.device("cpu"))
+    engine = engines.build(config, network, settings, arenas)
+    said: dict[str, Any] = {"loss": [], "state_before": len(engine.optimizer.state) if config.offload.stage else 0}
+    for iteration in range(config.train.iterations):
+        for step in range(config.train.gradient_accumulation_steps):
+            tokens = data.batch(config, iteration, step, rank)
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            engine.backward(loss)
+            engine.step()
+            said["loss"].append(float(loss))
+        if iteration == 1 and fault == "load" and arenas is not None:
+            said |= save_and_load(engine, arenas, folder / "checkpoint")
+        elif iteration == 1 and fault == "load":
+            engine.save_checkpoint(str(folder / "stock"), tag="one")
+            engine.load_checkpoint(str(folder / "stock"), tag="one")
+    if fault.startswith("move "):
+        clone_of(engine, fault.removeprefix("move "))
+    elif fault == "overlap":
+        overlap(engine)
+    try:
+        said["roles"] = [dataclasses.asdict(role) for role in audit.measure(engine, arenas, None)]
+        if arenas is not None:
+            said["held"] = {item.name: arenas.of(item.role).holds(item.tensor) for item in roles.tensors(engine)}
+            said["arena_bytes"] = {a.role: sum(b.numel() for b in a.blocks) for a in arenas.by_role.values()}
+    except LdftError as error:
+        said["error"] = f"{type(error).__name__}: {error}"
+    engine.destroy()
+    return said
+
+
+def main() -> None:
+    cases, rank, world_size, folder = json.loads(Path(sys.argv[1]).read_text()), *map(int, sys.argv[2:4]), Path(sys.argv[4])
+    operators.load(device="cpu", offloads_optimizer=True, say=lambda text: None)
+    deepspeed.init_distributed(
+        "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    said = {}
+    for name, case in cases.items():
+        hidden = case.get("hide", ())
+        kept = {method: getattr(DeepSpeedZeroOptimizer_Stage3, method) for method in hidden}
+        said[name] = train(case, rank, folder / name)
+        assert kept == {method: getattr(DeepSpeedZeroOptimizer_Stage3, method) for method in hidden}
+        (folder / f"rank-{rank}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()

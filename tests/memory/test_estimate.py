@@ -1,0 +1,112 @@
+"""Host memory by formula: against the parameters that transformers and peft make, and against what DeepSpeed holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ldft.config import to_dict
+from ldft.memory import estimate, shapes
+from ldft.training import lora, model
+from tests.conftest import compose
+
+
+@pytest.mark.parametrize("family", sorted(shapes.FAMILIES))
+def test_every_parameters_size_is_transformers_own(family: str) -> None:
+    line = [
+        "model=nano",
+        f"model.family={family}",
+        "model.num_layers=3",
+        "model.intermediate_size=100",
+        "model.vocab_size=50",
+    ]
+    for tied in ("true", "false"):
+        config = compose(*line, f"model.tie_word_embeddings={tied}").model
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(model.hf_config(config), attn_implementation="eager")
+            built.tie_weights()
+        assert shapes.parameter_sizes(config) == Counter(parameter.numel() for parameter in built.parameters())
+
+
+@pytest.mark.parametrize("targets", ["[]", "[q_proj,down_proj]", "[v_proj,lm_head]"])
+def test_every_adapters_size_is_pefts_own(targets: str) -> None:
+    import peft
+
+    config = compose("model=nano", "model.vocab_size=50", "model.tie_word_embeddings=false", "lora=r8",
+                     f"lora.target_modules={targets}", "launch.device=cpu")  # fmt: skip
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(model.hf_config(config.model), attn_implementation="eager")
+        peft.inject_adapter_in_model(lora._peft_config(config.lora), built)
+    trained = Counter(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+    frozen = Counter(parameter.numel() for parameter in built.parameters() if not parameter.requires_grad)
+    assert shapes.trained_sizes(config) == trained and shapes.frozen_sizes(config) == frozen
+
+
+# Odd sizes, so that two ranks need padding everywhere.
+ODD = ("model=nano", "model.vocab_size=101", "model.hidden_size=33", "model.intermediate_size=55", "model.num_attention_heads=3",
+       "model.num_key_value_heads=1", "model.head_dim=6", "seq_len.tokens=8", "launch.device=cpu", "launch.num_ranks=2",
+       "memory.pinning=none", "train.iterations=1", "train.warmup_iterations=0", "checkpointing=none")  # fmt: skip
+CASES = {
+    "full": (),
+    "sub_groups": ("offload.deepspeed.zero_optimization.sub_group_size=500", "train.gradient_accumulation_steps=2"),
+    "optimizer": ("offload=optimizer",),
+    "accumulated": ("offload=optimizer", "train.gradient_accumulation_steps=2"),
+    "stage1": ("offload=optimizer", "offload.stage=1"),
+    "stage3_optimizer": ("offload=optimizer", "offload.stage=3"),
+    "adapters": ("lora=r8",),
+    "fp32": ("train.precision=fp32",),
+}
+
+
+def test_host_bytes_are_what_two_ranks_of_deepspeed_hold(tmp_path: Path) -> None:
+    configs = {name: compose(*ODD, *more) for name, more in CASES.items()}
+    for name, config in configs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(config)))
+    line = [sys.executable, str(Path(__file__).with_name("held_by_deepspeed.py")), str(tmp_path)]
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ranks = [subprocess.Popen(line, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    try:
+        said = [process.communicate(timeout=280)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    held: dict[str, dict[str, int]] = {}
+    for text in said[0].splitlines():
+        if text.startswith("HELD "):
+            held |= json.loads(text.removeprefix("HELD "))
+    expected = {name: estimate.host_bytes(config) for name, config in configs.items()}
+    for name, roles in held.items():
+        assert {role: size for role, size in roles.items() if size} == expected[name], name
+    assert held.keys() == configs.keys()
+
+
+def test_layer_inputs_wait_on_the_host_for_all_groups_but_the_last() -> None:
+    config = compose(
+        "model=llama3_3b", "seq_len=32k", "checkpointing=cpu", "checkpointing.every=3", "launch.device=cpu"
+    )
+    assert estimate.host_bytes(config)["activations"] == 9 * 2 * 32768 * 3072  # 28 layers make ten groups
+
+
+def test_torchs_pinned_allocator_is_counted_where_it_pins() -> None:
+    """Peaks of stock DeepSpeed on an H200, GB, file pages included (about 0.5 GB a rank)."""
+    for line, measured in (
+        (("model=llama3_1b", "seq_len=8k", "train.micro_batch_size=4"), 34.0),
+        (("model=llama3_3b", "seq_len=32k"), 80.9),
+        (("model=llama3_8b", "seq_len=32k", "launch.num_ranks=4"), 4 * 47.9),
+    ):
+        config = compose(*line, "checkpointing=gpu", "launch.device=cuda", "memory.pinning=torch")
+        files = 0.5 * config.launch.num_ranks
+        assert estimate.predicted_host_bytes(config) / 1e9 + files == pytest.approx(measured, rel=0.03)
+        exact = compose(*line, "checkpointing=gpu", "launch.device=cuda")
+        assert estimate.predicted_host_bytes(exact) < 0.97 * estimate.predicted_host_bytes(config)

@@ -1,0 +1,154 @@
+"""Tensors of stock DeepSpeed by role: training is the same bit for bit, and every byte lies where its role was placed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldft.config import to_dict
+from ldft.memory.topology import read_topology
+from ldft.training.operators import cache_dir
+from tests.conftest import compose
+
+CASES = Path(__file__).with_name("role_cases.py")
+NODE = read_topology().memory_nodes[0]
+NANO = ("model=nano", "data=repeat", "seq_len.tokens=32", "train.iterations=4", "train.warmup_iterations=1",
+        "optimizer.learning_rate=2e-3", "launch.device=cpu")  # fmt: skip
+PARAMETERS = 1_122_624
+SUB_GROUPS = "offload.deepspeed={zero_optimization:{sub_group_size:400000}}"
+# Every role by itself, in every kind that one node allows; the weighted one by stripes.
+PLACED = [
+    "numa.scope=roles",
+    f"numa.roles.master_weights.nodes=[{NODE}]",
+    f"numa.roles.master_gradients.kind=preferred numa.roles.master_gradients.nodes=[{NODE}]",
+    f"numa.roles.momentum.kind=interleave numa.roles.momentum.nodes=[{NODE}]",
+    f"numa.roles.variance.nodes=[{NODE}] numa.roles.variance.weights=[3]",
+    f"numa.roles.compute_weights.nodes=[{NODE}]",
+]
+SHAPES = {
+    "full": [],
+    "full, sub-groups, accumulation": [SUB_GROUPS, "train.gradient_accumulation_steps=2"],
+    "full, fp32": ["train.precision=fp32"],
+    "optimizer, stage 3": ["offload=optimizer", "offload.stage=3"],
+    "optimizer, stage 2": ["offload=optimizer"],
+    "optimizer, stage 2, accumulation": ["offload=optimizer", "train.gradient_accumulation_steps=2"],
+    "optimizer, stage 1, fp32": ["offload=optimizer", "offload.stage=1", "train.precision=fp32"],
+}
+
+
+def config_json(*overrides: str) -> str:
+    config = compose(*NANO, *(word for text in overrides for word in text.split(" ")))
+    config.validate()
+    return json.dumps(to_dict(config))
+
+
+def run_cases(cases: dict[str, dict[str, Any]], folder: Path, ranks: int = 1) -> list[dict[str, Any]]:
+    """What each rank says of each case."""
+    folder.mkdir(exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+            "DS_ACCELERATOR": "cpu",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "TORCH_EXTENSIONS_DIR": str(cache_dir()),
+        }
+        command = [sys.executable, str(CASES), str(folder / "cases.json"), str(rank), str(ranks), str(folder)]
+        with (folder / f"log-{rank}").open("w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    codes = [process.wait(timeout=400) for process in processes]
+    assert codes == [0] * ranks, (folder / "log-0").read_text()[-3000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every shape as stock DeepSpeed trains it, with exact arenas, and with every role placed by itself."""
+    cases = {}
+    for name, overrides in SHAPES.items():
+        ranks = f"launch.num_ranks={request.param}"
+        cases[f"{name}: stock"] = {"config": config_json(*overrides, ranks, "memory.pinning=torch")}
+        cases[f"{name}: exact"] = {"config": config_json(*overrides, ranks)}
+        cases[f"{name}: placed"] = {"config": config_json(*overrides, ranks, *PLACED, "memory.pinning=none")}
+    return run_cases(cases, tmp_path_factory.mktemp("trained"), request.param)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_losses_are_those_of_stock_deepspeed_bit_for_bit(trained: list[dict[str, Any]], shape: str) -> None:
+    for said in trained:
+        stock = said[f"{shape}: stock"]["loss"]
+        assert stock[-1] < 0.97 * stock[0], "the loss must fall, else a missing update would not show"
+        assert said[f"{shape}: exact"]["loss"] == stock
+        assert said[f"{shape}: placed"]["loss"] == stock
+        assert said[f"{shape}: stock"]["state_before"] == 0 < said[f"{shape}: exact"]["state_before"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_byte_of_every_role_is_in_its_arena(trained: list[dict[str, Any]], shape: str) -> None:
+    ranks = len(trained)
+    width = 4 if "fp32" in shape else 2
+    for rank, said in enumerate(trained):
+        for mode in ("exact", "placed"):
+            case = said[f"{shape}: {mode}"]
+            assert "error" not in case and all(case["held"].values()), case
+            found = {role["role"]: role for role in case["roles"]}
+            sizes = {name: role["bytes"] for name, role in found.items()}
+            # Elements of a rank, up to DeepSpeed's own padding.
+            share = sizes["master_weights"] // 4
+            assert PARAMETERS / ranks <= share <= PARAMETERS / ranks + 64
+            assert all(sizes[role] == 4 * share for role in ("master_gradients", "momentum", "variance"))
+            if "optimizer, stage 3" in shape:
+                assert "compute_weights" not in sizes
+            else:
+                assert sizes["compute_weights"] == width * share
+            if "full" in shape:
+                assert sizes["compute_gradients"] == width * share
+                assert sum(sizes.values()) == (20 if width == 2 else 24) * share
+            # Nothing but rounding to cache lines and pages on top.
+            for role, size in sizes.items():
+                slots = 64 * (4 if "sub-groups" in shape else 40)
+                assert size <= case["arena_bytes"][role] <= size + slots, (role, rank)
+                assert sum(found[role]["pages"].values()) * 4096 <= size + slots + 4096
+                assert set(found[role]["pages"]) == {str(NODE)} or len(read_topology().nodes) > 1
+        stock = {role["role"]: role["bytes"] for role in said[f"{shape}: stock"]["roles"]}
+        assert {role: stock[role] for role in sizes} == sizes
+
+
+def test_faults_are_found_by_name_and_loading_a_checkpoint_is_mended(tmp_path: Path) -> None:
+    moved = ("compute_weights", "master_weights", "master_gradients", "momentum", "variance", "compute_gradients")
+    cases = {role: {"config": config_json("train.iterations=2"), "fault": f"move {role}"} for role in moved}
+    cases["overlap"] = {"config": config_json("train.iterations=2", SUB_GROUPS), "fault": "overlap"}
+    for stage in ("3", "2"):
+        shape = ["offload=optimizer"] if stage == "2" else []
+        cases[f"stock {stage}"] = {"config": config_json(*shape, "memory.pinning=torch"), "fault": "load"}
+        cases[f"load {stage}"] = {"config": config_json(*shape), "fault": "load"}
+    said = run_cases(cases, tmp_path / "faults")[0]
+    names = {
+        "compute_weights": "param_groups_fp16_flat_cpu_memory[0]",
+        "master_weights": "fp32_partitioned_groups_flat[0]",
+        "master_gradients": "fp32_partitioned_groups_flat[0].grad",
+        "momentum": "fp32_partitioned_groups_flat[0].exp_avg",
+        "variance": "fp32_partitioned_groups_flat[0].exp_avg_sq",
+        "compute_gradients": "grad_partitions_flat_buffer",
+    }
+    for role, name in names.items():
+        assert said[role]["error"].startswith(f"AuditError: {name} ({role}, "), said[role]
+    assert "shares memory with fp32_partitioned_groups_flat" in said["overlap"]["error"]
+    for stage in ("3", "2"):
+        load = said[f"load {stage}"]
+        assert "exp_avg (momentum" in load["after_load"] and load["moved"] == 8 * PARAMETERS
+        assert "error" not in load and all(load["held"].values())
+        assert load["loss"] == said[f"stock {stage}"]["loss"]
+        # Back in their old slots: the arenas have not grown.
+        assert load["arena_bytes"]["momentum"] < 4 * PARAMETERS + 4096
