@@ -148,6 +148,13 @@ def probe_s_per_gib() -> dict[str, float]:
     return seconds
 
 
+def scheduling() -> dict[str, Any]:
+    """How busy the machine was, and whether that mattered: on a shared one, `chrt -f 50` before the command keeps the CPUs."""
+    policies = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr"}
+    policy = os.sched_getscheduler(0)
+    return {"scheduler": policies.get(policy, str(policy)), "load_average": os.getloadavg()}
+
+
 def report(samples: list[dict[str, Any]], limit: dict[str, float], pin: bool) -> None:
     def median(way: str, gib: float, key: str) -> float:
         values: list[float] = []
@@ -246,7 +253,7 @@ def main() -> None:
     )
     print(f"; {probe['huge'] * 1000:.2f} ms a GiB of huge pages, so {probe['huge'] * 200:.2f} s")
 
-    about = json.dumps(environment.describe() | limit, default=str)
+    about = json.dumps(environment.describe() | limit | scheduling(), default=str)
     rows = [sample | {"environment_json": about} for sample in samples]
     pq.write_table(pa.Table.from_pylist(rows), arguments.out)
     print(f"{len(rows)} samples: {arguments.out}")

@@ -8,7 +8,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,8 @@ from ldft import attempt, checks, environment, fit, launch, nodes, results, stop
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError
+from ldft.memory import strategies
+from ldft.memory.topology import read_topology
 from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
 from ldft.training import deepspeed_config, moved
@@ -158,10 +160,11 @@ def _run_ranks(
             last_beat = time.monotonic()
             attempt.beat(folder)
 
+    striped = strategies.stripes_of_process(config, read_topology())
     try:
         with (
             stop.noting(),
-            kernel_weights(config.numa.placement),
+            nullcontext() if striped else kernel_weights(config.numa.placement),
             swap.folder(config, deepspeed_config.build(config)),
             launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
         ):

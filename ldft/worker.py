@@ -18,7 +18,6 @@ from ldft import attempt, nodes, swap
 from ldft.config import Config, from_dict
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
-from ldft.memory.policy import Placement
 from ldft.memory.probe import MemoryTable
 from ldft.verdict import OOM_DEVICE, OOM_HOST
 
@@ -123,7 +122,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     swap.place(settings)
     engines.check(settings)
     arenas = host_memory.arenas_of(config, settings, rank)
-    network = model.build(config, settings, device)
+    network = model.build(config, settings, device, arenas)
     tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
     dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
     name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
@@ -140,13 +139,19 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
 
     report.phase("checkpoint_buffers", "allocating host memory for layer inputs")
     pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
-    placement = arenas.of("activations").placement if arenas else Placement()
+    placement = arenas.placement_of("activations") if arenas else None
     inputs = checkpointing.install(config, network, device, placement, pin=pin)
     report.put(checkpoint_host_gib=sum(t.nbytes for t in inputs.host_tensors()) / 2**30 if inputs else 0.0)
 
     report.phase("engine", "initialising DeepSpeed")
     engine = engines.build(config, network, settings, arenas)
-    report.put(pinned=host_memory.pinned(config, settings, arenas))
+    activations = inputs.host_tensors() if inputs else []
+    if arenas is not None:
+        arenas.of("activations").blocks = activations
+    report.put(
+        pinned=host_memory.pinned(config, settings, arenas),
+        role_addresses=host_memory.addresses(host_memory.tensors(engine, activations)),
+    )
 
     report.train(interpreter_start, host_memory.seconds(arenas))
     loop.run(
@@ -156,7 +161,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)),
         lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
     )
-    report.put(**nodes.end(first), **host_memory.report(engine, arenas))
+    report.put(**nodes.end(first), **host_memory.report(host_memory.tensors(engine, activations), arenas))
     report.phase("teardown", "ending")
     engine.destroy()
     torch.distributed.destroy_process_group()

@@ -5,7 +5,8 @@ What stock DeepSpeed (0.19, read in its source) keeps for each trained parameter
     master_weights, master_gradients    4 B each, fp32
     momentum, variance                  4 B each, fp32; Lion has no variance
     compute_gradients                   ZeRO-3: in compute precision, also with one accumulation step
-                                        ZeRO-2: one largest parameter, and with accumulation every parameter, whole
+                                        ZeRO-2: one largest parameter, and with accumulation every parameter that the rank
+                                        has a part of, whole: its share and, at most about, another largest one
     compute_weights                     ZeRO-3 with parameters on the host: in compute precision, frozen ones too
                                         ZeRO-2: the updated weights on their way to the device
 
@@ -41,7 +42,8 @@ def host_bytes(config: Config) -> dict[str, int]:
             whole = shapes.total(trained)
             share = -(-whole // (2 * ranks)) * 2
             accumulates = config.train.gradient_accumulation_steps > 1
-            roles["compute_gradients"] = width * (max(trained) + (whole if accumulates else 0))
+            waiting = min(whole, share + max(trained)) if accumulates else 0
+            roles["compute_gradients"] = width * (max(trained) + waiting)
             roles["compute_weights"] = width * share
         roles |= {name: 4 * share for name in ("master_weights", "master_gradients", "momentum", "variance")}
         if config.optimizer.name == "lion":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ldft.config import Config, OffloadDevice
 from ldft.errors import ConfigError
-from ldft.memory import audit, rebinding
+from ldft.memory import audit, construction, rebinding, roles
 from ldft.memory.arenas import Arenas
 from ldft.training import schedule
 from ldft.training.lion import Lion
@@ -43,10 +44,11 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], aren
     own = None
     if config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
         own = Lion(trainable, **settings["optimizer"]["params"])
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
-    )
+    with construction.engine(arenas) if arenas else nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
+        )
     if arenas is not None:
         rebinding.settle(engine, arenas)
-        audit.check(engine, arenas)
+        audit.check([*roles.tensors(engine)], arenas)
     return engine

@@ -402,3 +402,14 @@ def test_runs_of_the_command_line_have_the_losses_of_checkpointing_on_the_device
         each = slots[row["cfg.checkpointing.mode"], row["cfg.checkpointing.every"]]
         assert row.checkpoint_host_gib * 2**30 == each * 64 * 64 * 2 * row["cfg.launch.num_ranks"]
         assert row.init_checkpoint_buffers_s >= 0
+
+
+def test_the_benchmark_takes_turns_with_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import checkpoint_offload
+
+    samples = checkpoint_offload.run("nano:3:32", list(checkpoint_offload.MODES), 2, CPU)
+    turns = [sample["mode"] for sample in samples if not sample["warmup"]]
+    assert turns == ["cpu", "seed", "deepspeed", "gpu", "seed", "deepspeed", "gpu", "cpu"]
+    assert len({sample["loss"] for sample in samples}) == 1 and len(samples) == 12
+    assert all(0 < sample["forward_s"] < sample["total_s"] for sample in samples)
