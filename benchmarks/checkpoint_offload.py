@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from ldft import composition, environment
 from ldft.config import Config, from_dict
 from ldft.memory import estimate
-from ldft.training import model
+from ldft.training import liger, model
 from ldft.training.checkpointing import Checkpointing, decoder_layers
 from ldft.training.host_inputs import HostInputs
 
@@ -58,24 +58,13 @@ class Subject:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.network = model.build(config, {}, device)
-        self.fused = self._fuse()
+        # Liger's loss comes without logits of all tokens.
+        self.fused = liger.wanted(config)
         self.layers = decoder_layers(self.network)
         vocabulary = config.model.vocab_size
         self.tokens = torch.randint(vocabulary, (1, config.seq_len.tokens), device=device)
         self.input_bytes = estimate.layer_input_bytes(config)
         self._kept: dict[str, Any] = {}
-
-    def _fuse(self) -> bool:
-        """Whether the loss comes without logits of all tokens: through Liger, applied here where the model has it not yet."""
-        if self.device.type != "cuda":
-            return False
-        if not self.network.forward.__module__.startswith("liger_kernel"):
-            try:
-                from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-            except ImportError:
-                return False
-            _apply_liger_kernel_to_instance(model=self.network)
-        return True
 
     def loss(self) -> torch.Tensor:
         if self.fused:

@@ -14,9 +14,9 @@ import os
 from typing import Any
 
 from ldft.config import Config
-from ldft.memory import placing
+from ldft.memory import placing, strategies
 from ldft.memory.drift import Counters, read_counters
-from ldft.memory.policy import process_policy, set_process_policy
+from ldft.memory.policy import Placement, process_policy, set_process_policy
 from ldft.memory.probe import GIB, MIB, MemoryTable, NodeMemory, process_memory
 from ldft.memory.topology import read_topology
 
@@ -34,9 +34,14 @@ def begin(config: Config) -> tuple[MemoryTable, dict[str, Any]]:
     """Set the process policy, in a rank that has not touched much yet. Returns the first reading and what to report."""
     settle(config)
     topology = read_topology()
-    placement = config.numa.placement
-    if placement.kind != "default":
-        placement = set_process_policy(placement, topology)
+    placement, mechanism = config.numa.placement, None
+    striped = strategies.stripes_of_process(config, topology)
+    if striped is not None:
+        # What is in no arena is spread over the same nodes as well as the kernel can.
+        set_process_policy(Placement(kind="interleave", nodes=striped.nodes), topology)
+        placement, mechanism = striped, "stripes"
+    elif placement.kind != "default":
+        placement, mechanism = set_process_policy(placement, topology), "kernel"
     inherited = process_policy(topology)  # what the kernel says, whoever set it
     asked = inherited if placement.kind == "default" else placement
     shares = asked.shares()
@@ -45,6 +50,7 @@ def begin(config: Config) -> tuple[MemoryTable, dict[str, Any]]:
         "numa_requested": None if shares is None else {str(node): share for node, share in shares.items()},
         "numa_kernel_weights_json": json.dumps(topology.weights) if topology.weights else None,
         "numa_counters": _plain(read_counters()),
+        "numa_mechanism": mechanism,
     }
     return process_memory(os.getpid()), said
 
@@ -105,6 +111,10 @@ def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
     """The row's columns about nodes, from what the ranks reported; those that are not known are left out."""
     first = reports[0]
     row: dict[str, Any] = {name: first[name] for name in ("numa_policy", "numa_kernel_weights_json") if name in first}
+    used = {report.get("numa_mechanism") for report in reports}.union(
+        *(report.get("role_methods", ()) for report in reports)
+    )
+    row["numa_mechanism"] = next((method for method in ("stripes", "kernel") if method in used), None)
     if all("roles" in report for report in reports):
         row["roles"] = [
             entry
@@ -185,7 +195,12 @@ def lines(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
         table.render(),
         f"ldft: memory policy {row['numa_policy']}: " + (f"asked {asked}; got {got}" if asked else f"got {got}"),
     ]
-    if row.get("roles") and row.get("cfg.numa.scope") == "roles":
+    if row.get("numa_mechanism") == "stripes" and row.get("cfg.numa.kind") == "weighted_interleave":
+        said.append(
+            "ldft: the kernel's weights could not be set (Linux 6.9 and root): offloaded tensors are striped by them instead, the "
+            "rest of the process is interleaved evenly"
+        )
+    if any(entry["requested_share"] is not None for entry in row.get("roles") or ()):
         said += _role_lines(row["roles"])
     large = sum(s["added_gib"] for s in shares) * GIB > _WORTH_A_WARNING
     if asked and large and any(abs(s["share"] - s["requested_share"]) > _TOLERANCE for s in shares):

@@ -14,11 +14,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ldft import attempt, nodes
-from ldft.config import Config, OffloadDevice, from_dict
+from ldft import attempt, nodes, swap
+from ldft.config import Config, from_dict
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
-from ldft.memory.policy import Placement
 from ldft.memory.probe import MemoryTable
 from ldft.verdict import OOM_DEVICE, OOM_HOST
 
@@ -65,9 +64,21 @@ def _kind_of(error: BaseException) -> str | None:
 
 
 def _peak_host_gib() -> float:
-    """Peak resident memory of this process less its file pages."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return (int(fields["VmHWM"].split()[0]) - int(fields["RssFile"].split()[0])) / 2**20
+    """Peak resident memory of this process less its file pages, and of processes it has started less what they share."""
+    kib = 0
+    for tasks in Path("/proc/self/task").glob("*/children"):
+        for child in tasks.read_text().split():
+            kib += _peak_kib(Path("/proc", child, "status"), ("RssFile", "RssShmem"))
+    return (kib + _peak_kib(Path("/proc/self/status"), ("RssFile",))) / 2**20
+
+
+def _peak_kib(status: Path, without: tuple[str, ...]) -> int:
+    try:
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    except OSError:  # a child that has just ended
+        return 0
+    kib = {name: int(fields[name].split()[0]) for name in ("VmHWM", *without) if name in fields}
+    return kib.pop("VmHWM", 0) - sum(kib.values())
 
 
 def _train(config: Config, report: _Report, rank: int, interpreter_start: float, first: MemoryTable) -> None:
@@ -94,11 +105,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         torch.cuda.set_device(device)
 
     report.phase("operators", "loading DeepSpeed's operators")
-    operators.load(
-        device=device_type,
-        offloads_optimizer=config.offload.optimizer is OffloadDevice.cpu,
-        say=lambda text: report.put(phase_text=text),
-    )
+    operators.load(config, say=lambda text: report.put(phase_text=text))
 
     report.phase("rendezvous", "waiting for all ranks")
     deepspeed.init_distributed(
@@ -112,9 +119,10 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
 
     report.phase("model", f"building {config.model.name}")
     settings = deepspeed_config.build(config)
+    swap.place(settings)
     engines.check(settings)
     arenas = host_memory.arenas_of(config, settings, rank)
-    network = model.build(config, settings, device)
+    network = model.build(config, settings, device, arenas)
     tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
     dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
     name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
@@ -131,13 +139,19 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
 
     report.phase("checkpoint_buffers", "allocating host memory for layer inputs")
     pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
-    placement = arenas.of("activations").placement if arenas else Placement()
+    placement = arenas.placement_of("activations") if arenas else None
     inputs = checkpointing.install(config, network, device, placement, pin=pin)
     report.put(checkpoint_host_gib=sum(t.nbytes for t in inputs.host_tensors()) / 2**30 if inputs else 0.0)
 
     report.phase("engine", "initialising DeepSpeed")
     engine = engines.build(config, network, settings, arenas)
-    report.put(pinned=host_memory.pinned(config, settings, arenas))
+    activations = inputs.host_tensors() if inputs else []
+    if arenas is not None:
+        arenas.of("activations").blocks = activations
+    report.put(
+        pinned=host_memory.pinned(config, settings, arenas),
+        role_addresses=host_memory.addresses(host_memory.tensors(engine, activations)),
+    )
 
     report.train(interpreter_start, host_memory.seconds(arenas))
     loop.run(
@@ -147,7 +161,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)),
         lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
     )
-    report.put(**nodes.end(first), **host_memory.report(engine, arenas))
+    report.put(**nodes.end(first), **host_memory.report(host_memory.tensors(engine, activations), arenas))
     report.phase("teardown", "ending")
     engine.destroy()
     torch.distributed.destroy_process_group()

@@ -94,6 +94,15 @@ def test_the_seeds_lengths_are_points_and_no_grid(planned) -> None:
     ]
 
 
+def test_the_papers_strategies_run_at_its_six_points(planned) -> None:
+    found = planned("+sweep=paper_strategies", "model=nano")
+    configs = [found.configs[one.run_id] for one in found.cells]
+    points = [(config.train.micro_batch_size, config.seq_len.tokens) for config in configs]
+    assert len(points) == 18
+    assert set(points) == {(1, 4096), (8, 4096), (16, 4096), (1, 32768), (2, 32768), (3, 32768)}
+    assert {config.numa.strategy.name for config in configs} == {"local_only", "naive_interleaving", "cxl_aware"}
+
+
 def test_the_plan_is_read_back_as_it_was(planned, tmp_path) -> None:
     found = planned("-m", "model=nano", "seq_len=4k,1k")
     (tmp_path / "results").mkdir()  # as preparing the first cell does

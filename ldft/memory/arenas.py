@@ -13,7 +13,7 @@ import torch
 
 from ldft.memory import allocator
 from ldft.memory.placing import Report
-from ldft.memory.policy import Placement
+from ldft.memory.policy import HostMemoryError, Placement
 
 # Bytes: a cache line, and the widest vector of any CPU.
 ALIGNMENT = 64
@@ -41,6 +41,8 @@ class Arena:
     pin: bool
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
     blocks: list[torch.Tensor] = field(default_factory=list)
+    spare: torch.Tensor | None = None
+    """A block in which tensors lie whose names are not known yet; part of the arena once one of them is adopted."""
 
     def lay_out(self, wants: Iterable[Want]) -> None:
         """Allocate one block with a slot, all zeros, for each name that has none of that size and type yet."""
@@ -55,8 +57,11 @@ class Arena:
             offset += want.padded_bytes
 
     def allocate(self, size: int) -> torch.Tensor:
-        """`size` bytes under this role's placement, not yet part of the arena."""
-        return allocator.allocate(size, torch.uint8, self.placement, pin=self.pin)
+        """`size` bytes under this role's placement, not yet part of the arena. Raises HostMemoryError."""
+        try:
+            return allocator.allocate(size, torch.uint8, self.placement, pin=self.pin)
+        except HostMemoryError as error:
+            raise HostMemoryError(f"{self.role}: {error}") from error
 
     def adopt(self, block: torch.Tensor, name: str, slot: torch.Tensor) -> None:
         """Take over a slot that lies in a block which `allocate` gave."""
@@ -85,13 +90,17 @@ class Arenas:
         """pinned: the roles to register with CUDA."""
         self._placements, self._pinned = dict(placements), frozenset(pinned)
         self.by_role: dict[str, Arena] = {}
+        self.moved_bytes = 0
+        """What was allocated elsewhere first."""
 
     def of(self, role: str) -> Arena:
         """The arena of a role, empty at first."""
         if role not in self.by_role:
-            placement = self._placements.get(role, Placement())
-            self.by_role[role] = Arena(role=role, placement=placement, pin=role in self._pinned)
+            self.by_role[role] = Arena(role=role, placement=self.placement_of(role), pin=role in self._pinned)
         return self.by_role[role]
+
+    def placement_of(self, role: str) -> Placement:
+        return self._placements.get(role, Placement())
 
     def reports(self) -> list[Report]:
         return [report for arena in self.by_role.values() for report in arena.reports()]
@@ -101,7 +110,13 @@ def piece(block: torch.Tensor, offset: int, numel: int, dtype: torch.dtype) -> t
     """A tensor over part of a block of bytes; no view to autograd, so that it may become a leaf."""
     start = block.storage_offset() + offset
     assert start % dtype.itemsize == 0 and offset + numel * dtype.itemsize <= block.numel()
-    return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), start // dtype.itemsize, (numel,), (1,))
+    return block.new_empty(0, dtype=dtype).set_(block.untyped_storage(), start // dtype.itemsize, (numel,), (1,))
+
+
+def alias(slot: torch.Tensor) -> torch.Tensor:
+    """The same memory in another tensor object: what happens to that one leaves the slot alone."""
+    # From the slot: a factory of torch would follow the default device that a model is built under.
+    return slot.new_empty(0).set_(slot.untyped_storage(), slot.storage_offset(), slot.shape, slot.stride())
 
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:

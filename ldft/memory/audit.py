@@ -1,21 +1,21 @@
-"""Is every tensor with a role in its arena, and every arena where it was placed? Asked of the live engine, answered by addresses and
-by move_pages(2)."""
+"""Is every tensor with a role in its arena, and every arena where it was placed? Asked of the live engine's tensors, answered by
+addresses and by move_pages(2)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ldft.errors import LdftError
-from ldft.memory import roles
 from ldft.memory.allocator import pages_by_node, report_of
 from ldft.memory.arenas import Arena, Arenas, span
 from ldft.memory.roles import RoleTensor
 
 
 class AuditError(LdftError):
-    """A tensor is not where its role was placed. One line with DeepSpeed's name for it. The measurement would be of something else."""
+    """A tensor is not where its role was placed. One line, with its name in DeepSpeed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,29 +31,31 @@ class RoleMemory:
     """Node -> share asked for; None: left open."""
 
 
-def check(engine: Any, arenas: Arenas) -> None:
+def check(found: Sequence[RoleTensor], arenas: Arenas) -> None:
     """Every tensor with a role lies in its arena, and no two owners share memory. Quick. Raises AuditError."""
-    found = [item for item in roles.tensors(engine) if item.tensor.numel()]
+    found = [item for item in found if item.tensor.numel()]
     for item in found:
         if not arenas.of(item.role).holds(item.tensor):
             raise AuditError(_miss(item, "is not in the arena of its role"))
     for role in dict.fromkeys(item.role for item in found):
         owners = sorted((item for item in found if item.role == role and item.owner), key=lambda i: i.tensor.data_ptr())
-        for before, after in zip(owners, owners[1:], strict=False):
+        for before, after in itertools.pairwise(owners):
             if span(after.tensor)[0] < span(before.tensor)[1]:
                 raise AuditError(_miss(after, f"shares memory with {before.name}"))
 
 
-def measure(engine: Any, arenas: Arenas | None, inherited: Mapping[int, float] | None) -> list[RoleMemory]:
+def measure(
+    found: Sequence[RoleTensor], arenas: Arenas | None, inherited: Mapping[int, float] | None
+) -> list[RoleMemory]:
     """Where each role is now. Raises AuditError where something is not where it was placed.
 
     arenas: None for tensors of stock DeepSpeed, which nobody placed. inherited: shares by node that the policy of the process asks
     for, for roles without a placement of their own.
     """
     if arenas is not None:
-        check(engine, arenas)
+        check(found, arenas)
     owners: dict[str, list[RoleTensor]] = {}
-    for item in roles.tensors(engine):
+    for item in found:
         if item.owner and item.tensor.numel():
             owners.setdefault(item.role, []).append(item)
     measured = []
@@ -67,16 +69,6 @@ def measure(engine: Any, arenas: Arenas | None, inherited: Mapping[int, float] |
         shares = arena.placement.shares() if arena.placement.kind != "default" else inherited
         measured.append(RoleMemory(role, size, _pages(arena, items), None if shares is None else dict(shares)))
     return measured
-
-
-def addresses(engine: Any) -> dict[str, list[tuple[str, int, int]]]:
-    """Role -> (DeepSpeed's name, address, bytes) of each owner, from the engine's own tensors: for a reader outside."""
-    found: dict[str, list[tuple[str, int, int]]] = {}
-    for item in roles.tensors(engine):
-        if item.owner and item.tensor.numel():
-            start, end = span(item.tensor)
-            found.setdefault(item.role, []).append((item.name, start, end - start))
-    return found
 
 
 def _pages(arena: Arena, items: list[RoleTensor]) -> dict[int, int]:

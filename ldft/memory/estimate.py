@@ -5,7 +5,8 @@ What stock DeepSpeed (0.19, read in its source) keeps for each trained parameter
     master_weights, master_gradients    4 B each, fp32
     momentum, variance                  4 B each, fp32; Lion has no variance
     compute_gradients                   ZeRO-3: in compute precision, also with one accumulation step
-                                        ZeRO-2: one largest parameter, and with accumulation every parameter, whole
+                                        ZeRO-2: one largest parameter, and with accumulation every parameter that the rank
+                                        has a part of, whole: its share and, at most about, another largest one
     compute_weights                     ZeRO-3 with parameters on the host: in compute precision, frozen ones too
                                         ZeRO-2: the updated weights on their way to the device
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice, Precision
-from ldft.config.checkpointing import CheckpointingMode
+from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.memory import shapes, vram
 from ldft.training import deepspeed_config
 
@@ -41,7 +42,8 @@ def host_bytes(config: Config) -> dict[str, int]:
             whole = shapes.total(trained)
             share = -(-whole // (2 * ranks)) * 2
             accumulates = config.train.gradient_accumulation_steps > 1
-            roles["compute_gradients"] = width * (max(trained) + (whole if accumulates else 0))
+            waiting = min(whole, share + max(trained)) if accumulates else 0
+            roles["compute_gradients"] = width * (max(trained) + waiting)
             roles["compute_weights"] = width * share
         roles |= {name: 4 * share for name in ("master_weights", "master_gradients", "momentum", "variance")}
         if config.optimizer.name == "lion":
@@ -58,11 +60,19 @@ def layer_input_bytes(config: Config) -> int:
     return vram.hidden_bytes(config)
 
 
+def attention_output_bytes(config: Config) -> int:
+    """Bytes of what attention returns in one decoder layer, of one micro-batch."""
+    return vram.attention_bytes(config)
+
+
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes of layer inputs that wait in one rank's host memory: those of all groups of layers but the last."""
-    if config.checkpointing.mode is not CheckpointingMode.cpu:
-        return 0
-    return (config.checkpointing.groups(config.model.num_layers) - 1) * vram.hidden_bytes(config)
+    """Bytes that wait in one rank's host memory for the backward pass: layer inputs of all groups but the last, and outputs of
+    attention in all layers of these groups."""
+    settings = config.checkpointing
+    groups = max(settings.groups(config.model.num_layers) - 1, 0)
+    inputs = groups if settings.mode is CheckpointingMode.cpu else 0
+    outputs = groups * settings.every if settings.keep_attention is KeepAttention.host else 0
+    return inputs * vram.hidden_bytes(config) + outputs * vram.attention_bytes(config)
 
 
 def other_bytes(config: Config) -> dict[str, int]:

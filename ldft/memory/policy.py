@@ -21,7 +21,7 @@ NO_NUMA = 'choose from those, or see README, "Trying it without NUMA hardware"'
 MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFERRED_MANY, MPOL_WEIGHTED = range(7)
 _FLAGS = 0xE000
 _MOST_STRIPES_WEIGHT = 1 << 20
-_MOST_KERNEL_WEIGHT = 255
+MOST_KERNEL_WEIGHT = 255
 
 
 class PlacementError(ConfigError, ValueError):
@@ -231,9 +231,9 @@ def require_kernel_weights(placement: Placement, topology: Topology, key: str, *
             f"weighted_interleave for a whole process needs Linux 6.9 or later, this is {platform.release()}; "
             "use kind interleave",
         )
-    if max(placement.weights) > _MOST_KERNEL_WEIGHT:
+    if max(placement.weights) > MOST_KERNEL_WEIGHT:
         raise PlacementError(
-            f"{key}.weights", f"{max(placement.weights)} is above the kernel's largest weight, {_MOST_KERNEL_WEIGHT}"
+            f"{key}.weights", f"{max(placement.weights)} is above the kernel's largest weight, {MOST_KERNEL_WEIGHT}"
         )
     if ratio and not kernel_has_weights(placement, topology):
         have = ":".join(str(topology.weights.get(n, "none")) for n in placement.nodes)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ldft.memory import audit, roles
-from ldft.memory.arenas import Arenas, Want, piece, span
+from ldft.memory.arenas import Arena, Arenas, Want, alias, piece, span
 from ldft.memory.roles import RoleTensor
 
 
@@ -23,6 +23,8 @@ def settle(engine: Any, arenas: Arenas) -> int:
     """
     moved = rebind(engine, arenas)
     prefill(engine, arenas)
+    _prefill_gradients(engine.optimizer, arenas)
+    arenas.moved_bytes += moved
     if moved:
         # What the allocator of C keeps for later is of no use to anyone now.
         ctypes.CDLL(None).malloc_trim(0)
@@ -33,7 +35,7 @@ def replace_after_load(engine: Any, arenas: Arenas) -> int:
     """The same after `engine.load_checkpoint`, which has put the moments into fresh tensors. Returns the bytes that were moved.
     Raises HostMemoryError, and AuditError for what is still elsewhere."""
     moved = settle(engine, arenas)
-    audit.check(engine, arenas)
+    audit.check([*roles.tensors(engine)], arenas)
     return moved
 
 
@@ -46,6 +48,8 @@ def rebind(engine: Any, arenas: Arenas) -> int:
         arena = arenas.of(role)
         mine = [item for item in found if item.role == role and item.tensor.numel()]
         owners = [item for item in mine if item.owner and not _in_its_slot(arena.slots.get(item.name), item.tensor)]
+        owners = [item for item in owners if not _adopted(arena, item)]
+        arena.spare = None
         arena.lay_out(Want(item.name, item.tensor.numel(), item.tensor.dtype) for item in owners)
         views = [item for item in mine if not item.owner]
         for item in owners:
@@ -71,7 +75,16 @@ def prefill(engine: Any, arenas: Arenas) -> None:
         for item in fresh:
             state = optimizer.state[item.tensor]
             state.setdefault("step", 0)
-            state[key] = _alias(arena.slots[wants[item.name].name])
+            state[key] = alias(arena.slots[wants[item.name].name])
+
+
+def _prefill_gradients(optimizer: Any, arenas: Arenas) -> None:
+    """The buffers in which ZeRO-1/2 accumulates gradients, which it makes one by one in the first backward pass."""
+    missing = roles.missing_gradients(optimizer)
+    arena = arenas.of("compute_gradients")
+    arena.lay_out(Want(roles.accumulated_name(i), numel, dtype) for i, (numel, dtype) in missing.items())
+    for i in missing:
+        optimizer.accumulated_grads_in_cpu[i] = alias(arena.slots[roles.accumulated_name(i)])
 
 
 @torch.no_grad()
@@ -84,13 +97,19 @@ def _move(item: RoleTensor, slot: torch.Tensor, views: list[RoleTensor]) -> None
             bytes_of = slot.view(torch.uint8)
             part = piece(bytes_of, offset, view.tensor.numel(), view.tensor.dtype)
             view.tensor.data = part.view(view.tensor.shape)
-    item.tensor.data = _alias(slot).view(item.tensor.shape)
+    item.tensor.data = alias(slot).view(item.tensor.shape)
+
+
+def _adopted(arena: Arena, item: RoleTensor) -> bool:
+    """Whether a tensor lies in the spare block, where it may stay."""
+    if arena.spare is None:
+        return False
+    (first, last), (start, end) = span(arena.spare), span(item.tensor)
+    if not first <= start < end <= last:
+        return False
+    arena.adopt(arena.spare, item.name, piece(arena.spare, start - first, item.tensor.numel(), item.tensor.dtype))
+    return True
 
 
 def _in_its_slot(slot: torch.Tensor | None, tensor: torch.Tensor) -> bool:
     return slot is not None and span(slot) == span(tensor)
-
-
-def _alias(slot: torch.Tensor) -> torch.Tensor:
-    """The same memory in another tensor object: what happens to that one leaves the slot alone."""
-    return torch.empty(0, dtype=slot.dtype).set_(slot)

@@ -1,8 +1,8 @@
 """Which tensors of a DeepSpeed engine play which role in host memory: the one module that knows where DeepSpeed keeps them.
 
-Read in DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py, ops/adam/cpu_adam.py, ops/lion/cpu_lion.py); the names have been
-the same since 0.9.5. An owner is a tensor with memory of its own; a view is another tensor object over the same memory, which has to
-follow when the owner moves.
+Read in DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py, ops/adam/cpu_adam.py, ops/lion/cpu_lion.py); the names have
+been the same since 0.9.5. An owner is a tensor with memory of its own; a view is another tensor object over the same memory,
+which has to follow when the owner moves.
 """
 
 from __future__ import annotations
@@ -15,14 +15,34 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.lion import DeepSpeedCPULion
 
-# Touched by the device's copy engines; the optimizer's own tensors are not. (ZeRO-1/2 of stock DeepSpeed pin master weights too, but
-# copy them through a 16-bit buffer.)
+# Touched by the device's copy engines; the optimizer's own tensors are not. (ZeRO-1/2 of stock DeepSpeed pin master weights too,
+# but copy them through a 16-bit buffer.)
 DMA_ROLES = ("compute_weights", "master_gradients", "compute_gradients", "activations")
 # What the optimizers keep, under their own names. Lion's second moment, which stock DeepSpeed allocates, is never used.
 MOMENTS = {"exp_avg": "momentum", "exp_avg_sq": "variance"}
 _MOMENTS_OF = {DeepSpeedCPUAdam: ("exp_avg", "exp_avg_sq"), DeepSpeedCPULion: ("exp_avg",)}
 # Private to the class that it is named after, hence the prefix.
 _GRADIENT_VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+ACCUMULATED = "grad_partitions_flat_buffer"
+
+
+def flat_name(group: int) -> str:
+    """ZeRO-3's 16-bit weights of a group of parameters."""
+    return f"param_groups_fp16_flat_cpu_memory[{group}]"
+
+
+def master_name(sub_group: int) -> str:
+    """ZeRO-3's fp32 weights of a sub-group."""
+    return f"fp32_partitioned_groups_flat[{sub_group}]"
+
+
+def accumulated_name(parameter: int) -> str:
+    """ZeRO-1/2's gradient of one parameter between micro-steps."""
+    return f"accumulated_grads_in_cpu[{parameter}]"
+
+
+def gradient_name(sub_group: int) -> str:
+    return f"{master_name(sub_group)}.grad"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +75,27 @@ def moment_type(optimizer: Any, master: torch.Tensor) -> torch.dtype:
     return torch.float32 if optimizer.fp32_optimizer_states else master.dtype
 
 
+def missing_gradients(optimizer: Any) -> dict[int, tuple[int, torch.dtype]]:
+    """Parameter number -> (elements, type) of the buffers on the host that ZeRO-1/2 will accumulate gradients in."""
+    if not hasattr(optimizer, "accumulated_grads_in_cpu") or optimizer.gradient_accumulation_steps == 1:
+        return {}
+    if optimizer.master_weights_and_grads_dtype != torch.float32:
+        return {}  # views of the master gradients
+    # Releases that know it keep gradients on the device where they accumulate in fp32.
+    on_device = getattr(optimizer, "_use_compact_grad_partition_buffer", lambda group: False)
+    return {
+        optimizer.get_param_id(parameter): (parameter.numel(), parameter.dtype)
+        for group, parameters in enumerate(optimizer.params_in_partition)
+        if not on_device(group)
+        for parameter in parameters
+        if optimizer.get_param_id(parameter) not in optimizer.accumulated_grads_in_cpu
+    }
+
+
 def _stage_3(module: torch.nn.Module, optimizer: Any) -> Iterator[RoleTensor]:
     if optimizer.offload_param:
         flats = optimizer.param_groups_fp16_flat_cpu_memory
-        yield from (RoleTensor("compute_weights", _flat_name(i), flat) for i, flat in enumerate(flats))
+        yield from (RoleTensor("compute_weights", flat_name(i), flat) for i, flat in enumerate(flats))
         trained = {id(parameter) for group in optimizer.fp16_groups for parameter in group}
         for name, parameter in module.named_parameters():
             if hasattr(parameter, "ds_tensor") and parameter.ds_tensor.device.type == "cpu":
@@ -71,8 +108,8 @@ def _stage_3(module: torch.nn.Module, optimizer: Any) -> Iterator[RoleTensor]:
         return
     for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
         if optimizer.subgroup_to_device[i] == "cpu":
-            yield from _updated(optimizer, f"fp32_partitioned_groups_flat[{i}]", master)
-    yield RoleTensor("compute_gradients", "grad_partitions_flat_buffer", optimizer.grad_partitions_flat_buffer)
+            yield from _updated(optimizer, master_name(i), master)
+    yield RoleTensor("compute_gradients", ACCUMULATED, optimizer.grad_partitions_flat_buffer)
     for i, part in getattr(optimizer, _GRADIENT_VIEWS, {}).items():
         yield RoleTensor("compute_gradients", f"param_id_to_grad_partition[{i}]", part, owner=False)
 
@@ -97,7 +134,7 @@ def _stage_1_and_2(optimizer: Any) -> Iterator[RoleTensor]:
     )
     for i, gradient in optimizer.accumulated_grads_in_cpu.items():
         if optimizer.master_weights_and_grads_dtype == torch.float32:  # else it is a view of the master gradient
-            yield RoleTensor("compute_gradients", f"accumulated_grads_in_cpu[{i}]", gradient)
+            yield RoleTensor("compute_gradients", accumulated_name(i), gradient)
 
 
 def _updated(optimizer: Any, name: str, master: torch.Tensor) -> Iterator[RoleTensor]:
@@ -109,7 +146,3 @@ def _updated(optimizer: Any, name: str, master: torch.Tensor) -> Iterator[RoleTe
     for key, role in MOMENTS.items():
         if key in state:
             yield RoleTensor(role, f"{name}.{key}", state[key])
-
-
-def _flat_name(group: int) -> str:
-    return f"param_groups_fp16_flat_cpu_memory[{group}]"

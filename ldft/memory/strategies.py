@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ldft.errors import ConfigError
@@ -10,6 +11,8 @@ from ldft.memory import estimate, hardware, planner
 from ldft.memory.planner import DoesNotFit, reduced
 from ldft.memory.policy import Placement, PlacementError
 from ldft.memory.topology import Topology, format_list
+from ldft.memory.weights import can_weight
+from ldft.training import deepspeed_config
 
 if TYPE_CHECKING:
     from ldft.config import Config
@@ -92,7 +95,21 @@ def assign(config: Config, topology: Topology) -> list[dict[str, Placement]]:
         for role, placement in config.numa.roles.placements().items()
     }
     planned = _by_strategy(config, topology, asked)
-    return [{role: asked.get(role) or of.get(role) or Placement() for role in ROLES} for of in planned]
+    rest = stripes_of_process(config, topology) or Placement()
+    return [{role: asked.get(role) or of.get(role) or rest for role in ROLES} for of in planned]
+
+
+def stripes_of_process(config: Config, topology: Topology) -> Placement | None:
+    """The weighted placement of the process, where stripes of the arenas have to stand in for the kernel's weights: those are one
+    set a machine, since Linux 6.9, and root's to change. None where the kernel can, or where there are no arenas to stripe."""
+    if config.numa.placement.kind != "weighted_interleave":
+        return None
+    placement = config.numa.placement.resolve(topology, "numa")
+    if can_weight(placement, topology) or not estimate.host_bytes(config):
+        return None
+    if not deepspeed_config.uses_arenas(config, deepspeed_config.build(config)):
+        return None
+    return replace(placement, method="stripes")
 
 
 def node_sets(config: Config, topology: Topology) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -104,7 +121,10 @@ def node_sets(config: Config, topology: Topology) -> tuple[tuple[int, ...], tupl
         cxl = tuple(n for n in topology.memory_nodes if not topology.node(n).cpus and n not in local)
     for key, nodes in (("local_nodes", local), ("cxl_nodes", cxl)):
         if nodes:
-            Placement(kind="interleave", nodes=nodes).resolve(topology, f"numa.{key}")
+            try:
+                Placement(kind="interleave", nodes=nodes).resolve(topology, "")
+            except PlacementError as error:
+                raise PlacementError(f"numa.{key}", str(error).partition(": ")[2]) from None
     return tuple(n for n in local if n not in numa.cxl_nodes), cxl
 
 

@@ -12,8 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ldft.memory.policy import Placement, PlacementError, kernel_has_weights, require_kernel_weights
-from ldft.memory.topology import STATUS, SYSFS, WEIGHTS_FOLDER, auto_file, read_topology, read_weights
+from ldft.memory.policy import (
+    MOST_KERNEL_WEIGHT,
+    Placement,
+    PlacementError,
+    kernel_has_weights,
+    require_kernel_weights,
+)
+from ldft.memory.topology import STATUS, SYSFS, WEIGHTS_FOLDER, Topology, auto_file, read_topology, read_weights
 
 STATE = Path("/run/ldft")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -53,6 +59,13 @@ def kernel_weights(
             yield
         finally:
             _put_back(sysfs, state)
+
+
+def can_weight(placement: Placement, topology: Topology, *, sysfs: Path = SYSFS) -> bool:
+    """Whether the kernel can weight a whole process by a resolved placement, now or once we have written its weights."""
+    if not topology.has_weighted_interleave or max(placement.weights) > MOST_KERNEL_WEIGHT:
+        return False
+    return kernel_has_weights(placement, topology) or _writable(placement, sysfs)
 
 
 def restore_kernel_weights(*, sysfs: Path = SYSFS, state: Path = STATE) -> bool:

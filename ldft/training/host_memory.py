@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ldft.config import Config, Device, Pinning
-from ldft.memory import audit, strategies
-from ldft.memory.arenas import Arenas
+from ldft.memory import audit, roles, strategies
+from ldft.memory.arenas import Arenas, span
 from ldft.memory.policy import process_policy
-from ldft.memory.roles import DMA_ROLES
+from ldft.memory.roles import DMA_ROLES, RoleTensor
 from ldft.memory.topology import read_topology
 from ldft.training import deepspeed_config
 
@@ -39,20 +41,32 @@ def pinned(config: Config, settings: dict[str, Any], arenas: Arenas | None) -> b
     return any(report.pinned for report in arenas.reports())
 
 
-def report(engine: Any, arenas: Arenas | None) -> dict[str, Any]:
-    """For the rank's report: each role by node, and the addresses of its tensors. Raises AuditError."""
-    inherited = process_policy().shares()
-    roles = [
+def tensors(engine: Any, activations: list[torch.Tensor]) -> list[RoleTensor]:
+    """Every tensor with a role. activations: where layer inputs wait, which DeepSpeed knows nothing of."""
+    blocks = [RoleTensor("activations", f"layer inputs [{i}]", block) for i, block in enumerate(activations)]
+    return [*roles.tensors(engine), *blocks]
+
+
+def addresses(found: list[RoleTensor]) -> dict[str, list[tuple[str, int, int]]]:
+    """Role -> (name, address, bytes) of each owner: for a reader outside this process."""
+    by_role: dict[str, list[tuple[str, int, int]]] = {}
+    for item in found:
+        if item.owner and item.tensor.numel():
+            start, end = span(item.tensor)
+            by_role.setdefault(item.role, []).append((item.name, start, end - start))
+    return by_role
+
+
+def report(found: list[RoleTensor], arenas: Arenas | None) -> dict[str, Any]:
+    """For the rank's report: each role by node. Raises AuditError."""
+    measured = [
         {
             "role": role.role,
             "bytes": role.bytes,
             "pages": {str(node): count for node, count in role.pages.items()},
             "requested": None if role.requested is None else {str(n): s for n, s in role.requested.items()},
         }
-        for role in audit.measure(engine, arenas, inherited)
+        for role in audit.measure(found, arenas, process_policy().shares())
     ]
-    said: dict[str, Any] = {"roles": roles, "role_addresses": audit.addresses(engine)}
-    if arenas is not None:
-        methods = {report.method for report in arenas.reports()}
-        said["role_methods"] = sorted(methods)
-    return said
+    methods = {report.method for report in arenas.reports()} if arenas else set()
+    return {"roles": measured, "role_methods": sorted(methods)}

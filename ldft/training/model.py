@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import zlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -22,8 +22,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ldft.config import AttentionKind, Config, ModelConfig, Precision, Weights
+from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
+from ldft.memory import construction
+from ldft.memory.arenas import Arenas
 from ldft.training import attention, cudnn_attention, liger, lora, weights
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
@@ -85,10 +87,13 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
         raise ConfigError("model", f"transformers refuses this {model.family}: {reason}") from error
 
 
-def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device) -> PreTrainedModel:
+def build(
+    config: Config, deepspeed_config: dict[str, Any], device: torch.device, arenas: Arenas | None = None
+) -> PreTrainedModel:
     """The model on `device`, in the compute precision, with weights drawn from train.seed or read from a folder.
 
-    Under ZeRO-3 each parameter is split over the ranks as it is made: no rank ever holds a full copy.
+    Under ZeRO-3 each parameter is split over the ranks as it is made: no rank ever holds a full copy. With arenas, parts that wait
+    in host memory lie there from the start.
     """
     dtype = DTYPES[config.train.precision]
     partitioned = config.offload.stage == 3
@@ -100,7 +105,10 @@ def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device
     # transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO; hence the explicit context.
     # No dtype: it follows from the config. One that is given counts only where the device computes in fp16 too (0.19.8).
     construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
-    with construct, no_init_weights(), device:
+    host: AbstractContextManager[None] = nullcontext()
+    if arenas is not None and config.offload.parameters is OffloadDevice.cpu:
+        host = construction.weights(arenas, _parts(architecture, config.launch.num_ranks), dtype)
+    with host, construct, no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=kind.name)
     model.tie_weights()
     pretrained = config.model.weights is Weights.pretrained
@@ -113,6 +121,14 @@ def build(config: Config, deepspeed_config: dict[str, Any], device: torch.device
         lora.add(model, config, deepspeed_config, device)
     model.train()
     return model
+
+
+def _parts(architecture: PretrainedConfig, ranks: int) -> list[int]:
+    """Elements of a rank's part of each parameter under ZeRO-3, in the model's order, from a model without memory."""
+    with no_init_weights(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+    model.tie_weights()
+    return [-(-parameter.numel() // ranks) for parameter in model.parameters()]
 
 
 def _check_attention(kind: AttentionKind, architecture: PretrainedConfig) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from numa_vm.guest_placement import PAGE, allocate, check_shares, placement, reader
@@ -96,6 +97,26 @@ def strict_is_refused() -> dict:
         check(max(lost) <= 16, f"MiB that did not come back, by node: {lost}")
         check(resident_mib() - resident <= 8, f"resident memory grew by {resident_mib() - resident:.0f} MiB")
     return {"refused": refused}
+
+
+@CASES.add("a_role_too_large_for_its_node_is_refused_before_anything_starts")
+def role_is_refused() -> dict:
+    """`python -m ldft` on a node with less room than the role needs: one line that names the node, exit code 2, no worker."""
+    words = [
+        sys.executable,
+        "-m",
+        "ldft",
+        "model=nano",
+        "model.vocab_size=500000",
+        f"numa.roles.momentum.nodes=[{FULL}]",
+    ]
+    with nearly_full(ROOM_MIB), tempfile.TemporaryDirectory() as results:
+        done = subprocess.run([*words, f"results.dir={results}"], capture_output=True, text=True, check=False)
+        check(not list(Path(results).glob("*/*/worker-*.log")), "a worker was started")
+    check(done.returncode == 2, f"exit code {done.returncode}: {done.stdout}{done.stderr}")
+    check(f"memory of node {FULL} does not suffice" in done.stderr and "momentum" in done.stderr, done.stderr)
+    check(done.stderr.count("\n") == 1, done.stderr)
+    return {"said": done.stderr}
 
 
 @CASES.add("strict_at_the_edge_is_exact_or_refused_100_times")

@@ -40,7 +40,7 @@ from typing import Any
 
 from numa_vm.reader import Reader, integers
 
-MODULES = ["runs_process"]
+MODULES = ["runs_process", "runs_roles"]
 SMALL = ("model=nano", "seq_len.tokens=16", "train.iterations=3", "train.warmup_iterations=1")
 # Twice and more what a run takes on two busy cores.
 LIMIT_S = 900
@@ -59,6 +59,10 @@ class Seen:
     """The last reading, while the worker was whole."""
     policies: dict[str, dict[int, int]] = field(default_factory=dict)
     """The last reading by the policy of the mapping, as numa_maps writes it; a mapping without one has that of the process."""
+    roles: dict[str, dict[int, int]] = field(default_factory=dict)
+    """The last reading of DeepSpeed's tensors by role, at the addresses that the worker reported."""
+    mapped: dict[str, list[str]] = field(default_factory=dict)
+    """Policies of the mappings that they lie in, as numa_maps writes them."""
     collapsed: int = 0
     """Huge pages that khugepaged put together meanwhile, in the whole machine."""
 
@@ -105,7 +109,8 @@ def load(path: Path) -> Seen:
     """What `watch` left, on the host."""
     read = json.loads(path.read_text())
     nodes = {name: integers(read[name]) for name in ("first", "last")}
-    return Seen(**{**read, **nodes, "policies": {name: integers(pages) for name, pages in read["policies"].items()}})
+    named = {kind: {name: integers(pages) for name, pages in read[kind].items()} for kind in ("policies", "roles")}
+    return Seen(**{**read, **nodes, **named})
 
 
 def worker() -> int | None:
@@ -122,6 +127,21 @@ def worker() -> int | None:
 def collapsed() -> int:
     lines = Path("/proc/vmstat").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("thp_collapse_alloc "))
+
+
+def look_at_roles(ask: Reader, pid: int, results: Path, seen: Seen) -> None:
+    """Where DeepSpeed's tensors are now, if the worker has said by now which they are."""
+    try:
+        report = json.loads(next(results.glob("*/*/rank-0.json")).read_text())
+        for role, tensors in report.get("role_addresses", {}).items():
+            reading = ask(pid, [(address, size) for _, address, size in tensors])
+            nodes = [node for found in reading["exact_nodes"] for node in found]
+            seen.roles[role] = {
+                node: sum(found.get(node, 0) for found in reading["exact_nodes"]) for node in sorted(set(nodes))
+            }
+            seen.mapped[role] = reading["policies"]
+    except (StopIteration, RuntimeError):  # nothing there yet, or it ended while it was read
+        return
 
 
 def watch(words: list[str], results: Path) -> Seen:
@@ -143,6 +163,7 @@ def watch(words: list[str], results: Path) -> Seen:
             nodes = reading["anonymous_nodes"]
             if sum(nodes.values()) > sum(seen.last.values()) / 2:  # not the remains of a process that is ending
                 seen.first, seen.last, seen.policies = seen.first or nodes, nodes, reading["anonymous_policies"]
+            look_at_roles(ask, pid, results, seen)
         time.sleep(2 if seen.first else 0.2)
     seen.status, seen.seconds, seen.collapsed = run.returncode, time.monotonic() - began, collapsed() - before
     return seen

@@ -12,7 +12,7 @@ from ldft.config import Config, Device
 from ldft.errors import CombinationError, ConfigError
 from ldft.training import liger, model
 from tests.conftest import compose
-from tests.training.test_equality import alone, relative_error, run_once  # noqa: F401
+from tests.training.test_equality import alone, run_once  # noqa: F401
 
 SMALL = (
     "offload=none", "launch.device=cpu", "kernels.liger=false", "train.precision=fp32", "model.num_layers=2",
@@ -70,17 +70,12 @@ def test_used_on_cuda_where_the_family_is_supported_and_refused_in_one_line_else
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("offload=full",),
-        (
-            "offload=full",
-            "model.tie_word_embeddings=false",
-            "train.gradient_accumulation_steps=2",
-            "checkpointing=none",
-        ),
-        ("offload=optimizer", "model.family=gemma2", "model.sliding_window=16", "model.logit_softcap=30"),
+        ("offload=full",),  # the output projection is the embedding
+        ("offload=full", "model.tie_word_embeddings=false", "train.gradient_accumulation_steps=2"),
     ],
 )
 def test_the_fused_loss_trains_as_the_stock_one(run_once, tmp_path: Path, overrides: tuple[str, ...]) -> None:  # noqa: F811
-    row = run_once("train.precision=fp32", "model.vocab_size=512", "seq_len.tokens=64", *overrides)
-    assert row.loss[-1] < 0.9 * row.loss[0]
-    assert relative_error(alone(row.config_json, tmp_path / "liger", "liger"), row.loss) < 1e-5
+    beside = ("train.precision=fp32", "model.vocab_size=512", "seq_len.tokens=32", "train.iterations=4")
+    row = run_once(*beside, *overrides)
+    assert row.loss[-1] < 0.95 * row.loss[0]
+    assert alone(row.config_json, tmp_path / "liger", "liger") == pytest.approx(list(row.loss), rel=1e-5)

@@ -1,0 +1,78 @@
+"""Whole runs: each role of tensors by itself. The row says what was asked, and the watcher finds DeepSpeed's own tensors there."""
+
+from numa_vm.whole import Runs, Seen
+
+RUNS = Runs()
+PARAMETERS = 1_122_624
+# Bytes a parameter with full offload and AdamW in bf16.
+BYTES = {
+    "master_weights": 4,
+    "master_gradients": 4,
+    "momentum": 4,
+    "variance": 4,
+    "compute_weights": 2,
+    "compute_gradients": 2,
+}
+PAGE = 4096
+# Where a role ends within a page, and the stripe that the last page belongs to.
+STRAY_PAGES = 2
+
+
+def check_roles(row, seen: Seen, wanted: dict[str, dict[int, float]]) -> None:
+    """Asked, reported and seen from outside agree, to a page or two; and the bytes are exact."""
+    by_role: dict[str, dict[int, dict]] = {}
+    for entry in row["roles"]:
+        by_role.setdefault(entry["role"], {})[entry["node"]] = entry
+    for role, shares in wanted.items():
+        entries = by_role[role]
+        size = BYTES[role] * PARAMETERS if role in BYTES else next(iter(entries.values()))["bytes"]
+        pages = -(-size // PAGE)
+        assert {entry["bytes"] for entry in entries.values()} == {size}, entries
+        asked = {node: entry["requested_share"] for node, entry in entries.items() if entry["requested_share"]}
+        assert set(asked) == set(shares), (role, asked)
+        for node, share in shares.items():
+            assert abs(asked[node] - share) * pages < 1, (role, asked)
+            assert abs(entries[node]["share"] - share) * pages <= STRAY_PAGES, (role, entries)
+            assert abs(seen.roles[role].get(node, 0) - share * pages) <= STRAY_PAGES, (role, seen.roles, seen.mapped)
+        assert set(seen.roles[role]) == set(shares), (role, seen.roles)
+
+
+@RUNS.add(
+    "roles_0_3",
+    "numa=roles_0_3",
+    "checkpointing=cpu",
+    "numa.roles.momentum.nodes=[0,3]",
+    "numa.roles.momentum.weights=[4,1]",
+    # For all that has no role of its own; above what the kernel's weights can say.
+    "numa.kind=weighted_interleave",
+    "numa.nodes=[0,3]",
+    "numa.weights=[300,600]",
+)
+def roles_0_3(row, seen):
+    """The seed's table, with moments by weights of their own: 4:1, and 1:2 by stripes in place of the kernel's weights."""
+    assert row["numa_mechanism"] == "stripes"
+    shares = {
+        "master_weights": {0: 1.0},
+        "master_gradients": {0: 1.0},
+        "momentum": {0: 0.8, 3: 0.2},
+        "variance": {0: 1 / 3, 3: 2 / 3},
+        "compute_weights": {3: 1.0},
+        "compute_gradients": {3: 1.0},
+        "activations": {3: 1.0},
+    }
+    check_roles(row, seen, shares)
+
+
+# 3.5 of the four roles of 4 bytes a parameter: the last one, by the paper's order, is cut in half.
+@RUNS.add(
+    "cxl_aware_cut",
+    "numa=cxl_aware",
+    "numa.local_nodes=[0]",
+    "numa.cxl_nodes=[3]",
+    f"numa.local_budget_gib={3.5 * 4 * PARAMETERS / 2**30}",
+)
+def cxl_aware_cut(row, seen):
+    """The local budget ends within the master weights."""
+    shares = {role: {0: 1.0} for role in ("momentum", "variance", "master_gradients")}
+    shares |= {"master_weights": {0: 0.5, 3: 0.5}, "compute_weights": {3: 1.0}, "compute_gradients": {3: 1.0}}
+    check_roles(row, seen, shares)
