@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldft.config import to_dict
+from ldft.config import from_dict, to_dict
+from ldft.memory import estimate
 from ldft.memory.strategies import ROLES
 from ldft.memory.topology import read_topology
 from ldft.training.operators import cache_dir
@@ -22,7 +23,7 @@ from tests.conftest import Done, compose
 CASES = Path(__file__).with_name("role_cases.py")
 NODE = read_topology().memory_nodes[0]
 NANO = ("model=nano", "data=repeat", "seq_len.tokens=32", "train.iterations=4", "train.warmup_iterations=1",
-        "optimizer.learning_rate=2e-3", "launch.device=cpu")  # fmt: skip
+        "checkpointing=gpu", "optimizer.learning_rate=2e-3", "launch.device=cpu")  # fmt: skip
 PARAMETERS = 1_122_624
 SUB_GROUPS = "offload.deepspeed={zero_optimization:{sub_group_size:400000}}"
 # Every role by itself, in every kind that one node allows; the weighted one by stripes.
@@ -38,6 +39,7 @@ SHAPES = {
     "full": [],
     "full, sub-groups, accumulation": [SUB_GROUPS, "train.gradient_accumulation_steps=2"],
     "full, fp32": ["train.precision=fp32"],
+    "full, LoRA": ["lora=r8"],
     "optimizer, stage 3": ["offload=optimizer", "offload.stage=3"],
     "optimizer, stage 2": ["offload=optimizer"],
     "optimizer, stage 2, accumulation": ["offload=optimizer", "train.gradient_accumulation_steps=2"],
@@ -99,7 +101,7 @@ def test_losses_are_those_of_stock_deepspeed_bit_for_bit(trained: list[dict[str,
         pytest.skip("trained on one rank")
     for said in trained:
         stock = said[f"{shape}: stock"]["loss"]
-        assert stock[-1] < 0.97 * stock[0], "the loss must fall, else a missing update would not show"
+        assert stock[-1] < 0.99 * stock[0], "the loss must fall, else a missing update would not show"
         assert said[f"{shape}: exact"]["loss"] == stock
         assert said[f"{shape}: placed"]["loss"] == stock
         assert said[f"{shape}: stock"]["state_before"] == 0 < said[f"{shape}: exact"]["state_before"]
@@ -110,24 +112,21 @@ def test_every_byte_of_every_role_is_in_its_arena(trained: list[dict[str, Any]],
     if len(trained) == 2 and shape not in ON_TWO_RANKS:
         pytest.skip("trained on one rank")
     ranks = len(trained)
-    width = 4 if "fp32" in shape else 2
     for rank, said in enumerate(trained):
         for mode in ("exact", "placed"):
             case = said[f"{shape}: {mode}"]
             assert "error" not in case and all(case["held"].values()), case
             found = {role["role"]: role for role in case["roles"]}
             sizes = {name: role["bytes"] for name, role in found.items()}
-            # Elements of a rank, up to DeepSpeed's own padding.
-            share = sizes["master_weights"] // 4
-            assert PARAMETERS / ranks <= share <= PARAMETERS / ranks + 64
-            assert all(sizes[role] == 4 * share for role in ("master_gradients", "momentum", "variance"))
-            if "optimizer, stage 3" in shape:
-                assert "compute_weights" not in sizes
-            else:
-                assert sizes["compute_weights"] == width * share
-            if "full" in shape:
-                assert sizes["compute_gradients"] == width * share
-                assert sum(sizes.values()) == (20 if width == 2 else 24) * share
+            # Exactly as computed.
+            config = from_dict(json.loads(config_json(*SHAPES[shape], f"launch.num_ranks={ranks}")))
+            expected, measured = estimate.host_bytes(config), dict(sizes)
+            if ranks == 2 and "stage 2, accumulation" in shape:
+                # The estimate lets each rank accumulate every gradient; it does so for the parameters that it updates.
+                assert measured.pop("compute_gradients") <= expected.pop("compute_gradients")
+            assert measured == expected
+            if shape == "full":
+                assert sum(sizes.values()) == 20 * PARAMETERS
             # Nothing but rounding to cache lines and pages on top.
             for role, size in sizes.items():
                 slots = 64 * (4 if "sub-groups" in shape else 40)
@@ -179,7 +178,8 @@ def test_faults_are_found_by_name_and_loading_a_checkpoint_is_mended(tmp_path: P
 
 
 def test_a_run_with_a_tensor_outside_its_arena_fails_with_its_name(ldft: Callable[..., Done]) -> None:
-    done = ldft(env={"PYTHONPATH": str(Path(__file__).with_name("moved"))})
+    folders = [str(Path(__file__).with_name("moved")), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = ldft(env={"PYTHONPATH": os.pathsep.join(folders)})
     row = done.row
     assert (done.exit_code, row.status, row.error_type) == (1, "error", "AuditError"), done.stdout + done.stderr
     assert row.error_message.startswith(

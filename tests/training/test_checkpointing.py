@@ -18,7 +18,7 @@ from torch import nn
 
 from ldft import results
 from ldft.memory.policy import HostMemoryError
-from ldft.training import checkpointing, host_inputs, model
+from ldft.training import checkpointing, host_slots, model
 from ldft.training.checkpointing import Checkpointing, DeviceInputs
 from ldft.training.host_inputs import HostInputs
 from ldft.training.lanes import Lane
@@ -372,7 +372,7 @@ def test_too_little_host_memory_is_one_line_before_training(monkeypatch: pytest.
 
 
 def test_slots_of_one_registration_each_where_the_arena_would_span_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_inputs, "REGISTER_CHUNK", 3 * 4096)
+    monkeypatch.setattr(host_slots, "REGISTER_CHUNK", 3 * 4096)
     monkeypatch.setattr("ldft.memory.allocator._warned", True)
     store = HostInputs(6, 4096, CPU, pin=True)
     assert [tuple(arena.shape) for arena in store.host_tensors()] == [(3, 4096), (2, 4096)]
