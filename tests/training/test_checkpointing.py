@@ -397,7 +397,7 @@ def test_runs_of_the_command_line_have_the_losses_of_checkpointing_on_the_device
     losses = set()
     for key, same in rows.groupby(keys):
         assert same.loss.map(tuple).nunique() == 1, f"{key}: {same.loss.tolist()}"
-        assert same.loss.iloc[0][-1] < 0.95 * same.loss.iloc[0][0]
+        assert same.loss.iloc[0][-1] < 0.97 * same.loss.iloc[0][0]
         losses.add(same.loss.map(tuple).iloc[0])
     assert len(losses) > 1  # two ranks train on other tokens than one
     # A slot a group but the last, on each rank: 64 tokens of 64 bf16 values.
