@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ldft import environment
+from ldft import environment, swap
 from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory import strategies
@@ -46,7 +46,7 @@ def check_machine(config: Config) -> None:
 
 def check_inputs(config: Config, *, fetch: bool) -> None:
     """Raise ConfigError where a file that the config names cannot be used. fetch: bring weights from the hub if need be."""
-    deepspeed_config.build(config)
+    swap.check(config, deepspeed_config.build(config))
     if config.model.weights is Weights.pretrained and (fetch or config.model.path):
         shards.index(shards.folder(config.model, fetch=fetch))
     if config.data.kind is DataKind.text:

@@ -12,7 +12,7 @@ from ldft.config import Config, DataKind, Device, Weights, run_id
 from ldft.launch import cores_of_ranks
 from ldft.memory import estimate, shapes, vram
 from ldft.memory.topology import read_topology
-from ldft.training import attention, deepspeed_config, liger
+from ldft.training import attention, deepspeed_config, liger, moved
 
 _LIST_RANKS = 4
 
@@ -31,6 +31,7 @@ def describe(config: Config) -> str:
     settings = deepspeed_config.build(config)
     lines = ["ldft: dry run: nothing is started or written", *_what(config), *_processes(config, asked)]
     lines += [
+        *(f"note: {note}" for note in moved.notes(config, settings)),
         *_bytes(config),
         *placement_view.lines(config, read_topology()),
         *_files(config),

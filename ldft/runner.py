@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldft import attempt, checks, environment, fit, launch, nodes, results, stop, verdict
+from ldft import attempt, checks, environment, fit, launch, nodes, results, stop, swap, verdict
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError
@@ -22,6 +22,7 @@ from ldft.memory import strategies
 from ldft.memory.topology import read_topology
 from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
+from ldft.training import deepspeed_config, moved
 
 _HEARTBEAT_S = 10.0
 
@@ -68,6 +69,7 @@ def run(
         row |= fit.predictions(config)
         fit.check(config)
         restore_kernel_weights()  # what a run that died may have left
+        row["notes"] = moved.notes(config, deepspeed_config.build(config))
         if show:
             exits, decision, waited_s = _run_ranks(config, folder, show)
         else:
@@ -163,6 +165,7 @@ def _run_ranks(
         with (
             stop.noting(),
             nullcontext() if striped else kernel_weights(config.numa.placement),
+            swap.folder(config, deepspeed_config.build(config)),
             launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
         ):
             exits = ranks.exits
@@ -248,6 +251,7 @@ def summary(outcome: Outcome, config: Config) -> str:
         ]
     reports = [attempt.rank_report(outcome.row_path.parent, rank) for rank in range(config.launch.num_ranks)]
     lines += nodes.lines(row, reports)
+    lines += [f"ldft: note: {note}" for note in row.get("notes") or []]
     what = f"{config.model.name} {config.seq_len.tokens} tokens {row['device_type']} x{config.launch.num_ranks}"
     lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
     if outcome.status != "ok":

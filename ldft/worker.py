@@ -14,8 +14,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ldft import attempt, nodes
-from ldft.config import Config, OffloadDevice, from_dict
+from ldft import attempt, nodes, swap
+from ldft.config import Config, from_dict
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
 from ldft.memory.probe import MemoryTable
@@ -64,9 +64,21 @@ def _kind_of(error: BaseException) -> str | None:
 
 
 def _peak_host_gib() -> float:
-    """Peak resident memory of this process less its file pages."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return (int(fields["VmHWM"].split()[0]) - int(fields["RssFile"].split()[0])) / 2**20
+    """Peak resident memory of this process less its file pages, and of processes it has started less what they share."""
+    kib = 0
+    for tasks in Path("/proc/self/task").glob("*/children"):
+        for child in tasks.read_text().split():
+            kib += _peak_kib(Path("/proc", child, "status"), ("RssFile", "RssShmem"))
+    return (kib + _peak_kib(Path("/proc/self/status"), ("RssFile",))) / 2**20
+
+
+def _peak_kib(status: Path, without: tuple[str, ...]) -> int:
+    try:
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    except OSError:  # a child that has just ended
+        return 0
+    kib = {name: int(fields[name].split()[0]) for name in ("VmHWM", *without) if name in fields}
+    return kib.pop("VmHWM", 0) - sum(kib.values())
 
 
 def _train(config: Config, report: _Report, rank: int, interpreter_start: float, first: MemoryTable) -> None:
@@ -93,11 +105,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         torch.cuda.set_device(device)
 
     report.phase("operators", "loading DeepSpeed's operators")
-    operators.load(
-        device=device_type,
-        offloads_optimizer=config.offload.optimizer is OffloadDevice.cpu,
-        say=lambda text: report.put(phase_text=text),
-    )
+    operators.load(config, say=lambda text: report.put(phase_text=text))
 
     report.phase("rendezvous", "waiting for all ranks")
     deepspeed.init_distributed(
@@ -111,6 +119,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
 
     report.phase("model", f"building {config.model.name}")
     settings = deepspeed_config.build(config)
+    swap.place(settings)
     engines.check(settings)
     arenas = host_memory.arenas_of(config, settings, rank)
     network = model.build(config, settings, device, arenas)

@@ -10,10 +10,11 @@ from ldft.errors import CombinationError, ConfigError
 
 
 class OffloadDevice(Enum):
-    """Where a group of tensors waits between its uses."""
+    """Where a group of tensors waits between its uses: on the device, in host memory, in swap files on a disk."""
 
     none = "none"
     cpu = "cpu"
+    nvme = "nvme"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,10 +23,13 @@ class OffloadConfig:
     """ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and parameters are sharded over the ranks."""
 
     parameters: OffloadDevice = OffloadDevice.cpu
-    """Where 16-bit parameters wait (cpu needs stage 3)."""
+    """Where 16-bit parameters wait (cpu and nvme need stage 3)."""
 
     optimizer: OffloadDevice = OffloadDevice.cpu
-    """Where master weights, gradients and moments live (cpu needs stage 1, 2 or 3)."""
+    """Where master weights, gradients and moments live (cpu needs stage 1, 2 or 3; nvme needs 3)."""
+
+    nvme_path: str = ""
+    """Folder on a fast local disk for the swap files of nvme; a run's own files are removed at its end."""
 
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys of DeepSpeed's own config, by its names and nesting. They replace what ldft chooses and what the file says."""
@@ -36,11 +40,24 @@ class OffloadConfig:
     def validate(self) -> None:
         if self.stage not in (0, 1, 2, 3):
             raise ConfigError("offload.stage", f"{self.stage} does not exist; use 0, 1, 2 or 3")
-        if self.parameters is OffloadDevice.cpu and self.stage != 3:
+        if self.parameters is not OffloadDevice.none and self.stage != 3:
             raise CombinationError(
-                "offload.parameters", f"cpu needs offload.stage=3, not {self.stage}; use none or stage 3"
+                "offload.parameters",
+                f"{self.parameters.name} needs offload.stage=3, not {self.stage}; use none or stage 3",
+            )
+        if self.optimizer is OffloadDevice.nvme and self.stage != 3:
+            raise CombinationError(
+                "offload.optimizer", f"nvme needs offload.stage=3, not {self.stage}; use cpu or stage 3"
             )
         if self.optimizer is OffloadDevice.cpu and self.stage == 0:
             raise CombinationError(
                 "offload.optimizer", "cpu needs offload.stage=1, 2 or 3, not 0; use none or a higher stage"
+            )
+        on_disk = OffloadDevice.nvme in (self.parameters, self.optimizer)
+        if on_disk and not self.nvme_path:
+            raise ConfigError("offload.nvme_path", "empty; name a folder on a fast local disk for the swap files")
+        if self.nvme_path and not on_disk:
+            raise CombinationError(
+                "offload.nvme_path",
+                f"'{self.nvme_path}' is not used: nothing is offloaded to nvme; use offload=nvme or leave it",
             )

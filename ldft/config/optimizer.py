@@ -19,7 +19,7 @@ class Schedule(Enum):
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
     name: str = "adamw"
-    """Update rule."""
+    """Update rule: adamw or lion."""
 
     learning_rate: float = 1e-4
     """Step size, at its largest."""
@@ -37,14 +37,14 @@ class OptimizerConfig:
     """Decay rates of the first and second moment."""
 
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment, which lion has not."""
 
     gradient_clipping: float = 0.9
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
 
     def validate(self) -> None:
-        if self.name != "adamw":
-            raise ConfigError("optimizer.name", f"'{self.name}' does not exist; use adamw")
+        if self.name not in ("adamw", "lion"):
+            raise ConfigError("optimizer.name", f"'{self.name}' does not exist; use adamw or lion")
         if not self.learning_rate > 0:
             raise ConfigError(
                 "optimizer.learning_rate", f"{self.learning_rate:g} is not positive; use a number above 0"

@@ -9,7 +9,7 @@ from typing import Any
 from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.memory import Pinning
 from ldft.errors import CombinationError
-from ldft.training import deepspeed_keys, zero_sizes
+from ldft.training import deepspeed_keys, moved, zero_sizes
 
 
 def pins(config: Config) -> bool:
@@ -17,20 +17,9 @@ def pins(config: Config) -> bool:
     return config.launch.device is Device.cuda and config.memory.pinning is Pinning.torch
 
 
-def moved_by_deepspeed(settings: dict[str, Any]) -> str | None:
-    """The option by which DeepSpeed moves offloaded tensors between memories itself, so that nobody else can place them."""
-    zero = settings["zero_optimization"]
-    optimizer, parameters = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
-    if "nvme" in (optimizer.get("device"), parameters.get("device")):
-        return "nvme"
-    if optimizer.get("super_offload"):
-        return "super_offload"
-    return "zenflow" if zero.get("zenflow") else None
-
-
 def uses_arenas(config: Config, settings: dict[str, Any]) -> bool:
     """Whether offloaded tensors lie in arenas of ldft."""
-    return config.memory.pinning is not Pinning.torch and moved_by_deepspeed(settings) is None
+    return config.memory.pinning is not Pinning.torch and moved.moved_by(settings) is None
 
 
 def build(config: Config) -> dict[str, Any]:
@@ -52,13 +41,14 @@ def build(config: Config) -> dict[str, Any]:
         values = deepspeed_keys.cleaned(values, origin)
         deepspeed_keys.check_owned(values, owned, origin)
         merge(settings, _without_owned(values))
-    moved = moved_by_deepspeed(settings)
-    if moved and config.numa.by_role:
+    moved.check(config, settings)
+    kind = moved.moved_by(settings)
+    if kind and config.numa.by_role:
         raise CombinationError(
             "numa.scope",
-            f"roles cannot be placed with {moved}, where DeepSpeed moves them; use a policy of scope process",
+            f"roles cannot be placed with {kind}, where DeepSpeed moves them; use a policy of scope process",
         )
-    if moved and config.memory.pinning is Pinning.exact:
+    if kind and config.memory.pinning is Pinning.exact:
         # What no arena can hold is pinned as stock DeepSpeed pins it.
         for name in ("offload_param", "offload_optimizer"):
             if "pin_memory" in settings["zero_optimization"][name]:
@@ -100,17 +90,24 @@ def _chosen(config: Config) -> dict[str, Any]:
     }
     if offload.stage == 3:
         zero |= zero_sizes.sizes(config)
-    if offload.parameters is OffloadDevice.cpu:
+    if offload.parameters is not OffloadDevice.none:
         zero["offload_param"] |= {"pin_memory": pins(config)}
-    if offload.optimizer is OffloadDevice.cpu:
+    if offload.optimizer is not OffloadDevice.none:
         zero["offload_optimizer"] |= {"pin_memory": pins(config), "ratio": 1.0}
+    if offload.parameters is OffloadDevice.nvme:
+        zero["offload_param"] |= {"nvme_path": offload.nvme_path, **moved.nvme_sizes(config)}
+    if offload.optimizer is OffloadDevice.nvme:
+        pipelined = {"pipeline_read": False, "pipeline_write": False, "fast_init": False}
+        zero["offload_optimizer"] |= {"nvme_path": offload.nvme_path, "buffer_count": 4, **pipelined}
+    lion = optimizer.name == "lion"
     parameters: dict[str, Any] = {
         "lr": optimizer.learning_rate,
         "weight_decay": optimizer.weight_decay,
         "betas": list(optimizer.betas),
-        "eps": optimizer.eps,
     }
-    if offload.optimizer is OffloadDevice.none:
+    if not lion:
+        parameters["eps"] = optimizer.eps
+    if offload.optimizer is OffloadDevice.none and not lion:
         # torch's own fused kernel: as fast as DeepSpeed's, and nothing to compile.
         parameters |= {"torch_adam": True, "fused": True}
     fp16: dict[str, Any] = {"enabled": train.precision is Precision.fp16, "loss_scale": train.loss_scale}
@@ -128,6 +125,8 @@ def _chosen(config: Config) -> dict[str, Any]:
         "bf16": {"enabled": train.precision is Precision.bf16},
         "fp16": fp16,
         "data_types": {"grad_accum_dtype": train.precision.name},
-        "optimizer": {"type": "AdamW", "params": parameters},
+        "optimizer": {"type": "Lion" if lion else "AdamW", "params": parameters},
+        # Off the host, lion is ldft's own (lion.py), which DeepSpeed has not heard of.
+        "zero_allow_untested_optimizer": lion and offload.optimizer is OffloadDevice.none,
         "zero_optimization": zero,
     }

@@ -36,6 +36,8 @@ OWNED = {
     "zero_optimization.offload_param.device": "offload.parameters",
     "zero_optimization.offload_param.pin_memory": "memory.pinning",
     "zero_optimization.offload_optimizer.device": "offload.optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "offload.nvme_path",
+    "zero_optimization.offload_param.nvme_path": "offload.nvme_path",
     "zero_optimization.offload_optimizer.pin_memory": "memory.pinning",
     "activation_checkpointing": "checkpointing",
 }

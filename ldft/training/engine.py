@@ -11,11 +11,12 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from transformers import PreTrainedModel
 
-from ldft.config import Config
+from ldft.config import Config, OffloadDevice
 from ldft.errors import ConfigError
 from ldft.memory import audit, construction, rebinding, roles
 from ldft.memory.arenas import Arenas
 from ldft.training import schedule
+from ldft.training.lion import Lion
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -40,9 +41,12 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], aren
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = None
+    if config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
+        own = Lion(trainable, **settings["optimizer"]["params"])
     with construction.engine(arenas) if arenas else nullcontext():
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=trainable, config=settings, lr_scheduler=scheduler
+            model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
         )
     if arenas is not None:
         rebinding.settle(engine, arenas)

@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from ldft.config import Config, Device, OffloadDevice
+from ldft.errors import ConfigError
+
 
 def cache_dir() -> Path:
     """TORCH_EXTENSIONS_DIR where it is set, else a folder of ours for this CPU, environment, torch and DeepSpeed."""
@@ -42,19 +45,34 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def load(*, device: str, offloads_optimizer: bool, say: Callable[[str], None]) -> None:
+def needed(config: Config) -> list[str]:
+    """Builders of the operators that this run will use, by DeepSpeed's names."""
+    names = ["ShareMemCommBuilder"] if config.launch.device is Device.cpu else []
+    if config.offload.optimizer is not OffloadDevice.none:
+        names.append("CPULionBuilder" if config.optimizer.name == "lion" else "CPUAdamBuilder")
+    if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
+        names += ["PinMemoryBuilder", "AsyncIOBuilder"]
+    return names
+
+
+def load(config: Config, say: Callable[[str], None]) -> None:
     """Compile (minutes, once) or load (seconds) the operators that this run will use."""
     from deepspeed.accelerator import get_accelerator
 
     folder = cache_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    names = (["ShareMemCommBuilder"] if device == "cpu" else []) + (["CPUAdamBuilder"] if offloads_optimizer else [])
-    for name in names:
+    for name in needed(config):
         if name == "ShareMemCommBuilder":
             from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder
         else:
             Builder = get_accelerator().get_op_builder(name)
         builder = Builder()
+        if name == "AsyncIOBuilder" and not builder.is_compatible(verbose=False):
+            raise ConfigError(
+                "offload",
+                "nvme: DeepSpeed reads and writes swap files with libaio, which cannot be compiled against here; "
+                "apt-get install libaio-dev, or use full",
+            )
         with _locked(folder):
             if not list((folder / builder.name).glob("*.so")):
                 say(f"compiling DeepSpeed's {builder.name} (a minute or two, once on this machine)")

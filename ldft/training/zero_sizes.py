@@ -17,6 +17,8 @@ ahead is device memory for nothing:
   again to reduce (reduce_scatter), so the buffer saves nothing; stages 1 and 2 do reduce out of it.
 - stage3_param_persistence_threshold: weights below it stay on the device (norms and biases: well below 0.1% of the bytes), which
   spares a fetch of a few KB each, and its wait.
+- with parameters in swap files, each weight that is on the device occupies one of a few buffers for reading: nothing is held
+  then that is not being used. A sub-group's fp32 states pass through host memory whole.
 - sub_group_size: the update runs over one group after the other, and nothing overlaps. More groups are more calls; a group
   never splits a weight, so none can be made to fit a cache (measured: one group a weight, 1.28 s against 1.20 s for 3B).
 """
@@ -58,8 +60,8 @@ def sizes(config: Config) -> dict[str, int | bool]:
         "stage3_max_live_parameters": 2 * layer,
         "stage3_max_reuse_distance": 2 * layer,
     }
-    return {
-        **DEFAULTS,
-        **{name: min(max(_LEAST, value), DEFAULTS[name]) for name, value in fitted.items()},
-        "contiguous_gradients": False,
-    }
+    chosen = DEFAULTS | {name: min(max(_LEAST, value), DEFAULTS[name]) for name, value in fitted.items()}
+    if config.offload.parameters is OffloadDevice.nvme:
+        held = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+        chosen |= dict.fromkeys(held, 0) | {"sub_group_size": 100_000_000}
+    return {**chosen, "contiguous_gradients": False}

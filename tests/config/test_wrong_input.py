@@ -114,6 +114,21 @@ WRONG = {
         "checkpointing.every: 2 needs checkpointing=cpu or gpu",
         "leave it at 1",
     ],
+    "offload=nvme": ["offload.nvme_path: empty; name a folder on a fast local disk"],
+    "offload.nvme_path=$F": ["offload.nvme_path: '", "is not used", "use offload=nvme or leave it"],
+    "offload=nvme offload.nvme_path=$F/good.txt": ["offload.nvme_path: cannot create", "good.txt", "local disk"],
+    "offload=nvme offload.nvme_path=/proc/nowhere": ["offload.nvme_path: cannot create /proc/nowhere"],
+    "offload=nvme offload.nvme_path=$F model=llama3_70b model.num_layers=8000": [
+        "offload.nvme_path: swap files take 1",
+        "GiB left; free space",
+    ],
+    "offload=optimizer offload.optimizer=nvme offload.nvme_path=$F": [
+        "offload.optimizer: nvme needs offload.stage=3, not 2"
+    ],
+    "offload=super_offload": ["offload: super_offload needs launch.device=cuda, not cpu; use full"],
+    "offload=zenflow": ["offload: zenflow needs launch.device=cuda, not cpu; use full"],
+    "offload=super_offload optimizer=lion": ["optimizer: lion: offload=super_offload knows adamw only"],
+    "optimizer.name=sgd": ["optimizer.name: 'sgd' does not exist; use adamw or lion"],
     "train.loss_scale=8": ["train.loss_scale: 8 has no use with train.precision=bf16", "fp16"],
     "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],
     "memory.capacity_gib=-1": ["memory.capacity_gib: -1 is no size", "above 0"],

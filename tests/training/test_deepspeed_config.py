@@ -59,17 +59,32 @@ def test_the_users_keys_win_over_the_file_and_the_file_over_ours(tmp_path: Path)
     assert both["zero_optimization"]["allgather_bucket_size"] == 500_000_000
 
 
+def on_disk(option: str) -> list[str]:
+    return ["offload.nvme_path=/disk"] if option == "nvme" else []
+
+
 @pytest.mark.parametrize("option", options("offload"))
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_deepspeed_takes_every_option_as_it_is_meant(option: str, precision: str) -> None:
     values = settings(
-        f"offload={option}", f"train.precision={precision}", "train.micro_batch_size=2", device=Device.cuda
+        f"offload={option}",
+        f"train.precision={precision}",
+        "train.micro_batch_size=2",
+        *on_disk(option),
+        device=Device.cuda,
     )
     engine.check(values)
     taken = DeepSpeedConfig(values)
     assert taken.train_micro_batch_size_per_gpu == 2 and taken.gradient_clipping == 0.9
     assert (taken.bfloat16_config.enabled, taken.float16_config.enabled) == (precision == "bf16", precision == "fp16")
-    on_host = {"full": "cpu cpu", "seed": "cpu cpu", "optimizer": "none cpu"}.get(option, "none none").split()
+    host = {
+        "full": "cpu cpu",
+        "seed": "cpu cpu",
+        "super_offload": "cpu cpu",
+        "optimizer": "none cpu",
+        "zenflow": "none cpu",
+    }
+    on_host = (host | {"nvme": "nvme nvme"}).get(option, "none none").split()
     devices = [part.device for part in (taken.zero_config.offload_param, taken.zero_config.offload_optimizer)]
     assert [str(getattr(device, "value", device)) for device in devices] == on_host
 
@@ -117,7 +132,7 @@ def test_the_key_list_is_that_of_the_installed_release() -> None:
 
 def test_every_key_of_ours_is_in_the_list() -> None:
     for option in options("offload"):
-        values = settings(f"offload={option}", "train.precision=fp16")
+        values = settings(f"offload={option}", "train.precision=fp16", *on_disk(option), device=Device.cuda)
         assert deepspeed_keys.cleaned(values, "x") == values
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,8 +61,8 @@ def alone(config_json: str, folder: Path, what: str, ranks: int = 1) -> list[flo
     return json.loads((folder / "rank-0.json").read_text())["loss"]
 
 
-def plain_pytorch(config_json: str) -> list[float]:
-    """A plain loop: torch's AdamW in fp32 and torch's clipping; no DeepSpeed engine, nothing offloaded."""
+def plain_pytorch(config_json: str, rule: Any = None) -> list[float]:
+    """A plain loop: `rule` (torch's AdamW) in fp32 and torch's clipping; no DeepSpeed engine, nothing offloaded."""
     import torch
 
     from ldft.config import from_dict
@@ -71,7 +72,7 @@ def plain_pytorch(config_json: str) -> list[float]:
     config.offload.stage = 0
     network = model.build(config, {}, torch.device("cpu"))
     rates = config.optimizer
-    optimizer = torch.optim.AdamW(
+    optimizer = (rule or torch.optim.AdamW)(
         network.parameters(),
         lr=rates.learning_rate,
         betas=tuple(rates.betas),

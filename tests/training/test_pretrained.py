@@ -60,7 +60,7 @@ def process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     # ninja lies beside Python; loading an operator sets the folder of extensions for good.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(operators.cache_dir()))
-    operators.load(device="cpu", offloads_optimizer=False, say=lambda text: None)
+    operators.load(config_of("offload=none"), say=lambda text: None)
     deepspeed.init_distributed(
         dist_backend="gloo",
         auto_mpi_discovery=False,

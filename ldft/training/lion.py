@@ -1,0 +1,41 @@
+"""Lion where the optimizer is not offloaded: torch has none, and DeepSpeed's FusedLion has to be compiled with CUDA's own compiler.
+
+With offload it is DeepSpeed's CPULion. Both do the same arithmetic (Chen et al., Symbolic Discovery of Optimization Algorithms,
+arXiv 2302.06675, program 1); a test compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class Lion(torch.optim.Optimizer):
+    """One momentum, and steps of one size: the sign of a mix of momentum and gradient. Memory-bound, a few passes over each."""
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update every parameter that has a gradient. Takes no closure."""
+        assert closure is None
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["exp_avg"] = torch.zeros_like(weight)
+            gradients = [weight.grad for weight in weights]
+            momenta = [self.state[weight]["exp_avg"] for weight in weights]
+            updates = torch._foreach_lerp(momenta, gradients, 1 - beta1)
+            torch._foreach_sign_(updates)
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(weights, updates, alpha=-lr)
+            torch._foreach_lerp_(momenta, gradients, 1 - beta2)
