@@ -12,7 +12,7 @@ from ldft.binding import cores_of_ranks
 from ldft.config import Config, DataKind, Device, Weights, run_id
 from ldft.memory import estimate, shapes, vram
 from ldft.memory.topology import read_topology
-from ldft.training import deepspeed_config, moved
+from ldft.training import attention, deepspeed_config, liger, moved
 
 _LIST_RANKS = 4
 
@@ -52,9 +52,16 @@ def _what(config: Config) -> list[str]:
     return [
         f"model: {model.name}, {model.family}, {model.num_layers} layers, {exact}{shapes.num_parameters(model):,} parameters",
         f"weights: {weights}; data: {data}",
+        f"attention: {attention.choose(config).name}; Liger Kernel: {'yes' if liger.wanted(config) else 'no'}; {_trained(config)}",
         f"iteration: {sequences} sequences of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} tokens, "
         f"{train.iterations} iterations of which {train.warmup_iterations} warm-up, {train.precision.name}",
     ]
+
+
+def _trained(config: Config) -> str:
+    if not config.lora.rank:
+        return "every weight is trained"
+    return f"LoRA of rank {config.lora.rank} trains {shapes.total(shapes.trained_sizes(config)):,} parameters"
 
 
 def _processes(config: Config, asked: Device) -> list[str]:

@@ -16,7 +16,8 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 # A wheel carries the tree inside the package; a checkout has it beside the package.
 CONF_DIR = PACKAGE_DIR / "conf" if (PACKAGE_DIR / "conf").is_dir() else PACKAGE_DIR.parent / "conf"
 
-_PACKAGES = ("ldft", "torch", "deepspeed", "transformers", "hydra-core", "omegaconf", "pyarrow", "numpy")
+_PACKAGES = ("ldft", "torch", "deepspeed", "transformers", "hydra-core", "omegaconf", "pyarrow", "numpy",
+             "liger-kernel", "peft", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")  # fmt: skip
 
 
 def compute_capability() -> tuple[int, int] | None:

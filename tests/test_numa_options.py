@@ -43,6 +43,18 @@ def test_a_policy_is_applied_and_its_shares_are_in_the_row_and_on_screen(ldft) -
     assert f"ldft: memory policy bind of node {NODE}: asked node {NODE} 100.0%; got node {NODE}" in done.stdout
 
 
+def test_weights_that_the_kernel_cannot_have_stripe_the_arenas_instead(ldft) -> None:
+    done = ldft("numa=weighted_0_3", f"numa.nodes=[{NODE}]", "numa.weights=[300]")
+    assert done.exit_code == 0, done.stdout + done.stderr
+    row = done.row
+    assert row.numa_mechanism == "stripes" and row.numa_policy == f"weighted_interleave of nodes {NODE} by 300"
+    assert {entry["requested_share"] for entry in row.roles} == {1.0} == {entry["share"] for entry in row.roles}
+    assert "offloaded tensors are striped by them instead" in done.stdout
+    # Without arenas there is nothing to stripe.
+    done = ldft("numa=weighted_0_3", f"numa.nodes=[{NODE}]", "numa.weights=[300]", "memory.pinning=torch")
+    assert done.exit_code == 2 and "numa.weights: 300 is above the kernel's largest weight, 255" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [

@@ -64,7 +64,7 @@ def allocate(
     topology = _topology()
     placement = policy.resolve(topology, "placement")
     if needed == 0:
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device="cpu")
     huge = settings.huge_pages if huge_pages is None else huge_pages
     pin = pin and can_pin()
     region, report = place(placement, topology, needed, huge, strict)
@@ -76,7 +76,8 @@ def allocate(
     _remember(address, report)
     # Strides spelt out: quantised dtypes do not work them out themselves.
     strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, size, strides)
+    # The device spelt out: models are built under a default device, and this is called meanwhile.
+    return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, size, strides)
 
 
 def report_of(tensor: torch.Tensor) -> Report:

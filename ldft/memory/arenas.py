@@ -110,14 +110,13 @@ def piece(block: torch.Tensor, offset: int, numel: int, dtype: torch.dtype) -> t
     """A tensor over part of a block of bytes; no view to autograd, so that it may become a leaf."""
     start = block.storage_offset() + offset
     assert start % dtype.itemsize == 0 and offset + numel * dtype.itemsize <= block.numel()
-    return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), start // dtype.itemsize, (numel,), (1,))
+    return block.new_empty(0, dtype=dtype).set_(block.untyped_storage(), start // dtype.itemsize, (numel,), (1,))
 
 
 def alias(slot: torch.Tensor) -> torch.Tensor:
     """The same memory in another tensor object: what happens to that one leaves the slot alone."""
-    return torch.empty(0, dtype=slot.dtype).set_(
-        slot.untyped_storage(), slot.storage_offset(), slot.shape, slot.stride()
-    )
+    # From the slot: a factory of torch would follow the default device that a model is built under.
+    return slot.new_empty(0).set_(slot.untyped_storage(), slot.storage_offset(), slot.shape, slot.stride())
 
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -31,12 +31,12 @@ class _Serving(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._stack: list[list[torch.Tensor]] = []
-        self._given: set[int] = set()
+        # Of each method that runs now: slots still to be given, and addresses of those given.
+        self._stack: list[tuple[list[torch.Tensor], set[int]]] = []
 
     @contextmanager
     def serve(self, slots: Sequence[torch.Tensor]) -> Iterator[None]:
-        self._stack.append(list(slots))
+        self._stack.append((list(slots), set()))
         try:
             if len(self._stack) == 1:
                 with self:
@@ -48,6 +48,7 @@ class _Serving(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        given = self._stack[-1][1]
         if func in (_aten.zeros.default, _aten.empty.memory_format):
             if not kwargs.get("pin_memory") and _on_host(kwargs.get("device")):
                 numel = torch.Size(args[0]).numel()
@@ -61,21 +62,21 @@ class _Serving(TorchDispatchMode):
                 if slot is not None:
                     return slot.view(source.shape).copy_(source)
         elif func is _aten.clone.default and args[0].device.type == "cpu":
-            if args[0].data_ptr() in self._given:
-                return args[0]  # a copy of what was put into its place just now
+            if args[0].data_ptr() in given:
+                return args[0]  # a copy of what this method has put into its place just now
             slot = self._take(args[0].numel(), args[0].dtype)
             if slot is not None:
                 return slot.view(args[0].shape).copy_(args[0])
-        elif func is _aten._pin_memory.default and args[0].data_ptr() in self._given:
+        elif func is _aten._pin_memory.default and args[0].data_ptr() in given:
             return args[0]  # arenas are pinned as a whole, or meant not to be
         return func(*args, **kwargs)
 
     def _take(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
-        slots = self._stack[-1]
+        slots, given = self._stack[-1]
         for index, slot in enumerate(slots):
             if slot.numel() == numel > 0 and slot.dtype == dtype:
                 del slots[: index + 1]
-                self._given.add(slot.data_ptr())
+                given.add(slot.data_ptr())
                 return alias(slot)
         return None
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice, Precision
-from ldft.config.checkpointing import CheckpointingMode
+from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.memory import shapes, vram
 from ldft.training import deepspeed_config
 
@@ -60,11 +60,19 @@ def layer_input_bytes(config: Config) -> int:
     return vram.hidden_bytes(config)
 
 
+def attention_output_bytes(config: Config) -> int:
+    """Bytes of what attention returns in one decoder layer, of one micro-batch."""
+    return vram.attention_bytes(config)
+
+
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes of layer inputs that wait in one rank's host memory: those of all groups of layers but the last."""
-    if config.checkpointing.mode is not CheckpointingMode.cpu:
-        return 0
-    return (config.checkpointing.groups(config.model.num_layers) - 1) * vram.hidden_bytes(config)
+    """Bytes that wait in one rank's host memory for the backward pass: layer inputs of all groups but the last, and outputs of
+    attention in all layers of these groups."""
+    settings = config.checkpointing
+    groups = max(settings.groups(config.model.num_layers) - 1, 0)
+    inputs = groups if settings.mode is CheckpointingMode.cpu else 0
+    outputs = groups * settings.every if settings.keep_attention is KeepAttention.host else 0
+    return inputs * vram.hidden_bytes(config) + outputs * vram.attention_bytes(config)
 
 
 def other_bytes(config: Config) -> dict[str, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldft.config import AttentionKind, Config, Device, OffloadDevice, Precision
-from ldft.config.checkpointing import CheckpointingMode
+from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.memory import shapes
 from ldft.training import attention, deepspeed_config, liger
 
@@ -31,11 +31,15 @@ def device_bytes(config: Config) -> Parts:
 def moments(config: Config) -> dict[str, Parts]:
     """Moments of an iteration at which memory may peak."""
     base, gradients = _state(config), _gradients(config)
-    waiting = {"layer inputs": checkpoints_on_device(config) * hidden_bytes(config)}
-    if config.checkpointing.mode is CheckpointingMode.none:
-        waiting["activations"] = config.model.num_layers * _kept(config)
-    inside = {"inside a layer": _inside(config)} | _layer_gradient(config)
     model = config.model
+    recomputed = config.checkpointing.recomputed(model.num_layers)
+    checkpoints, whole = _checkpoints(config), model.num_layers - recomputed
+    waiting = checkpoints.copy()
+    if whole:
+        waiting["layer inputs"] = waiting.get("layer inputs", 0) + whole * hidden_bytes(config)
+        waiting["activations"] = whole * _kept(config)
+    inside = {"inside a layer": _inside(config, whole == 0)} | _layer_gradient(config)
+    first = {"inside a layer": _inside(config, recomputed > 0)} | _layer_gradient(config)
     layer, output = shapes.layer_parameters(model), shapes.embedding_parameters(model)
     # The output projection stays where ZeRO-3 keeps what is used again so soon.
     kept = output if config.offload.stage == 3 and _zero(config)["stage3_max_reuse_distance"] >= output else 0
@@ -47,9 +51,12 @@ def moments(config: Config) -> dict[str, Parts]:
         | _gathered(config, layer + kept)
         | inside
         | _output_gradient(config),
-        "backward of the first layer": base | gradients | _gathered(config, layer) | inside,
+        "backward of the first layer": base | gradients | _gathered(config, layer) | first,
         "step": base | gradients | _step(config),
     }
+    if whole and recomputed:
+        again = {"inside a layer": _inside(config, True)} | _layer_gradient(config)
+        found["backward of the last checkpointed layer"] = base | checkpoints | _gathered(config, layer) | again
     if config.offload.stage in (1, 2):
         # The weights are copied into one block while the model still holds them.
         found["start"] = {"weights": 2 * _width(config) * shapes.num_parameters(config.model)}
@@ -75,12 +82,35 @@ def hidden_bytes(config: Config) -> int:
     return _width(config) * tokens(config) * config.model.hidden_size
 
 
-def checkpoints_on_device(config: Config) -> int:
-    """Layer inputs that wait on the device; from host memory come the one in use and the one on its way."""
-    if config.checkpointing.mode is CheckpointingMode.none:
-        return config.model.num_layers
-    groups = config.checkpointing.groups(config.model.num_layers)
-    return min(groups, 2) if config.checkpointing.mode is CheckpointingMode.cpu else groups
+def attention_bytes(config: Config) -> int:
+    """What attention returns in one layer: the output, w T Q, and the log-sum-exp, 4 B a head and token.
+
+    Kernels widen heads to a multiple of 8, and sequences of the log-sum-exp to one of 32.
+    """
+    model, batch = config.model, config.train.micro_batch_size
+    output = _width(config) * tokens(config) * model.num_attention_heads * _round_up(model.head_dim, 8)
+    log_sum_exp = 4 * batch * model.num_attention_heads * _round_up(config.seq_len.tokens, 32)
+    return _round_up(output, 64) + _round_up(log_sum_exp, 64)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _checkpoints(config: Config) -> Parts:
+    """What waits on the device of layers that are checkpointed."""
+    settings = config.checkpointing
+    layers, groups = settings.recomputed(config.model.num_layers), settings.groups(config.model.num_layers)
+    if groups == 0:
+        return {}
+    # From host memory come the input in use and the one on its way.
+    inputs = min(groups, 2) if settings.mode is CheckpointingMode.cpu else groups
+    parts = {"layer inputs": inputs * hidden_bytes(config)}
+    if settings.keep_attention is not KeepAttention.none:
+        # Of those in host memory the last group's stay; when that is under way, its own count as inside, and one is on its way.
+        outputs = min(layers, settings.every) if settings.keep_attention is KeepAttention.host else layers
+        parts["attention outputs"] = outputs * attention_bytes(config)
+    return parts
 
 
 def _state(config: Config) -> Parts:
@@ -151,7 +181,7 @@ def _step(config: Config) -> Parts:
     return {"fp32 gradients": 4 * (whole if config.offload.stage == 0 else whole // ranks)}
 
 
-def _inside(config: Config) -> int:
+def _inside(config: Config, recomputed: bool) -> int:
     """One layer in its backward pass: w T (6 H + 2 Q + 2 K + 4 I), less what is kept in any case.
 
     Norms and residuals and their gradients take 6 H; queries, keys, values, before and after rotation, and the attention's output
@@ -159,7 +189,7 @@ def _inside(config: Config) -> int:
     """
     model = config.model
     inside = _width(config) * tokens(config) * (2 * model.hidden_size + model.intermediate_size) + _scores(config, 2)
-    if config.checkpointing.mode is CheckpointingMode.none:
+    if not recomputed:
         return inside
     every = config.checkpointing.every
     return inside + every * _kept(config) + (every - 1) * hidden_bytes(config)

@@ -6,6 +6,7 @@ from importlib import metadata
 
 from ldft import environment
 from ldft.config import AttentionKind, Config, Device, Precision
+from ldft.config.checkpointing import KeepAttention
 from ldft.errors import CombinationError, ConfigError
 
 Capability = tuple[int, int]
@@ -19,6 +20,8 @@ _PACKAGES: dict[AttentionKind, tuple[str, str, Capability]] = {
 }
 # Families of soft caps, for which transformers has no SDPA even where the caps are set to 0.
 _CAPPED_FAMILIES = ("gemma2", "vaultgemma")
+# Those that are one operator known to kept_attention.py.
+_KEPT = (AttentionKind.sdpa, AttentionKind.sdpa_cudnn, AttentionKind.flash_attention_2)
 _CUDNN_FROM: Capability = (8, 0)
 # cuDNN's kernels are the fastest on the data-centre generations Hopper and Blackwell. Wider heads than this run on Hopper only,
 # and slower; torch's limits are in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (check_cudnn_tensor_shapes).
@@ -38,8 +41,20 @@ def _installed(kind: AttentionKind) -> bool:
 def choose(config: Config) -> AttentionKind:
     """The implementation for this model on this machine: what attention.kind names, or the fastest that both support.
 
-    Raises ConfigError where the one that is asked for cannot run here.
+    Raises ConfigError where the one that is asked for cannot run here, or its output cannot be kept.
     """
+    kind = _choice(config)
+    keep = config.checkpointing.keep_attention
+    if keep is not KeepAttention.none and kind not in _KEPT:
+        raise CombinationError(
+            "checkpointing.keep_attention",
+            f"{keep.name}: the output of {kind.name} attention cannot be kept; use none, or an attention of "
+            f"{', '.join(one.name for one in _KEPT)}",
+        )
+    return kind
+
+
+def _choice(config: Config) -> AttentionKind:
     capability = (environment.compute_capability() or (0, 0)) if config.launch.device is Device.cuda else None
     if config.attention.kind is not AttentionKind.auto:
         _check(config, config.attention.kind, capability)

@@ -1,5 +1,6 @@
 """Gradient checkpointing: of each group of `checkpointing.every` decoder layers only the input is kept, on the device or in host
-memory, and the backward pass runs the group again.
+memory, and the backward pass runs the group again. The output of attention can be kept too: kept_attention.py. Of a model's layers
+the first `checkpointing.layers` are checkpointed; activations of the others live shortest, around the turn to the backward pass.
 
 How: transformers calls a layer through `layer._gradient_checkpointing_func(run, hidden_states)` when checkpointing is on, with
 everything else (masks, position embeddings, ...) bound to `run`. We put a function of ours there, layer by layer: no code of torch,
@@ -25,14 +26,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ldft.config import Config
-from ldft.config.checkpointing import CheckpointingMode
+from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.memory import estimate
 from ldft.memory.policy import Placement
 from ldft.training.host_inputs import HostInputs
+from ldft.training.host_outputs import HostOutputs
+from ldft.training.kept_attention import DeviceOutputs, KeptAttention
+from ldft.training.lanes import lanes_of
 
 
 class Waiting(Protocol):
@@ -73,11 +77,21 @@ class Checkpointing:
     """On the decoder layers of a model from construction to `remove()`; acts in training mode with gradients enabled.
 
     `every` layers make a group; the last group may be shorter. One forward pass at a time: its backward comes before the next.
+    attention: what keeps the outputs of attention; None: the backward pass computes them again. layers: how many, from the first;
+    None: all.
     """
 
-    def __init__(self, model: nn.Module, keeper: Keeper, every: int = 1) -> None:
-        self._layers = decoder_layers(model)
-        self._keeper, self._every = keeper, every
+    def __init__(
+        self,
+        model: nn.Module,
+        keeper: Keeper,
+        every: int = 1,
+        *,
+        attention: KeptAttention | None = None,
+        layers: int | None = None,
+    ) -> None:
+        self._layers = decoder_layers(model)[:layers]
+        self._keeper, self._every, self._attention = keeper, every, attention
         self._runs: list[Callable[[torch.Tensor], Any]] = []
         self._passed_on: tuple[int, torch.Size] | None = None
         for index, layer in enumerate(self._layers):
@@ -90,8 +104,8 @@ class Checkpointing:
             layer.gradient_checkpointing = False
 
     def host_tensors(self) -> list[torch.Tensor]:
-        """The host memory in which layer inputs wait; empty if they stay on the device."""
-        return self._keeper.host_tensors()
+        """The host memory in which layer inputs and attention outputs wait; empty if they stay on the device."""
+        return self._keeper.host_tensors() + (self._attention.store.host_tensors() if self._attention else [])
 
     def _call(self, index: int, run: Callable[..., Any], *inputs: torch.Tensor) -> Any:
         if not inputs:  # a model that passes everything by keyword
@@ -128,7 +142,8 @@ class Checkpointing:
             return states
 
         # The empty tensor tells torch on which device to keep the random state.
-        return checkpoint(body, hidden_states.new_empty(0), use_reentrant=False)
+        contexts = partial(self._attention.contexts, group) if self._attention else noop_context_fn
+        return checkpoint(body, hidden_states.new_empty(0), use_reentrant=False, context_fn=contexts)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -144,16 +159,22 @@ def install(
     *,
     pin: bool = False,
 ) -> Checkpointing | None:
-    """Checkpointing as the config says; None with `checkpointing=none`.
+    """Checkpointing as the config says; None where no layer is checkpointed.
 
-    With `cpu` this allocates the host memory, by `placement`, pinned if `pin`: HostMemoryError now rather than in training.
+    What waits in host memory gets it here, by `placement`, pinned if `pin`: HostMemoryError now rather than in training.
     """
-    mode, every = config.checkpointing.mode, config.checkpointing.every
-    if mode is CheckpointingMode.none:
+    settings = config.checkpointing
+    layers = settings.recomputed(len(decoder_layers(model)))
+    if layers == 0:
         return None
-    if mode is CheckpointingMode.gpu:
-        return Checkpointing(model, DeviceInputs(), every)
-    groups = -(-len(decoder_layers(model)) // every)
-    return Checkpointing(
-        model, HostInputs(groups, estimate.layer_input_bytes(config), device, placement, pin=pin), every
-    )
+    groups, lanes = -(-layers // settings.every), lanes_of(device)
+    keeper: Keeper = DeviceInputs()
+    if settings.mode is CheckpointingMode.cpu:
+        keeper = HostInputs(groups, estimate.layer_input_bytes(config), device, placement, pin=pin, lanes=lanes)
+    attention = None
+    if settings.keep_attention is KeepAttention.device:
+        attention = KeptAttention(DeviceOutputs())
+    elif settings.keep_attention is KeepAttention.host:
+        size = estimate.attention_output_bytes(config)
+        attention = KeptAttention(HostOutputs(groups, settings.every, size, device, placement, pin=pin, lanes=lanes))
+    return Checkpointing(model, keeper, settings.every, attention=attention, layers=layers)

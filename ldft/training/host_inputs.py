@@ -22,11 +22,9 @@ from typing import Any
 
 import torch
 
-from ldft.memory.allocator import REGISTER_CHUNK, allocate
-from ldft.memory.policy import HostMemoryError, Placement
+from ldft.memory.policy import Placement
+from ldft.training.host_slots import arenas, as_bytes
 from ldft.training.lanes import Lane, Lanes, lanes_of
-
-_ALIGNMENT = 64
 
 
 @dataclass(slots=True)
@@ -57,7 +55,7 @@ class HostInputs:
     """Keeps the input of every group but the last in host memory. Raises HostMemoryError when that cannot be had.
 
     groups: of layers in one forward pass. bytes_each: of the largest input. placement: of the memory; None: wherever the process
-    allocates. pin: register it, so that copies run beside the computation. lanes: for tests; the device's own otherwise.
+    allocates. pin: register it, so that copies run beside the computation. lanes: None: some of its own.
     """
 
     def __init__(
@@ -72,20 +70,8 @@ class HostInputs:
     ) -> None:
         self._device = device
         self._lanes = lanes or lanes_of(device)
-        stride = -(-bytes_each // _ALIGNMENT) * _ALIGNMENT
-        # A copy must lie within one registration.
-        most = max(1, REGISTER_CHUNK // stride) if pin else groups
-        self._arenas = []
-        try:
-            for first in range(0, groups - 1, most):
-                shape = (min(most, groups - 1 - first), stride)
-                self._arenas.append(allocate(shape, torch.uint8, placement or Placement(), pin=pin))
-        except HostMemoryError as error:
-            total = (groups - 1) * stride / 2**30
-            raise HostMemoryError(
-                f"checkpointing.mode: cpu keeps {groups - 1} layer inputs, {total:.2f} GiB, in host memory: {error}; a shorter "
-                "seq_len, a higher checkpointing.every or checkpointing=gpu takes less"
-            ) from error
+        what = f"checkpointing.mode: cpu keeps {groups - 1} layer inputs"
+        self._arenas = arenas(groups - 1, bytes_each, placement, pin=pin, what=what)
         self._slots = [_Slot(row) for arena in self._arenas for row in arena]
         self._buffers: list[_Buffer | None] = [None, None]
         self._leaving: tuple[Kept, torch.Tensor, Any] | None = None
@@ -117,7 +103,7 @@ class HostInputs:
             )
         slot.forward = self._forward
         # Until the compute stream has waited for the copy, the input must stay: the allocator would give its memory away.
-        self._leaving = kept, source, self._lanes.copy(Lane.to_host, slot.bytes[: slot.used], _as_bytes(source))
+        self._leaving = kept, source, self._lanes.copy(Lane.to_host, slot.bytes[: slot.used], as_bytes(source))
         return kept
 
     def _release_left(self) -> None:
@@ -194,7 +180,3 @@ class Kept:
             raise RuntimeError(
                 f"checkpointing: a layer of group {self.group} changes its input in place; use checkpointing=none"
             )
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1).view(torch.uint8)

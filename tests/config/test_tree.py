@@ -125,6 +125,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
     for part in (
         "8,030,261,248 parameters",
         "2 sequences of 32768 tokens = 65,536 tokens",
+        "attention: sdpa; Liger Kernel: no; every weight is trained",
         "processes: 2 x",
         "rank 1:",
         "master_weights: 29.92 GiB",  # 4 bytes a parameter, over all ranks

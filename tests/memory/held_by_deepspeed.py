@@ -17,7 +17,7 @@ import deepspeed
 import torch
 
 from ldft.config import from_dict
-from ldft.training import data, deepspeed_config, engine, model, operators
+from ldft.training import data, deepspeed_config, model, operators
 
 
 def size(*tensors: Any) -> int:
@@ -60,7 +60,8 @@ def main() -> None:
     for name, config in configs.items():
         settings = deepspeed_config.build(config)
         network = model.build(config, settings, torch.device("cpu"))
-        running = engine.build(config, network, settings)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        running, *_ = deepspeed.initialize(model=network, model_parameters=trained, config=settings)
         gradients: dict[str, int] = {}
         for step in range(config.train.gradient_accumulation_steps):
             tokens = data.batch(config, 0, step, rank)

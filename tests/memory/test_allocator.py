@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldft import _native
-from ldft.memory import allocator, layout, placing
+from ldft.memory import allocator, arenas, layout, placing
 from ldft.memory.allocator import allocate, pages_by_node, report_of
 from ldft.memory.limits import Free
 from ldft.memory.policy import HostMemoryError, Placement, PlacementError
@@ -100,6 +100,15 @@ def test_numpy_and_parameters_take_it():
     gc.collect()
     array += 1
     assert array.sum() == 10
+
+
+def test_a_default_device_changes_nothing():
+    with torch.device("meta"):  # as models are built
+        tensors = [allocate(5, torch.float32, HERE), allocate(0, torch.float32, HERE)]
+        block = arenas.Arena(role="momentum", placement=HERE, pin=False).allocate(256)
+        tensors += [arenas.piece(block, 64, 3, torch.bfloat16), arenas.alias(tensors[0])]
+    assert [tensor.device.type for tensor in tensors] == ["cpu"] * 4
+    assert tensors[3].data_ptr() == tensors[0].data_ptr() and tensors[2].data_ptr() == block.data_ptr() + 64
 
 
 def test_memory_of_others_has_no_report():

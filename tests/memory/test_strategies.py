@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
 from ldft.config.numa import NumaKind, RoleConfig, RolesConfig
 from ldft.memory.policy import Placement, PlacementError
-from ldft.memory.strategies import ROLES, assign
+from ldft.memory.strategies import ROLES, assign, stripes_of_process
 from ldft.memory.topology import Node, Topology
 from tests.conftest import compose
 
@@ -77,3 +77,18 @@ def test_nodes_are_filled_in_and_checked_against_the_machine() -> None:
     config = compose("numa.roles.variance.nodes=[7]", "launch.device=cpu")
     with pytest.raises(PlacementError, match=r"^numa\.roles\.variance\.nodes: node 7 does not exist"):
         assign(config, FOUR)
+
+
+def test_stripes_stand_in_for_weights_where_the_kernel_has_none_and_there_is_something_to_stripe() -> None:
+    def rest(*overrides: str) -> Placement | None:
+        return stripes_of_process(compose("launch.device=cpu", *overrides), FOUR)
+
+    striped = Placement(kind="weighted_interleave", nodes=(0, 3), weights=(1, 2), method="stripes")
+    assert rest("numa=weighted_0_3") == striped
+    config = compose("launch.device=cpu", "numa=weighted_0_3", "numa.roles.momentum.nodes=[1]")
+    assert assign(config, FOUR)[0] == dict.fromkeys(ROLES, striped) | {"momentum": bind(1)}
+    assert rest("numa=interleave_0_3") is None
+    assert rest("numa=weighted_0_3", "memory.pinning=torch") is None
+    assert rest("numa=weighted_0_3", "offload=none", "checkpointing=gpu") is None
+    able = replace(FOUR, weights={0: 2, 1: 1, 2: 1, 3: 4})
+    assert stripes_of_process(compose("launch.device=cpu", "numa=weighted_0_3"), able) is None

@@ -18,7 +18,7 @@ from torch import nn
 
 from ldft import results
 from ldft.memory.policy import HostMemoryError
-from ldft.training import checkpointing, host_inputs, model
+from ldft.training import checkpointing, host_slots, model
 from ldft.training.checkpointing import Checkpointing, DeviceInputs
 from ldft.training.host_inputs import HostInputs
 from ldft.training.lanes import Lane
@@ -261,17 +261,17 @@ def test_at_most_two_inputs_are_on_the_device_at_any_time() -> None:
 
 
 @pytest.fixture
-def failing() -> Iterator[Callable[[nn.Module, int], None]]:
-    """Make a layer raise at its first call; off again for the second."""
+def failing() -> Callable[[nn.Module], None]:
+    """Make a module raise at its next call, and at none after it."""
 
-    def arm(network: nn.Module, number: int) -> None:
+    def arm(module: nn.Module) -> None:
         def fail(*_: object) -> None:
             handle.remove()
             raise ZeroDivisionError("planted")
 
-        handle = network.model.layers[number].mlp.register_forward_pre_hook(fail)
+        handle = module.register_forward_pre_hook(fail)
 
-    yield arm
+    return arm
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -281,15 +281,19 @@ def test_after_an_exception_the_next_pass_is_right(name: str, every: int, failin
     expected = train(network, [batch(1)])
     Checkpointing(network, KEEPERS[name](every), every)
     for number in (0, 2, LAYERS - 1):
-        failing(network, number)  # in the forward pass
+        failing(network.model.layers[number].mlp)  # in the forward pass
         with pytest.raises(ZeroDivisionError, match="planted"):
             train(network, [batch(5)])
         assert equal(train(network, [batch(1)]), expected)
         loss = loss_of(network, batch(5))
-        failing(network, number)  # in the recomputation: a copy may be on its way
+        failing(network.model.layers[number].mlp)  # in the recomputation: a copy may be on its way
         with pytest.raises(ZeroDivisionError, match="planted"):
             loss.backward()
         assert equal(train(network, [batch(1)]), expected)
+    failing(network.model.layers[1])  # between the layers of a group
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        train(network, [batch(5)])
+    assert equal(train(network, [batch(1)]), expected)
 
 
 def test_passes_without_backward_take_nothing_and_a_late_backward_is_an_error() -> None:
@@ -368,7 +372,7 @@ def test_too_little_host_memory_is_one_line_before_training(monkeypatch: pytest.
 
 
 def test_slots_of_one_registration_each_where_the_arena_would_span_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_inputs, "REGISTER_CHUNK", 3 * 4096)
+    monkeypatch.setattr(host_slots, "REGISTER_CHUNK", 3 * 4096)
     monkeypatch.setattr("ldft.memory.allocator._warned", True)
     store = HostInputs(6, 4096, CPU, pin=True)
     assert [tuple(arena.shape) for arena in store.host_tensors()] == [(3, 4096), (2, 4096)]
