@@ -20,7 +20,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from ldft import checks, composition, results
+from ldft import checks, composition, environment, results
 from ldft.binding import cores_of_ranks
 from ldft.config import Config, from_dict, to_dict
 from ldft.environment import CONF_DIR
@@ -128,6 +128,12 @@ def run(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
         "device_type": config.launch.device.name,
         "duration_s": time.monotonic() - start,
     } | record
+
+
+def surroundings(note: str) -> dict[str, Any]:
+    """What every record says about the machine and the source."""
+    found = environment.describe()
+    return found | {"versions": json.dumps(dict(found["versions"])), "note": note}
 
 
 SAMPLES = (
