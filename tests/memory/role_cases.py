@@ -102,7 +102,7 @@ def main() -> None:
     device = configs[0].launch.device.name
     if device == "cuda":
         torch.cuda.set_device(rank)
-    for config in configs:
+    for config in {config.optimizer.name: config for config in configs}.values():
         operators.load(config, say=lambda text: None)
     deepspeed.init_distributed(
         "nccl" if device == "cuda" else "gloo",
