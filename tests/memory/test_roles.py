@@ -199,6 +199,6 @@ def test_a_row_has_every_role_on_every_rank_and_says_who_placed_it(ldft: Callabl
     assert 2 * entries[0, "activations"]["bytes"] == row.checkpoint_host_gib * 2**30 > 0
     assert entries[0, "momentum"]["requested_share"] == entries[0, "momentum"]["share"] == 1.0
     assert entries[0, "variance"]["requested_share"] is None
-    assert row.numa_mechanism in ("kernel", "stripes") and row.pinned is False
+    assert row.numa_mechanism in ("kernel", "stripes") and not row.pinned
     assert 0 < row.init_placement_s + row.init_first_touch_s < row.init_s
     assert "ldft: momentum              0.004  " in done.stdout and "100.0% -> 100.0%" in done.stdout
