@@ -76,7 +76,7 @@ def run_cases(
         command = [sys.executable, str(CASES), str(folder / "cases.json"), str(rank), str(ranks), str(folder)]
         with (folder / f"log-{rank}").open("w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=400) for process in processes]
+    codes = [process.wait(timeout=900) for process in processes]
     assert codes == [0] * ranks, (folder / "log-0").read_text()[-3000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
