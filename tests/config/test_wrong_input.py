@@ -147,6 +147,10 @@ WRONG = {
     "numa.roles.momentum.nodes=[0,99]": ["numa.roles.momentum.nodes: node 99 does not exist", "choose from those"],
     "numa.roles.momentum.kind=bind": ["numa.roles.momentum.nodes: kind bind needs at least one node"],
     "numa.roles.variance.nodes=[0] numa.roles.variance.weights=[1,2]": ["numa.roles.variance.weights: 2 weights for 1"],
+    "numa.roles.momentum.nodes=[0] offload=nvme offload.nvme_path=$F": [
+        "numa.scope: roles cannot be placed with nvme",
+        "use a policy of scope process",
+    ],
     "numa.roles.moments.nodes=[0]": ["numa.roles.moments: no such key", "did you mean numa.roles.momentum?"],
     "numa.local_budget_gib=-1": ["numa.local_budget_gib: -1 is negative", "use 0 for all there is"],
     "numa.local_nodes=[0] numa.cxl_nodes=[0]": ["numa.cxl_nodes: node 0 is in numa.local_nodes, too"],
