@@ -70,7 +70,9 @@ def main() -> int:
             records.append(record | common)
             save(records, options.out)
             print(f"{name} {tokens} tokens: {record['status']} in {record['duration_s']:.0f} s", flush=True)
-    head = f"{'contender':14} {'tokens':>7} {'status':10} {'run s':>6} {'iteration':>9} tokens/s TFLOP/s   VRAM   host  "
+    head = (
+        f"{'contender':14} {'tokens':>7} {'status':10} {'run s':>6} {'iteration':>9} tokens/s TFLOP/s   VRAM   host  "
+    )
     print(head + "forward / backward / step s")
     print("\n".join(line(record) for record in records))
     return 0
