@@ -66,6 +66,17 @@ class Contender:
 CONTENDERS = {
     "ours-in-gpu": Contender("ldft, nothing offloaded", ("offload=none", "checkpointing=gpu")),
     "ours-offload": Contender("ldft, all offloaded, layer inputs too", ("offload=full", "checkpointing=cpu")),
+    "ours-in-gpu-recompute-less": Contender(
+        "the same, with only the first 8 layers recomputed, where memory allows",
+        ("offload=none", "checkpointing=gpu", "checkpointing.layers=8"),
+    ),
+    "ours-offload-keep-attention": Contender(
+        "all offloaded, attention's outputs too",
+        ("offload=full", "checkpointing=cpu", "checkpointing.keep_attention=host"),
+    ),
+    "ours-offload-stock-memory": Contender(
+        "all offloaded, into DeepSpeed's own tensors", ("offload=full", "checkpointing=cpu", "memory.pinning=torch")
+    ),
     "ours-as-plain": Contender("ldft set up as plain-same is", ("memory.pinning=torch", "checkpointing=gpu")),
     "plain-same": Contender(
         "plain script, DeepSpeed settings of ldft", (), deepspeed_config.build, against="ours-as-plain"

@@ -121,9 +121,8 @@ def _try(
     touched = time.perf_counter()
     pages, wrong = _verify(region, layout, topology, size)
     for _ in range(_MENDING_ROUNDS):
-        # Where the nodes asked for have no room there is nothing to mend.
-        room = sum(free_on_node(node) or 0 for node in placement.nodes)
-        if wrong == 0 or room < wrong * page:
+        # Where there is no room there is nothing to mend, and trying has the kernel search the node for pages to reclaim.
+        if wrong == 0 or not _has_room(layout, placement, size, pages, wrong):
             break
         before = wrong
         region.bring_home(layout.ranges)
@@ -147,6 +146,17 @@ def _try(
         verify_s=time.perf_counter() - touched,
     )
     return region, report
+
+
+def _has_room(layout: Layout, placement: Placement, size: int, pages: dict[int, int], wrong: int) -> bool:
+    """Whether what is elsewhere fits where it belongs: on each node what that node lacks, or on all of them together where any will
+    do."""
+    page = _native.page_size()
+    free = {node: free_on_node(node) or 0 for node in placement.nodes}
+    need = bytes_by_node(layout, size)
+    if need is None:
+        return wrong * page <= sum(free.values())
+    return all(need.get(node, 0) - pages.get(node, 0) * page <= free[node] for node in placement.nodes)
 
 
 def _touch(region: _native.Region, layout: Layout, placement: Placement, topology: Topology, size: int) -> None:

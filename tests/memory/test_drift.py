@@ -18,7 +18,7 @@ def machine(root: Path, foreign: dict[int, int], collapsed: int) -> Counters:
     (huge / "hpage_pmd_size").write_text("2097152\n")
     (root / "proc").mkdir(exist_ok=True)
     (root / "proc/vmstat").write_text(
-        f"thp_fault_alloc 23\nthp_collapse_alloc {collapsed}\nthp_collapse_alloc_failed 7\n"
+        f"thp_fault_alloc 23\nthp_collapse_alloc_failed 7\nthp_collapse_alloc {collapsed}\n"
     )
     return read_counters(root / "sys", root / "proc")
 

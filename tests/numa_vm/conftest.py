@@ -11,7 +11,7 @@ from numa_vm import build_ops, machine
 
 ROOT = Path(__file__).resolve().parents[2]
 # Twice and more what they take on two busy cores.
-CASES_LIMIT_S = 1500
+CASES_LIMIT_S = 2400
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ machine.py check                                  exit 0 when it is set up, else
 Nodes 0 and 1 have one CPU each, nodes 2 and 3 have memory only, as CXL expanders do. Where pages land in there is real
 (the kernel's own policy code, move_pages, numa_maps); how long anything takes there means nothing. The guest sees this
 machine's file system, read-only under an overlay in RAM; only FOLDER (default .numa-vm) is written through, and has the
-same path in there.
+same path in there. A file in FOLDER must not be replaced while the guest reads it: that can hang (whole.py says why).
 Exit status: the command's; 124 after a time-out; 125 when the machine itself fails.
 
 LDFT_NUMA_VM_CACHE  where kernel and initial RAM disk are kept (default: ldft/numa-vm in the user's cache folder)
