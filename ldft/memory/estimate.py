@@ -25,7 +25,7 @@ from ldft.training import deepspeed_config
 
 # Interpreter, libraries and, on CUDA, its context, less file pages: measured peaks of runs whose tensors are few
 # (benchmarks/results/fp16-*.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.44 GiB without a GPU).
-_PROCESS = {Device.cuda: int(1.55 * 2**30), Device.cpu: int(0.44 * 2**30)}
+_PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.44 * 2**30)}
 
 
 def host_bytes(config: Config) -> dict[str, int]:
