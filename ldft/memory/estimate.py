@@ -25,7 +25,7 @@ from ldft.training import deepspeed_config
 
 # Interpreter, libraries and, on CUDA, its context, less file pages: measured peaks of runs whose tensors are few
 # (benchmarks/results/fp16-*.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.44 GiB without a GPU).
-_PROCESS = {Device.cuda: int(1.55 * 2**30), Device.cpu: int(0.44 * 2**30)}
+_PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.44 * 2**30)}
 
 
 def host_bytes(config: Config) -> dict[str, int]:
@@ -102,7 +102,9 @@ def _swap_buffers(config: Config) -> int:
         width = 4 if config.train.precision is Precision.fp32 else 2
         size += width * parameters["buffer_count"] * parameters["buffer_size"]
     if config.offload.optimizer is OffloadDevice.nvme:
-        size += 4 * (optimizer["buffer_count"] + 1) * max(_sub_groups(config, zero["sub_group_size"]))
+        # A sub-group is as many parameters as reach its size, and at least one.
+        largest = -(-max(shapes.trained_sizes(config)) // config.launch.num_ranks)
+        size += 4 * (optimizer["buffer_count"] + 1) * max(largest, *_sub_groups(config, zero["sub_group_size"]))
     return size
 
 
