@@ -15,7 +15,8 @@ def arenas(
 ) -> list[torch.Tensor]:
     """Tensors of bytes whose rows are the slots, `count` in all; empty if none are needed.
 
-    placement: None: wherever the process allocates. Raises HostMemoryError, one line: `what` waits there, how much, why not, and what takes `less`.
+    placement: None: wherever the process allocates. what: waits there. less: what takes less, beside a shorter seq_len. Raises
+    HostMemoryError, one line with both.
     """
     stride = aligned(bytes_each)
     # A copy must lie within one registration.
