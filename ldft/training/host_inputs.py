@@ -71,7 +71,8 @@ class HostInputs:
         self._device = device
         self._lanes = lanes or lanes_of(device)
         what = f"checkpointing.mode: cpu keeps {groups - 1} layer inputs"
-        self._arenas = arenas(groups - 1, bytes_each, placement, pin=pin, what=what)
+        less = ", a higher checkpointing.every or checkpointing=gpu"
+        self._arenas = arenas(groups - 1, bytes_each, placement, pin=pin, what=what, less=less)
         self._slots = [_Slot(row) for arena in self._arenas for row in arena]
         self._buffers: list[_Buffer | None] = [None, None]
         self._leaving: tuple[Kept, torch.Tensor, Any] | None = None

@@ -55,7 +55,8 @@ class HostOutputs:
         self._groups, self._every = groups, every
         slots = (groups - 1) * every
         what = f"checkpointing.keep_attention: host keeps {slots} attention outputs"
-        self._arenas = arenas(slots, bytes_each, placement, pin=pin, what=what)
+        less = " or checkpointing.keep_attention=none"
+        self._arenas = arenas(slots, bytes_each, placement, pin=pin, what=what, less=less)
         self._slots = [row for arena in self._arenas for row in arena]
         self._owner = [-1] * slots
         self._sizes: dict[Key, int] = {}

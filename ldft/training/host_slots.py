@@ -10,10 +10,13 @@ from ldft.memory.policy import HostMemoryError, Placement
 ALIGNMENT = 64
 
 
-def arenas(count: int, bytes_each: int, placement: Placement | None, *, pin: bool, what: str) -> list[torch.Tensor]:
+def arenas(
+    count: int, bytes_each: int, placement: Placement | None, *, pin: bool, what: str, less: str
+) -> list[torch.Tensor]:
     """Tensors of bytes whose rows are the slots, `count` in all; empty if none are needed.
 
-    placement: None: wherever the process allocates. Raises HostMemoryError, one line that begins with `what` and names remedies.
+    placement: None: wherever the process allocates. what: waits there. less: what takes less, beside a shorter seq_len. Raises
+    HostMemoryError, one line with both.
     """
     stride = aligned(bytes_each)
     # A copy must lie within one registration.
@@ -25,8 +28,7 @@ def arenas(count: int, bytes_each: int, placement: Placement | None, *, pin: boo
             made.append(allocate(shape, torch.uint8, placement or Placement(), pin=pin))
     except HostMemoryError as error:
         raise HostMemoryError(
-            f"{what}, {count * stride / 2**30:.2f} GiB, in host memory: {error}; a shorter seq_len, a higher "
-            "checkpointing.every or checkpointing=gpu takes less"
+            f"{what}, {count * stride / 2**30:.2f} GiB, in host memory: {error}; a shorter seq_len{less} takes less"
         ) from error
     return made
 

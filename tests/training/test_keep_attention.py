@@ -261,12 +261,12 @@ def test_after_an_exception_the_next_pass_is_right(name: str, every: int, failin
     expected = train(network, [batch(1)])
     Checkpointing(network, keeper(every), every, attention=KeptAttention(STORES[name](LAYERS, every)))
     for number in (0, 2, LAYERS - 1):
-        failing(network, number)  # in the forward pass
+        failing(network.model.layers[number].mlp)  # in the forward pass
         with pytest.raises(ZeroDivisionError, match="planted"):
             train(network, [batch(5)])
         assert equal(train(network, [batch(1)]), expected)
         loss = loss_of(network, batch(5))
-        failing(network, number)  # in the recomputation: a copy may be on its way
+        failing(network.model.layers[number].mlp)  # in the recomputation: a copy may be on its way
         with pytest.raises(ZeroDivisionError, match="planted"):
             loss.backward()
         assert equal(train(network, [batch(1)]), expected)
@@ -323,33 +323,28 @@ def test_the_estimate_is_what_is_allocated_and_too_little_of_it_is_one_line() ->
     assert text.startswith(
         "checkpointing.keep_attention: host keeps 1 attention outputs, 8320.00 GiB, in host memory: "
     )
+    assert text.endswith("a shorter seq_len or checkpointing.keep_attention=none takes less")
 
 
 def test_runs_of_the_command_line_have_the_losses_of_attention_computed_again(tmp_path: Path) -> None:
     """Under ZeRO-3, whose hooks fetch weights below the dispatch modes too; with accumulation, two ranks and fewer layers."""
     base = ["model=nano", "model.num_layers=5", "data=repeat", "seq_len.tokens=64", "optimizer.learning_rate=2e-3"]
     base += ["train.gradient_accumulation_steps=2", "train.iterations=3", "train.warmup_iterations=1"]
-    grids = (
-        ["checkpointing.keep_attention=none,device,host"],
-        [
-            "launch.num_ranks=2",
-            "checkpointing.every=2",
-            "checkpointing.layers=4",
-            "checkpointing.keep_attention=none,host",
-        ],
-    )
-    for grid in grids:
-        command = [sys.executable, "-m", "ldft", "-m", *base, f"results.dir={tmp_path}", *grid]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    grid = [
+        "launch.num_ranks=2",
+        "checkpointing.every=2",
+        "checkpointing.layers=4",
+        "checkpointing.keep_attention=none,device,host",
+    ]
+    command = [sys.executable, "-m", "ldft", "-m", *base, f"results.dir={tmp_path}", *grid]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     rows = results.read(tmp_path)
-    assert len(rows) == 5
-    for ranks, same in rows.groupby("cfg.launch.num_ranks"):
-        assert same.loss.map(tuple).nunique() == 1, f"{ranks} ranks: {same.loss.tolist()}"
-    # bf16: inputs of 64 tokens and 64 values; outputs as large, and 4 heads' log-sum-exp in fp32.
-    held = 64 * 64 * 2
-    expected = {(1, "none"): 4 * held, (1, "device"): 4 * held, (1, "host"): 8 * held + 4 * 64 * 4 * 4}
-    expected |= {(2, "none"): 2 * held, (2, "host"): 2 * (held + 2 * (held + 64 * 4 * 4))}
+    assert len(rows) == 3
+    assert rows.loss.map(tuple).nunique() == 1, rows.loss.tolist()
+    # Of two groups the first waits in host memory. bf16: an input of 64 tokens and 64 values; two outputs as large, and their
+    # log-sum-exp of 4 heads in fp32.
+    held, log_sum_exp = 64 * 64 * 2, 64 * 4 * 4
     for _, row in rows.iterrows():
-        key = row["cfg.launch.num_ranks"], row["cfg.checkpointing.keep_attention"]
-        assert row.checkpoint_host_gib * 2**30 == expected[key], key
+        outputs = 2 * (held + log_sum_exp) if row["cfg.checkpointing.keep_attention"] == "host" else 0
+        assert row.checkpoint_host_gib * 2**30 == 2 * (held + outputs)
