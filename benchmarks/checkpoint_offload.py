@@ -5,6 +5,7 @@
 A shape is model:layers:tokens, micro-batch 1, bf16, random weights and tokens, the whole model in device memory. Modes:
     gpu        torch's non-reentrant checkpoint: inputs stay on the device. The base of all ratios.
     cpu        ours: ldft/training/checkpointing.py.
+    gpu+attention, cpu+attention    ours, and attention is not computed again: its output waits beside the layer inputs.
     seed       the seed's way: benchmarks/seed_checkpointing.py.
     deepspeed  DeepSpeed's get_checkpoint_hidden_states_offloading_ctx_manager (0.19.6 and later).
 Each round runs every mode once, the first round is unmeasured. Prints medians of time and of peak VRAM in layer inputs beside what
@@ -36,10 +37,12 @@ from ldft import composition, environment
 from ldft.config import Config, from_dict
 from ldft.memory import estimate
 from ldft.training import liger, model
-from ldft.training.checkpointing import Checkpointing, decoder_layers
+from ldft.training.checkpointing import Checkpointing, DeviceInputs, decoder_layers
 from ldft.training.host_inputs import HostInputs
+from ldft.training.host_outputs import HostOutputs
+from ldft.training.kept_attention import DeviceOutputs, KeptAttention
 
-MODES = ("gpu", "cpu", "seed", "deepspeed")
+MODES = ("gpu", "cpu", "gpu+attention", "cpu+attention", "seed", "deepspeed")
 _CHUNK = 4096
 
 
@@ -84,10 +87,10 @@ class Subject:
     def mode(self, name: str) -> Iterator[None]:
         """Checkpointing in one mode; what it keeps in host memory is made at its first turn and stays."""
         around: AbstractContextManager[Any] = nullcontext()
-        if name == "cpu":
-            pin = self.device.type == "cuda"
-            store = self._once(name, lambda: HostInputs(len(self.layers), self.input_bytes, self.device, pin=pin))
-            Checkpointing(self.network, store)
+        if name in ("cpu", "gpu+attention", "cpu+attention"):
+            keeper = self._inputs() if name.startswith("cpu") else DeviceInputs()
+            store = self._outputs() if name == "cpu+attention" else DeviceOutputs()
+            Checkpointing(self.network, keeper, attention=KeptAttention(store) if "+" in name else None)
         elif name == "seed":
             buffers = self._kept.get(name)
             dtype = next(self.network.parameters()).dtype
@@ -103,6 +106,14 @@ class Subject:
                 yield
         finally:
             seed_checkpointing.uninstall(self.network)
+
+    def _inputs(self) -> HostInputs:
+        pin = self.device.type == "cuda"
+        return self._once("cpu", lambda: HostInputs(len(self.layers), self.input_bytes, self.device, pin=pin))
+
+    def _outputs(self) -> HostOutputs:
+        size, pin = estimate.attention_output_bytes(self.config), self.device.type == "cuda"
+        return self._once("cpu+attention", lambda: HostOutputs(len(self.layers), 1, size, self.device, pin=pin))
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._kept:
@@ -218,7 +229,7 @@ def report(samples: list[dict[str, Any]], modes: list[str]) -> None:
     for name in modes:
         totals = [s["total_s"] for s in samples if s["mode"] == name and not s["warmup"]]
         line = (
-            f"  {name:<10}{median(name, 'forward_s'):8.3f} + {median(name, 'backward_s'):.3f} = {median(name, 'total_s'):.3f} s "
+            f"  {name:<14}{median(name, 'forward_s'):8.3f} + {median(name, 'backward_s'):.3f} = {median(name, 'total_s'):.3f} s "
             f"(n={len(totals)}, {min(totals):.3f} to {max(totals):.3f}), peak {median(name, 'peak_bytes') / 2**30:.2f} GiB, "
             f"loss {median(name, 'loss'):.5f}"
         )

@@ -20,10 +20,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from ldft import checks, composition, results
+from ldft import checks, composition, environment, results
+from ldft.binding import cores_of_ranks
 from ldft.config import Config, from_dict, to_dict
 from ldft.environment import CONF_DIR
-from ldft.launch import cores_of_ranks
 from ldft.runner import tokens_per_iteration
 from ldft.training import deepspeed_config
 from ldft.training.operators import cache_dir
@@ -141,6 +141,12 @@ def run(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
     } | record
 
 
+def surroundings(note: str) -> dict[str, Any]:
+    """What every record says about the machine and the source."""
+    found = environment.describe()
+    return found | {"versions": json.dumps(dict(found["versions"])), "note": note}
+
+
 SAMPLES = (
     "iteration_s",
     "forward_s",
@@ -213,7 +219,7 @@ def _start(command: list[str], config: Config, log_path: Path, timeout_s: float)
         port = free.getsockname()[1]
     processes = []
     with log_path.open("w") as log:
-        for rank, cores in enumerate(cores_of_ranks(ranks)):
+        for rank, cores in enumerate(cores_of_ranks(ranks, config.launch.device.name)):
             environment = os.environ | {
                 "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
                 "DS_ACCELERATOR": config.launch.device.name,

@@ -16,7 +16,6 @@ written to OUT.parquet, so that a call that is cut short leaves what it had. The
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from contenders import CONTENDERS, Setting, config_of, run
+from contenders import CONTENDERS, Setting, config_of, run, surroundings
 
 from ldft import environment
 from ldft.config import Config
@@ -145,8 +144,7 @@ def main() -> int:
     setting = Setting(overrides, options.attention, options.liger, options.timeout)
     names = list(options.contenders)
     config = config_of(CONTENDERS[names[0]], setting)  # a mistake in the overrides shows here, before anything runs
-    common = environment.describe()
-    common |= {"versions": json.dumps(dict(common["versions"])), "note": options.note}
+    common = surroundings(options.note)
     records: list[dict[str, Any]] = []
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:

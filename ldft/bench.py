@@ -29,8 +29,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ldft.binding import cores_of_ranks
 from ldft.errors import ConfigError, LdftError, ResultsError
-from ldft.launch import cores_of_ranks
 from ldft.memory import hardware
 from ldft.memory.limits import free_memory, free_on_node
 from ldft.memory.policy import Placement, PlacementError

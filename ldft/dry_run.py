@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from ldft import checks, environment, fit, placement_view
+from ldft.binding import cores_of_ranks
 from ldft.config import Config, DataKind, Device, Weights, run_id
-from ldft.launch import cores_of_ranks
 from ldft.memory import estimate, shapes, vram
 from ldft.memory.topology import read_topology
 from ldft.training import attention, deepspeed_config, liger, moved
@@ -69,7 +69,7 @@ def _processes(config: Config, asked: Device) -> list[str]:
     chosen = " (launch.device=auto)" if asked is Device.auto else ""
     command = shlex.join([Path(sys.executable).name, "-m", "ldft.worker", "<attempt>"])
     lines = [f"processes: {ranks} x {command} on {device}{chosen}"]
-    for rank, cores in enumerate(cores_of_ranks(ranks)[:_LIST_RANKS]):
+    for rank, cores in enumerate(cores_of_ranks(ranks, device)[:_LIST_RANKS]):
         lines.append(f"  rank {rank}: {len(cores)} cores ({_ranges(cores)}), OMP_NUM_THREADS={len(cores)}")
     if ranks > _LIST_RANKS:
         lines.append(f"  and {ranks - _LIST_RANKS} more")

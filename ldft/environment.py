@@ -65,6 +65,30 @@ def gpus() -> tuple[str, ...]:
     return tuple(chosen)
 
 
+def gpu_addresses() -> tuple[str, ...]:
+    """PCI addresses, as sysfs writes them, of the GPUs that CUDA would show, in its order (CUDA_VISIBLE_DEVICES honoured)."""
+    if not gpus():
+        return ()
+    import pynvml
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    entries = [str(i) for i in range(len(gpus()))] if visible is None else visible.split(",")[: len(gpus())]
+    found = []
+    for entry in (part.strip() for part in entries):
+        try:
+            handle = (
+                pynvml.nvmlDeviceGetHandleByIndex(int(entry))
+                if entry.isdigit()
+                else pynvml.nvmlDeviceGetHandleByUUID(entry)
+            )
+            address = str(pynvml.nvmlDeviceGetPciInfo_v3(handle).busId)
+        except pynvml.NVMLError:  # a MIG slice has no address of its own, and a UUID may be cut short
+            return ()
+        domain, rest = address.lower().split(":", 1)
+        found.append(f"{domain[-4:]}:{rest}")
+    return tuple(found)
+
+
 def driver() -> str | None:
     """Version of the NVIDIA driver."""
     if not gpus():

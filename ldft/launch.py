@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import os
 import shutil
 import signal
@@ -19,6 +18,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ldft.binding import cores_of_ranks
 
 _PR_SET_PDEATHSIG = 1
 
@@ -34,15 +35,6 @@ class RankExit:
     peak_rss_gib: float
     ended_by_us: bool
     """We had sent SIGKILL to its group before it was seen to end."""
-
-
-def cores_of_ranks(num_ranks: int) -> list[list[int]]:
-    """Split the cores that this process may use evenly, in order; with fewer cores than ranks, ranks share."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < num_ranks:
-        return [[cores[rank % len(cores)]] for rank in range(num_ranks)]
-    bounds = [rank * len(cores) // num_ranks for rank in range(num_ranks + 1)]
-    return [cores[first:last] for first, last in itertools.pairwise(bounds)]
 
 
 def _headers() -> dict[str, str]:
@@ -64,7 +56,7 @@ class Ranks:
         libc = ctypes.CDLL(None, use_errno=True)
         parent = os.getpid()
         try:
-            for rank, cores in enumerate(cores_of_ranks(num_ranks)):
+            for rank, cores in enumerate(cores_of_ranks(num_ranks, device)):
 
                 def bind(cores: list[int] = cores) -> None:
                     # The death signal is cleared by nothing that follows; if the parent is gone already, it never comes.

@@ -30,6 +30,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(fit, "free_on_node", lambda node: [60 * GIB, 2 * GIB][node])
     monkeypatch.setattr(fit, "free_memory", lambda capacity: Free(bytes=capacity or 62 * GIB, limit="MemAvailable"))
     monkeypatch.setattr(environment, "gpus", lambda: ("a GPU",))
+    monkeypatch.setattr(environment, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(environment, "gpu_memory_gib", lambda: 80.0)
     return monkeypatch
 
@@ -44,7 +45,7 @@ def refused(config: Config) -> str:
 
 def test_host_memory_in_total(machine) -> None:
     line = refused(compose("model=llama3_8b", "launch.device=cuda"))
-    assert line.startswith("force: false, and host memory does not suffice: 151.1 GiB expected, 62.0 GiB free by MemAv")
+    assert line.startswith("force: false, and host memory does not suffice: 151.4 GiB expected, 62.0 GiB free by MemAv")
     assert "master_weights 29.9, master_gradients 29.9, momentum 29.9" in line and "memory.capacity_gib" in line
     fit.check(compose("model=llama3_8b", "launch.device=cuda", "memory.capacity_gib=160"))
     fit.check(compose("model=llama3_8b", "launch.device=cuda", "force=true"))
@@ -74,11 +75,10 @@ def test_a_refusal_is_a_row_with_what_was_predicted_and_starts_nothing(
     machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "driver", lambda: None)
-    monkeypatch.setattr(environment, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(runner, "_run_ranks", lambda *arguments: pytest.fail("a rank was started"))
     row = runner.run(compose("model=llama3_8b", "launch.device=cuda", f"results.dir={tmp_path}")).row
     assert (row["status"], row["error_type"]) == ("invalid", "DoesNotFitError")
-    assert row["predicted_host_gib"] == pytest.approx(151.1, abs=0.1) and row["predicted_vram_gib"] > 2
+    assert row["predicted_host_gib"] == pytest.approx(151.4, abs=0.1) and row["predicted_vram_gib"] > 2
     assert sum(json.loads(row["predicted_host_json"]).values()) == pytest.approx(row["predicted_host_gib"])
 
 

@@ -101,6 +101,8 @@ def test_the_papers_strategies_run_at_its_six_points(planned) -> None:
     assert len(points) == 18
     assert set(points) == {(1, 4096), (8, 4096), (16, 4096), (1, 32768), (2, 32768), (3, 32768)}
     assert {config.numa.strategy.name for config in configs} == {"local_only", "naive_interleaving", "cxl_aware"}
+    lion = planned("+sweep=lion", "model=nano")
+    assert len(lion.cells) == 18 and {config.optimizer.name for config in lion.configs.values()} == {"lion"}
 
 
 def test_the_plan_is_read_back_as_it_was(planned, tmp_path) -> None:

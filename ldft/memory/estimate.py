@@ -48,6 +48,8 @@ def host_bytes(config: Config) -> dict[str, int]:
         roles |= {name: 4 * share for name in ("master_weights", "master_gradients", "momentum", "variance")}
         if config.optimizer.name == "lion":
             del roles["variance"]
+    elif offload.optimizer is OffloadDevice.nvme:
+        roles["compute_gradients"] = width * shapes.split(trained, ranks)
     if offload.parameters is OffloadDevice.cpu:
         roles["compute_weights"] = width * (shapes.split(trained, ranks) + shapes.split(frozen, ranks))
     if checkpoint_bytes(config):
@@ -80,6 +82,8 @@ def other_bytes(config: Config) -> dict[str, int]:
     parts = {"process": _PROCESS[config.launch.device]}
     if deepspeed_config.pins(config) and config.offload.optimizer is OffloadDevice.cpu:
         parts["torch's pinned allocator"] = _rounding(config)
+    if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
+        parts["swap buffers"] = _swap_buffers(config)
     if config.launch.device is Device.cpu:
         parts["device part"] = sum(vram.device_bytes(config).values())
     return parts
@@ -88,6 +92,18 @@ def other_bytes(config: Config) -> dict[str, int]:
 def predicted_host_bytes(config: Config) -> int:
     """Peak of all ranks together."""
     return config.launch.num_ranks * (sum(host_bytes(config).values()) + sum(other_bytes(config).values()))
+
+
+def _swap_buffers(config: Config) -> int:
+    """Buffers in front of swap files: so many of a weight, and of a sub-group in fp32, and one for its gradients."""
+    zero: dict[str, Any] = deepspeed_config.build(config)["zero_optimization"]
+    parameters, optimizer, size = zero["offload_param"], zero["offload_optimizer"], 0
+    if config.offload.parameters is OffloadDevice.nvme:
+        width = 4 if config.train.precision is Precision.fp32 else 2
+        size += width * parameters["buffer_count"] * parameters["buffer_size"]
+    if config.offload.optimizer is OffloadDevice.nvme:
+        size += 4 * (optimizer["buffer_count"] + 1) * max(_sub_groups(config, zero["sub_group_size"]))
+    return size
 
 
 def _rounding(config: Config) -> int:

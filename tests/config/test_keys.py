@@ -267,6 +267,8 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     **{f"numa.roles.{role}.weights": ("[4,1]", assigned, [f"numa.roles.{role}.nodes=[0,1]"]) for role in ROLES},
     "checkpointing.mode": ("none", waiting_inputs, []),
     "checkpointing.every": ("2", waiting_inputs, []),
+    "checkpointing.layers": ("0", waiting_inputs, []),
+    "checkpointing.keep_attention": ("host", waiting_inputs, []),
     "seq_len.tokens": ("9", batches, []),
     "attention.kind": ("eager", attention_that_runs, []),
     "kernels.liger": ("false", uses_liger, []),

@@ -29,7 +29,7 @@ def say(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subpro
 
 @pytest.mark.parametrize(("group", "option"), EVERY)
 def test_every_file_composes_and_is_valid(group: str, option: str) -> None:
-    beside = {"text": ["data.path=a.txt", "data.tokenizer=a"]}.get(option, [])
+    beside = {"text": ["data.path=a.txt", "data.tokenizer=a"], "nvme": ["offload.nvme_path=a"]}.get(option, [])
     plus = "+" if group == "sweep" else ""  # in no defaults list
     config = compose(f"{plus}{group}={option}", "launch.device=cpu", *beside)
     config.validate()

@@ -110,6 +110,16 @@ WRONG = {
     "offload.stage=4 offload.parameters=none": ["offload.stage: 4 does not exist; use 0, 1, 2 or 3"],
     "model=tiny checkpointing.every=0": ["checkpointing.every: 0", "use 1 to"],
     "model=nano checkpointing.every=3": ["checkpointing.every: 3: the model has 2 layers; use 1 to 2"],
+    "model=nano checkpointing.layers=3": ["checkpointing.layers: 3: the model has 2 layers; use 0 to 2, or -1 for all"],
+    "checkpointing=none checkpointing.layers=2": ["checkpointing.layers: 2 needs checkpointing=cpu or gpu", "at -1"],
+    "checkpointing.layers=0 checkpointing.keep_attention=host": [
+        "checkpointing.keep_attention: host needs layers that are checkpointed",
+        "use none",
+    ],
+    "attention=eager checkpointing.keep_attention=device": [
+        "checkpointing.keep_attention: device: the output of eager attention cannot be kept",
+        "an attention of sdpa, sdpa_cudnn, flash_attention_2",
+    ],
     "checkpointing=none checkpointing.every=2": [
         "checkpointing.every: 2 needs checkpointing=cpu or gpu",
         "leave it at 1",
@@ -137,6 +147,10 @@ WRONG = {
     "numa.roles.momentum.nodes=[0,99]": ["numa.roles.momentum.nodes: node 99 does not exist", "choose from those"],
     "numa.roles.momentum.kind=bind": ["numa.roles.momentum.nodes: kind bind needs at least one node"],
     "numa.roles.variance.nodes=[0] numa.roles.variance.weights=[1,2]": ["numa.roles.variance.weights: 2 weights for 1"],
+    "numa.roles.momentum.nodes=[0] offload=nvme offload.nvme_path=$F": [
+        "numa.scope: roles cannot be placed with nvme",
+        "use a policy of scope process",
+    ],
     "numa.roles.moments.nodes=[0]": ["numa.roles.moments: no such key", "did you mean numa.roles.momentum?"],
     "numa.local_budget_gib=-1": ["numa.local_budget_gib: -1 is negative", "use 0 for all there is"],
     "numa.local_nodes=[0] numa.cxl_nodes=[0]": ["numa.cxl_nodes: node 0 is in numa.local_nodes, too"],

@@ -45,7 +45,7 @@ def process_group(folder: Path) -> Iterator[None]:
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    operators.load(device="cuda", offloads_optimizer=True, say=print)
+    operators.load(cuda_config(), say=print)
     deepspeed.init_distributed(
         "nccl", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=0, world_size=1, verbose=False
     )

@@ -46,7 +46,9 @@ def held(optimizer: Any, network: Any) -> dict[str, int]:
 
 def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    operators.load(device="cpu", offloads_optimizer=True, say=lambda text: None)
+    configs = {file.stem: from_dict(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))}
+    for config in {config.optimizer.name: config for config in configs.values()}.values():
+        operators.load(config, say=lambda text: None)
     deepspeed.init_distributed(
         "gloo",
         auto_mpi_discovery=False,
@@ -55,8 +57,7 @@ def main() -> None:
         world_size=world,
         verbose=False,
     )
-    for file in sorted(folder.glob("*.json")):
-        config = from_dict(json.loads(file.read_text()))
+    for name, config in configs.items():
         settings = deepspeed_config.build(config)
         network = model.build(config, settings, torch.device("cpu"))
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -70,7 +71,7 @@ def main() -> None:
             running.step()
         found = held(running.optimizer, network) | {"master_gradients": gradients["master_gradients"]}
         if rank == 0:
-            print(f"HELD {json.dumps({file.stem: found})}", flush=True)
+            print(f"HELD {json.dumps({name: found})}", flush=True)
         running.destroy()
 
 

@@ -98,10 +98,12 @@ def main() -> None:
         *map(int, sys.argv[2:4]),
         Path(sys.argv[4]),
     )
-    device = json.loads(next(iter(cases.values()))["config"])["launch"]["device"]
+    configs = [from_dict(json.loads(case["config"])) for case in cases.values()]
+    device = configs[0].launch.device.name
     if device == "cuda":
         torch.cuda.set_device(rank)
-    operators.load(device=device, offloads_optimizer=True, say=lambda text: None)
+    for config in {config.optimizer.name: config for config in configs}.values():
+        operators.load(config, say=lambda text: None)
     deepspeed.init_distributed(
         "nccl" if device == "cuda" else "gloo",
         auto_mpi_discovery=False,

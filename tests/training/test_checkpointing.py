@@ -397,7 +397,7 @@ def test_runs_of_the_command_line_have_the_losses_of_checkpointing_on_the_device
     losses = set()
     for key, same in rows.groupby(keys):
         assert same.loss.map(tuple).nunique() == 1, f"{key}: {same.loss.tolist()}"
-        assert same.loss.iloc[0][-1] < 0.95 * same.loss.iloc[0][0]
+        assert same.loss.iloc[0][-1] < 0.97 * same.loss.iloc[0][0]
         losses.add(same.loss.map(tuple).iloc[0])
     assert len(losses) > 1  # two ranks train on other tokens than one
     # A slot a group but the last, on each rank: 64 tokens of 64 bf16 values.
@@ -414,6 +414,7 @@ def test_the_benchmark_takes_turns_with_every_peer(monkeypatch: pytest.MonkeyPat
 
     samples = checkpoint_offload.run("nano:3:32", list(checkpoint_offload.MODES), 2, CPU)
     turns = [sample["mode"] for sample in samples if not sample["warmup"]]
-    assert turns == ["cpu", "seed", "deepspeed", "gpu", "seed", "deepspeed", "gpu", "cpu"]
-    assert len({sample["loss"] for sample in samples}) == 1 and len(samples) == 12
+    ours, peers = ["cpu", "gpu+attention", "cpu+attention"], ["seed", "deepspeed", "gpu"]
+    assert turns == [*ours, *peers, *ours[1:], *peers, "cpu"]
+    assert len({sample["loss"] for sample in samples}) == 1 and len(samples) == 18
     assert all(0 < sample["forward_s"] < sample["total_s"] for sample in samples)

@@ -67,15 +67,11 @@ def test_used_on_cuda_where_the_family_is_supported_and_refused_in_one_line_else
         liger.wanted(config_of(cuda, "kernels.liger=true"))
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("offload=full",),  # the output projection is the embedding
-        ("offload=full", "model.tie_word_embeddings=false", "train.gradient_accumulation_steps=2"),
-    ],
-)
-def test_the_fused_loss_trains_as_the_stock_one(run_once, tmp_path: Path, overrides: tuple[str, ...]) -> None:  # noqa: F811
-    beside = ("train.precision=fp32", "model.vocab_size=512", "seq_len.tokens=32", "train.iterations=4")
-    row = run_once(*beside, *overrides)
-    assert row.loss[-1] < 0.95 * row.loss[0]
+def test_the_fused_loss_trains_as_the_stock_one_under_zero_3(run_once, tmp_path: Path) -> None:  # noqa: F811
+    # The output projection is the embedding: two modules gather one weight, and both give it gradients.
+    row = run_once(
+        "train.precision=fp32", "model.vocab_size=128", "seq_len.tokens=32", "train.iterations=4",
+        "train.gradient_accumulation_steps=2", "offload=full",
+    )  # fmt: skip
+    assert row["cfg.model.tie_word_embeddings"] and row.loss[-1] < 0.95 * row.loss[0]
     assert alone(row.config_json, tmp_path / "liger", "liger") == pytest.approx(list(row.loss), rel=1e-5)

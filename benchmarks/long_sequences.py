@@ -1,0 +1,82 @@
+"""How long a sequence one GPU trains on: one iteration of each, without warm-up, everything offloaded.
+
+    python benchmarks/long_sequences.py OUT.parquet [--runs NAME:TOKENS ...] [--timeout SECONDS] [override ...]
+
+By default a 3B model with 256k and 320k tokens for ldft, whose layer inputs wait in host memory, and one length for each peer:
+layer inputs on the device (plain-offload), and the seed's settings and checkpoints (seed). Names are those of contenders.py. A run
+that does not fit is a record too, with its status. Nothing is searched.
+
+How long it takes on an H200: FLOPs, with the forward pass computed twice, are 8 a token and weight, and of causal attention
+8 x layers x heads x head_dim x tokens a token: 5.4e16 for 3B at 256k, 8.2e16 at 320k. At 450 to 500 TFLOP/s these are 110 to 130 s
+and 170 to 200 s, beside half a minute to start. Host memory of ldft: 20 bytes a parameter and layers x tokens x hidden x 2 bytes,
+102 and 112 GiB; the seed's way takes more, since torch rounds each pinned tensor up to a power of two. On a virtual machine that
+shows less memory than it grows to, add memory.capacity_gib=125.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from contenders import CONTENDERS, Setting, run, surroundings
+from training import save
+
+from ldft import environment
+
+DEFAULT = ("ours-offload:262144", "ours-offload:327680", "plain-offload:327680", "seed:196608")
+
+
+def line(record: dict[str, Any]) -> str:
+    """One run in the table."""
+    what = f"{record['contender']:14} {record['tokens_per_iteration'] // record['ranks']:7} {record['status']:10}"
+    times = record["iteration_s"] or []
+    if not times:
+        return f"{what} {record['duration_s']:6.0f} {record.get('error_message')}"
+    tflops = (record["model_tflop_dense"] + record["model_tflop_attention"]) / times[0] / record["ranks"]
+    rate = record["tokens_per_iteration"] / times[0]
+    parts = " / ".join(f"{record[part][0]:.1f}" for part in ("forward_s", "backward_s", "step_s"))
+    vram = max(record["peak_vram_allocated_gib"] or [0.0])
+    return (
+        f"{what} {record['duration_s']:6.0f} {times[0]:9.1f} {rate:8.0f} {tflops:7.1f} {vram:6.1f} "
+        f"{record['peak_host_gib']:6.1f}  {parts}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "--runs", nargs="+", default=DEFAULT, metavar="NAME:TOKENS", help=f"names: {', '.join(CONTENDERS)}"
+    )
+    gpu = bool(environment.gpus())
+    parser.add_argument("--attention", default="sdpa_cudnn" if gpu else "sdpa")
+    parser.add_argument("--liger", action=argparse.BooleanOptionalAction, default=gpu)
+    parser.add_argument("--timeout", type=float, default=420.0, help="seconds after which a run is ended")
+    parser.add_argument("--note", default="", help="free text, kept with every record")
+    parser.add_argument("overrides", nargs="*", help="default: model=llama3_3b")
+    options = parser.parse_intermixed_args()
+    common = surroundings(options.note)
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for entry in options.runs:
+            name, _, tokens = entry.partition(":")
+            model = () if any(item.startswith("model=") for item in options.overrides) else ("model=llama3_3b",)
+            overrides = (*model, *options.overrides, f"seq_len.tokens={tokens}")
+            overrides += ("train.iterations=1", "train.warmup_iterations=0")
+            setting = Setting(overrides, options.attention, options.liger, options.timeout)
+            record = run(name, setting, Path(scratch) / entry.replace(":", "-"))
+            records.append(record | common)
+            save(records, options.out)
+            print(f"{name} {tokens} tokens: {record['status']} in {record['duration_s']:.0f} s", flush=True)
+    head = (
+        f"{'contender':14} {'tokens':>7} {'status':10} {'run s':>6} {'iteration':>9} tokens/s TFLOP/s   VRAM   host  "
+    )
+    print(head + "forward / backward / step s")
+    print("\n".join(line(record) for record in records))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

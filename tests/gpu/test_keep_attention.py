@@ -1,0 +1,168 @@
+"""Kept outputs of attention with a real GPU: the same gradients, half the attention kernels, and the memory that it may take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from ldft.config import Config
+from ldft.errors import ConfigError
+from ldft.memory import estimate
+from ldft.training import model
+from ldft.training.checkpointing import Checkpointing, DeviceInputs
+from ldft.training.host_inputs import HostInputs
+from ldft.training.host_outputs import HostOutputs
+from ldft.training.kept_attention import DeviceOutputs, KeptAttention
+from ldft.training.lanes import CudaLanes, Lane
+from tests.gpu.machine import cuda_config, kinds
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+LAYERS, TOKENS = 6, 4096
+POISON = 0xFF  # as bytes of a float: NaN
+SLEEP = 2_000_000  # cycles, about a millisecond
+# Parts of the names of forward kernels: flash-attn's and torch's copy of it, cuDNN's.
+KERNELS = ("flash_fwd", "fprop")
+KINDS = ("sdpa", "sdpa_cudnn", "flash_attention_2")
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def config_of(kind: str, *overrides: str) -> Config:
+    config = cuda_config(
+        *(
+            "model=nano",
+            f"model.num_layers={LAYERS}",
+            "model.hidden_size=512",
+            "model.head_dim=64",
+            "model.vocab_size=512",
+        ),
+        *("model.num_attention_heads=8", f"seq_len.tokens={TOKENS}", "offload=none", "checkpointing=none"),
+        *overrides,
+    )
+    if kind not in kinds(config):
+        pytest.skip(f"{kind} does not run here")
+    config.attention.kind = type(config.attention.kind)[kind]
+    return config
+
+
+def gradients(network: nn.Module, seed: int = 0) -> list[torch.Tensor]:
+    network.zero_grad()
+    torch.manual_seed(seed)
+    tokens = torch.randint(512, (1, TOKENS), device="cuda")
+    network(input_ids=tokens, labels=tokens).loss.backward()
+    return [parameter.grad.clone() for parameter in network.parameters()]
+
+
+def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        assert not x.isnan().any() and not y.isnan().any()
+        worst = max(worst, float((x.float() - y.float()).abs().max() / y.float().abs().max().clamp(min=1e-9)))
+    return worst
+
+
+class SlowLanes(CudaLanes):
+    """Copies late, targets poisoned before: whoever does not wait, or is not waited for, computes with NaN."""
+
+    def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+        if lane is Lane.to_device:
+            target.fill_(POISON)
+        with torch.cuda.stream(self._streams[lane]):
+            torch.cuda._sleep(4 * SLEEP)
+        return super().copy(lane, target, source)
+
+
+def inputs(config: Config, every: int, lanes: CudaLanes | None) -> HostInputs:
+    size = estimate.layer_input_bytes(config)
+    return HostInputs(-(-LAYERS // every), size, device(), pin=True, lanes=lanes)
+
+
+def outputs(config: Config, every: int, lanes: CudaLanes | None) -> HostOutputs:
+    size = estimate.attention_output_bytes(config)
+    return HostOutputs(-(-LAYERS // every), every, size, device(), pin=True, lanes=lanes)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_with_attention_computed_again(kind: str, dropout: float) -> None:
+    """Dropout of attention and, drawn after it in the same layer, of the MLP. No synchronisation between passes."""
+    config = config_of(kind)
+    network = model.build(config, {}, device())
+    for layer in network.model.layers:
+        layer.self_attn.attention_dropout = dropout
+        if dropout:
+            layer.mlp.register_forward_hook(lambda _, __, output: nn.functional.dropout(output, dropout))
+    try:
+        gradients(network)
+    except ConfigError as error:
+        pytest.skip(str(error))  # cuDNN's versions differ in what they take
+    for every in (1, 4):
+        Checkpointing(network, DeviceInputs(), every)
+        expected = [gradients(network, seed) for seed in range(3)]
+        # Some kernels add in any order: what two equal passes differ by is the measure.
+        noise = max(difference(gradients(network, seed), expected[seed]) for seed in range(3))
+        assert difference(expected[0], expected[1]) > 10 * noise
+        for slow in (False, True):
+            lanes = SlowLanes(device()) if slow else CudaLanes(device())
+            for store in (DeviceOutputs(), outputs(config, every, lanes)):
+                Checkpointing(network, inputs(config, every, lanes), every, attention=KeptAttention(store))
+                torch.cuda.synchronize()
+                for tensor in store.host_tensors():
+                    tensor.fill_(POISON)
+                found = [gradients(network, seed) for seed in range(3)]
+                worst = max(difference(found[seed], expected[seed]) for seed in range(3))
+                assert worst <= 4 * noise, (type(store).__name__, every, slow, worst, noise)
+                if isinstance(store, HostOutputs):
+                    rows = [row for tensor in store.host_tensors() for row in tensor]
+                    assert len(rows) == (-(-LAYERS // every) - 1) * every and all(row.is_pinned() for row in rows)
+                    used = TOKENS * 512 * 2
+                    assert not any(bool(row[:used].view(torch.bfloat16).isnan().any()) for row in rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_runs_once_a_layer(kind: str) -> None:
+    config = config_of(kind)
+    network = model.build(config, {}, device())
+
+    def calls() -> int:
+        gradients(network)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            gradients(network)
+        counts = {event.key: event.count for event in profiler.key_averages() if event.device_type == DeviceType.CUDA}
+        found = {key: count for key, count in counts.items() if any(part in key for part in KERNELS)}
+        assert found, f"no kernel of attention among {sorted(counts)}"
+        return sum(found.values())
+
+    Checkpointing(network, DeviceInputs())
+    assert calls() == 2 * LAYERS
+    for store in (DeviceOutputs(), outputs(config, 1, None)):
+        Checkpointing(network, DeviceInputs(), attention=KeptAttention(store))
+        assert calls() == LAYERS
+
+
+def test_memory_beyond_that_of_inputs_in_host_memory() -> None:
+    """In host memory: at most two outputs and one input more on the device; and nothing stays there."""
+    config = config_of("sdpa_cudnn", "seq_len.tokens=32768")
+    network = model.build(config, {}, device())
+    tokens = torch.randint(512, (1, 32768), device="cuda")
+    out, size = estimate.attention_output_bytes(config), estimate.layer_input_bytes(config)
+    peaks = {}
+    for name, store in (("cpu", None), ("host", outputs(config, 1, None)), ("device", DeviceOutputs())):
+        Checkpointing(network, inputs(config, 1, None), attention=KeptAttention(store) if store else None)
+        network(input_ids=tokens, labels=tokens).loss.backward()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            network(input_ids=tokens, labels=tokens).loss.backward()
+            torch.cuda.synchronize()
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+            assert torch.cuda.memory_allocated() == before
+    assert peaks["host"] - peaks["cpu"] <= 2 * out + size, peaks
+    assert peaks["device"] - peaks["host"] >= (LAYERS - 3) * out, peaks

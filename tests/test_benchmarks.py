@@ -1,0 +1,72 @@
+"""The training benchmark is fair and runs: peers have the settings that their names say, and every run leaves its samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ldft.config import Device
+from ldft.environment import PACKAGE_DIR
+from ldft.training import deepspeed_config
+
+FOLDER = PACKAGE_DIR.parent / "benchmarks"
+
+
+@pytest.fixture
+def contenders(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import contenders
+
+    return contenders
+
+
+def test_peers_differ_from_ours_in_what_their_names_say(contenders) -> None:
+    setting = contenders.Setting(("model=nano", "seq_len=2k", "launch.device=cpu"), "sdpa", False, 60)
+    for name, contender in contenders.CONTENDERS.items():
+        if contender.settings is None:
+            continue
+        mine = contenders.config_of(contenders.CONTENDERS[contender.against], setting)
+        theirs = contenders.config_of(contender, setting)
+        for section in ("model", "seq_len", "optimizer", "train", "data", "launch"):
+            assert getattr(mine, section) == getattr(theirs, section), (name, section)
+        mine.launch.device = theirs.launch.device = Device.cuda
+        ours, settings = deepspeed_config.build(mine), contender.settings(theirs)
+        for key in ("train_batch_size", "gradient_clipping", "bf16", "optimizer"):
+            assert ours[key] == settings[key], (name, key)
+        offloaded = settings["zero_optimization"]["offload_optimizer"]
+        assert offloaded["device"] == ours["zero_optimization"]["offload_optimizer"]["device"]
+        assert offloaded.get("pin_memory", True), "a peer pins, by torch's allocator"
+        # Defaults are DeepSpeed's: nothing of ours slips in.
+        if name.startswith(("plain-offload", "plain-in-gpu")):
+            assert set(settings["zero_optimization"]) == {"stage", "offload_param", "offload_optimizer"}
+    seed = contenders.seed(contenders.config_of(contenders.CONTENDERS["seed"], setting))["zero_optimization"]
+    assert (seed["sub_group_size"], seed["reduce_bucket_size"], seed["stage3_max_live_parameters"]) == (0, 100_000, 0)
+
+
+def test_runs_leave_raw_samples(tmp_path: Path) -> None:
+    out = tmp_path / "training.parquet"
+    command = [sys.executable, FOLDER / "training.py", out, "--contenders", "ours-as-plain", "seed", "plain-same"]
+    command += ["--note", "a test", "--timeout", "300", "model=nano", "seq_len.tokens=32", "train.iterations=3"]
+    command += ["train.warmup_iterations=1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = {record["contender"]: record for record in pq.read_table(out).to_pylist()}
+    assert list(records) == ["ours-as-plain", "seed", "plain-same"]
+    for record in records.values():
+        assert record["status"] == "ok" and record["note"] == "a test" and record["kernel"]
+        assert len(record["iteration_s"]) == len(record["loss"]) == len(record["step_s"]) == 3
+        assert record["peak_host_gib"] > 0.1 and record["init_s"] > 0
+        assert record["model_tflop_dense"] == pytest.approx(records["ours-as-plain"]["model_tflop_dense"])
+    parts = [records["plain-same"][name] for name in ("forward_s", "backward_s", "step_s")]
+    for total, *spent in zip(records["plain-same"]["iteration_s"], *parts, strict=True):
+        assert 0.5 * total < sum(spent) <= total
+    assert json.loads(records["seed"]["deepspeed_config_json"])["zero_optimization"]["sub_group_size"] == 0
+    assert "ours x" in done.stdout and done.stdout.count(": ok in") == 3
