@@ -5,7 +5,7 @@ import random
 import pytest
 
 from ldft import _native
-from ldft.memory import layout
+from ldft.memory import layout, placing
 from ldft.memory.layout import MOST_STRIPES, bytes_by_node, clip, plan
 from ldft.memory.policy import Placement
 from ldft.memory.topology import read_topology
@@ -99,3 +99,20 @@ def test_clipping_keeps_every_byte():
         assert sum(length for _, length, _ in parts) == end - start
         assert parts[0][0] == start
         assert all(any(o <= p[0] < o + n and p[2] == node for o, n, node in ranges) for p in parts)
+
+
+def test_what_is_elsewhere_is_sent_home_only_where_each_node_has_room_for_what_it_lacks(topology, monkeypatch):
+    """Of 96 MiB, a third belongs on node 0 and the rest on node 2. Room on one node is no help to what belongs on the other."""
+    size, wrong = 96 << 20, 8192
+    pages = {0: 16384, 2: 8192}  # 32 MiB of node 2's are on node 0
+
+    def has_room(placement, free):
+        monkeypatch.setattr(placing, "free_on_node", free.get)
+        return placing._has_room(plan(placement, topology, size, False), placement, size, pages, wrong)
+
+    striped = weighted((0, 2), (1, 2), "stripes")
+    assert has_room(striped, {0: 0, 2: 32 << 20})
+    assert not has_room(striped, {0: GIB, 2: (32 << 20) - PAGE})
+    # Both nodes full, and each has what belongs on the other: nothing is lacking, pages can change places.
+    pages = {0: 8192, 2: 16384}
+    assert has_room(striped, {0: 0, 2: 0})

@@ -108,6 +108,7 @@ def role_is_refused() -> dict:
         "ldft",
         "model=nano",
         "model.vocab_size=500000",
+        "seq_len.tokens=16",  # so that the logits are small, and the machine as a whole has room
         f"numa.roles.momentum.nodes=[{FULL}]",
     ]
     with nearly_full(ROOM_MIB), tempfile.TemporaryDirectory() as results:
