@@ -101,7 +101,9 @@ def _with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
         columns[f"cfg.{key}"] = column.where(
             ~missing, pd.Series([default] * len(frame), index=frame.index, dtype=object)
         )
-    return frame.assign(**columns)
+    # Put together at once: column by column, a frame of so many falls to pieces, and pandas warns.
+    filled = pd.DataFrame(columns, index=frame.index)
+    return pd.concat([frame.drop(columns=filled.columns), filled], axis=1)[list(frame.columns)]
 
 
 def option_label(frame: pd.DataFrame, group: str) -> pd.Series:

@@ -94,21 +94,6 @@ def new_rows(tmp_path: Path) -> Callable[[str], Rows]:
     return lambda name: Rows(tmp_path / name)
 
 
-ROLE = pa.list_(
-    pa.struct(
-        [
-            ("host", pa.string()),
-            ("rank", pa.int64()),
-            ("role", pa.string()),
-            ("bytes", pa.int64()),
-            ("node", pa.int64()),
-            ("share", pa.float64()),
-            ("requested_share", pa.float64()),
-        ]
-    )
-)
-
-
 def role(name: str, node: int, gib: float, share: float, asked: float | None) -> dict[str, Any]:
     """An entry of the column `roles`."""
     size = int(gib * 2**30)

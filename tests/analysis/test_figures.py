@@ -7,9 +7,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
-import pyarrow as pa
 import pytest
-from conftest import ROLE, Rows, node, role
+from conftest import Rows, node, role
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -60,11 +59,9 @@ def df(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
                     peak_vram_allocated_gib=[gib] if ok else None,
                     peak_host_gib=2 * gib,
                     nodes=[node(0, gib), node(3, 2 * gib)] if ok else None,
-                    newer={
-                        "roles": (ROLE, placed if ok else None),
-                        "predicted_host_gib": (pa.float64(), 2.2 * gib),
-                        "predicted_vram_gib": (pa.float64(), gib),
-                    },
+                    roles=placed if ok else None,
+                    predicted_host_gib=2.2 * gib,
+                    predicted_vram_gib=gib,
                 )
     return load(rows.folder)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pandas as pd
-import pyarrow as pa
 import pytest
-from conftest import ROLE, node, role
+from conftest import node, role
 
 from ldft import results
 from ldft.errors import ResultsError
@@ -80,7 +79,7 @@ def test_the_front_keeps_what_nothing_beats(rows) -> None:
 
 def test_memory_by_node_role_and_placement(rows) -> None:
     entries = [role("momentum", 0, 6, 0.25, 0.5), role("momentum", 3, 6, 0.75, 0.5), role("other", 0, 1, 1.0, None)]
-    rows.add(nodes=[node(0, 4.0), node(3, 2.0)], newer={"roles": (ROLE, entries)})
+    rows.add(nodes=[node(0, 4.0), node(3, 2.0)], roles=entries)
     df = load(rows.folder)
     assert memory_by_node(df)[["node", "total_gib"]].values.tolist() == [[0, 4.0], [3, 2.0]]
     assert memory_by_role(df)[["role", "node", "gib"]].values.tolist() == [
@@ -118,7 +117,7 @@ def test_a_policy_inherited_from_numactl_is_no_default(rows) -> None:
 
 
 def test_predictions_stand_beside_what_was_measured(rows) -> None:
-    rows.add(newer={"predicted_host_gib": (pa.float64(), 2.2)}, peak_host_gib=2.0)
+    rows.add(predicted_host_gib=2.2, peak_host_gib=2.0)
     rows.add(tokens=2048)
     table = predicted(load(rows.folder))
     assert table[["quantity", "predicted_gib", "measured_gib"]].values.tolist() == [["host", 2.2, 2.0]]
@@ -135,7 +134,7 @@ def test_older_rows_take_todays_default_for_a_key_they_lack(rows) -> None:
     rows.add(tokens=1024, without=("cfg.checkpointing.mode", "kernel"))
     rows.add(tokens=1024, seed=1)
     df = load(rows.folder)
-    assert df["cfg.checkpointing.mode"].tolist() == ["gpu", "gpu"]
+    assert df["cfg.checkpointing.mode"].tolist() == ["cpu", "cpu"]
     assert len(cells(df)) == 1 and cells(df).runs[0] == 2
 
 

@@ -58,11 +58,15 @@ def allocate(spec: tuple, size: int, huge: bool, strict: bool = True):
 
 
 def allowed_error(method: str, weight: int, cycle: int, pages: int, huge: bool) -> float:
-    """Pages that a node may be off its exact share: none where the share is whole pages, or whole units of the kernel."""
+    """Pages that a node may be off its exact share: none where the share is whole pages, or whole units of the kernel.
+
+    Huge pages are dealt out as units, and what they do not cover at the ends is dealt out page by page: one cut cycle of each.
+    """
     if method == "stripes":
         return 0.999
     unit = HUGE if huge else 1
-    return 0 if pages % (cycle * unit) == 0 else weight * (1 - weight / cycle) * unit + 1e-6
+    units = HUGE + 1 if huge else 1
+    return 0 if pages % (cycle * unit) == 0 else weight * (1 - weight / cycle) * units + 1e-6
 
 
 def check_shares(found: dict[int, int], spec: tuple, pages: int, huge: bool) -> None:
