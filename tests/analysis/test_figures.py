@@ -8,13 +8,13 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 import pytest
-from conftest import Rows, node, role
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from multirun_analysis import load, style
 from multirun_analysis.figures import FIGURES, groups_to_compare, speedup, write_all
+from tests.analysis.conftest import Rows, node, role
 
 LENGTHS = (4096, 8192, 16384)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from conftest import node, role
 
 from ldft import results
 from ldft.errors import ResultsError
 from multirun_analysis import cells, compare, load, memory_by_node, memory_by_role, pareto, phases, placement, predicted
+from tests.analysis.conftest import node, role
 
 
 def test_every_derived_column_has_its_value(rows) -> None:
