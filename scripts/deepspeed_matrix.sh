@@ -2,7 +2,7 @@
 # The tests of placement by role on several DeepSpeed releases, each in a folder of its own over the present environment:
 #   scripts/deepspeed_matrix.sh            0.19.5 and the newest
 #   scripts/deepspeed_matrix.sh 0.19.6     these
-# Needs a network. A release takes about three minutes on two idle cores, two of them to compile DeepSpeed's operators.
+# Needs a network. Each release compiles DeepSpeed's operators first, which is most of the time.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

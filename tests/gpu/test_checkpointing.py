@@ -17,13 +17,12 @@ from ldft import results
 from ldft.training import model
 from ldft.training.checkpointing import Checkpointing, DeviceInputs
 from ldft.training.host_inputs import HostInputs
-from ldft.training.lanes import CudaLanes, Lane
+from ldft.training.lanes import CudaLanes
 from tests.conftest import compose
+from tests.gpu.late_copies import POISON, SLEEP, SlowLanes, difference, gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 LAYERS, TOKENS, HIDDEN = 6, 2048, 256
-POISON = 0xFF  # as bytes of a float: NaN
-SLEEP = 2_000_000  # cycles, about a millisecond
 
 
 def device() -> torch.device:
@@ -42,33 +41,6 @@ def build(precision: str, dropout: float = 0.0) -> nn.Module:
     return network
 
 
-def gradients(network: nn.Module, seed: int = 0) -> list[torch.Tensor]:
-    network.zero_grad()
-    torch.manual_seed(seed)
-    tokens = torch.randint(512, (1, TOKENS), device="cuda")
-    network(input_ids=tokens, labels=tokens).loss.backward()
-    return [parameter.grad.clone() for parameter in network.parameters()]
-
-
-def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        assert not x.isnan().any() and not y.isnan().any()
-        worst = max(worst, float((x.float() - y.float()).abs().max() / y.float().abs().max().clamp(min=1e-9)))
-    return worst
-
-
-class SlowLanes(CudaLanes):
-    """Copies late, targets poisoned before: whoever does not wait, or is not waited for, computes with NaN."""
-
-    def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
-        if lane is Lane.to_device:
-            target.fill_(POISON)
-        with torch.cuda.stream(self._streams[lane]):
-            torch.cuda._sleep(4 * SLEEP)
-        return super().copy(lane, target, source)
-
-
 def store(every: int = 1, *, lanes: CudaLanes | None = None, width: int = 2) -> HostInputs:
     return HostInputs(-(-LAYERS // every), TOKENS * HIDDEN * width, device(), pin=True, lanes=lanes)
 
@@ -84,16 +56,16 @@ def test_gradients_are_those_of_inputs_on_the_device(precision: str, slow: str) 
     width = 2 if precision == "bf16" else 4
     for every in (1, 4):
         Checkpointing(network, DeviceInputs(), every)
-        expected = [gradients(network, seed) for seed in range(3)]
+        expected = [gradients(network, TOKENS, seed) for seed in range(3)]
         # Some kernels add in any order: what two equal passes differ by is the measure.
-        noise = max(difference(gradients(network, seed), expected[seed]) for seed in range(3))
+        noise = max(difference(gradients(network, TOKENS, seed), expected[seed]) for seed in range(3))
         assert difference(expected[0], expected[1]) > 10 * noise
         kept = store(every, lanes=SlowLanes(device()) if slow == "copies" else None, width=width)
         Checkpointing(network, kept, every)
         torch.cuda.synchronize()
         for tensor in kept.host_tensors():
             tensor.fill_(POISON)
-        found = [gradients(network, seed) for seed in range(3)]
+        found = [gradients(network, TOKENS, seed) for seed in range(3)]
         assert max(difference(found[seed], expected[seed]) for seed in range(3)) <= 4 * noise
 
 
@@ -152,7 +124,7 @@ def test_every_slot_is_pinned_and_serves_every_pass() -> None:
     Checkpointing(network, kept)
     contents = []
     for seed in range(2):
-        gradients(network, seed)
+        gradients(network, TOKENS, seed)
         torch.cuda.synchronize()
         contents.append([row.view(torch.bfloat16).clone() for tensor in kept.host_tensors() for row in tensor])
     assert all(bool(row.any()) and not bool(row.isnan().any()) for rows in contents for row in rows)

@@ -16,13 +16,12 @@ from ldft.training.checkpointing import Checkpointing, DeviceInputs
 from ldft.training.host_inputs import HostInputs
 from ldft.training.host_outputs import HostOutputs
 from ldft.training.kept_attention import DeviceOutputs, KeptAttention
-from ldft.training.lanes import CudaLanes, Lane
+from ldft.training.lanes import CudaLanes
+from tests.gpu.late_copies import POISON, SlowLanes, difference, gradients
 from tests.gpu.machine import cuda_config, kinds
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 LAYERS, TOKENS = 6, 4096
-POISON = 0xFF  # as bytes of a float: NaN
-SLEEP = 2_000_000  # cycles, about a millisecond
 # Parts of the names of forward kernels: flash-attn's and torch's copy of it, cuDNN's.
 KERNELS = ("flash_fwd", "fprop")
 KINDS = ("sdpa", "sdpa_cudnn", "flash_attention_2")
@@ -50,33 +49,6 @@ def config_of(kind: str, *overrides: str) -> Config:
     return config
 
 
-def gradients(network: nn.Module, seed: int = 0) -> list[torch.Tensor]:
-    network.zero_grad()
-    torch.manual_seed(seed)
-    tokens = torch.randint(512, (1, TOKENS), device="cuda")
-    network(input_ids=tokens, labels=tokens).loss.backward()
-    return [parameter.grad.clone() for parameter in network.parameters()]
-
-
-def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        assert not x.isnan().any() and not y.isnan().any()
-        worst = max(worst, float((x.float() - y.float()).abs().max() / y.float().abs().max().clamp(min=1e-9)))
-    return worst
-
-
-class SlowLanes(CudaLanes):
-    """Copies late, targets poisoned before: whoever does not wait, or is not waited for, computes with NaN."""
-
-    def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
-        if lane is Lane.to_device:
-            target.fill_(POISON)
-        with torch.cuda.stream(self._streams[lane]):
-            torch.cuda._sleep(4 * SLEEP)
-        return super().copy(lane, target, source)
-
-
 def inputs(config: Config, every: int, lanes: CudaLanes | None) -> HostInputs:
     size = estimate.layer_input_bytes(config)
     return HostInputs(-(-LAYERS // every), size, device(), pin=True, lanes=lanes)
@@ -98,14 +70,14 @@ def test_gradients_are_those_with_attention_computed_again(kind: str, dropout: f
         if dropout:
             layer.mlp.register_forward_hook(lambda _, __, output: nn.functional.dropout(output, dropout))
     try:
-        gradients(network)
+        gradients(network, TOKENS)
     except ConfigError as error:
         pytest.skip(str(error))  # cuDNN's versions differ in what they take
     for every in (1, 4):
         Checkpointing(network, DeviceInputs(), every)
-        expected = [gradients(network, seed) for seed in range(3)]
+        expected = [gradients(network, TOKENS, seed) for seed in range(3)]
         # Some kernels add in any order: what two equal passes differ by is the measure.
-        noise = max(difference(gradients(network, seed), expected[seed]) for seed in range(3))
+        noise = max(difference(gradients(network, TOKENS, seed), expected[seed]) for seed in range(3))
         assert difference(expected[0], expected[1]) > 10 * noise
         for slow in (False, True):
             lanes = SlowLanes(device()) if slow else CudaLanes(device())
@@ -114,7 +86,7 @@ def test_gradients_are_those_with_attention_computed_again(kind: str, dropout: f
                 torch.cuda.synchronize()
                 for tensor in store.host_tensors():
                     tensor.fill_(POISON)
-                found = [gradients(network, seed) for seed in range(3)]
+                found = [gradients(network, TOKENS, seed) for seed in range(3)]
                 worst = max(difference(found[seed], expected[seed]) for seed in range(3))
                 assert worst <= 4 * noise, (type(store).__name__, every, slow, worst, noise)
                 if isinstance(store, HostOutputs):
@@ -130,9 +102,9 @@ def test_attention_runs_once_a_layer(kind: str) -> None:
     network = model.build(config, {}, device())
 
     def calls() -> int:
-        gradients(network)
+        gradients(network, TOKENS)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            gradients(network)
+            gradients(network, TOKENS)
         counts = {event.key: event.count for event in profiler.key_averages() if event.device_type == DeviceType.CUDA}
         found = {key: count for key, count in counts.items() if any(part in key for part in KERNELS)}
         assert found, f"no kernel of attention among {sorted(counts)}"

@@ -1,0 +1,38 @@
+"""For tests of what waits in host memory: gradients of a step, how far they are apart, and copies that come late."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ldft.training.lanes import CudaLanes, Lane
+
+POISON = 0xFF  # as bytes of a float: NaN
+SLEEP = 2_000_000  # cycles, about a millisecond
+
+
+def gradients(network: nn.Module, tokens: int, seed: int = 0) -> list[torch.Tensor]:
+    network.zero_grad()
+    torch.manual_seed(seed)
+    batch = torch.randint(512, (1, tokens), device="cuda")
+    network(input_ids=batch, labels=batch).loss.backward()
+    return [parameter.grad.clone() for parameter in network.parameters()]
+
+
+def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        assert not x.isnan().any() and not y.isnan().any()
+        worst = max(worst, float((x.float() - y.float()).abs().max() / y.float().abs().max().clamp(min=1e-9)))
+    return worst
+
+
+class SlowLanes(CudaLanes):
+    """Copies late, targets poisoned before: whoever does not wait, or is not waited for, computes with NaN."""
+
+    def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+        if lane is Lane.to_device:
+            target.fill_(POISON)
+        with torch.cuda.stream(self._streams[lane]):
+            torch.cuda._sleep(4 * SLEEP)
+        return super().copy(lane, target, source)
