@@ -109,6 +109,9 @@ def test_losses_are_those_of_stock_deepspeed_bit_for_bit(trained: list[dict[str,
         assert said[f"{shape}: exact"]["loss"] == stock
         assert said[f"{shape}: placed"]["loss"] == stock
         assert said[f"{shape}: exact, DeepSpeed's update"]["loss"] == stock
+        in_one_pass = "stage 2" not in shape and "stage 1" not in shape
+        assert (said[f"{shape}: exact"]["zero"] == "FusedStage3") == in_one_pass
+        assert said[f"{shape}: stock"]["zero"].startswith("DeepSpeedZeroOptimizer")
         assert said[f"{shape}: stock"]["state_before"] == 0 < said[f"{shape}: exact"]["state_before"]
 
 
