@@ -181,7 +181,8 @@ def placement_of(weights: Mapping[int, int]) -> Placement:
 
 def streams(config: Config) -> planner.Streams:
     """A step's traffic, by who updates."""
-    return planner.STOCK if config.optimizer.fused_step is False else planner.FUSED
+    fused = deepspeed_config.fuses_step(config, deepspeed_config.build(config))
+    return planner.FUSED if fused else planner.STOCK
 
 
 def _bandwidths(config: Config, nodes: tuple[int, ...]) -> planner.Bandwidths:

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ldft.config import Config, OffloadDevice
 from ldft.errors import ConfigError
-from ldft.memory import audit, construction, rebinding, roles
+from ldft.memory import audit, roles
 from ldft.memory.arenas import Arenas
-from ldft.training import deepspeed_config, fused_step, schedule
+from ldft.training import construction, deepspeed_config, fused_step, rebinding, schedule
 from ldft.training.device_lion import DeviceLion
 from ldft.training.host_optimizer import HostAdamW, HostLion
 

@@ -1,8 +1,8 @@
 """ZeRO-3's update of what lies in host memory, in one pass.
 
-Stock DeepSpeed makes three: gradients times a factor (unscaling and clipping), CPUAdam, and weights rounded to 16 bits. They move 8,
-28 and 6 bytes a parameter; all in one, 30. Here its optimizer class is extended, as DeepSpeed itself does for SuperOffload: the factor
-is noted instead of applied, and HostOptimizer does the rest.
+Stock DeepSpeed makes three: gradients times a factor (unscaling and clipping), CPUAdam, and weights rounded to 16 bits. They move
+8, 28 and 6 bytes a parameter; all in one, 30. Here its optimizer class is extended, as DeepSpeed itself does for SuperOffload: the
+factor is noted instead of applied, and HostOptimizer does the rest.
 """
 
 from __future__ import annotations

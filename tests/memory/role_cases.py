@@ -22,8 +22,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ldft.config import Device, from_dict
 from ldft.errors import LdftError
-from ldft.memory import audit, construction, rebinding, roles
-from ldft.training import data, deepspeed_config, host_memory, model, operators
+from ldft.memory import audit, roles
+from ldft.training import construction, data, deepspeed_config, host_memory, model, operators, rebinding
 from ldft.training import engine as engines
 
 
