@@ -101,6 +101,7 @@ def main() -> int:
         "offload=none",
         "checkpointing=gpu",
         "train.iterations=20",
+        "optimizer.learning_rate=1e-5",
         *arguments.overrides,
     ]
 
