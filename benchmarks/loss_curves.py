@@ -67,7 +67,7 @@ def train(overrides: list[str]) -> dict[str, Any]:
     settings = deepspeed_config.build(config)
     network = model.build(config, settings, device)
     held = checkpointing.install(config, network, device)
-    built = engine.build(config, network, settings)
+    built = engine.build(config, network, settings, None)
     losses = []
     for iteration in range(config.train.iterations):
         tokens = data.batch(config, iteration, 0, 0).to(device)
