@@ -79,7 +79,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ],
 )
 def test_trains_under_deepspeed_as_the_stock_model(group: None, overrides: tuple[str, ...]) -> None:
-    losses = []
+    losses: list[list[float]] = []
     for used in ("false", "true"):
         rate = 2e-2 if "lora=r8" in overrides else 2e-3
         beside = (f"optimizer.learning_rate={rate}", "data=repeat", "memory.pinning=none", f"kernels.liger={used}")
