@@ -63,6 +63,8 @@ class Contender:
     """Which of ours it is set beside."""
 
 
+# What a peer is made from, and what ours is where it is to do the same.
+AS_STOCK = ("memory.pinning=torch", "checkpointing=gpu", "optimizer.fused_step=false")
 CONTENDERS = {
     "ours-in-gpu": Contender("ldft, nothing offloaded", ("offload=none", "checkpointing=gpu")),
     "ours-offload": Contender("ldft, all offloaded, layer inputs too", ("offload=full", "checkpointing=cpu")),
@@ -77,7 +79,10 @@ CONTENDERS = {
     "ours-offload-stock-memory": Contender(
         "all offloaded, into DeepSpeed's own tensors", ("offload=full", "checkpointing=cpu", "memory.pinning=torch")
     ),
-    "ours-as-plain": Contender("ldft set up as plain-same is", ("memory.pinning=torch", "checkpointing=gpu")),
+    "ours-offload-stock-step": Contender(
+        "all offloaded, updated by DeepSpeed", ("offload=full", "checkpointing=cpu", "optimizer.fused_step=false")
+    ),
+    "ours-as-plain": Contender("ldft set up as plain-same is", AS_STOCK),
     "plain-same": Contender(
         "plain script, DeepSpeed settings of ldft", (), deepspeed_config.build, against="ours-as-plain"
     ),
@@ -113,7 +118,7 @@ class Setting:
 def config_of(contender: Contender, setting: Setting) -> Config:
     """The resolved config: of ldft's run, or what a peer's settings and CONFIG.json are made from."""
     composition.register()
-    peer = () if contender.settings is None else ("memory.pinning=torch", "checkpointing=gpu")
+    peer = () if contender.settings is None else AS_STOCK
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
         config = from_dict(compose("config", overrides=[*setting.overrides, *contender.overrides, *peer]))
     checks.resolve_device(config)

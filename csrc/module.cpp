@@ -18,6 +18,7 @@
 #include "stripes.h"
 #include "system.h"
 #include "touch.h"
+#include "update.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -83,6 +84,28 @@ std::vector<RangeTuple> make_stripes(std::size_t bytes, std::size_t stripe, cons
   return tuples;
 }
 
+float* floats(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+void adamw(std::uintptr_t weights, std::uintptr_t gradients, std::uintptr_t momentum, std::uintptr_t variance,
+           std::uintptr_t rounded, std::size_t count, float gradient_factor, float beta1, float beta2, float epsilon,
+           float inverse_bias2, float step, float decay, std::size_t threads) {
+  const ldft::Partition partition{floats(weights),
+                                  floats(gradients),
+                                  floats(momentum),
+                                  floats(variance),
+                                  reinterpret_cast<std::uint16_t*>(rounded),
+                                  count};
+  ldft::update(ldft::AdamW{gradient_factor, beta1, beta2, epsilon, inverse_bias2, step, decay}, partition, threads);
+}
+
+void lion(std::uintptr_t weights, std::uintptr_t gradients, std::uintptr_t momentum, std::uintptr_t rounded,
+          std::size_t count, float gradient_factor, float beta1, float beta2, float rate, float weight_decay,
+          std::size_t threads) {
+  const ldft::Partition partition{
+      floats(weights), floats(gradients), floats(momentum), nullptr, reinterpret_cast<std::uint16_t*>(rounded), count};
+  ldft::update(ldft::Lion{gradient_factor, beta1, beta2, rate, weight_decay}, partition, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -121,6 +144,12 @@ NB_MODULE(_native, m) {
   m.def("is_live", &ldft::is_live, "address"_a, "Whether a region that starts there is reserved now.");
   m.def("current_cpu", [] { return sched_getcpu(); }, "CPU that the calling thread runs on now; -1 when unknown.");
   m.def("note_exit", &ldft::note_exit, "The interpreter is ending: leave registered memory to the kernel.");
+  m.def("adamw", &adamw, "weights"_a, "gradients"_a, "momentum"_a, "variance"_a, "rounded"_a, "count"_a,
+        "gradient_factor"_a, "beta1"_a, "beta2"_a, "epsilon"_a, "inverse_bias2"_a, "step"_a, "decay"_a, "threads"_a,
+        no_gil(),
+        "AdamW on fp32 arrays at these addresses; the new weights also to `rounded`, as bf16, unless that is 0.");
+  m.def("lion", &lion, "weights"_a, "gradients"_a, "momentum"_a, "rounded"_a, "count"_a, "gradient_factor"_a, "beta1"_a,
+        "beta2"_a, "rate"_a, "weight_decay"_a, "threads"_a, no_gil(), "Lion, likewise.");
 
   nb::class_<Handle>(m, "Region",
                      "Reserved memory, given back when released or dropped, unless a capsule takes it over.")

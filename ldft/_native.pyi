@@ -14,6 +14,35 @@ def usage() -> tuple[int, int, int]: ...
 def is_live(address: int) -> bool: ...
 def current_cpu() -> int: ...
 def note_exit() -> None: ...
+def adamw(
+    weights: int,
+    gradients: int,
+    momentum: int,
+    variance: int,
+    rounded: int,
+    count: int,
+    gradient_factor: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    inverse_bias2: float,
+    step: float,
+    decay: float,
+    threads: int,
+) -> None: ...
+def lion(
+    weights: int,
+    gradients: int,
+    momentum: int,
+    rounded: int,
+    count: int,
+    gradient_factor: float,
+    beta1: float,
+    beta2: float,
+    rate: float,
+    weight_decay: float,
+    threads: int,
+) -> None: ...
 
 class Region:
     def __init__(self, bytes: int, huge: bool) -> None: ...

@@ -51,7 +51,6 @@ SCHEMA = pa.schema(
         pa.field(
             "kernel", pa.string(), metadata={"description": "read, write, triad, adam: CPU; h2d, d2h: copies of a GPU"}
         ),
-        pa.field("implementation", pa.string(), metadata={"description": "adam: whose kernel"}),
         pa.field("nodes", pa.string()),
         pa.field("weights", pa.string(), metadata={"description": "pages a turn on each node; empty: one node"}),
         pa.field("processes", pa.int64(), metadata={"description": "at work at the same time"}),
@@ -106,7 +105,7 @@ class Workers:
                 )
             )
         answers = [self._answer(process) for process in self._processes]
-        self.gpus, self.adam_by = answers[0]["gpus"], answers[0]["adam"]
+        self.gpus = answers[0]["gpus"]
 
     def ask(self, **command: Any) -> list[dict[str, Any]]:
         """Each process's answer. Raises LdftError where one has ended."""
@@ -168,7 +167,7 @@ def measure(
                         _row(kernel, size, answer["seconds"])
                         | common
                         | {"nodes": nodes, "weights": weights, "processes": count, "process": index}
-                        | {"cores": group.cores[index], "implementation": group.adam_by if kernel == "adam" else None}
+                        | {"cores": group.cores[index]}
                         for index, answer in enumerate(answers)
                     ]
                     rows += found

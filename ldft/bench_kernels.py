@@ -12,14 +12,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldft.memory.allocator import allocate
 from ldft.memory.policy import Placement
-from ldft.training import operators
+from ldft.training.host_optimizer import HostAdamW
 
 # Arrays that each kernel streams over; what traffic that makes, bench.TRAFFIC says.
 ARRAYS = {"read": 1, "write": 1, "triad": 3, "adam": 4, "h2d": 1, "d2h": 1}
@@ -32,7 +31,6 @@ class Streams:
         self._gpu = torch.device("cuda", index) if torch.cuda.is_available() else None
         self._arrays: list[torch.Tensor] = []
         self._on_gpu: torch.Tensor | None = None
-        self._adam, self.adam_by = _adam()
 
     def place(self, placement: Placement, size: int) -> None:
         """Four arrays of so many bytes. Raises HostMemoryError and PlacementError."""
@@ -68,6 +66,14 @@ class Streams:
             return lambda: torch.add(arrays[0], arrays[1], alpha=3.0, out=arrays[2])
         return lambda: self._adam(arrays)
 
+    def _adam(self, arrays: list[torch.Tensor]) -> None:
+        """One AdamW step over weight, gradient and two moments, as training makes it."""
+        weight, gradient, mean, square = arrays
+        optimizer = HostAdamW([weight], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+        optimizer.state[weight] = {"step": 0, "exp_avg": mean, "exp_avg_sq": square}
+        weight.grad = gradient
+        optimizer.step()
+
     def _copies(self, kernel: str, host: torch.Tensor, repeats: int) -> list[float]:
         assert self._on_gpu is not None
         device = self._on_gpu[: host.numel()]
@@ -84,48 +90,10 @@ class Streams:
         return seconds
 
 
-def _adam() -> tuple[Callable[[list[torch.Tensor]], None], str]:
-    """One AdamW step over weight, gradient and two moments, and what does it: DeepSpeed's kernel where a run has compiled it.
-
-    torch's own is two to three times slower, so that it tells less about the memory.
-    """
-    found = sorted((operators.cache_dir() / "cpu_adam").glob("*.so"))
-    if found:
-        op = _extension(found[0])
-        op.create_adam(0, 1e-4, 0.9, 0.95, 1e-8, 0.01, True, False)
-
-        def deepspeed(arrays: list[torch.Tensor]) -> None:
-            op.adam_update(0, 1, 1e-4, 0.9, 0.95, 1e-8, 0.01, True, *arrays)
-
-        return deepspeed, "deepspeed"
-    step = torch.tensor(1.0)
-
-    def fused(arrays: list[torch.Tensor]) -> None:
-        weight, gradient, mean, square = ([array] for array in arrays)
-        torch._fused_adamw_(
-            weight, gradient, mean, square, [], [step],
-            lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
-        )  # fmt: skip
-
-    return fused, "torch"
-
-
-def _extension(path: Path) -> Any:
-    from importlib.machinery import ExtensionFileLoader
-    from importlib.util import module_from_spec, spec_from_loader
-
-    loader = ExtensionFileLoader("cpu_adam", str(path))
-    spec = spec_from_loader("cpu_adam", loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
 def main() -> int:
     streams = Streams(int(sys.argv[1]))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    print(json.dumps({"gpus": gpus, "adam": streams.adam_by}), flush=True)
+    print(json.dumps({"gpus": gpus}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         try:

@@ -49,7 +49,8 @@ def modelled_s(config: Config, topology: Topology) -> dict[str, float]:
             into = shares.setdefault(role, {})
             for node, share in of.items():
                 into[node] = into.get(node, 0.0) + share / len(ranks)
-    return planner.step_s({role: len(ranks) * size for role, size in sizes.items()}, shares, known, len(ranks))
+    total = {role: len(ranks) * size for role, size in sizes.items()}
+    return planner.step_s(total, shares, known, len(ranks), streams=strategies.streams(config))
 
 
 def _text(placement: Placement, size: int) -> str:

@@ -100,6 +100,7 @@ MEASURED = [
     Column("trainable_parameters", _INT, "", "parameters that the optimizer updates"),
     Column("attention", _TEXT, "", "attention implementation that ran"),
     Column("liger_modules", _INT, "", "modules that run Liger's kernels; 0 without Liger"),
+    Column("fused_step", pa.bool_(), "", "ldft's kernel updated the offloaded weights; false: another one, or nothing is offloaded"),
     Column("iteration_s", _FLOATS, "s", "each iteration, barrier to barrier, slowest rank; the first warmup ones included"),
     Column("forward_s", _FLOATS, "s", "forward part of each iteration, on that rank"),
     Column("backward_s", _FLOATS, "s", "backward part"),

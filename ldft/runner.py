@@ -222,6 +222,7 @@ _FROM_RANK_0 = (
     "trainable_parameters",
     "attention",
     "liger_modules",
+    "fused_step",
     "iteration_s",
     "forward_s",
     "backward_s",

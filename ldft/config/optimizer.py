@@ -42,6 +42,11 @@ class OptimizerConfig:
     gradient_clipping: float = 0.9
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
 
+    fused_step: bool | None = None
+    """Offloaded weights are updated by ldft's kernel, in one pass over memory with unscaling, clipping and rounding; false: by
+    DeepSpeed's CPUAdam or CPULion between passes of torch. null: where all optimizer state is fp32 in host memory, and DeepSpeed
+    does not move it itself."""
+
     def validate(self) -> None:
         if self.name not in ("adamw", "lion"):
             raise ConfigError("optimizer.name", f"'{self.name}' does not exist; use adamw or lion")

@@ -8,7 +8,7 @@ decides; copies of a GPU also never beat its link:
 The published measurements on a CXL expander follow it (docs/numa.md). A step is three phases, one after the other, and
 copies in both directions run at once, so a phase takes as long as its slowest stream:
 
-    optimizer   CPU: the update reads and writes gradients, master weights and moments, and writes 16-bit weights
+    optimizer   CPU: the update reads gradients, reads and writes master weights and moments, and writes 16-bit weights
     forward     to the GPU: weights; from it: layer inputs
     backward    to the GPU: weights, layer inputs, gradients read back to accumulate; from it: gradients, twice
 
@@ -24,10 +24,13 @@ from math import gcd
 Shares = dict[str, dict[int, float]]
 """Role -> node -> share of the role's bytes, summing to 1."""
 
-# Accesses per stored byte and step of stock DeepSpeed (0.19, ZeRO-3, no accumulation), by stream and role. In the optimizer:
-# gradients are unscaled (read, write) and read by the update; master weights read, written, and read for the 16-bit copy; moments
-# read and written. Sums: master gradients 4, master and compute weights 3, all others 2.
-STREAMS: dict[tuple[str, str], dict[str, float]] = {
+Streams = Mapping[tuple[str, str], Mapping[str, float]]
+"""(phase, cpu or direction of copies) -> role -> accesses of each stored byte."""
+
+# Of stock DeepSpeed (0.19, ZeRO-3, no accumulation). In the optimizer: gradients are unscaled (read, write) and read by the update;
+# master weights read, written, and read for the 16-bit copy; moments read and written. Sums: master gradients 4, master and compute
+# weights 3, all others 2.
+STOCK: Streams = {
     ("optimizer", "cpu"): {
         "master_gradients": 3,
         "master_weights": 3,
@@ -39,6 +42,10 @@ STREAMS: dict[tuple[str, str], dict[str, float]] = {
     ("forward", "d2h"): {"activations": 1},
     ("backward", "h2d"): {"compute_weights": 1, "activations": 1, "compute_gradients": 1},
     ("backward", "d2h"): {"compute_gradients": 1, "master_gradients": 1},
+}
+# With ldft's update (optimizer.fused_step): unscaling and the 16-bit copy are in the one pass.
+FUSED: Streams = dict(STOCK) | {
+    ("optimizer", "cpu"): {**STOCK["optimizer", "cpu"], "master_gradients": 1, "master_weights": 2}
 }
 PHASES = ("optimizer", "forward", "backward")
 # Shares are rounded to this many parts, as integer weights.
@@ -87,10 +94,12 @@ def stream_s(
     return max(alone, size / gpus / link)
 
 
-def step_s(sizes: Mapping[str, float], shares: Shares, bandwidths: Bandwidths, gpus: int = 1) -> dict[str, float]:
+def step_s(
+    sizes: Mapping[str, float], shares: Shares, bandwidths: Bandwidths, gpus: int = 1, *, streams: Streams = STOCK
+) -> dict[str, float]:
     """Seconds of a step's host traffic by phase. sizes: bytes by role, all ranks together; one GPU a rank."""
     seconds = dict.fromkeys(PHASES, 0.0)
-    for (phase, engine), accesses in STREAMS.items():
+    for (phase, engine), accesses in streams.items():
         traffic: dict[int, float] = {}
         for role, times in accesses.items():
             for node, share in shares.get(role, {}).items():
@@ -104,7 +113,12 @@ def step_s(sizes: Mapping[str, float], shares: Shares, bandwidths: Bandwidths, g
 
 
 def solve(
-    sizes: Mapping[str, float], bandwidths: Bandwidths, budgets: Mapping[tuple[int, ...], float], gpus: int = 1
+    sizes: Mapping[str, float],
+    bandwidths: Bandwidths,
+    budgets: Mapping[tuple[int, ...], float],
+    gpus: int = 1,
+    *,
+    streams: Streams = STOCK,
 ) -> dict[str, dict[int, int]]:
     """The placement with the shortest modelled step: role -> node -> integer weight, nodes without a share missing.
 
@@ -112,15 +126,20 @@ def solve(
     Raises DoesNotFit.
     """
     # What rounding to PARTS can add to a node is left free.
-    shares, _ = _program(sizes, bandwidths, budgets, gpus, spare=1 / PARTS)
+    shares, _ = _program(sizes, bandwidths, budgets, gpus, streams, spare=1 / PARTS)
     return {role: rounded(of) for role, of in shares.items()}
 
 
 def bound_s(
-    sizes: Mapping[str, float], bandwidths: Bandwidths, budgets: Mapping[tuple[int, ...], float], gpus: int = 1
+    sizes: Mapping[str, float],
+    bandwidths: Bandwidths,
+    budgets: Mapping[tuple[int, ...], float],
+    gpus: int = 1,
+    *,
+    streams: Streams = STOCK,
 ) -> float:
     """Seconds that no placement within the budgets beats, by the model: the optimum of the linear program itself."""
-    return _program(sizes, bandwidths, budgets, gpus, spare=0.0)[1]
+    return _program(sizes, bandwidths, budgets, gpus, streams, spare=0.0)[1]
 
 
 def _program(
@@ -128,6 +147,7 @@ def _program(
     bandwidths: Bandwidths,
     budgets: Mapping[tuple[int, ...], float],
     gpus: int,
+    streams: Streams,
     spare: float,
 ) -> tuple[Shares, float]:
     """Shares and seconds by linear programming.
@@ -151,7 +171,7 @@ def _program(
     least = [0.0] * len(PHASES)
     rows = []
     limits = []
-    for (phase, engine), accesses in STREAMS.items():
+    for (phase, engine), accesses in streams.items():
         rates, link = bandwidths.rates(engine)
         at = PHASES.index(phase)
         least[at] = max(least[at], sum(n * sizes.get(role, 0.0) for role, n in accesses.items()) / gpus / link / unit_s)

@@ -20,7 +20,7 @@ from deepspeed.ops.lion import DeepSpeedCPULion
 DMA_ROLES = ("compute_weights", "master_gradients", "compute_gradients", "activations")
 # What the optimizers keep, under their own names. Lion's second moment, which stock DeepSpeed allocates, is never used.
 MOMENTS = {"exp_avg": "momentum", "exp_avg_sq": "variance"}
-_MOMENTS_OF = {DeepSpeedCPUAdam: ("exp_avg", "exp_avg_sq"), DeepSpeedCPULion: ("exp_avg",)}
+_MOMENTS_OF = {DeepSpeedCPUAdam: ("exp_avg", "exp_avg_sq"), DeepSpeedCPULion: ("exp_avg",)}  # ours say it themselves
 # Private to the class that it is named after, hence the prefix.
 _GRADIENT_VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 ACCUMULATED = "grad_partitions_flat_buffer"
@@ -67,7 +67,7 @@ def tensors(engine: Any) -> Iterator[RoleTensor]:
 
 def moments_of(optimizer: Any) -> tuple[str, ...]:
     """Names of the moments that an optimizer on the CPU uses; empty for one that is not known here."""
-    return _MOMENTS_OF.get(type(optimizer), ())
+    return getattr(optimizer, "moments", _MOMENTS_OF.get(type(optimizer), ()))
 
 
 def moment_type(optimizer: Any, master: torch.Tensor) -> torch.dtype:

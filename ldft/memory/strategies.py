@@ -151,7 +151,8 @@ def _by_strategy(config: Config, topology: Topology, asked: dict[str, Placement]
     turns = [role for role in ALTERNATING if strategy == "striped" and role in sizes]
     try:
         if strategy == "optimal":
-            weights = planner.solve(sizes, _bandwidths(config, local + cxl), budgets, ranks)
+            known = _bandwidths(config, local + cxl)
+            weights = planner.solve(sizes, known, budgets, ranks, streams=streams(config))
         else:
             aside = sum(sizes[role] for role in turns)
             rest = {role: size for role, size in sizes.items() if role not in turns}
@@ -176,6 +177,12 @@ def placement_of(weights: Mapping[int, int]) -> Placement:
     return Placement(
         kind="weighted_interleave", nodes=nodes, weights=tuple(weights[node] for node in nodes), method="stripes"
     )
+
+
+def streams(config: Config) -> planner.Streams:
+    """A step's traffic, by who updates."""
+    fused = deepspeed_config.fuses_step(config, deepspeed_config.build(config))
+    return planner.FUSED if fused else planner.STOCK
 
 
 def _bandwidths(config: Config, nodes: tuple[int, ...]) -> planner.Bandwidths:

@@ -22,6 +22,33 @@ def uses_arenas(config: Config, settings: dict[str, Any]) -> bool:
     return config.memory.pinning is not Pinning.torch and moved.moved_by(settings) is None
 
 
+def fuses_step(config: Config, settings: dict[str, Any]) -> bool:
+    """Whether ldft's own kernel updates the offloaded weights. Raises CombinationError where it is asked for and cannot."""
+    asked = config.optimizer.fused_step
+    obstacle = None if asked is False else _unfused(config, settings)
+    if asked and obstacle:
+        raise CombinationError("optimizer.fused_step", f"true: {obstacle}; use false, or leave it at null")
+    return asked is not False and obstacle is None
+
+
+def _unfused(config: Config, settings: dict[str, Any]) -> str | None:
+    """Why only DeepSpeed's own optimizers will do."""
+    if config.offload.optimizer is not OffloadDevice.cpu:
+        return f"works in host memory only, and offload.optimizer is {config.offload.optimizer.name}"
+    if kind := moved.moved_by(settings):
+        return f"DeepSpeed updates by itself with {kind}"
+    if (ratio := settings["zero_optimization"]["offload_optimizer"].get("ratio", 1.0)) != 1.0:
+        return f"a ratio of {ratio:g} has DeepSpeed update the rest on the GPU"
+    for section in ("bf16", "fp16"):
+        for name in ("master_weights_and_grads", "optimizer_states"):
+            if settings[section].get(f"{section}_{name}"):
+                return f"works in fp32, and offload.deepspeed has {section}.{section}_{name}"
+    further = settings["optimizer"]["params"].keys() - {"lr", "weight_decay", "betas", "eps"}
+    if further:
+        return f"has no {', '.join(sorted(further))}, which offload.deepspeed sets for DeepSpeed's"
+    return None
+
+
 def build(config: Config) -> dict[str, Any]:
     """What `deepspeed.initialize` gets: ldft's choices, then the user's file, then the user's keys.
 
@@ -42,6 +69,8 @@ def build(config: Config) -> dict[str, Any]:
         deepspeed_keys.check_owned(values, owned, origin)
         merge(settings, _without_owned(values))
     moved.check(config, settings)
+    if fuses_step(config, settings):
+        settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     kind = moved.moved_by(settings)
     if kind and config.numa.by_role:
         raise CombinationError(
@@ -126,7 +155,7 @@ def _chosen(config: Config) -> dict[str, Any]:
         "fp16": fp16,
         "data_types": {"grad_accum_dtype": train.precision.name},
         "optimizer": {"type": "Lion" if lion else "AdamW", "params": parameters},
-        # Off the host, lion is ldft's own (lion.py), which DeepSpeed has not heard of.
+        # Off the host, lion is ldft's own (device_lion.py), which DeepSpeed has not heard of.
         "zero_allow_untested_optimizer": lion and offload.optimizer is OffloadDevice.none,
         "zero_optimization": zero,
     }

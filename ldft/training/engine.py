@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import deepspeed
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from ldft.config import Config, OffloadDevice
 from ldft.errors import ConfigError
-from ldft.memory import audit, construction, rebinding, roles
+from ldft.memory import audit, roles
 from ldft.memory.arenas import Arenas
-from ldft.training import schedule
-from ldft.training.lion import Lion
+from ldft.training import construction, deepspeed_config, fused_step, rebinding, schedule
+from ldft.training.device_lion import DeviceLion
+from ldft.training.host_optimizer import HostAdamW, HostLion
 
 
 def check(settings: dict[str, Any]) -> None:
@@ -41,10 +42,16 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], aren
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    own = None
-    if config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
-        own = Lion(trainable, **settings["optimizer"]["params"])
-    with construction.engine(arenas) if arenas else nullcontext():
+    own, fused = None, deepspeed_config.fuses_step(config, settings)
+    if fused:
+        own = (HostLion if config.optimizer.name == "lion" else HostAdamW)(trainable, **settings["optimizer"]["params"])
+    elif config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
+        own = DeviceLion(trainable, **settings["optimizer"]["params"])
+    with ExitStack() as building:
+        if fused:
+            building.enter_context(fused_step.construction())
+        if arenas is not None:
+            building.enter_context(construction.engine(arenas))
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
         )

@@ -24,9 +24,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
-from ldft.memory import construction
 from ldft.memory.arenas import Arenas
-from ldft.training import attention, cudnn_attention, liger, lora, weights
+from ldft.training import attention, construction, cudnn_attention, liger, lora, weights
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 

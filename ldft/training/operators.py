@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ldft.config import Config, Device, OffloadDevice
 from ldft.errors import ConfigError
+from ldft.training import deepspeed_config
 
 
 def cache_dir() -> Path:
@@ -48,7 +49,8 @@ def _locked(folder: Path) -> Iterator[None]:
 def needed(config: Config) -> list[str]:
     """Builders of the operators that this run will use, by DeepSpeed's names."""
     names = ["ShareMemCommBuilder"] if config.launch.device is Device.cpu else []
-    if config.offload.optimizer is not OffloadDevice.none:
+    own = deepspeed_config.fuses_step(config, deepspeed_config.build(config))
+    if config.offload.optimizer is not OffloadDevice.none and not own:
         names.append("CPULionBuilder" if config.optimizer.name == "lion" else "CPUAdamBuilder")
     if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
         names += ["PinMemoryBuilder", "AsyncIOBuilder"]

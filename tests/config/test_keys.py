@@ -280,6 +280,7 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "optimizer.betas": ("[0.1,0.2]", deepspeed, []),
     "optimizer.eps": ("0.5", deepspeed, []),
     "optimizer.gradient_clipping": ("0", deepspeed, []),
+    "optimizer.fused_step": ("false", deepspeed, []),
     "lora.rank": ("4", adapters, []),
     "lora.alpha": ("3", adapters, ["lora.rank=4"]),
     "lora.dropout": ("0.5", adapters, ["lora.rank=4"]),

@@ -138,6 +138,17 @@ WRONG = {
     "offload=super_offload": ["offload: super_offload needs launch.device=cuda, not cpu; use full"],
     "offload=zenflow": ["offload: zenflow needs launch.device=cuda, not cpu; use full"],
     "offload=super_offload optimizer=lion": ["optimizer: lion: offload=super_offload knows adamw only"],
+    "optimizer.fused_step=true offload=none": ["optimizer.fused_step: true: works in host memory only", "use false"],
+    "optimizer.fused_step=true offload=nvme offload.nvme_path=$F": [
+        "optimizer.fused_step: true: works in host memory only"
+    ],
+    "optimizer.fused_step=true offload.deepspeed.zero_optimization.offload_optimizer.ratio=0.5": [
+        "optimizer.fused_step: true: a ratio of 0.5",
+        "leave it at null",
+    ],
+    "optimizer.fused_step=true offload.deepspeed.optimizer.params.adam_w_mode=false": [
+        "optimizer.fused_step: true: has no adam_w_mode"
+    ],
     "optimizer.name=sgd": ["optimizer.name: 'sgd' does not exist; use adamw or lion"],
     "train.loss_scale=8": ["train.loss_scale: 8 has no use with train.precision=bf16", "fp16"],
     "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],

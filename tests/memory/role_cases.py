@@ -22,8 +22,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ldft.config import Device, from_dict
 from ldft.errors import LdftError
-from ldft.memory import audit, construction, rebinding, roles
-from ldft.training import data, deepspeed_config, host_memory, model, operators
+from ldft.memory import audit, roles
+from ldft.training import construction, data, deepspeed_config, host_memory, model, operators, rebinding
 from ldft.training import engine as engines
 
 
@@ -62,6 +62,7 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     network = model.build(config, settings, device, arenas)
     engine = engines.build(config, network, settings, arenas)
     said: dict[str, Any] = {"loss": [], "state_before": len(engine.optimizer.state)}
+    said["zero"] = type(engine.optimizer).__name__
     said["moved_at_start"] = arenas.moved_bytes if arenas else None
     for iteration in range(config.train.iterations):
         for step in range(config.train.gradient_accumulation_steps):

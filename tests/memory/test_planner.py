@@ -53,12 +53,13 @@ def test_the_model_predicts_the_published_two_node_rows_from_single_nodes() -> N
 
 
 def test_streams_add_up_to_the_accesses_of_each_role() -> None:
-    sums: dict[str, float] = {}
-    for accesses in planner.STREAMS.values():
-        for role, times in accesses.items():
-            sums[role] = sums.get(role, 0) + times
     twice = dict.fromkeys(("momentum", "variance", "compute_gradients", "activations"), 2)
-    assert sums == {"master_gradients": 4, "master_weights": 3, "compute_weights": 3} | twice
+    for streams, gradients, masters in ((planner.STOCK, 4, 3), (planner.FUSED, 2, 2)):
+        sums: dict[str, float] = {}
+        for accesses in streams.values():
+            for role, times in accesses.items():
+                sums[role] = sums.get(role, 0) + times
+        assert sums == {"master_gradients": gradients, "master_weights": masters, "compute_weights": 3} | twice
 
 
 def machine(chance: random.Random) -> tuple[Bandwidths, list[int], list[int], int]:
@@ -83,7 +84,8 @@ def machine(chance: random.Random) -> tuple[Bandwidths, list[int], list[int], in
     )
 
 
-def test_optimal_keeps_the_budgets_reaches_the_bound_and_beats_the_greedy() -> None:
+@pytest.mark.parametrize("streams", [planner.STOCK, planner.FUSED], ids=["stock", "fused"])
+def test_optimal_keeps_the_budgets_reaches_the_bound_and_beats_the_greedy(streams: planner.Streams) -> None:
     chance = random.Random(7)
     gains = []
     for case in range(1000):
@@ -95,18 +97,19 @@ def test_optimal_keeps_the_budgets_reaches_the_bound_and_beats_the_greedy() -> N
         near = chance.uniform(0.1, 1.3) * total
         far = max(0.0, 1.01 * total - near) + chance.uniform(0.0, 1.0) * total
         budgets = {(node,): near / len(local) for node in local} | {(node,): far / len(cxl) for node in cxl}
-        shares = shares_of(planner.solve(sizes, bandwidths, budgets, gpus))
+        shares = shares_of(planner.solve(sizes, bandwidths, budgets, gpus, streams=streams))
         for members, budget in budgets.items():
             held = sum(sizes[role] * of.get(node, 0.0) for role, of in shares.items() for node in members)
             assert held <= budget, (case, members, held / budget)
-        ours = sum(step_s(sizes, shares, bandwidths, gpus).values())
-        assert 1 - 1e-6 <= ours / planner.bound_s(sizes, bandwidths, budgets, gpus) <= 1.02, case
+        ours = sum(step_s(sizes, shares, bandwidths, gpus, streams=streams).values())
+        assert 1 - 1e-6 <= ours / planner.bound_s(sizes, bandwidths, budgets, gpus, streams=streams) <= 1.02, case
         theirs = shares_of(greedy(sizes, local, cxl, near, far))
         held = sum(sizes[role] * of.get(node, 0.0) for role, of in theirs.items() for node in local)
         assert held <= near * (1 + 1e-9)
-        gains.append(sum(step_s(sizes, theirs, bandwidths, gpus).values()) / ours)
+        gains.append(sum(step_s(sizes, theirs, bandwidths, gpus, streams=streams).values()) / ours)
     assert min(gains) >= 0.999  # the greedy is one of the placements that the program chooses from
-    assert statistics.geometric_mean(gains) >= 1.15
+    # Where the update makes one pass, less of a step is the CPU's, and so less is to be gained.
+    assert statistics.geometric_mean(gains) >= (1.15 if streams is planner.STOCK else 1.13)
 
 
 def test_the_bound_is_that_of_a_search_over_all_placements() -> None:

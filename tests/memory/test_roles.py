@@ -45,6 +45,7 @@ SHAPES = {
     "optimizer, stage 2, accumulation": ["offload=optimizer", "train.gradient_accumulation_steps=2"],
     "optimizer, stage 1, fp32": ["offload=optimizer", "offload.stage=1", "train.precision=fp32"],
 }
+STOCK = ("memory.pinning=torch", "optimizer.fused_step=false")
 ON_TWO_RANKS = ("full, sub-groups, accumulation", "optimizer, stage 2, accumulation")
 
 
@@ -89,9 +90,12 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         if request.param == 2 and name not in ON_TWO_RANKS:
             continue
         ranks = f"launch.num_ranks={request.param}"
-        cases[f"{name}: stock"] = {"config": config_json(*overrides, ranks, "memory.pinning=torch")}
+        cases[f"{name}: stock"] = {"config": config_json(*overrides, ranks, *STOCK)}
         cases[f"{name}: exact"] = {"config": config_json(*overrides, ranks)}
         cases[f"{name}: placed"] = {"config": config_json(*overrides, ranks, *PLACED, "memory.pinning=none")}
+        cases[f"{name}: exact, DeepSpeed's update"] = {
+            "config": config_json(*overrides, ranks, "optimizer.fused_step=false")
+        }
     return run_cases(cases, tmp_path_factory.mktemp("trained"), request.param)
 
 
@@ -104,6 +108,10 @@ def test_losses_are_those_of_stock_deepspeed_bit_for_bit(trained: list[dict[str,
         assert stock[-1] < 0.99 * stock[0], "the loss must fall, else a missing update would not show"
         assert said[f"{shape}: exact"]["loss"] == stock
         assert said[f"{shape}: placed"]["loss"] == stock
+        assert said[f"{shape}: exact, DeepSpeed's update"]["loss"] == stock
+        in_one_pass = "stage 2" not in shape and "stage 1" not in shape
+        assert (said[f"{shape}: exact"]["zero"] == "FusedStage3") == in_one_pass
+        assert said[f"{shape}: stock"]["zero"].startswith("DeepSpeedZeroOptimizer")
         assert said[f"{shape}: stock"]["state_before"] == 0 < said[f"{shape}: exact"]["state_before"]
 
 
@@ -146,7 +154,7 @@ def test_faults_are_found_by_name_and_loading_a_checkpoint_is_mended(tmp_path: P
     cases["overlap"] = {"config": config_json("train.iterations=2", SUB_GROUPS), "fault": "overlap"}
     for stage in ("3", "2"):
         shape = ["offload=optimizer"] if stage == "2" else []
-        cases[f"stock {stage}"] = {"config": config_json(*shape, "memory.pinning=torch"), "fault": "load"}
+        cases[f"stock {stage}"] = {"config": config_json(*shape, *STOCK), "fault": "load"}
         cases[f"load {stage}"] = {"config": config_json(*shape), "fault": "load"}
     for hide in (False, True):
         cases[f"hide {hide}"] = {"config": config_json(SUB_GROUPS), "hide": hide}

@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -17,6 +18,7 @@
 #include "stripes.h"
 #include "system.h"
 #include "touch.h"
+#include "update.h"
 
 #define CHECK(condition)                                                             \
   do {                                                                               \
@@ -272,6 +274,46 @@ void many_threads_at_once() {
   CHECK(ldft::usage().regions == before.regions && ldft::usage().bytes == before.bytes);
 }
 
+// Against the rules in double precision, on sizes around those of vectors, blocks and pieces, and many threads.
+void updates_are_those_of_the_rules() {
+  for (const std::size_t count : {0, 1, 15, 17, 1023, 1025, 131071, 300001}) {
+    std::mt19937 random(static_cast<unsigned>(count));
+    std::normal_distribution<float> normal;
+    std::vector<float> w(count), g(count), m(count), v(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      w[i] = normal(random), g[i] = normal(random), m[i] = normal(random), v[i] = normal(random) * normal(random);
+      v[i] = std::fabs(v[i]);
+    }
+    const auto w0 = w, g0 = g, m0 = m, v0 = v;
+    std::vector<std::uint16_t> rounded(count);
+    const ldft::AdamW rule{0.25f, 0.9f, 0.95f, 1e-8f, 1.5f, -1e-2f, -1e-3f};
+    ldft::update(rule, {w.data(), g.data(), m.data(), v.data(), rounded.data(), count}, 5);
+    for (std::size_t i = 0; i < count; ++i) {
+      const double gradient = 0.25 * g0[i];
+      const double mean = 0.9f * double{m0[i]} + (1 - double{0.9f}) * gradient;
+      const double square = 0.95f * double{v0[i]} + (1 - double{0.95f}) * gradient * gradient;
+      const double weight = w0[i] * (1 - double{1e-3f}) - 1e-2f * mean / (1.5 * std::sqrt(square) + 1e-8f);
+      CHECK(std::fabs(m[i] - mean) < 1e-6 && std::fabs(v[i] - square) < 1e-6 * (1 + square));
+      CHECK(std::fabs(w[i] - weight) < 1e-6 * (1 + std::fabs(weight)));
+      std::uint32_t bits = std::uint32_t{rounded[i]} << 16;
+      float back;
+      std::memcpy(&back, &bits, sizeof back);
+      CHECK(std::fabs(back - w[i]) <= std::fabs(w[i]) / 256);
+    }
+    CHECK(g == g0);
+    w = w0, m = m0;
+    ldft::update(ldft::Lion{0.25f, 0.9f, 0.95f, 1e-2f, 0.1f}, {w.data(), g.data(), m.data(), nullptr, nullptr, count},
+                 5);
+    for (std::size_t i = 0; i < count; ++i) {
+      const double direction = 0.9f * double{m0[i]} + (1 - double{0.9f}) * 0.25 * g0[i];
+      const double weight = w0[i] * (1 - 1e-3) - std::copysign(1e-2, direction);
+      if (std::fabs(direction) > 1e-6) CHECK(std::fabs(w[i] - weight) < 1e-6 * (1 + std::fabs(weight)));
+      const double mean = 0.95f * double{m0[i]} + (1 - double{0.95f}) * 0.25 * g0[i];
+      CHECK(std::fabs(m[i] - mean) < 1e-6);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -285,5 +327,6 @@ int main() {
   failures_leave_nothing();
   children_do_not_harm();
   many_threads_at_once();
+  updates_are_those_of_the_rules();
   std::puts("all native tests passed");
 }

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-OPERATORS = {"deepspeed_shm_comm": "ShareMemCommBuilder", "cpu_adam": "CPUAdamBuilder"}
+OPERATORS = {"deepspeed_shm_comm": "ShareMemCommBuilder"}
 PORTABLE = Path(__file__).resolve().parent / "portable_ops"
 LOAD = "from deepspeed.ops.op_builder.cpu import {0}; {0}().load(verbose=False)"
 

@@ -1,4 +1,4 @@
-"""Lion, offloaded (DeepSpeed's CPULion) and not (ours), is the rule of its paper."""
+"""Lion, offloaded and not, is the rule of its paper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from ldft.training.lion import Lion
+from ldft.training.device_lion import DeviceLion
 from tests.training.test_equality import plain_pytorch, relative_error, run_once  # noqa: F401
 
 
@@ -38,7 +38,7 @@ def test_our_lion_takes_the_papers_steps() -> None:
     weights = [torch.randn(shape, requires_grad=True) for shape in ((7, 5), (3,), (1, 1, 130))]
     unused = torch.randn(4, requires_grad=True)
     plain = copy.deepcopy(weights)
-    ours = Lion([*weights, unused], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    ours = DeviceLion([*weights, unused], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     paper = PaperLion(plain, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     before = unused.detach().clone()
     for _ in range(20):

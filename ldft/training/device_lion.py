@@ -1,6 +1,6 @@
 """Lion where the optimizer is not offloaded: torch has none, and DeepSpeed's FusedLion has to be compiled with CUDA's own compiler.
 
-With offload it is DeepSpeed's CPULion. Both do the same arithmetic (Chen et al., Symbolic Discovery of Optimization Algorithms,
+With offload it is HostLion. Both do the same arithmetic (Chen et al., Symbolic Discovery of Optimization Algorithms,
 arXiv 2302.06675, program 1); a test compares.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-class Lion(torch.optim.Optimizer):
+class DeviceLion(torch.optim.Optimizer):
     """One momentum, and steps of one size: the sign of a mix of momentum and gradient. Memory-bound, a few passes over each."""
 
     def __init__(
