@@ -43,7 +43,8 @@ class Column:
     description: str
 
 
-_TEXT, _INT, _FLOAT, _FLOATS = pa.string(), pa.int64(), pa.float64(), pa.list_(pa.float64())
+_TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
+_INTS, _FLOATS = pa.list_(_INT), pa.list_(_FLOAT)
 _NODES = pa.list_(
     pa.struct(
         [
@@ -108,6 +109,7 @@ MEASURED = [
     Column("iteration_median_s", _FLOAT, "s", "median of iteration_s after warm-up"),
     Column("loss", _FLOATS, "", "loss of each iteration, mean over ranks and accumulation steps"),
     Column("learning_rate", _FLOATS, "", "learning rate of each iteration's update"),
+    Column("skipped_updates", _INTS, "", "updates left out in each iteration, as fp16 gradients overflowed at their loss scale"),
     Column("tokens_per_iteration", _INT, "tokens", "over all ranks and accumulation steps"),
     Column("tokens_per_s", _FLOAT, "tokens/s", "tokens_per_iteration / iteration_median_s, all ranks together"),
     Column("model_tflop_dense", _FLOAT, "TFLOP", "model FLOPs of an iteration in matrix products with weights"),

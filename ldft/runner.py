@@ -229,6 +229,7 @@ _FROM_RANK_0 = (
     "step_s",
     "loss",
     "learning_rate",
+    "skipped_updates",
     "model_tflop_dense",
     "model_tflop_attention",
     "pinned",

@@ -24,7 +24,7 @@ from ldft.memory import shapes, vram
 from ldft.training import deepspeed_config
 
 # Interpreter, libraries and, on CUDA, its context, less file pages: measured peaks of runs whose tensors are few
-# (benchmarks/results/fp16-*.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.44 GiB without a GPU).
+# (benchmarks/results/fp16-llama3_1b-2k-h200.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.44 GiB without a GPU).
 _PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.44 * 2**30)}
 
 
@@ -84,6 +84,14 @@ def other_bytes(config: Config) -> dict[str, int]:
         parts["torch's pinned allocator"] = _rounding(config)
     if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
         parts["swap buffers"] = _swap_buffers(config)
+    if (
+        config.train.precision is Precision.fp16
+        and "compute_gradients" in host_bytes(config)
+        and config.offload.stage == 3
+    ):
+        # DeepSpeed looks for infinities in all gradients at once: their magnitudes, 2 B each, and a flag of 1 B.
+        trained = shapes.trained_sizes(config)
+        parts["overflow check"] = 3 * shapes.split(trained, config.launch.num_ranks)
     if config.launch.device is Device.cpu:
         parts["device part"] = sum(vram.device_bytes(config).values())
     return parts

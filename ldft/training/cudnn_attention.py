@@ -7,6 +7,8 @@ is no fall-back: where cuDNN refuses, the error says why.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -45,11 +47,9 @@ def forward(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     grouped = query.shape[1] != key.shape[1]
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        parameters = SDPAParams(query, key, value, attention_mask, dropout, causal, grouped)
-        if not can_use_cudnn_attention(parameters):
-            raise ConfigError("attention.kind", f"{NAME}: cuDNN refuses this: {_reason(parameters)}; use sdpa")
-        output = torch.nn.functional.scaled_dot_product_attention(
+
+    def attend() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -59,12 +59,23 @@ def forward(
             scale=scaling,
             enable_gqa=grouped,
         )
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        parameters = SDPAParams(query, key, value, attention_mask, dropout, causal, grouped)
+        if not can_use_cudnn_attention(parameters):
+            raise ConfigError("attention.kind", f"{NAME}: cuDNN refuses this: {_reason(attend)}; use sdpa")
+        output = attend()
     return output.transpose(1, 2).contiguous(), None
 
 
-def _reason(parameters: SDPAParams) -> str:
-    """What torch says, on request, about why the backend cannot be used."""
-    with warnings.catch_warnings(record=True) as said:
+def _reason(attend: Callable[[], torch.Tensor]) -> str:
+    """What torch says about why cuDNN cannot be used: warnings before it gives up, which name each backend and its reasons.
+
+    can_use_cudnn_attention(debug=True) says the same, but (torch 2.11) past Python's warnings, on stderr.
+    """
+    with warnings.catch_warnings(record=True) as said, suppress(RuntimeError):
         warnings.simplefilter("always")
-        can_use_cudnn_attention(parameters, debug=True)
-    return "; ".join(str(warning.message).split(" (Triggered")[0] for warning in said) or "torch gives no reason"
+        attend()
+    texts = [str(warning.message).split(" (Triggered")[0] for warning in said]
+    heads = [i for i, text in enumerate(texts) if text.lower().startswith("cudnn") and "not used because" in text]
+    return "; ".join(texts[heads[-1] + 1 :] if heads else texts) or "torch gives no reason"

@@ -31,6 +31,7 @@ class Samples:
     step_s: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
+    skipped_updates: list[int] = field(default_factory=list)
 
 
 class _Clock:
@@ -78,7 +79,7 @@ def run(
         batches = [data.batch(config, iteration, step, rank).to(device) for step in range(steps)]
         clock = _Clock(device)
         losses = []
-        learning_rate = float(engine.get_lr()[0])
+        learning_rate, skipped = float(engine.get_lr()[0]), engine.skipped_steps
         _settle(device)
         start = time.perf_counter()
         clock.mark()
@@ -104,6 +105,7 @@ def run(
         samples.step_s.append(slowest[3])
         samples.loss.append(float(table[:, 4].mean()))
         samples.learning_rate.append(learning_rate)
+        samples.skipped_updates.append(engine.skipped_steps - skipped)
         gc.collect()
         report(samples)
     gc.enable()

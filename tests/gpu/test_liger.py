@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ldft.training import data, deepspeed_config, engine, liger, model
+from ldft.training import data, deepspeed_config, engine, host_memory, liger, model
 from tests.gpu.machine import cuda_config, process_group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -79,14 +79,15 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ],
 )
 def test_trains_under_deepspeed_as_the_stock_model(group: None, overrides: tuple[str, ...]) -> None:
-    losses = []
+    losses: list[list[float]] = []
     for used in ("false", "true"):
         rate = 2e-2 if "lora=r8" in overrides else 2e-3
         beside = (f"optimizer.learning_rate={rate}", "data=repeat", "memory.pinning=none", f"kernels.liger={used}")
         config = cuda_config("model=nano", *SMALL, *overrides, *beside)
         settings = deepspeed_config.build(config)
-        network = model.build(config, settings, CUDA)
-        built = engine.build(config, network, settings)
+        arenas = host_memory.arenas_of(config, settings, 0)
+        network = model.build(config, settings, CUDA, arenas)
+        built = engine.build(config, network, settings, arenas)
         losses.append([])
         for iteration in range(5):
             for step in range(config.train.gradient_accumulation_steps):

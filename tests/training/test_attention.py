@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import metadata
 
 import pytest
@@ -157,3 +158,19 @@ def test_cudnn_gets_what_sdpa_gets_and_no_mask_for_a_full_causal_batch(machine, 
     assert len(calls) == network.config.num_hidden_layers
     network.set_attn_implementation("sdpa")
     torch.testing.assert_close(logits, network(input_ids=tokens).logits, atol=2e-2, rtol=2e-2)
+
+
+def test_of_torchs_reasons_only_those_of_cudnn_are_given() -> None:
+    said = ["Memory efficient kernel not used because:", "It is disabled.", "CuDNN attention kernel not used because:",
+            "one (Triggered internally at x.cpp:1.)", "two"]  # fmt: skip
+
+    def attend() -> torch.Tensor:
+        for text in said:
+            warnings.warn(text, stacklevel=1)
+        raise RuntimeError("No available kernel.  Aborting execution.")
+
+    assert cudnn_attention._reason(attend) == "one; two"
+    said = said[3:]
+    assert cudnn_attention._reason(attend) == "one; two"
+    said = []
+    assert cudnn_attention._reason(attend) == "torch gives no reason"

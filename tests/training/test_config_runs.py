@@ -67,6 +67,7 @@ def test_a_model_added_by_one_yaml_runs(ldft, tmp_path: Path, layers: int) -> No
     row = done.row
     assert row["cfg.model.num_layers"] == layers and row["cfg.model.family"] == "phi3"
     assert list(row.learning_rate) == pytest.approx([0.0, 1e-4, 0.5e-4])
+    assert list(row.skipped_updates) == [0, 0, 0]
     effective = json.loads(row.deepspeed_config_json)["zero_optimization"]
     assert (effective["stage"], effective.get("sub_group_size")) == ((3, 0) if offload == "seed" else (2, None))
 
