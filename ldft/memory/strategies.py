@@ -181,7 +181,8 @@ def placement_of(weights: Mapping[int, int]) -> Placement:
 
 def streams(config: Config) -> planner.Streams:
     """A step's traffic, by who updates."""
-    return planner.STOCK if config.optimizer.fused_step is False else planner.FUSED
+    # Under ZeRO-1/2 ldft's kernel is one pass of DeepSpeed's three.
+    return planner.STOCK if config.optimizer.fused_step is False or config.offload.stage != 3 else planner.FUSED
 
 
 def _bandwidths(config: Config, nodes: tuple[int, ...]) -> planner.Bandwidths:
