@@ -1,5 +1,6 @@
 #!/bin/sh
-# The tests of placement by role and of the update on several DeepSpeed releases, each in a folder of its own over the present environment:
+# The tests of placement by role and of the update on several DeepSpeed releases, each in a folder of its own over the
+# present environment:
 #   scripts/deepspeed_matrix.sh            0.19.5 and the newest
 #   scripts/deepspeed_matrix.sh 0.19.6     these
 # Needs a network. Each release compiles its operators first: about five minutes a release on two cores.
