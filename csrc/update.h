@@ -27,6 +27,7 @@ struct AdamW {
 };
 
 //   w = (1 - rate * weight decay) w - rate sign(beta1 m + (1 - beta1) g)        m = beta2 m + (1 - beta2) g
+// where zero has a sign, as in CPULion: a weight without gradient and momentum moves by the rate.
 struct Lion {
   float gradient_factor, beta1, beta2, rate, weight_decay;
 };

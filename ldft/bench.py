@@ -93,7 +93,8 @@ class Workers:
         self._processes: list[subprocess.Popen[str]] = []
         self.cores = [len(cores) for cores in cores_of_ranks(count)]
         for index, cores in enumerate(cores_of_ranks(count)):
-            threads = {"OMP_NUM_THREADS": str(len(cores)), "OMP_PROC_BIND": "true", "DS_ACCELERATOR": "cpu"}
+            # As ranks are started (launch.py).
+            threads = {"OMP_NUM_THREADS": str(len(cores)), "OMP_PROC_BIND": "false", "DS_ACCELERATOR": "cpu"}
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "ldft.bench_kernels", str(index)],

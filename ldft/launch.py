@@ -95,6 +95,8 @@ class Ranks:
                 "LOCAL_WORLD_SIZE": str(num_ranks),
                 "LDFT_RENDEZVOUS_DIR": self._rendezvous_dir,
                 "OMP_NUM_THREADS": str(num_cores),
+                # OpenMP would bind the main thread to one core, and with it every thread of ldft's own.
+                "OMP_PROC_BIND": "false",
                 "DS_ACCELERATOR": device,
                 "PATH": tools + os.pathsep + os.environ.get("PATH", os.defpath),
                 "PYTHONUNBUFFERED": "1",

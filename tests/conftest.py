@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -46,6 +47,13 @@ class Done:
 def options(group: str) -> list[str]:
     """The options of a config group."""
     return composition.groups()[group]
+
+
+def deepspeed_has_cpu_lion() -> bool:
+    """Whether DeepSpeed can run its CPULion without a GPU. From 0.19.8 on it can; before, its vector code was wrong besides."""
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None and spec.submodule_search_locations
+    return (Path(spec.submodule_search_locations[0]) / "ops/op_builder/cpu/cpu_lion.py").exists()
 
 
 def compose(*overrides: str) -> Config:

@@ -71,6 +71,19 @@ def test_kernels_do_what_they_are_named_after() -> None:
     assert len(streams.time("read", 1 << 16, 4)) == 4
 
 
+def test_the_update_is_measured_on_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    workers = bench.Workers(1)
+    try:
+        place = {"placement": {"kind": "bind", "nodes": (NODE,)}, "bytes": 1 << 16}
+        assert workers.ask(do="place", **place) == [{}]
+        workers.ask(do="time", kernel="adam", bytes=1 << 16, repeats=1)
+        # The update's threads inherit from the main one.
+        assert len(os.sched_getaffinity(workers._processes[0].pid)) == workers.cores[0]
+    finally:
+        workers.end()
+
+
 def test_node_sets_become_placements() -> None:
     assert NodeSet((2,)).placement == Placement(kind="bind", nodes=(2,)) and NodeSet((2,)).texts() == ("2", "")
     assert NodeSet((0, 3)).placement.kind == "interleave" and NodeSet((0, 3)).texts() == ("0,3", "1:1")

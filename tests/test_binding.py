@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ldft import binding, environment, results
+from ldft import binding, environment, launch, results
 from ldft.memory.topology import Topology, parse_list, read_topology
 from tests.memory.conftest import write
 
@@ -92,6 +92,14 @@ def test_addresses_are_those_that_sysfs_has(monkeypatch: pytest.MonkeyPatch) -> 
     assert environment.gpu_addresses() == ("0000:1a:00.0", "0000:1b:00.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8f2a")
     assert environment.gpu_addresses() == ("0000:1d:00.0", "0000:fe:00.0")
+
+
+def test_openmp_binds_no_rank_to_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    with launch.Ranks(tmp_path, 1, "cpu") as ranks:
+        (pid,) = ranks.pids
+        found = [line for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"PROC_BIND" in line]
+    assert found == [b"OMP_PROC_BIND=false"]
 
 
 def test_two_runs_at_once_do_not_meet(tmp_path: Path, command: Callable[..., list[str]]) -> None:

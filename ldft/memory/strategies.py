@@ -182,7 +182,8 @@ def placement_of(weights: Mapping[int, int]) -> Placement:
 def streams(config: Config) -> planner.Streams:
     """A step's traffic, by who updates."""
     fused = deepspeed_config.fuses_step(config, deepspeed_config.build(config))
-    return planner.FUSED if fused else planner.STOCK
+    # Under ZeRO-1/2 ldft's kernel is one pass of DeepSpeed's three.
+    return planner.FUSED if fused and config.offload.stage == 3 else planner.STOCK
 
 
 def _bandwidths(config: Config, nodes: tuple[int, ...]) -> planner.Bandwidths:

@@ -43,6 +43,10 @@ def _unfused(config: Config, settings: dict[str, Any]) -> str | None:
         for name in ("master_weights_and_grads", "optimizer_states"):
             if settings[section].get(f"{section}_{name}"):
                 return f"works in fp32, and offload.deepspeed has {section}.{section}_{name}"
+    if settings.get("torch_autocast", {}).get("enabled"):
+        return "torch_autocast scales gradients in passes of its own"
+    if settings.get("zero_force_ds_cpu_optimizer"):
+        return "offload.deepspeed has zero_force_ds_cpu_optimizer"
     further = settings["optimizer"]["params"].keys() - {"lr", "weight_decay", "betas", "eps"}
     if further:
         return f"has no {', '.join(sorted(further))}, which offload.deepspeed sets for DeepSpeed's"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -47,14 +47,12 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], aren
         own = (HostLion if config.optimizer.name == "lion" else HostAdamW)(trainable, **settings["optimizer"]["params"])
     elif config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
         own = DeviceLion(trainable, **settings["optimizer"]["params"])
-    with ExitStack() as building:
-        if fused:
-            building.enter_context(fused_step.construction())
-        if arenas is not None:
-            building.enter_context(construction.engine(arenas))
+    with construction.engine(arenas) if arenas is not None else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
         )
+    if fused:
+        fused_step.install(engine)
     if arenas is not None:
         rebinding.settle(engine, arenas)
         audit.check([*roles.tensors(engine)], arenas)

@@ -8,8 +8,6 @@ factor is noted instead of applied, and HostOptimizer does the rest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -19,7 +17,7 @@ from deepspeed.runtime.zero import stage3
 log = logging.getLogger(__name__)
 _Stock: Any = stage3.DeepSpeedZeroOptimizer_Stage3
 # What is overridden, and what the overrides call. Read in DeepSpeed 0.19.8.
-_NEEDED = (
+NEEDED = (
     "unscale_and_clip_grads",
     "_optimizer_step",
     "_reassign_or_swap_out_partitioned_parameters",
@@ -50,7 +48,10 @@ class FusedStage3(_Stock):
         self._rounded = weights.device.type == "cpu" and weights.dtype == torch.bfloat16
         group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
         master = self.fp32_partitioned_groups_flat[sub_group_id]
-        self.optimizer.update(master, group, self._gradient_factor, weights if self._rounded else None)
+        # By `step`, which torch's schedules watch.
+        group["params"] = [master]
+        self.optimizer.step(gradient_factor=self._gradient_factor, rounded=weights if self._rounded else None)
+        group["params"] = []
         self._gradient_factor = 1.0
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
@@ -60,17 +61,14 @@ class FusedStage3(_Stock):
             super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
 
 
-@contextmanager
-def construction() -> Iterator[None]:
-    """Around `deepspeed.initialize` with a HostOptimizer. In a release that has other names, DeepSpeed's chain of three runs, with
-    HostOptimizer's step as its second."""
-    missing = [name for name in _NEEDED if not hasattr(_Stock, name)]
+def install(engine: Any) -> None:
+    """Into an engine that was built around a HostOptimizer. Under ZeRO-1/2, and in a release that has other names, DeepSpeed's
+    chain of three remains, with HostOptimizer's step as its second."""
+    if type(engine.optimizer) is not _Stock:
+        return
+    missing = [name for name in NEEDED if not hasattr(_Stock, name)]
     if missing:
         log.warning("DeepSpeed %s has no %s: the update makes three passes", deepspeed.__version__, ", ".join(missing))
-        yield
         return
-    stage3.DeepSpeedZeroOptimizer_Stage3 = FusedStage3
-    try:
-        yield
-    finally:
-        stage3.DeepSpeedZeroOptimizer_Stage3 = _Stock
+    # What it overrides runs in steps only, so the object need not be built as one; no name of DeepSpeed's is patched.
+    engine.optimizer.__class__ = FusedStage3

@@ -1,8 +1,9 @@
 """AdamW and Lion over fp32 weights in host memory, by the native code (csrc/update.cpp): one pass, with the gradient's factor and
 the 16-bit copy of the weights in it.
 
-Results equal those of DeepSpeed's CPUAdam and CPULion bit for bit, on CPUs with FMA; state has their names, so that DeepSpeed's
-checkpoints hold for both. Nothing is compiled at run time.
+Results equal those of DeepSpeed's CPUAdam and CPULion bit for bit, on CPUs with FMA (CPULion's from 0.19.8 on: before, its vector
+code took steps of other sizes); state and groups have their names, so that each goes on from the other's checkpoints. Nothing is
+compiled at run time.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ class HostOptimizer(torch.optim.Optimizer):
     fp32_optimizer_states = True  # as DeepSpeed's name it
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Update every parameter that has a gradient. Takes no closure."""
+    def step(self, closure: Any = None, **more: Any) -> None:
+        """Update every parameter that has a gradient; more: of `update`. Takes no closure."""
         assert closure is None
         for group in self.param_groups:
             for weights in group["params"]:
                 if weights.grad is not None:
-                    self.update(weights, group)
+                    self.update(weights, group, **more)
 
     def update(
         self,
@@ -80,7 +81,9 @@ class HostAdamW(HostOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        # Not read here: CPUAdam needs it of a checkpoint.
+        super().__init__(params, defaults | {"bias_correction": True})
         self._powers: dict[float, tuple[int, np.float32]] = {}
 
     def _apply(

@@ -69,6 +69,12 @@ def load(config: Config, say: Callable[[str], None]) -> None:
         else:
             Builder = get_accelerator().get_op_builder(name)
         builder = Builder()
+        if builder.name == "deepspeed_not_implemented":
+            raise ConfigError(
+                "optimizer.fused_step",
+                f"false: DeepSpeed {metadata.version('deepspeed')} has no {name.removesuffix('Builder')} without a GPU; "
+                "leave it at null",
+            )
         if name == "AsyncIOBuilder" and not builder.is_compatible(verbose=False):
             raise ConfigError(
                 "offload",

@@ -149,6 +149,12 @@ WRONG = {
     "optimizer.fused_step=true offload.deepspeed.optimizer.params.adam_w_mode=false": [
         "optimizer.fused_step: true: has no adam_w_mode"
     ],
+    "optimizer.fused_step=true offload.deepspeed.torch_autocast.enabled=true": [
+        "optimizer.fused_step: true: torch_autocast scales gradients"
+    ],
+    "optimizer.fused_step=true offload.deepspeed.zero_force_ds_cpu_optimizer=true": [
+        "optimizer.fused_step: true: offload.deepspeed has zero_force_ds_cpu_optimizer"
+    ],
     "optimizer.name=sgd": ["optimizer.name: 'sgd' does not exist; use adamw or lion"],
     "train.loss_scale=8": ["train.loss_scale: 8 has no use with train.precision=bf16", "fp16"],
     "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],

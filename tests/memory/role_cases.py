@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from ldft.config import Device, from_dict
 from ldft.errors import LdftError
 from ldft.memory import audit, roles
-from ldft.training import construction, data, deepspeed_config, host_memory, model, operators, rebinding
+from ldft.training import construction, data, deepspeed_config, fused_step, host_memory, model, operators, rebinding
 from ldft.training import engine as engines
 
 
@@ -113,13 +113,13 @@ def main() -> None:
         world_size=world_size,
     )
     said = {}
-    methods = dict(construction.METHODS)
+    methods, needed = dict(construction.METHODS), fused_step.NEEDED
     untouched = [getattr(DeepSpeedZeroOptimizer_Stage3, method) for method in methods] + [Init._partition_param]
     for name, case in cases.items():
         # As in a release that has other names for them.
-        construction.METHODS = {
-            f"{method}_renamed" if case.get("hide") else method: methods[method] for method in methods
-        }
+        renamed = "_renamed" if case.get("hide") else ""
+        construction.METHODS = {f"{method}{renamed}": methods[method] for method in methods}
+        fused_step.NEEDED = tuple(f"{method}{renamed}" for method in needed)
         said[name] = train(case, rank, folder / name)
         now = [getattr(DeepSpeedZeroOptimizer_Stage3, method) for method in methods] + [Init._partition_param]
         said[name]["patched_afterwards"] = now != untouched

@@ -10,9 +10,9 @@ import pytest
 from ldft import placement_view
 from ldft.config import Config
 from ldft.errors import ConfigError
-from ldft.memory import estimate, hardware
+from ldft.memory import estimate, hardware, planner
 from ldft.memory.policy import Placement, PlacementError
-from ldft.memory.strategies import ROLES, assign
+from ldft.memory.strategies import ROLES, assign, streams
 from ldft.memory.topology import Node, Topology
 from tests.conftest import compose
 
@@ -126,6 +126,12 @@ def test_optimal_finds_the_machines_profile_and_says_how_to_make_one(
     with pytest.raises(ConfigError, match=r"cannot be read; measure again"):
         assign(config("optimal"), machine())
     assert assign(config("optimal", BANDWIDTH), machine())[0]["momentum"].nodes  # by hand wins
+
+
+def test_the_plan_counts_the_passes_that_are_made() -> None:
+    assert streams(config("optimal")) is planner.FUSED
+    for more in ("optimizer.fused_step=false", "offload=optimizer"):
+        assert streams(config("optimal", more)) is planner.STOCK
 
 
 @pytest.mark.parametrize("strategy", ["naive_interleaving", "cxl_aware", "striped", "optimal"])
