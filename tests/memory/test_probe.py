@@ -120,7 +120,8 @@ def test_a_live_process_agrees_with_the_kernels_own_sums(huge):
     region.touch([([(0, size, -1)], [], 2)])
     after = process_memory(os.getpid())
     grown = sum(node.anonymous for node in after.nodes.values()) - sum(node.anonymous for node in before.nodes.values())
-    assert grown == pytest.approx(size, abs=1 << 20)
+    # What threads and Python take for themselves meanwhile is another MiB or two; a page counted twice would be 64.
+    assert grown == pytest.approx(size, abs=4 << 20)
     smaps = Path("/proc/self/smaps").read_text()
     rss = sum(int(line.split()[1]) * 1024 for line in smaps.splitlines() if line.startswith("Rss:"))
     assert after.total == pytest.approx(rss, rel=0.02, abs=2 << 20)

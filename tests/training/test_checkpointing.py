@@ -379,11 +379,11 @@ def test_slots_of_one_registration_each_where_the_arena_would_span_several(monke
 
 
 def test_runs_of_the_command_line_have_the_losses_of_checkpointing_on_the_device(tmp_path: Path) -> None:
-    """Every way to offload, accumulation, groups and two ranks; under ZeRO-3 its hooks fetch weights in the recomputation too."""
+    """Offload of all and of the optimizer, accumulation, groups and two ranks; under ZeRO-3 its hooks fetch weights in the recomputation too."""
     base = ["model=nano", "model.num_layers=5", "data=repeat", "seq_len.tokens=64", "optimizer.learning_rate=2e-3"]
     base += ["train.gradient_accumulation_steps=2", "train.iterations=3", "train.warmup_iterations=1"]
     grids = (
-        ["offload=full,optimizer,none", "checkpointing=cpu,gpu"],
+        ["offload=full,optimizer", "checkpointing=cpu,gpu"],
         ["launch.num_ranks=2", "checkpointing=cpu", "checkpointing.every=2"],
         ["launch.num_ranks=2", "checkpointing=gpu"],
     )
@@ -392,7 +392,7 @@ def test_runs_of_the_command_line_have_the_losses_of_checkpointing_on_the_device
         done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     rows = results.read(tmp_path)
-    assert len(rows) == 8
+    assert len(rows) == 6
     keys = ["cfg.offload.stage", "cfg.offload.parameters", "cfg.launch.num_ranks"]
     losses = set()
     for key, same in rows.groupby(keys):
