@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import statistics
 import time
@@ -79,6 +80,7 @@ def run(
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= nodes.columns(reports, row["hosts"][0])
         row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
+        row["notes"] += _diverged(row)
         row["parent_s"] = -waited_s  # to which _row adds the whole
     return Outcome(row["status"], row, folder / results.ROW_FILE)
 
@@ -181,6 +183,16 @@ def _run_ranks(
     return exits, decision, waited_s
 
 
+def _diverged(row: dict[str, Any]) -> list[str]:
+    """What to say where the loss became NaN or infinite; times are right all the same."""
+    for iteration, loss in enumerate(row.get("loss") or [], 1):
+        if not math.isfinite(loss):
+            return [
+                f"the loss is {loss} in iteration {iteration}: training diverged; use a smaller optimizer.learning_rate"
+            ]
+    return []
+
+
 def _judged(decision: verdict.Verdict, folder: Path, results_dir: Path) -> dict[str, Any]:
     return {
         "status": decision.status,
@@ -253,7 +265,8 @@ def summary(outcome: Outcome, config: Config) -> str:
         ]
     reports = [attempt.rank_report(outcome.row_path.parent, rank) for rank in range(config.launch.num_ranks)]
     lines += nodes.lines(row, reports)
-    lines += [f"ldft: note: {note}" for note in row.get("notes") or []]
+    diverged = _diverged(row)
+    lines += [f"ldft: {'warning' if note in diverged else 'note'}: {note}" for note in row.get("notes") or []]
     what = f"{config.model.name} {config.seq_len.tokens} tokens {row['device_type']} x{config.launch.num_ranks}"
     lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
     if outcome.status != "ok":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import duckdb
 
+from ldft import runner
+
 
 def test_a_run_leaves_one_ok_row(ldft) -> None:
     done = ldft()
@@ -15,3 +17,12 @@ def test_a_run_leaves_one_ok_row(ldft) -> None:
     files = str(done.results_dir / "*" / "attempt-*" / "row.parquet")
     found = duckdb.connect().execute(f"select status, tokens_per_s from read_parquet('{files}')").fetchall()
     assert found == [("ok", row.tokens_per_s)]
+
+
+def test_a_loss_that_is_no_number_is_said_and_kept(ldft) -> None:
+    done = ldft("optimizer.learning_rate=1e39")
+    assert done.exit_code == 0 and done.row.status == "ok", done.stdout + done.stderr
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("ldft: warning: the loss is ")]
+    assert warnings == [f"ldft: warning: {note}" for note in done.row.notes] and len(warnings) == 1
+    assert " in iteration 2: " in warnings[0] or " in iteration 3: " in warnings[0]
+    assert runner._diverged({"loss": [1.0, 2.0]}) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -31,7 +30,7 @@ class MemoryConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for what is wrong on any machine."""
-        if not (self.capacity_gib >= 0 and math.isfinite(self.capacity_gib)):
+        if self.capacity_gib < 0:
             raise ConfigError(
                 "memory.capacity_gib", f"{self.capacity_gib:g} is no size; use 0 (what the kernel says) or GiB above 0"
             )

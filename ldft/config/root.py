@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -78,6 +79,9 @@ class Config:
 
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
+        for key, value in flatten(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(key, f"{value} is not finite; use a number")
         for part in (
             self.model,
             self.offload,
