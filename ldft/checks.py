@@ -8,7 +8,7 @@ from pathlib import Path
 from ldft import environment, swap
 from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
-from ldft.memory import strategies
+from ldft.memory import shapes, strategies
 from ldft.memory.topology import read_topology
 from ldft.training import attention, deepspeed_config, liger, shards, text
 
@@ -42,6 +42,7 @@ def check_machine(config: Config) -> None:
             )
     attention.choose(config)
     liger.wanted(config)
+    shapes.check_adapted(config)
 
 
 def check_inputs(config: Config, *, fetch: bool) -> None:

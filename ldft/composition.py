@@ -66,6 +66,9 @@ def groups() -> dict[str, list[str]]:
 def check_overrides(overrides: list[str]) -> None:
     """Raise ConfigError for what Hydra answers with an error of no own type: a number where an option's name belongs."""
     known = groups()
+    typed = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    if typed.get("lora.rank") == "0" and "none" not in typed.get("lora", "none").split(","):
+        raise ConfigError("lora.rank", f"0 contradicts lora={typed['lora']}; use lora=none, or a rank of 1 or more")
     for override in overrides:
         key, equals, values = override.partition("=")
         if equals and not key:

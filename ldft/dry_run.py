@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ldft import checks, environment, fit, placement_view
+from ldft import checks, environment, fit, placement_view, runner
 from ldft.binding import cores_of_ranks
 from ldft.config import Config, DataKind, Device, Weights, run_id
 from ldft.memory import estimate, shapes, vram
@@ -110,5 +110,5 @@ def _bytes(config: Config) -> list[str]:
 
 
 def _files(config: Config) -> list[str]:
-    folder = Path(config.results.dir).expanduser().absolute() / run_id(config) / "attempt-<n>"
+    folder = runner.results_dir(config) / run_id(config) / "attempt-<n>"
     return [f"files: {folder}/", "  config.json started.json rank-<r>.json worker-<r>.log row.parquet"]

@@ -101,7 +101,9 @@ def prepare(config: Config) -> Path:
 
 
 def results_dir(config: Config) -> Path:
-    """The results folder, which need not exist yet."""
+    """The results folder, which need not exist yet. Raises ConfigError where none is named."""
+    if not config.results.dir.strip():
+        raise ConfigError("results.dir", "empty; name a folder, e.g. results")
     return Path(config.results.dir).expanduser().absolute()
 
 
@@ -187,9 +189,7 @@ def _diverged(row: dict[str, Any]) -> list[str]:
     """What to say where the loss became NaN or infinite; times are right all the same."""
     for iteration, loss in enumerate(row.get("loss") or [], 1):
         if not math.isfinite(loss):
-            return [
-                f"the loss is {loss} in iteration {iteration}: training diverged; use a smaller optimizer.learning_rate"
-            ]
+            return [f"the loss is {loss} in iteration {iteration}: it diverged; use a smaller optimizer.learning_rate"]
     return []
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ldft.config import Config, ModelConfig
+from ldft.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,16 @@ def trained_sizes(config: Config) -> Counter[int]:
     if "lm_head" in named:
         sizes.update((rank * model.hidden_size, rank * model.vocab_size))
     return sizes
+
+
+def check_adapted(config: Config) -> None:
+    """Raise ConfigError where lora.target_modules names what the model has not. Of other families' modules peft is the judge."""
+    known = [*linears(config.model), "lm_head"]
+    for name in config.lora.target_modules if config.model.family in FAMILIES else ():
+        if name not in known:
+            raise ConfigError(
+                "lora.target_modules", f"'{name}' is no linear layer of {config.model.name}; use {', '.join(known)}"
+            )
 
 
 def frozen_sizes(config: Config) -> Counter[int]:

@@ -194,9 +194,16 @@ WRONG = {
     "kernels.liger=true launch.device=cpu": ["kernels.liger: true needs launch.device=cuda, not cpu", "use false"],
     "kernels.liger=1.5": ["kernels.liger: '1.5'", "true or false"],
     "lora.rank=-1": ["lora.rank: -1 is negative", "0 for none"],
+    "lora=r16 lora.rank=0": ["lora.rank: 0 contradicts lora=r16", "use lora=none"],
     "lora.alpha=16": ["lora.alpha: 16.0 has no use without adapters", "lora=r16"],
     "lora=r8 lora.dropout=1": ["lora.dropout: 1 is out of range", "0 to below 1"],
     "lora=r8 lora.target_modules=q_proj": ["lora.target_modules: 'q_proj'", "a list of texts", "[a,b]"],
+    "lora=r8 lora.target_modules=[q_projj]": [
+        "lora.target_modules: 'q_projj' is no linear layer of",
+        "use q_proj, k_proj",
+    ],
+    "model.family=phi3 lora=r8 lora.target_modules=[o_proj,q_proj]": ["'q_proj' is no linear", "use qkv_proj, o_proj"],
+    "lora=r8 lora.target_modules=[wq] dry_run=true": ["lora.target_modules: 'wq'", "down_proj, lm_head"],
     "snapshot=true launch.device=cpu": ["snapshot: true needs launch.device=cuda"],
     # DeepSpeed's keys
     "offload.deepspeed.gradient_cliping=1": ["offload.deepspeed.gradient_cliping", "gradient_clipping"],
@@ -237,6 +244,8 @@ WRONG = {
     f"{TEXT} data.path=$F/content.parquet": ["data.path:", "no column text (it has content)"],
     f"{TEXT} data.tokenizer=$F/bare": ["data.tokenizer: no tokenizer.json in"],
     f"{TEXT} data.tokenizer=$F/tokenizer model.vocab_size=64": ["data.tokenizer:", "70 tokens, model.vocab_size is 64"],
+    "results.dir=": ["results.dir: empty; name a folder"],
+    "results.dir= dry_run=true": ["results.dir: empty; name a folder"],
     "results.dir=/proc/nowhere": ["results.dir: cannot create /proc/nowhere", "choose a folder you can write"],
     "results.dir=$F/good.txt": ["results.dir: cannot create", "good.txt"],
 }
