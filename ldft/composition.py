@@ -92,12 +92,13 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
     if path and isinstance(cause, InterpolationResolutionError):
         return f"{path[1]}: {reason}; name a key that exists, or quote the text"
     if path and re.search(r"Key '.*' (?:is not in struct|not in )", str(cause)):
-        return _unknown_key(path[1], _value_of(path[1], overrides))
+        return _unknown_key(path[1], _typed(path[1], overrides)[0])
     if path:
         file = re.search(r"In '([^']+)'", text)
         where = f" in {file[1]}" if file and file[1] != "config" else ""
         quoted = re.search(r"[Vv]alue '(.*?)'", reason)
-        value = _value_of(path[1], overrides) or (quoted[1] if quoted else "the value")
+        typed, exactly = _typed(path[1], overrides)
+        value = (typed if exactly or not quoted else quoted[1]) or "the value"
         return f"{path[1]}: '{value}'{where} does not fit; give {_expected(path[1])}"
     ambiguous = re.search(r"Ambiguous value for argument '(.+)'", text)
     if ambiguous:
@@ -106,13 +107,14 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
     return " ".join(text.split())
 
 
-def _value_of(path: str, overrides: list[str]) -> str:
-    """What the user typed for a key, or for what it lies in."""
-    for override in reversed(overrides):
-        key, _, value = override.lstrip("+~").partition("=")
-        if path == key or path.startswith((f"{key}.", f"{key}[")):
-            return value
-    return ""
+def _typed(path: str, overrides: list[str]) -> tuple[str, bool]:
+    """What the user typed for a key, or else for the nearest that it lies in; and whether it was for the key itself."""
+    found = ("", "")
+    for key, _, value in (override.lstrip("+~").partition("=") for override in overrides):
+        if (path == key or path.startswith((f"{key}.", f"{key}["))) and len(key) >= len(found[0]):
+            found = key, value
+    key, value = found
+    return value, bool(key) and path.partition("[")[0] == key
 
 
 def _missing(error: MissingConfigException) -> str:
@@ -202,6 +204,8 @@ def _expected(path: str) -> str:
         return f"one of {', '.join(kind.__members__)}"
     if kind == list[str]:
         return f"a list of texts, as in {path.split('[')[0]}=[a,b]"
+    if kind == list[int]:
+        return f"a list of whole numbers, as in {path.split('[')[0]}=[0,1]"
     if get_origin(kind) is list:
         return f"a list of numbers, as in {path.split('[')[0]}=[0.9,0.95]"
     if get_origin(kind) is dict:
