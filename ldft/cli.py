@@ -7,8 +7,10 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -16,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldft import cell, composition, runner
 from ldft.config import from_dict
 from ldft.environment import CONF_DIR
-from ldft.errors import InternalError, LdftError, ResultsError
+from ldft.errors import ConfigError, InternalError, LdftError, ResultsError
 from ldft.history import History
 
 composition.register()
@@ -70,6 +72,22 @@ def _overrides() -> list[str]:
     return [argument for argument in sys.argv[1:] if not argument.startswith("-")]
 
 
+def _options_first(arguments: list[str]) -> list[str]:
+    """The same arguments as Hydra's parser takes them: it wants all overrides in one place. Raises ConfigError, one line, where it
+    would print its usage."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError("command line", f"{message}; see python -m ldft --help")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    known, further = parser.parse_known_intermixed_args(arguments)
+    if unknown := [argument for argument in further if argument.startswith("-")]:
+        refuse(f"there is no option {unknown[0]}")
+    overrides = [*known.overrides, *further]
+    return [argument for argument in arguments if argument not in overrides] + overrides
+
+
 def _report(error: Exception) -> int:
     """Say an error in one line; returns the exit code. What is of no own type is a bug of ours and keeps its traceback."""
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -89,6 +107,7 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     exit_codes.clear()
     try:
+        sys.argv = [sys.argv[0], *_options_first(sys.argv[1:])]
         composition.check_overrides(_overrides())
         _task()
     except KeyboardInterrupt:

@@ -250,7 +250,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if not Path(arguments.results_dir).is_dir():
-            raise ResultsError(f"{arguments.results_dir} is not a folder; name the results.dir of a run")
+            print(f"ldft: {arguments.results_dir} is not a folder; name the results.dir of a run", file=sys.stderr)
+            return 2
         if arguments.command == "export":
             _export(arguments.results_dir, arguments.output)
         else:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ldft import attempt
-from ldft.errors import LdftError, ResultsError
+from ldft.errors import LdftError
 from ldft.history import History
 from ldft.plan import Cell, Plan, load_plans
 from ldft.sweep_view import Clock, at_work, columns, measured, report_lines
@@ -48,20 +48,26 @@ def lines(plan: Plan, history: History) -> list[str]:
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 1 where there is nothing to show."""
+    """Returns the exit code: 0, 2 where the folder or the sweep does not exist, 1 where it cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m ldft.status", description="Show where a sweep stands.")
     parser.add_argument("results_dir", nargs="?", default="results", help="default: results")
     parser.add_argument("--sweep", help="its name; default: the one that was begun last")
     parser.add_argument("--watch", action="store_true", help="show it again every two seconds, until Ctrl-C")
     arguments = parser.parse_args()
     folder = Path(arguments.results_dir)
+    if not folder.is_dir():
+        print(f"ldft: {folder} is not a folder; name the results.dir of a sweep", file=sys.stderr)
+        return 2
     history = History(folder)
     try:
         while True:
             history.refresh()
             plans = [plan for plan in load_plans(folder) if arguments.sweep in (None, plan.name)]
             if not plans:
-                raise ResultsError(f"{folder} holds no sweep{f' {arguments.sweep}' if arguments.sweep else ''}")
+                print(
+                    f"ldft: {folder} holds no sweep{f' {arguments.sweep}' if arguments.sweep else ''}", file=sys.stderr
+                )
+                return 2
             text = lines(plans[0], history)
             if arguments.watch:
                 print("\x1b[2J\x1b[H", end="")

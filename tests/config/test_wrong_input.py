@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ldft import cli, environment, results, runner
+from ldft import cli, environment, results, runner, status
 from tests.conftest import Done
 
 CLI = Callable[..., Done]
@@ -100,6 +100,10 @@ WRONG = {
     "offload.deepspeed=3": ["offload.deepspeed: '3'", "keys and values"],
     "train=3": ["train: '3'", "a key below it, of micro_batch_size"],
     "model": ["model: not of the form key=value"],
+    "model=nano -m sweep.budget=-1": ["sweep.budget: -1 is negative"],
+    "model=nano -m sweep.repeats=-1": ["sweep.repeats: -1"],
+    "model=nano --multi-run": ["command line: there is no option --multi-run; see python -m ldft --help"],
+    "--cfg=nothing model=nano": ["command line: argument --cfg/-c: invalid choice: 'nothing'"],
     "=3": ["command line: '=3' has no key"],
     "system={": ["system: cannot read {", "quote"],
     "system=${nowhere}": ["system: Interpolation key 'nowhere' not found", "name a key that exists"],
@@ -324,3 +328,13 @@ def test_rows_of_invalid_runs_can_be_read_back(ldft: CLI) -> None:
         ldft(f"seq_len.tokens={value}")
     rows = results.read(ldft("seq_len.tokens=-1").results_dir)
     assert list(rows.status) == ["invalid"] * 3 and rows.run_id.nunique() == 3
+
+
+def test_other_commands_refuse_a_folder_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for main, arguments in ((status.main, ()), (results.main, ("export", "--csv")), (results.main, ("compact",))):
+        monkeypatch.setattr(sys, "argv", ["ldft", *arguments, "/proc/nowhere"])
+        assert main() == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("ldft: /proc/nowhere is not a folder; name") and err.count("\n") == 1
