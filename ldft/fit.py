@@ -79,12 +79,21 @@ def _check_host(config: Config) -> None:
     if need > free.bytes:
         roles = estimate.host_bytes(config) | estimate.other_bytes(config)
         parts = {name: config.launch.num_ranks * size for name, size in roles.items()}
-        raise _refusal("host memory", need, f"{free.bytes / GIB:.1f} GiB free by {free.limit}", parts)
+        raise _refusal(
+            "host memory", need, f"{free.bytes / GIB:.1f} GiB free by {free.limit}", parts, _largest_on_device(config)
+        )
+
+
+def _largest_on_device(config: Config) -> str:
+    parts = vram.device_bytes(config)
+    return max(parts, key=lambda name: parts[name])
 
 
 def available(config: Config) -> Free:
-    """What all ranks together may touch."""
-    return free_memory(int(config.memory.capacity_gib * GIB) or None)
+    """What all ranks together may touch: no more than memory.capacity_gib, where that is less than there is."""
+    capacity = int(config.memory.capacity_gib * GIB)
+    free = free_memory(capacity or None)
+    return Free(bytes=capacity, limit="memory.capacity_gib") if 0 < capacity < free.bytes else free
 
 
 def _check_nodes(config: Config, topology: Topology) -> None:
@@ -115,10 +124,11 @@ def _strict_shares(placement: Placement) -> Mapping[int, float]:
     return {} if placement.kind in ("default", "preferred") else placement.shares() or {}
 
 
-def _refusal(what: str, need: float, have: str, parts: Mapping[str, float]) -> DoesNotFitError:
+def _refusal(what: str, need: float, have: str, parts: Mapping[str, float], on_device: str = "") -> DoesNotFitError:
+    """on_device: what is largest in the device part, which without a GPU lies in host memory."""
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
     terms = ", ".join(f"{name} {parts[name] / GIB:.1f}" for name in largest)
-    remedy = _REMEDIES.get(largest[0], _STATES)
+    remedy = _REMEDIES.get(on_device if largest[0] == "device part" else largest[0], _STATES)
     growing = "; set memory.capacity_gib where the machine grows as memory is touched" if "Mem" in have else ""
     return DoesNotFitError(
         "force",

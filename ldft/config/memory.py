@@ -26,7 +26,8 @@ class MemoryConfig:
     """Ask the kernel for transparent huge pages in ldft's arenas."""
 
     capacity_gib: float = 0.0
-    """This machine's memory, GiB, for virtual machines that show less and grow as it is touched; 0: what the kernel says."""
+    """This machine's memory, GiB, for virtual machines that show less and grow as it is touched; 0: what the kernel says. Less than
+    what is free: runs that are expected to take more are refused."""
 
     def validate(self) -> None:
         """Raise ConfigError for what is wrong on any machine."""

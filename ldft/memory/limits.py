@@ -34,10 +34,11 @@ def free_memory(
     """
     info = read_meminfo(proc / "meminfo")
     total, available = info.get("MemTotal", 0), info.get("MemAvailable", info.get("MemFree", 0))
+    limit = "MemAvailable"
     if capacity_bytes is not None and capacity_bytes > total:
         available += capacity_bytes - total
-        total = capacity_bytes
-    best = Free(bytes=max(0, available - min(RESERVE_MOST, total // RESERVE_SHARE)), limit="MemAvailable")
+        total, limit = capacity_bytes, "memory.capacity_gib"
+    best = Free(bytes=max(0, available - min(RESERVE_MOST, total // RESERVE_SHARE)), limit=limit)
     left = cgroup_left(proc, cgroups)
     return (
         Free(bytes=max(0, left), limit="the cgroup's memory limit") if left is not None and left < best.bytes else best

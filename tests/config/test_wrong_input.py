@@ -195,6 +195,16 @@ WRONG = {
         "largest: ",
         "or force=true",
     ],
+    "memory.capacity_gib=0.1": [
+        "force: false, and host memory",
+        "0.1 GiB free by memory.capacity_gib (largest:",
+        "or force",
+    ],
+    "seq_len.tokens=999999999": [
+        "GiB expected",
+        "largest: device part",
+        "use a shorter seq_len or a smaller train.micro",
+    ],
     "launch.device=cuda": ["launch.device: cuda: no NVIDIA GPU", "launch.device=cpu"],
     "attention=flash": ["attention: 'flash' does not exist", "use one of auto, eager", "sdpa_cudnn"],
     "attention=sdpa_cudnn launch.device=cpu": ["attention.kind: sdpa_cudnn needs launch.device=cuda", "use sdpa"],
