@@ -31,7 +31,7 @@ def describe(config: Config) -> str:
     settings = deepspeed_config.build(config)
     lines = ["ldft: dry run: nothing is started or written", *_what(config), *_processes(config, asked)]
     lines += [
-        *(f"note: {note}" for note in moved.notes(config, settings)),
+        *(f"note: {note}" for note in [*moved.notes(config, settings), *placement_view.notes(config)]),
         *_bytes(config),
         *placement_view.lines(config, read_topology()),
         *_files(config),

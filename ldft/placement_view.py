@@ -31,6 +31,21 @@ def lines(config: Config, topology: Topology) -> list[str]:
     return found
 
 
+def notes(config: Config) -> list[str]:
+    """What was said about placement and changes nothing here. No error: in a sweep, the same keys hold for every policy."""
+    numa, sizes = config.numa, estimate.host_bytes(config)
+    found = [
+        f"numa.{key}={getattr(numa, key):g} changes nothing with numa={numa.name}, which has no budget; cxl_aware, striped and "
+        "optimal have"
+        for key in ("local_budget_gib", "cxl_budget_gib")
+        if getattr(numa, key) and numa.strategy.name not in ("cxl_aware", "striped", "optimal")
+    ]
+    absent = [role for role in numa.roles.placements() if not sizes.get(role)]
+    if absent:
+        found.append(f"numa.roles: no {', no '.join(absent)} in host memory here, so nothing is placed for that")
+    return found
+
+
 def modelled_s(config: Config, topology: Topology) -> dict[str, float]:
     """Seconds of a step's traffic to host memory by phase; empty where bandwidths or the nodes of a role are not known."""
     known = hardware.bandwidths(config.numa.bandwidth)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldft import attempt, checks, environment, fit, launch, nodes, results, stop, swap, verdict
+from ldft import attempt, checks, environment, fit, launch, nodes, placement_view, results, stop, swap, verdict
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError
@@ -70,7 +70,7 @@ def run(
         row |= fit.predictions(config)
         fit.check(config)
         restore_kernel_weights()  # what a run that died may have left
-        row["notes"] = moved.notes(config, deepspeed_config.build(config))
+        row["notes"] = [*moved.notes(config, deepspeed_config.build(config)), *placement_view.notes(config)]
         if show:
             exits, decision, waited_s = _run_ranks(config, folder, show)
         else:

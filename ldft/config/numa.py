@@ -131,6 +131,11 @@ class NumaConfig:
         """Raise ConfigError for what is wrong on any machine."""
         self.placement.validate("numa")
         for role, placement in self.roles.placements().items():
+            if placement.weights and not placement.nodes:
+                raise ConfigError(
+                    f"numa.roles.{role}.weights",
+                    f"{list(placement.weights)} without nodes; add numa.roles.{role}.nodes, one for each weight",
+                )
             placement.validate(f"numa.roles.{role}")
         for key in ("local_budget_gib", "cxl_budget_gib"):
             if not getattr(self, key) >= 0:

@@ -182,6 +182,9 @@ WRONG = {
         "use a policy of scope process",
     ],
     "numa.roles.moments.nodes=[0]": ["numa.roles.moments: no such key", "did you mean numa.roles.momentum?"],
+    "numa.roles.momentum.weights=[2]": [
+        "numa.roles.momentum.weights: [2] without nodes; add numa.roles.momentum.nodes"
+    ],
     "numa.local_budget_gib=-1": ["numa.local_budget_gib: -1 is negative", "use 0 for all there is"],
     "numa.local_nodes=[0] numa.cxl_nodes=[0]": ["numa.cxl_nodes: node 0 is in numa.local_nodes, too"],
     "numa=local_only numa.local_nodes=[99]": ["numa.local_nodes: node 99 does not exist", "choose from those"],
@@ -348,3 +351,19 @@ def test_other_commands_refuse_a_folder_that_is_not_there(
         assert main() == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("ldft: /proc/nowhere is not a folder; name") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "note"),
+    {
+        "numa.local_budget_gib=10": "note: numa.local_budget_gib=10 changes nothing with numa=default",
+        "numa=local_only numa.cxl_budget_gib=10": "note: numa.cxl_budget_gib=10 changes nothing with numa=local_only",
+        "offload=none numa.roles.momentum.nodes=[0]": "note: numa.roles: no momentum in host memory here",
+        "numa.roles.momentum.nodes=[0]": "",
+    }.items(),
+)
+def test_what_changes_nothing_is_noted(typed: str, note: str, ldft: CLI) -> None:
+    """In a sweep over policies the same keys hold for all of them: no error."""
+    done = ldft("dry_run=true", "model=nano", *typed.split())
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    assert done.exit_code == 0 and len(notes) == bool(note) and all(line.startswith(note) for line in notes)
