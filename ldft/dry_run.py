@@ -6,19 +6,17 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from ldft import checks, environment, fit, placement_view, runner
 from ldft.binding import cores_of_ranks
-from ldft.config import Config, DataKind, Device, Weights, run_id
+from ldft.config import Config, DataKind, Device, OffloadDevice, Weights, run_id
 from ldft.memory import estimate, shapes, vram
 from ldft.memory.topology import read_topology
+from ldft.placement_view import gib
 from ldft.training import attention, deepspeed_config, liger, moved
 
 _LIST_RANKS = 4
-
-
-def gib(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB"
 
 
 def describe(config: Config) -> str:
@@ -29,7 +27,7 @@ def describe(config: Config) -> str:
     checks.check_machine(config)
     checks.check_inputs(config, fetch=False)
     settings = deepspeed_config.build(config)
-    lines = ["ldft: dry run: nothing is started or written", *_what(config), *_processes(config, asked)]
+    lines = ["ldft: dry run: nothing is started or written", *_what(config, settings), *_processes(config, asked)]
     lines += [
         *(f"note: {note}" for note in [*moved.notes(config, settings), *placement_view.notes(config)]),
         *_bytes(config),
@@ -41,7 +39,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _what(config: Config) -> list[str]:
+def _what(config: Config, settings: dict[str, Any]) -> list[str]:
     model, train = config.model, config.train
     exact = "" if model.family in shapes.FAMILIES else "about "
     weights = f"pretrained, from {model.path or 'the hub: ' + model.hf_id}"
@@ -53,9 +51,18 @@ def _what(config: Config) -> list[str]:
         f"model: {model.name}, {model.family}, {model.num_layers} layers, {exact}{shapes.num_parameters(model):,} parameters",
         f"weights: {weights}; data: {data}",
         f"attention: {attention.choose(config).name}; Liger Kernel: {'yes' if liger.wanted(config) else 'no'}; {_trained(config)}",
+        f"update: {config.optimizer.name}, {_updated_by(config, settings)}",
         f"iteration: {sequences} sequences of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} tokens, "
         f"{train.iterations} iterations of which {train.warmup_iterations} warm-up, {train.precision.name}",
     ]
+
+
+def _updated_by(config: Config, settings: dict[str, Any]) -> str:
+    if deepspeed_config.fuses_step(config, settings):
+        return "by ldft's fused step in host memory"
+    if config.offload.optimizer is OffloadDevice.none:
+        return "on the device" if config.launch.device is Device.cuda else "in host memory in the device's place"
+    return "by DeepSpeed's own step in host memory"
 
 
 def _trained(config: Config) -> str:
@@ -103,9 +110,13 @@ def _bytes(config: Config) -> list[str]:
         f"GPUs: {len(environment.gpus())}{f' of {vram_gib:.1f} GiB' if vram_gib else ''}"
     )
     try:
-        fit.check(config)
+        fit.examine(config)
     except fit.DoesNotFitError as error:
-        lines.append(f"does not fit here: {error}")
+        lines.append(
+            f"does not fit here, and force=true tries: {error.shortage}"
+            if config.force
+            else f"does not fit here: {error}"
+        )
     return lines
 
 

@@ -35,7 +35,11 @@ _STATES = "a smaller model, or more memory"
 
 
 class DoesNotFitError(ConfigError):
-    """The run needs more memory than there is."""
+    """The run needs more memory than there is; `shortage` says of what, how much and what for."""
+
+    def __init__(self, shortage: str, remedy: str) -> None:
+        self.shortage = shortage
+        super().__init__("force", f"false, and {shortage}; use {remedy}, or force=true to try all the same")
 
 
 def predictions(config: Config) -> dict[str, Any]:
@@ -56,8 +60,12 @@ def predictions(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Raise DoesNotFitError, one line, where the estimate is more than the machine has; `force` lets the run try."""
-    if config.force:
-        return
+    if not config.force:
+        examine(config)
+
+
+def examine(config: Config) -> None:
+    """The same, whatever `force` says."""
     _check_device(config)
     _check_host(config)
     _check_nodes(config, read_topology())
@@ -130,8 +138,5 @@ def _refusal(what: str, need: float, have: str, parts: Mapping[str, float], on_d
     terms = ", ".join(f"{name} {parts[name] / GIB:.1f}" for name in largest)
     remedy = _REMEDIES.get(on_device if largest[0] == "device part" else largest[0], _STATES)
     growing = "; set memory.capacity_gib where the machine grows as memory is touched" if "Mem" in have else ""
-    return DoesNotFitError(
-        "force",
-        f"false, and {what} does not suffice: {need / GIB:.1f} GiB expected, {have} (largest: {terms}); use {remedy}{growing}, "
-        "or force=true to try all the same",
-    )
+    shortage = f"{what} does not suffice: {need / GIB:.1f} GiB expected, {have} (largest: {terms})"
+    return DoesNotFitError(shortage, remedy + growing)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from ldft.config import Config
 from ldft.memory import estimate, hardware, planner, strategies
-from ldft.memory.policy import Placement
+from ldft.memory.policy import Placement, process_policy
 from ldft.memory.topology import Topology
 
 
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
 def lines(config: Config, topology: Topology) -> list[str]:
-    """Role -> nodes, shares and bytes, for rank 0 and the ranks that differ; empty where no role has a placement of its own.
+    """The policy of the ranks, then role -> nodes, shares and bytes, for rank 0 and the ranks that differ, where roles have
+    placements of their own.
 
     Raises PlacementError as `strategies.assign` does.
     """
+    found = [f"memory policy of the ranks (numa={config.numa.name}): {_of_process(config, topology)}"]
     if not config.numa.by_role:
-        return []
+        return found
     ranks, sizes = strategies.assign(config, topology), estimate.host_bytes(config)
-    found = [f"placement by role (numa={config.numa.name}), each rank:"]
+    found.append("placement by role, each rank:")
     for role in (role for role in strategies.ROLES if sizes.get(role)):
         found.append(f"  {role}: {_text(ranks[0][role], sizes[role])}")
         found += [
@@ -29,6 +36,14 @@ def lines(config: Config, topology: Topology) -> list[str]:
         parts = ", ".join(f"{phase} {value:.3f}" for phase, value in seconds.items())
         found.append(f"modelled traffic to host memory, s a step: {sum(seconds.values()):.3f} ({parts})")
     return found
+
+
+def _of_process(config: Config, topology: Topology) -> str:
+    if config.numa.placement.kind == "default":
+        inherited = process_policy(topology)
+        return "the kernel's default" if inherited.kind == "default" else f"{inherited.describe()}, the caller's"
+    striped = " (offloaded tensors in stripes)" if strategies.stripes_of_process(config, topology) else ""
+    return config.numa.placement.resolve(topology, "numa").describe() + striped
 
 
 def notes(config: Config) -> list[str]:
@@ -71,5 +86,5 @@ def modelled_s(config: Config, topology: Topology) -> dict[str, float]:
 def _text(placement: Placement, size: int) -> str:
     shares = placement.shares()
     if shares is None:
-        return f"{placement.describe()}, {size / 2**30:.2f} GiB"
-    return ", ".join(f"node {node} {share:.1%} ({share * size / 2**30:.2f} GiB)" for node, share in shares.items())
+        return f"{placement.describe()}, {gib(size)}"
+    return ", ".join(f"node {node} {share:.1%} ({gib(share * size)})" for node, share in shares.items())

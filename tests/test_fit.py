@@ -69,6 +69,8 @@ def test_each_node_where_a_placement_leaves_no_choice(machine) -> None:
 def test_a_dry_run_says_so(machine) -> None:
     text = dry_run.describe(compose("model=llama3_8b", "launch.device=cpu", "seq_len=32k"))
     assert "\ndoes not fit here: force: false, and host memory" in text
+    text = dry_run.describe(compose("model=llama3_8b", "launch.device=cpu", "seq_len=32k", "force=true"))
+    assert "\ndoes not fit here, and force=true tries: host memory does not suffice: " in text
 
 
 def test_a_refusal_is_a_row_with_what_was_predicted_and_starts_nothing(

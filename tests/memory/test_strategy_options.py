@@ -158,4 +158,8 @@ def test_the_plan_is_shown_with_its_modelled_time() -> None:
     assert "momentum: node 0 100.0% (14.96 GiB)" in text
     assert "compute_gradients: node 1 100.0% (7.48 GiB)\n    rank 1: node 2 100.0% (7.48 GiB)" in text
     assert "modelled traffic to host memory, s a step: " in text and "optimizer" in text
-    assert placement_view.lines(compose("launch.device=cpu"), machine()) == []
+    assert placement_view.lines(compose("numa=bind_0"), machine()) == [
+        "memory policy of the ranks (numa=bind_0): bind of node 0"
+    ]
+    (line,) = placement_view.lines(compose("launch.device=cpu"), machine())
+    assert line.startswith("memory policy of the ranks (numa=default): ")
