@@ -158,7 +158,12 @@ def test_one_node_is_refused_in_one_line(strategy: str) -> None:
         assign(config(strategy), machine(cxl=0))
     line = str(caught.value)
     assert line.startswith("numa.cxl_nodes: no node without CPUs here (nodes with memory: 0)") and "\n" not in line
-    assert 'README, "Trying it without NUMA hardware"' in line
+    assert 'needs; use numa=local_only, or see README, "Trying it without NUMA hardware"' in line
+
+
+def test_two_sockets_can_stand_in_for_cxl() -> None:
+    with pytest.raises(PlacementError, match=r"needs; name nodes of another socket, or see README"):
+        assign(config("cxl_aware"), machine(local=2, cxl=0))
 
 
 @pytest.mark.parametrize("strategy", ["cxl_aware", "striped", "optimal"])
