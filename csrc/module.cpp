@@ -119,8 +119,6 @@ NB_MODULE(_native, m) {
       PyErr_SetFromErrnoWithFilename(PyExc_OSError, e.what());
     }
   });
-  // Regions may outlive the interpreter on purpose (note_exit); nanobind would list them as leaks in every log.
-  nb::set_leak_warnings(false);
   using no_gil = nb::call_guard<nb::gil_scoped_release>;
 
   m.def("page_size", &ldft::page_size, "Bytes of a base page.");
