@@ -10,6 +10,7 @@ All processes of a measurement work at the same time. Rates are bytes over the m
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +45,8 @@ TRAFFIC = {"read": 1, "write": 1, "triad": 3, "adam": 7, "h2d": 1, "d2h": 1}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # An array of this size is larger than the caches of most machines, and four of them are Adam's.
 _LEAST, _MOST = 64 << 20, 1 << 30
+# That a process holds.
+_ARRAYS = 4
 
 SCHEMA = pa.schema(
     [
@@ -152,12 +156,17 @@ def measure(
     for count in counts:
         with _workers(count) as group:
             here = [kernel for kernel in kernels if kernel not in COPIES or count <= group.gpus]
+            if not here:
+                print(
+                    f"ldft: {_processes(count)}: left out: copies ({', '.join(kernels)}) take a GPU a process, "
+                    f"{group.gpus or 'none'} visible",
+                    flush=True,
+                )
+                continue
             for node_set in sets:
                 nodes, weights = node_set.texts()
-                label = (
-                    f"nodes {nodes}{f' by {weights}' if weights else ''}, {count} process{'es' if count > 1 else ''}"
-                )
-                print(f"ldft: {label}: placing {max(sizes) / 2**20:.0f} MiB x 4 each", flush=True)
+                label = f"nodes {nodes}{f' by {weights}' if weights else ''}, {_processes(count)}"
+                print(f"ldft: {label}: placing {max(sizes) / 2**20:.0f} MiB x {_ARRAYS} each", flush=True)
                 placed = group.ask(do="place", placement=_plain(node_set.placement), bytes=max(sizes))
                 if refused := next((answer["error"] for answer in placed if "error" in answer), None):
                     print(f"ldft: {label}: left out: {refused}", flush=True)
@@ -175,6 +184,10 @@ def measure(
                     total = sum(row["gb_per_s"] for row in found)
                     print(f"ldft:   {kernel:5} {size / 2**20:8.2f} MiB: {total:7.1f} GB/s", flush=True)
     return rows
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' if count > 1 else ''}"
 
 
 def _plain(placement: Placement) -> dict[str, Any]:
@@ -230,6 +243,11 @@ def default_size(topology: Topology) -> int:
     return max(1 << 20, min(wanted, free // 64) >> 20 << 20)
 
 
+def least_size(default: int) -> int:
+    """Bytes of an array from which rates are those of memory, not of caches; where memory is too small for that, the default."""
+    return min(default, max(_LEAST, 2 * len(os.sched_getaffinity(0)) << 20))
+
+
 def _size(text: str) -> int:
     found = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not found or int(found[1]) == 0:
@@ -254,6 +272,45 @@ def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ResultsError(f"cannot write {path}: {error.strerror}; name another file") from error
+
+
+def _check_sets(sets: list[NodeSet], weights: list[tuple[int, ...]], topology: Topology) -> None:
+    """Raise ConfigError for a node set that this machine does not have, and for a ratio that no node set takes."""
+    for node_set in sets:
+        try:
+            node_set.placement.resolve(topology, "")
+        except PlacementError as error:
+            raise ConfigError(f"--{error.key.removeprefix('.')}", str(error).partition(": ")[2]) from None
+    for ratio in weights:
+        if not any(node_set.weights == ratio for node_set in sets):
+            raise ConfigError(
+                "--weights",
+                f"{':'.join(map(str, ratio))}: no node set takes it; name one of as many nodes, two at least, with --nodes",
+            )
+
+
+def _check_room(size: int, count: int) -> None:
+    """Raise ConfigError where all arrays together are more than the machine has."""
+    free = free_memory()
+    if _ARRAYS * size * count > free.bytes:
+        raise ConfigError(
+            "--sizes",
+            f"{size / 2**30:.2f} GiB: {_ARRAYS} arrays of it in each of {_processes(count)} are more than the "
+            f"{free.bytes / 2**30:.2f} GiB free by {free.limit}; use {free.bytes // (_ARRAYS * count) >> 20}M or less",
+        )
+
+
+def _check_writable(key: str, path: Path) -> None:
+    """Raise ConfigError where a file cannot be written; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(
+            key, f"cannot write {path} ({error.strerror}); name a file in a folder that you can write to"
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -289,21 +346,35 @@ def main() -> int:
     whole = arguments.nodes or [(node,) for node in topology.memory_nodes]
     sets = [NodeSet(nodes) for nodes in whole]
     sets += [NodeSet(n, w) for n, w in itertools.product(whole, arguments.weights) if len(n) == len(w) > 1]
+    default = default_size(topology)
+    sizes, least = arguments.sizes or [default], least_size(default)
+    path = arguments.profile or hardware.profile_path()
     counts = arguments.processes or sorted({1, max(1, len(environment.gpus()))})
     try:
         if arguments.repeats < 1 or min(counts) < 1:
             raise ConfigError("--repeats" if arguments.repeats < 1 else "--processes", "use 1 or more")
-        for node_set in sets:
-            node_set.placement.resolve(topology, "--")
-        rows = measure(sets, arguments.sizes or [default_size(topology)], counts, arguments.kernels, arguments.repeats)
+        _check_sets(sets, arguments.weights, topology)
+        _check_room(max(sizes), max(counts))
+        # A profile needs Adam on single nodes.
+        wanted = "adam" in arguments.kernels and any(len(node_set.nodes) == 1 for node_set in sets)
+        keeps = wanted and max(sizes) >= least
+        if arguments.rows:
+            _check_writable("--rows", arguments.rows)
+        if keeps:
+            _check_writable("--profile", path)
+        rows = measure(sets, sizes, counts, arguments.kernels, arguments.repeats)
         if arguments.rows:
             _write_rows(rows, arguments.rows)
             print(f"ldft: rows: {arguments.rows}")
         found = profile(rows)
-        if any("cpu" in entry for entry in found["bandwidth"].values()):
-            path = arguments.profile or hardware.profile_path()
+        if keeps and any("cpu" in entry for entry in found["bandwidth"].values()):
             hardware.save(found, path)
             print(f"ldft: profile: {path}: {json.dumps(found['bandwidth'])}")
+        elif wanted and not keeps:
+            print(
+                f"ldft: profile: {path} is left as it was: arrays of {max(sizes) / 2**20:.2f} MiB may lie in caches; for a profile "
+                f"measure with --sizes {-(-least >> 20)}M or more"
+            )
         return 0 if rows else 1
     except KeyboardInterrupt:
         return 130

@@ -178,8 +178,8 @@ def _role_lines(roles: list[dict[str, Any]]) -> list[str]:
             there = [entry for entry in mine if entry["node"] == node]
             got = sum(entry["share"] * entry["bytes"] for entry in there) / total
             open_ = any(entry["requested_share"] is None for entry in there)
-            asked = "" if open_ else f"{sum(e['requested_share'] * e['bytes'] for e in there) / total:.1%} -> "
-            nodes.append(f"{node}: {asked}{got:.1%}")
+            asked = "-" if open_ else f"{sum(e['requested_share'] * e['bytes'] for e in there) / total:.1%}"
+            nodes.append(f"{node}: {asked} -> {got:.1%}")
         said.append(f"ldft: {role:<18}{total / GIB:>9.3f}  {', '.join(nodes)}")
     return said
 

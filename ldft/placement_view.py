@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from functools import cache
+
 from ldft.config import Config
+from ldft.errors import ConfigError
 from ldft.memory import estimate, hardware, planner, strategies
 from ldft.memory.policy import Placement, process_policy
 from ldft.memory.topology import Topology
@@ -62,8 +66,17 @@ def notes(config: Config) -> list[str]:
 
 
 def modelled_s(config: Config, topology: Topology) -> dict[str, float]:
-    """Seconds of a step's traffic to host memory by phase; empty where bandwidths or the nodes of a role are not known."""
-    known = hardware.bandwidths(config.numa.bandwidth)
+    """Seconds of a step's traffic to host memory by phase; empty where bandwidths or the nodes of a role are not known.
+
+    A damaged profile of the machine counts as none, with a warning: a run needs it for numa.strategy=optimal alone.
+    """
+    try:
+        known = hardware.bandwidths(config.numa.bandwidth)
+    except ConfigError as error:
+        if config.numa.bandwidth or config.numa.strategy.name == "optimal":
+            raise
+        known = None
+        _warn(str(error))
     if known is None:
         return {}
     ranks, sizes = strategies.assign(config, topology), estimate.host_bytes(config)
@@ -81,6 +94,12 @@ def modelled_s(config: Config, topology: Topology) -> dict[str, float]:
                 into[node] = into.get(node, 0.0) + share / len(ranks)
     total = {role: len(ranks) * size for role, size in sizes.items()}
     return planner.step_s(total, shares, known, len(ranks), streams=strategies.streams(config))
+
+
+@cache
+def _warn(problem: str) -> None:
+    """Say it once a process, however many cells a sweep has."""
+    print(f"ldft: {problem}; modelled times are left out", file=sys.stderr, flush=True)
 
 
 def _text(placement: Placement, size: int) -> str:

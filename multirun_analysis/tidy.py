@@ -56,7 +56,8 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
         "error_message",
         "log_path",
     ]
-    live = df.loc[~df["superseded"], needed]
+    # A length below 1, for which a row was refused, has no place on an axis.
+    live = df.loc[~df["superseded"] & (df["seq_len_tokens"] > 0), needed]
     found = [_cell(dict(zip(CELL, key, strict=True)), part) for key, part in live.groupby(CELL, sort=True)]
     return pd.DataFrame(found, columns=columns)
 

@@ -25,6 +25,6 @@ fi
 
 [ -x "$VENV/bin/python" ] || { echo "ldft: creating $VENV"; "$PYTHON" -m venv "$VENV"; }
 echo "ldft: installing dependencies under constraints.txt and building the native module (minutes the first time)"
-pip() { "$VENV/bin/python" -m pip --quiet --disable-pip-version-check install "$@"; }
-pip wheel # Debian's pip is old: without it DeepSpeed, a source package, is installed with a page of warnings
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check install "$@"; }
+pip --quiet wheel # Debian's pip is old: without it DeepSpeed, a source package, is installed with a page of warnings
 pip -c constraints.txt -e '.[test]'

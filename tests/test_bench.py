@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -36,7 +37,7 @@ def say(*arguments: str, cwd: Path, env: dict[str, str]) -> subprocess.Completed
 def test_rows_profile_and_the_plan_that_uses_it(tmp_path: Path) -> None:
     env = {"XDG_CONFIG_HOME": str(tmp_path / "config")}
     file = tmp_path / "rows" / "streams.parquet"
-    done = say("ldft.bench", "nodes", "--sizes", "64K", "2M", "--processes", "1", "2", "--repeats", "3", "--rows", str(file),
+    done = say("ldft.bench", "nodes", "--sizes", "64K", "64M", "--processes", "1", "2", "--repeats", "3", "--rows", str(file),
                cwd=tmp_path, env=env)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     frame = pd.read_parquet(file)
@@ -50,8 +51,47 @@ def test_rows_profile_and_the_plan_that_uses_it(tmp_path: Path) -> None:
     assert len(list(text)) == 1 and not list(tmp_path.rglob("*.tmp"))
     done = say("ldft", "dry_run=true", "numa=local_only", "launch.device=cpu", cwd=tmp_path, env=env)
     assert done.returncode == 0 and "modelled traffic to host memory, s a step:" in done.stdout, done.stderr
-    done = say("ldft.bench", "nodes", "--nodes", "99", cwd=tmp_path, env=env)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "node 99 does not exist" in done.stderr
+
+
+def test_a_profile_is_not_made_from_caches(tmp_path: Path) -> None:
+    kept = tmp_path / "profile.json"
+    kept.write_text("kept")
+    line = ("nodes", "--sizes", "1M", "--processes", "1", "--repeats", "1", "--kernels", "adam", "--profile", str(kept))
+    done = say("ldft.bench", *line, cwd=tmp_path, env={})
+    assert done.returncode == 0 and kept.read_text() == "kept", done.stderr
+    assert "profile.json is left as it was: arrays of 1.00 MiB may lie in caches" in done.stdout
+    assert bench.least_size(256 << 20) >= 64 << 20 and bench.least_size(8 << 20) == 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--nodes 99", "--nodes: node 99 does not exist"),
+        ("--weights 1:0", "--weights: 1:0: no node set takes it; name one of as many nodes"),
+        ("--sizes 900G --processes 2", "--sizes: 900.00 GiB: 4 arrays of it in each of 2 processes are more than the"),
+        ("--rows /proc/x/rows.parquet", "--rows: cannot write /proc/x/rows.parquet (No such file or directory); name"),
+        ("--profile /proc/x/y", "--profile: cannot write /proc/x/y (No such file or directory); name a file"),
+        ("--rows .", "--rows: cannot write . (Is a directory); name a file"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(
+    arguments: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "read_topology", lambda: replace(read_topology(), nodes=read_topology().nodes[:1]))
+    monkeypatch.setattr(bench, "Workers", None)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["bench", "nodes", *arguments.split()])
+    assert bench.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"ldft: {line}") and said.count("\n") == 1, said
+    assert "capacity_gib" not in said
+
+
+def test_copies_without_a_gpu_are_left_out_with_a_line(tmp_path: Path) -> None:
+    env = {"CUDA_VISIBLE_DEVICES": "", "XDG_CONFIG_HOME": str(tmp_path)}
+    done = say("ldft.bench", "nodes", "--kernels", "h2d", "--processes", "1", "--sizes", "1M", cwd=tmp_path, env=env)
+    assert done.returncode == 1
+    assert done.stdout == "ldft: 1 process: left out: copies (h2d) take a GPU a process, none visible\n", done.stderr
 
 
 def test_kernels_do_what_they_are_named_after() -> None:

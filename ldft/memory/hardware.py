@@ -44,11 +44,11 @@ def bandwidths(given: Mapping[str, Any]) -> Bandwidths | None:
     if given:
         return parse(given, KEY)
     path = profile_path()
-    if not path.is_file():
-        return None
     try:
         return parse(json.loads(path.read_text())["bandwidth"], f"{KEY}: {path}")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
             KEY, f"the profile {path} cannot be read; measure again with python -m ldft.bench nodes"
         ) from None

@@ -107,7 +107,8 @@ class Placement:
         if self.kind == "weighted_interleave" and len(self.weights) != len(nodes):
             raise PlacementError(
                 f"{key}.weights",
-                f"{len(self.weights)} weights for {len(nodes)} nodes ({format_list(nodes)}); give one a node",
+                f"{len(self.weights)} weight{'s' if len(self.weights) != 1 else ''} for {len(nodes)} "
+                f"node{'s' if len(nodes) > 1 else ''} ({format_list(nodes)}); give one a node",
             )
         return replace(self, nodes=nodes)
 

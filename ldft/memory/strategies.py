@@ -137,7 +137,8 @@ def _by_strategy(config: Config, topology: Topology, asked: dict[str, Placement]
         raise PlacementError(
             "numa.cxl_nodes",
             f"no node without CPUs here (nodes with memory: {format_list(topology.memory_nodes)}), which numa.strategy={strategy} "
-            'needs; name nodes of another socket, or see README, "Trying it without NUMA hardware"',
+            f"needs; {'name nodes of another socket' if len(topology.memory_nodes) > 1 else 'use numa=local_only'}, or see README, "
+            '"Trying it without NUMA hardware"',
         )
     if strategy in ("local_only", "naive_interleaving"):
         even = placement_of(dict.fromkeys(local if strategy == "local_only" else local + cxl, 1))

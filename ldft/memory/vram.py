@@ -38,8 +38,9 @@ def moments(config: Config) -> dict[str, Parts]:
     if whole:
         waiting["layer inputs"] = waiting.get("layer inputs", 0) + whole * hidden_bytes(config)
         waiting["activations"] = whole * _kept(config)
-    inside = {"inside a layer": _inside(config, whole == 0)} | _layer_gradient(config)
-    first = {"inside a layer": _inside(config, recomputed > 0)} | _layer_gradient(config)
+    leaving = _layer_gradient(config) | _to_host(config, 0 if config.lora.rank else max(shapes.layer_sizes(model)))
+    inside = {"inside a layer": _inside(config, whole == 0)} | leaving
+    first = {"inside a layer": _inside(config, recomputed > 0)} | leaving
     layer, output = shapes.layer_parameters(model), shapes.embedding_parameters(model)
     # The output projection stays where ZeRO-3 keeps what is used again so soon.
     kept = output if config.offload.stage == 3 and _zero(config)["stage3_max_reuse_distance"] >= output else 0
@@ -53,9 +54,10 @@ def moments(config: Config) -> dict[str, Parts]:
         | _output_gradient(config),
         "backward of the first layer": base | gradients | _gathered(config, layer) | first,
         "step": base | gradients | _step(config),
+        "largest gradient": base | _to_host(config, max(shapes.trained_sizes(config), default=0)),
     }
     if whole and recomputed:
-        again = {"inside a layer": _inside(config, True)} | _layer_gradient(config)
+        again = {"inside a layer": _inside(config, True)} | leaving
         found["backward of the last checkpointed layer"] = base | checkpoints | _gathered(config, layer) | again
     if config.offload.stage in (1, 2):
         # The weights are copied into one block while the model still holds them.
@@ -182,10 +184,10 @@ def _step(config: Config) -> Parts:
 
 
 def _inside(config: Config, recomputed: bool) -> int:
-    """One layer in its backward pass: w T (6 H + 2 Q + 2 K + 4 I), less what is kept in any case.
+    """One layer in its backward pass: w T (5 H + 2 Q + 2 K + 4 I), less what is kept in any case.
 
-    Norms and residuals and their gradients take 6 H; queries, keys, values, before and after rotation, and the attention's output
-    2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers that are computed again together keep theirs.
+    The outputs of both norms, the residual between them, and two gradients take 5 H; queries, keys, values and the attention's
+    output 2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers that are computed again together keep theirs.
     """
     model = config.model
     inside = _width(config) * tokens(config) * (2 * model.hidden_size + model.intermediate_size) + _scores(config, 2)
@@ -196,10 +198,10 @@ def _inside(config: Config, recomputed: bool) -> int:
 
 
 def _kept(config: Config) -> int:
-    """What a layer's forward pass keeps beside its input: w T (4 H + 2 Q + 2 K + 3 I)."""
+    """What a layer's forward pass keeps beside its input: w T (3 H + 2 Q + 2 K + 3 I)."""
     model = config.model
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    elements = 4 * model.hidden_size + 2 * queries + 2 * keys + 3 * model.intermediate_size
+    elements = 3 * model.hidden_size + 2 * queries + 2 * keys + 3 * model.intermediate_size
     return _width(config) * tokens(config) * elements + _scores(config, 4)
 
 
@@ -209,6 +211,19 @@ def _layer_gradient(config: Config) -> Parts:
     if config.lora.rank or config.offload.stage < 2 or _zero(config)["reduce_bucket_size"] >= size:
         return {}
     return {"a layer's gradients": _width(config) * size}
+
+
+def _to_host(config: Config, size: int) -> Parts:
+    """A gradient of `size` elements on its way to the host under ZeRO-3 (stage3.py, partition_grads and _constant_buffered_norm2).
+
+    w for each of itself, its reduced share and what has come back from the host; and the share in fp64, 250 million elements at a
+    time, of which DeepSpeed takes the norm.
+    """
+    if config.offload.stage != 3 or config.offload.optimizer is OffloadDevice.none:
+        return {}
+    share = -(-size // config.launch.num_ranks)
+    width = _width(config)
+    return {"gradient": width * (size + 2 * share), "norm of the gradient": 8 * min(share, 250_000_000)}
 
 
 def _scores(config: Config, copies: int) -> int:

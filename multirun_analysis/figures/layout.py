@@ -28,6 +28,8 @@ MAX_PANELS = 6
 _DATA_PT, _AROUND_PT = 125, 65
 # In the band of failed cells: the step from cross to cross, a line of text, and the width of a letter.
 _CROSS_PT, _LINE_PT, _LETTER_PT = 11, 10.5, 5.0
+# What stands before a label of the legend, in points.
+_HANDLE_PT = 45
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,9 @@ def series_of(table: pd.DataFrame) -> list[Series]:
         place = variants.index(variant)
         colour, marker = style.policy_style(policy)
         line = style.LINES[place % len(style.LINES)]
+        if len(variants) > len(style.LINES):  # the colour alone is the policy's
+            marker = style.MARKERS[place % len(style.MARKERS)]
+            line = style.LINES[place // len(style.MARKERS) % len(style.LINES)]
         label = policy if len(variants) == 1 else f"{policy}, {variant or 'else'}"
         if len(policies) == 1 and len(variants) > 1:
             colour, marker = style.OTHERS[place % len(style.OTHERS)], style.MARKERS[place % len(style.MARKERS)]
@@ -94,20 +99,26 @@ def grid(count: int, band_pt: float = 0) -> tuple[Figure, list[Axes]]:
 def finish(figure: Figure, finding: str, handles: Sequence[Line2D | Patch] = ()) -> Figure:
     """Put the finding on top, wrapped to the width, and one legend for all panels below; the figure grows by both."""
     font = FontProperties(family="DejaVu Sans", weight="bold", size=12)
-    title = _wrapped(finding, font, 0.97 * 72 * style.WIDTH_IN)
+    title = wrapped(finding, font, 0.97 * 72 * style.WIDTH_IN)
     figure.suptitle(title, x=0.01, ha="left", fontproperties=font)
     lines = 0
     if handles:
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = max(1, min(len(handles), int(78 / (longest + 7))))
         lines = -(-len(handles) // columns)
+        if columns == 1:  # a label may be longer than the figure is wide
+            legend_font = FontProperties(family="DejaVu Sans", size=10)
+            for handle in handles:
+                label = wrapped(str(handle.get_label()), legend_font, 0.97 * 72 * style.WIDTH_IN - _HANDLE_PT)
+                handle.set_label(label)
+                lines += label.count("\n")
         figure.legend(handles=list(handles), loc="outside lower left", ncols=columns)
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.2 * (title.count("\n") + 1) + 0.21 * lines + 0.15)
     return figure
 
 
-def _wrapped(sentence: str, font: FontProperties, width_points: float) -> str:
+def wrapped(sentence: str, font: FontProperties, width_points: float) -> str:
     """Break a sentence into lines by measured width: letters differ too much to count them."""
     renderer = RendererAgg(1, 1, 72)  # at 72 dots an inch its pixels are points
     lines = [""]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -144,23 +145,25 @@ def placement(df: pd.DataFrame) -> Figure | str:
     worst = table.assign(off=table["difference"].abs()).groupby(lines)["off"].max()
     order = worst.sort_values(ascending=False, kind="stable").index[:_MAX_LINES]
     with style.styled():
-        figure = Figure(figsize=(style.WIDTH_IN, 0.30 * len(order) + 0.8))
+        figure = Figure()
         axes = figure.subplots()
         labels = []
+        font = FontProperties(family="DejaVu Sans", size=9)
         cells_differ = len({key[:-1] for key in order}) > 1
         for place, key in enumerate(order):
             part = table[(table[lines] == list(key)).all(axis=1)]
             _, model, tokens, policy, variant, role = key
-            labels.append(
-                f"{model} {length(tokens)} {policy} {variant}".strip() + f": {role}" if cells_differ else role
-            )
+            label = f"{model} {length(tokens)} {policy} {variant}".strip() + f": {role}" if cells_differ else role
+            labels.append(layout.wrapped(label, font, 0.45 * 72 * style.WIDTH_IN))
             for entry in part.itertuples():
                 colour = style.node_colour(entry.node)
                 (ring,) = axes.plot(entry.requested_share, place, "o", mfc="none", mec=colour, ms=11, mew=1.8)
                 (dot,) = axes.plot(entry.share, place, "o", color=colour, ms=5)
                 ring.set_gid(f"asked|{labels[-1]}|{entry.node}")
                 dot.set_gid(f"found|{labels[-1]}|{entry.node}")
-        axes.set_yticks(range(len(order)), labels, fontsize=9)
+        highest = max(label.count("\n") for label in labels)
+        figure.set_size_inches(style.WIDTH_IN, (0.30 + 0.15 * highest) * len(order) + 0.8)
+        axes.set_yticks(range(len(order)), labels, fontproperties=font)
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.set_xlim(-0.04, 1.04)
         axes.set_xlabel("share of the role's bytes on the node")

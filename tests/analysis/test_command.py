@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,6 +47,15 @@ def test_only_failed_rows_say_why(rows, capsys) -> None:
     assert "made to be timeout [see the log]" in out  # brackets in a message are no markup
     assert "no figure speedup: nothing to compare" in out
     assert (rows.folder / "figures" / "throughput.png").exists()
+
+
+def test_a_length_of_nothing_is_counted_and_drawn_nowhere(rows, capsys) -> None:
+    rows.add(tokens=1024)
+    rows.add(tokens=0, status="invalid")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # of an axis that begins at 0, on a logarithmic scale
+        code, out, err = _run(capsys, rows.folder)
+    assert code == 0 and "2 rows: 1 ok, 1 invalid" in out and err == ""
 
 
 def test_a_single_row_is_enough(rows, capsys) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import warnings
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,6 +14,7 @@ from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ldft.config import Config
 from multirun_analysis import load, style
 from multirun_analysis.figures import FIGURES, groups_to_compare, speedup, write_all
 from tests.analysis.conftest import Rows, node, role
@@ -183,6 +186,34 @@ def test_failures_have_room_where_lengths_are_many(rows) -> None:
     assert len(boxes) == 3
     assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))
     assert all(box.y0 >= axes.bbox.y0 - 1 for box in boxes)
+
+
+def test_labels_of_many_keys_are_wrapped_and_their_marks_differ(rows) -> None:
+    """Seven variants of one policy that differ in many keys, and another policy."""
+
+    def varied(number: int, config: Config) -> None:
+        config.optimizer.learning_rate, config.optimizer.weight_decay = 1e-4 * number, 0.01 * number
+        config.optimizer.gradient_clipping, config.train.micro_batch_size = 0.1 * number, number
+        config.train.gradient_accumulation_steps, config.memory.huge_pages = number, bool(number % 2)
+
+    for number in range(1, 8):
+        for policy in ("default", "striped")[: 1 + (number == 1)]:
+            found = [role("momentum", 0, 1.0, 1.0, 1.0)]
+            rows.add(tokens=1024, policy=policy, config=partial(varied, number), roles=found)
+    table = load(rows.folder)
+    for name in ("throughput", "placement"):
+        figure = FIGURES[name](table)
+        with style.styled(), warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib's, of a layout that found no room
+            FigureCanvasAgg(figure).draw()
+        whole = figure.bbox
+        texts = [text for legend in figure.legends for text in legend.get_texts()]
+        texts += [label for axes in figure.axes for label in axes.get_yticklabels()]
+        boxes = [text.get_window_extent() for text in texts if text.get_text()]
+        assert boxes and all(whole.x0 <= box.x0 and box.x1 <= whole.x1 for box in boxes), name
+        if name == "throughput":
+            looks = [(h.get_color(), h.get_marker()) for h in figure.legends[0].legend_handles[:-1]]
+            assert len(set(looks)) == len(looks) == 8
 
 
 def test_the_same_rows_give_the_same_files(df, tmp_path: Path) -> None:

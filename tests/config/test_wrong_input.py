@@ -176,7 +176,9 @@ WRONG = {
     "numa.roles.momentum.nodes=[0] memory.pinning=torch": ["memory.pinning: torch leaves tensors"],
     "numa.roles.momentum.nodes=[0,99]": ["numa.roles.momentum.nodes: node 99 does not exist", "choose from those"],
     "numa.roles.momentum.kind=bind": ["numa.roles.momentum.nodes: kind bind needs at least one node"],
-    "numa.roles.variance.nodes=[0] numa.roles.variance.weights=[1,2]": ["numa.roles.variance.weights: 2 weights for 1"],
+    "numa.roles.variance.nodes=[0] numa.roles.variance.weights=[1,2]": [
+        "numa.roles.variance.weights: 2 weights for 1 node (0)"
+    ],
     "numa.roles.momentum.nodes=[0] offload=nvme offload.nvme_path=$F": [
         "numa.scope: roles cannot be placed with nvme",
         "use a policy of scope process",

@@ -142,7 +142,6 @@ def test_swap_files_leave_only_buffers_on_the_host(tmp_path: Path) -> None:
 
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-FP16_OFFLOADED = "fp16-llama3_1b-2k-offload-h200"
 
 
 def measured() -> list[tuple[str, Config, float, float]]:
@@ -157,7 +156,7 @@ def measured() -> list[tuple[str, Config, float, float]]:
             "long_sequences-llama3_3b",
         )
     ]
-    for file in (*of_3b, "fp16-llama3_1b-2k-h200", FP16_OFFLOADED):
+    for file in (*of_3b, "fp16-llama3_1b-2k-h200", "fp16-llama3_1b-2k-offload-h200"):
         for row in pq.read_table(RESULTS / f"{file}.parquet").to_pylist():
             who = row.get("contender", "ldft")
             if row["status"] != "ok" or who == "seed":  # its script keeps layer inputs in its own way
@@ -179,8 +178,4 @@ def test_estimates_match_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> 
         if "fp16-llama3_1b-2k-h200" in name:
             config.kernels.liger, config.checkpointing.mode = False, CheckpointingMode.gpu
         assert estimate.predicted_host_bytes(config) / 2**30 == pytest.approx(host_gib, rel=0.03), name
-        if FP16_OFFLOADED in name:  # 3.4 GiB where 1.2 are expected: why is not known
-            continue
-        error = sum(vram.device_bytes(config).values()) / 2**30 / device_gib - 1
-        # Of 262144 tokens and more, 10.3% and 10.4% too much: a layer seems to hold two of its hidden states less there.
-        assert -0.1 <= error <= (0.11 if "long_sequences" in name else 0.1), (name, error)
+        assert sum(vram.device_bytes(config).values()) / 2**30 == pytest.approx(device_gib, rel=0.1), name

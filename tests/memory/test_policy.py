@@ -39,7 +39,7 @@ def topology(sysfs, status):
         (Placement(kind="interleave", weights=(1,)), "numa.weights: kind interleave takes no weights"),
         (
             Placement(kind="weighted_interleave", nodes=(0, 1), weights=(1,)),
-            "numa.weights: 1 weights for 2 nodes (0-1)",
+            "numa.weights: 1 weight for 2 nodes (0-1)",
         ),
         (Placement(kind="weighted_interleave", weights=(1, 2)), "numa.weights: 2 weights for 3 nodes (0-2)"),
         (Placement(kind="weighted_interleave", nodes=(0,), weights=(0,)), "numa.weights: 0 must be an integer from 1"),

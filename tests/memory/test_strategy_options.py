@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldft import placement_view
+from ldft import fit, placement_view
 from ldft.config import Config
 from ldft.errors import ConfigError
 from ldft.memory import estimate, hardware, planner
@@ -128,6 +128,24 @@ def test_optimal_finds_the_machines_profile_and_says_how_to_make_one(
     assert assign(config("optimal", BANDWIDTH), machine())[0]["momentum"].nodes  # by hand wins
 
 
+@pytest.mark.parametrize("text", ["junk", "", "[]", '{"bandwidth": []}', '{"bandwidth": {"node0": {}}}'])
+def test_a_damaged_profile_stops_optimal_alone(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    hardware.save({}, hardware.profile_path())
+    hardware.profile_path().write_text(text)
+    for strategy in ("local_only", "cxl_aware"):
+        assert "modelled_traffic_s" not in fit.predictions(config(strategy))
+        assert placement_view.modelled_s(config(strategy), machine()) == {}
+    said = capsys.readouterr().err
+    assert said.startswith("ldft: numa.bandwidth: ") and said.endswith("; modelled times are left out\n")
+    assert said.count("\n") == 1
+    with pytest.raises(ConfigError, match=r"^numa\.bandwidth: "):
+        assign(config("optimal"), machine())
+    assert placement_view.modelled_s(config("local_only", BANDWIDTH), machine())
+
+
 def test_the_plan_counts_the_passes_that_are_made() -> None:
     assert streams(config("optimal")) is planner.FUSED
     for more in ("optimizer.fused_step=false", "offload=optimizer"):
@@ -140,7 +158,12 @@ def test_one_node_is_refused_in_one_line(strategy: str) -> None:
         assign(config(strategy), machine(cxl=0))
     line = str(caught.value)
     assert line.startswith("numa.cxl_nodes: no node without CPUs here (nodes with memory: 0)") and "\n" not in line
-    assert 'README, "Trying it without NUMA hardware"' in line
+    assert 'needs; use numa=local_only, or see README, "Trying it without NUMA hardware"' in line
+
+
+def test_two_sockets_can_stand_in_for_cxl() -> None:
+    with pytest.raises(PlacementError, match=r"needs; name nodes of another socket, or see README"):
+        assign(config("cxl_aware"), machine(local=2, cxl=0))
 
 
 @pytest.mark.parametrize("strategy", ["cxl_aware", "striped", "optimal"])

@@ -27,6 +27,8 @@ def test_the_formula_is_within_five_percent_of_the_measured_peak(row: dict[str, 
         f"checkpointing={row['checkpointing']}", f"kernels.liger={row['liger']}", "launch.device=cuda",
     )  # fmt: skip
     peak_gb = sum(vram.device_bytes(config).values()) / 1e9
+    if row["checkpointing"] == "cpu":  # the scripts fetched one layer input at a time; ldft has the next one on its way
+        peak_gb -= vram.hidden_bytes(config) / 1e9
     assert peak_gb == pytest.approx(float(row["peak_gb"]), rel=0.05)
 
 

@@ -379,7 +379,7 @@ def test_slots_of_one_registration_each_where_the_arena_would_span_several(monke
 
 
 def test_runs_of_the_command_line_have_the_losses_of_checkpointing_on_the_device(tmp_path: Path) -> None:
-    """Offload of all or of the optimizer, accumulation, groups, two ranks; under ZeRO-3 its hooks fetch weights in recomputation, too."""
+    """Two ways to offload, accumulation, groups, two ranks; under ZeRO-3 its hooks fetch weights in recomputation, too."""
     base = ["model=nano", "model.num_layers=5", "data=repeat", "seq_len.tokens=64", "optimizer.learning_rate=2e-3"]
     base += ["train.gradient_accumulation_steps=2", "train.iterations=3", "train.warmup_iterations=1"]
     grids = (
