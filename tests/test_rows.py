@@ -222,4 +222,4 @@ def test_the_results_command_compacts_and_exports(ten) -> None:
     done = command("export", "--csv", str(ten))
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 11 and not done.stderr
     done = command("compact", str(ten / "nowhere"))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
