@@ -1,8 +1,6 @@
 #include "touch.h"
 
-#include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -11,11 +9,11 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #include "region.h"
 #include "system.h"
+#include "threads.h"
 
 namespace ldft {
 namespace {
@@ -92,37 +90,15 @@ void share_out(std::uintptr_t base, const std::vector<Group>& groups, std::size_
       if (!failure) failure = std::current_exception();
     }
   };
-  if (home.size() == 1) {
-    serve(0);  // too little for threads; placement is by policy, wherever the touching CPU is
-  } else if (!home.empty()) {
-    // The caller is one of the threads where it runs on a CPU of theirs already: waiting for them, it would only be
-    // woken last.
-    std::size_t own = 0;
-    while (own < home.size() && !may_run_here(groups[home[own]].cpus)) ++own;
-    // Signals are for the program's own threads.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    std::vector<std::thread> threads;
-    try {
-      threads.reserve(home.size());
-      for (std::size_t t = 0; t < home.size(); ++t) {
-        if (t == own) continue;
-        threads.emplace_back([&, t] {
-          run_on(groups[home[t]].cpus);
-          serve(t);
-        });
-      }
-    } catch (const std::exception&) {  // a limit on processes or memory: those that started do all of it
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    if (own < home.size()) {
-      serve(own);
-    } else if (threads.empty()) {
-      serve(0);
-    }
-    for (std::thread& thread : threads) thread.join();
-  }
+  // The caller is one of the threads where it runs on a CPU of theirs already: waiting for them, it would only be woken
+  // last. It does all where there is too little for threads: placement is by policy, wherever the touching CPU is.
+  std::size_t own = 0;
+  while (home.size() > 1 && own < home.size() && !may_run_here(groups[home[own]].cpus)) ++own;
+  const std::thread::id caller = std::this_thread::get_id();
+  run_threads(home.size(), own, [&](std::size_t thread) {
+    if (std::this_thread::get_id() != caller) run_on(groups[home[thread]].cpus);
+    serve(thread);
+  });
   if (failure) std::rethrow_exception(failure);
 }
 

@@ -1,15 +1,11 @@
 #include "update.h"
 
-#include <pthread.h>
-#include <signal.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <exception>
-#include <thread>
-#include <vector>
+
+#include "threads.h"
 
 #define LDFT_INLINE inline __attribute__((always_inline))
 
@@ -118,25 +114,12 @@ template <typename Rule>
 void share_out(const Rule& rule, const Partition& all, std::size_t threads) {
   const Piece<Rule> update = for_this_cpu<Rule>();
   std::atomic<std::size_t> next{0};
-  const auto serve = [&] {
+  const std::size_t useful = std::max<std::size_t>(1, std::min(threads, (all.count + kPiece - 1) / kPiece));
+  run_threads(useful, 0, [&](std::size_t) {
     for (std::size_t piece = next.fetch_add(kPiece); piece < all.count; piece = next.fetch_add(kPiece)) {
       update(rule, all, piece, std::min(all.count, piece + kPiece));
     }
-  };
-  const std::size_t helpers = std::min(threads, (all.count + kPiece - 1) / kPiece);
-  std::vector<std::thread> started;
-  // Signals are for the program's own threads.
-  sigset_t every, before;
-  sigfillset(&every);
-  pthread_sigmask(SIG_SETMASK, &every, &before);
-  try {
-    started.reserve(helpers);
-    while (started.size() + 1 < helpers) started.emplace_back(serve);
-  } catch (const std::exception&) {  // a limit on processes or memory: those that started do all of it
-  }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  serve();
-  for (std::thread& thread : started) thread.join();
+  });
 }
 
 }  // namespace

@@ -94,9 +94,10 @@ def strict_is_refused() -> dict:
                 raise AssertionError(f"turn {turn}: {mib:.0f} MiB of {spec} were given")
         gc.collect()
         lost = [round(b - free_mib(node)) for node, b in enumerate(before)]
-        check(max(lost) <= 16, f"MiB that did not come back, by node: {lost}")
+        # Between the nodes with CPUs the kernel's NUMA balancing moves this program's own pages meanwhile: only the sum is ours.
+        check(max(sum(lost), lost[FULL]) <= 16, f"MiB that did not come back, by node: {lost}")
         check(resident_mib() - resident <= 8, f"resident memory grew by {resident_mib() - resident:.0f} MiB")
-    return {"refused": refused}
+    return {"refused": refused, "mib_lost_by_node": lost}
 
 
 @CASES.add("a_role_too_large_for_its_node_is_refused_before_anything_starts")
