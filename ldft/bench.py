@@ -248,6 +248,18 @@ def least_size(default: int) -> int:
     return min(default, max(_LEAST, 2 * len(os.sched_getaffinity(0)) << 20))
 
 
+def _lacks(kernels: list[str], sets: list[NodeSet], topology: Topology, size: int, least: int) -> str:
+    """What these measurements lack of a profile, and how to get it; empty for nothing. A profile replaces the one before, so it
+    takes Adam on every node."""
+    if "adam" not in kernels:
+        return "a profile takes the kernel adam"
+    if missing := set(topology.memory_nodes) - {node_set.nodes[0] for node_set in sets if len(node_set.nodes) == 1}:
+        return f"a profile takes every node by itself; leave out --nodes, or name {min(missing)} too"
+    if size < least:
+        return f"arrays of {size / 2**20:.2f} MiB may lie in caches; for a profile measure with --sizes {-(-least >> 20)}M or more"
+    return ""
+
+
 def _size(text: str) -> int:
     found = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not found or int(found[1]) == 0:
@@ -355,27 +367,29 @@ def main() -> int:
             raise ConfigError("--repeats" if arguments.repeats < 1 else "--processes", "use 1 or more")
         _check_sets(sets, arguments.weights, topology)
         _check_room(max(sizes), max(counts))
-        # A profile needs Adam on single nodes.
-        wanted = "adam" in arguments.kernels and any(len(node_set.nodes) == 1 for node_set in sets)
-        keeps = wanted and max(sizes) >= least
+        lacks = _lacks(arguments.kernels, sets, topology, max(sizes), least)
         if arguments.rows:
             _check_writable("--rows", arguments.rows)
-        if keeps:
+        if not lacks:
             _check_writable("--profile", path)
         rows = measure(sets, sizes, counts, arguments.kernels, arguments.repeats)
         if arguments.rows:
             _write_rows(rows, arguments.rows)
             print(f"ldft: rows: {arguments.rows}")
         found = profile(rows)
-        if keeps and any("cpu" in entry for entry in found["bandwidth"].values()):
+        if not lacks:
+            left_out = [
+                node for node in topology.memory_nodes if "cpu" not in found["bandwidth"].get(f"node{node}", {})
+            ]
+            lacks = f"node {left_out[0]} was left out" if left_out else ""
+        if not rows:
+            return 1
+        if lacks:
+            print(f"ldft: profile: {path} is left as it was: {lacks}")
+        else:
             hardware.save(found, path)
             print(f"ldft: profile: {path}: {json.dumps(found['bandwidth'])}")
-        elif wanted and not keeps:
-            print(
-                f"ldft: profile: {path} is left as it was: arrays of {max(sizes) / 2**20:.2f} MiB may lie in caches; for a profile "
-                f"measure with --sizes {-(-least >> 20)}M or more"
-            )
-        return 0 if rows else 1
+        return 0
     except KeyboardInterrupt:
         return 130
     except (ConfigError, PlacementError) as error:

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import traceback
+from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -106,6 +107,9 @@ def main() -> int:
     # Composition errors are to reach us instead of Hydra's own printer.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     exit_codes.clear()
+    if "--version" in sys.argv[1:]:  # Hydra's parser would say its own
+        print(f"ldft {metadata.version('ldft')}")
+        return 0
     try:
         sys.argv = [sys.argv[0], *_options_first(sys.argv[1:])]
         composition.check_overrides(_overrides())

@@ -1,4 +1,6 @@
-"""What would run, without running it: processes, DeepSpeed config, expected bytes, files. Writes nothing, imports no torch."""
+"""What would run, without running it: of one run processes, DeepSpeed config, expected bytes and files, of a sweep's cells a
+line each. Writes nothing, imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any
 from ldft import checks, environment, fit, placement_view, runner
 from ldft.binding import cores_of_ranks
 from ldft.config import Config, DataKind, Device, OffloadDevice, Weights, run_id
+from ldft.errors import CombinationError, ConfigError
 from ldft.memory import estimate, shapes, vram
 from ldft.memory.topology import read_topology
 from ldft.placement_view import gib
@@ -22,10 +25,7 @@ _LIST_RANKS = 4
 def describe(config: Config) -> str:
     """The text that a dry run prints. Raises ConfigError where the run would be invalid."""
     asked = config.launch.device
-    checks.resolve_device(config)
-    config.validate()
-    checks.check_machine(config)
-    checks.check_inputs(config, fetch=False)
+    _check(config)
     settings = deepspeed_config.build(config)
     lines = ["ldft: dry run: nothing is started or written", *_what(config, settings), *_processes(config, asked)]
     lines += [
@@ -37,6 +37,28 @@ def describe(config: Config) -> str:
         json.dumps(settings, indent=2),
     ]
     return "\n".join(lines)
+
+
+def _check(config: Config) -> None:
+    checks.resolve_device(config)
+    config.validate()
+    checks.check_machine(config)
+    checks.check_inputs(config, fetch=False)
+
+
+def summarize(config: Config) -> tuple[str, str]:
+    """One cell of a sweep: what would become of it (`fits`, `does not fit`, `skipped`, `invalid`), and the line that says so."""
+    try:
+        _check(config)
+        fit.check(config)
+    except fit.DoesNotFitError as error:
+        return "does not fit", f"does not fit: {error.shortage}"
+    except CombinationError as error:
+        return "skipped", f"skipped: {error}"
+    except ConfigError as error:
+        return "invalid", f"invalid: {error}"
+    device = f", VRAM {gib(sum(vram.device_bytes(config).values()))} each" * (config.launch.device is Device.cuda)
+    return "fits", f"fits: host {gib(estimate.predicted_host_bytes(config))}{device}"
 
 
 def _what(config: Config, settings: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ one results folder.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,12 +64,23 @@ class Sweep:
         return self._view.end(self._history, stop.noted())
 
     def _dry_run(self) -> int:
+        """A line a cell: what it would take, or why it would not run, and whether it has a row already."""
         from ldft import dry_run
 
-        for index, one in enumerate(self._plan.cells):
-            print(f"[{index + 1}/{len(self._plan.cells)}] {one.label}")
-            print(dry_run.describe(self._plan.configs[one.run_id]), flush=True)
-        return 0
+        if self._results_dir.is_dir():
+            self._history.refresh()
+        total, counts = len(self._plan.cells), Counter[str]()
+        print(f"ldft: dry run: {total} cells of {self._plan.name}, nothing is started or written")
+        for index, one in enumerate(self._plan.cells, 1):
+            config = self._plan.configs[one.run_id]
+            what, line = dry_run.summarize(config)
+            counts[what] += 1
+            if cell.has_row(config, self._history):
+                counts["has a row"] += 1
+                line += "; has a row already"
+            print(f"[{index}/{total}] {one.label}: {line}", flush=True)
+        print("ldft: " + ", ".join(f"{what} {count}" for what, count in counts.items()))
+        return 2 if counts["invalid"] else 0
 
     def _cell(self, index: int, one: Cell) -> cell.Do | None:
         """Do what the cell needs. None where it came to nothing."""

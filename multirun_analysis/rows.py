@@ -78,7 +78,9 @@ def cell_keys(frame: pd.DataFrame) -> list[str]:
 
 
 def text(value: Any) -> str:
-    """A config value as a label."""
+    """A config value as a label. Unset is what leaves a choice to ldft, e.g. `kernels.liger`."""
+    if value is None:
+        return "auto"
     if isinstance(value, list | tuple | np.ndarray):
         return "[" + ",".join(text(item) for item in value) + "]"
     if isinstance(value, float):

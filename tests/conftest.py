@@ -24,6 +24,10 @@ from ldft.environment import CONF_DIR
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+# Several whole runs, half a minute or more: `make test` is to stay under ten minutes on two cores.
+long = pytest.mark.skipif(os.environ.get("CI") != "true", reason="long; CI=true make test runs it")
+
+
 @dataclass(slots=True)
 class Done:
     """A finished `python -m ldft`."""

@@ -63,6 +63,16 @@ def test_a_profile_is_not_made_from_caches(tmp_path: Path) -> None:
     assert bench.least_size(256 << 20) >= 64 << 20 and bench.least_size(8 << 20) == 8 << 20
 
 
+def test_a_profile_takes_the_update_on_every_node() -> None:
+    one = replace(read_topology().nodes[0], id=0)
+    machine = replace(read_topology(), nodes=(one, replace(one, id=3)), allowed=(0, 3))
+    sets = [NodeSet((0,)), NodeSet((3,)), NodeSet((0, 3))]
+    assert bench._lacks(["adam"], sets, machine, 64 << 20, 64 << 20) == ""
+    assert "takes the kernel adam" in bench._lacks(["read", "h2d"], sets, machine, 64 << 20, 64 << 20)
+    assert "or name 3 too" in bench._lacks(["adam"], [sets[0], sets[2]], machine, 64 << 20, 64 << 20)
+    assert "with --sizes 64M or more" in bench._lacks(["adam"], sets, machine, 1 << 20, 64 << 20)
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

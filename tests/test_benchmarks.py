@@ -14,6 +14,7 @@ import pytest
 from ldft.config import Device
 from ldft.environment import PACKAGE_DIR
 from ldft.training import deepspeed_config
+from tests.conftest import long
 
 FOLDER = PACKAGE_DIR.parent / "benchmarks"
 
@@ -52,6 +53,7 @@ def test_peers_differ_from_ours_in_what_their_names_say(contenders) -> None:
     assert (seed["sub_group_size"], seed["reduce_bucket_size"], seed["stage3_max_live_parameters"]) == (0, 100_000, 0)
 
 
+@long
 def test_runs_leave_raw_samples(tmp_path: Path) -> None:
     out = tmp_path / "training.parquet"
     command = [sys.executable, FOLDER / "training.py", out, "--contenders", "ours-as-plain", "seed", "plain-same"]

@@ -10,6 +10,7 @@ import pytest
 
 from ldft import binding, environment, launch, results
 from ldft.memory.topology import Topology, parse_list, read_topology
+from tests.conftest import long
 from tests.memory.conftest import write
 
 # Two sockets of eight cores; Linux numbers all first threads before all second ones.
@@ -102,6 +103,7 @@ def test_openmp_binds_no_rank_to_one_core(tmp_path: Path, monkeypatch: pytest.Mo
     assert found == [b"OMP_PROC_BIND=false"]
 
 
+@long
 def test_two_runs_at_once_do_not_meet(tmp_path: Path, command: Callable[..., list[str]]) -> None:
     started = [
         subprocess.Popen(

@@ -22,6 +22,7 @@ import pytest
 from test_failures import memory_group
 
 from ldft import results
+from tests.conftest import long
 
 # Nothing that a cell need not have: two iterations of sixteen tokens, no operators to load.
 SHORT = ("model=nano", "offload=none", "train.iterations=2", "train.warmup_iterations=1")
@@ -131,6 +132,7 @@ train: {iterations: 2, warmup_iterations: 1}
 """
 
 
+@long
 def test_twelve_cells_of_which_five_fail_give_twelve_rows_and_are_resumed(tmp_path, start) -> None:
     group = memory_group()
     if group is None:

@@ -1,11 +1,7 @@
-"""The whole way: a real sweep of twelve cells and one run that fails, through tables, figures and the notebook.
-
-Three minutes on two cores, so it runs in CI (CI=true), not in every `make test`.
-"""
+"""The whole way: a real sweep of twelve cells and one run that fails, through tables, figures and the notebook."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -17,8 +13,7 @@ from multirun_analysis import load
 from multirun_analysis.__main__ import main
 from multirun_analysis.figures import throughput
 from multirun_analysis.notebooks import execute
-
-pytestmark = pytest.mark.skipif(os.environ.get("CI") != "true", reason="three minutes; CI=true make test runs it")
+from tests.conftest import long
 
 
 def ldft(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,6 +21,7 @@ def ldft(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
 
 
+@long
 def test_a_smoke_sweep_and_a_failed_run_become_figures_and_a_notebook(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     swept = ldft("-m", "+sweep=smoke", f"results.dir={folder}")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hydra import initialize_config_dir
 from ldft import composition
 from ldft.config import Device, from_dict
 from ldft.environment import CONF_DIR
-from tests.conftest import compose, options
+from tests.conftest import FAST, compose, options
 
 EVERY = sorted(
     (file.parent.name, file.stem) for file in CONF_DIR.glob("*/*.yaml") if file.parent.name not in ("local", "hydra")
@@ -141,6 +142,43 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
     assert took_s < 10, "3 s on an idle machine"
     done = say("dry_run=true", "train.iterations=1", cwd=tmp_path)
     assert done.returncode == 2 and "train.warmup_iterations" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_sweep_says_of_each_cell_what_would_become_of_it(tmp_path: Path) -> None:
+    command = (
+        "-m",
+        "dry_run=true",
+        "memory.capacity_gib=4",
+        "launch.device=cpu",
+        "seq_len.tokens=16",
+        "train.iterations=2",
+    )
+    done = say(*command, "model=nano,llama3_8b", "train.warmup_iterations=1,5", cwd=tmp_path)
+    out = done.stdout.splitlines()
+    assert out[0].startswith("ldft: dry run: 4 cells of sweep-") and done.stderr == ""
+    said = [line.partition(": ")[0] + line.partition(":")[2].partition(":")[0] for line in out[1:-1]]
+    assert said == [
+        "[1/4] nano 16 default train.warmup_iterations=1 fits",
+        "[2/4] nano 16 default train.warmup_iterations=5 invalid",
+        "[3/4] llama3_8b 16 default train.warmup_iterations=1 does not fit",
+        "[4/4] llama3_8b 16 default train.warmup_iterations=5 invalid",
+    ]
+    assert "4.0 GiB free by memory.capacity_gib (largest: master_weights" in out[3]
+    assert done.returncode == 2 and out[-1] == "ldft: fits 1, invalid 2, does not fit 1"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_a_sweep_says_which_cells_have_a_row(tmp_path: Path) -> None:
+    line = ("-m", *FAST, "launch.device=cpu", "offload=none", f"results.dir={tmp_path}")
+    assert say(*line, "checkpointing=gpu", cwd=tmp_path).returncode == 0
+    done = say(*line, "checkpointing=none,gpu", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.endswith("; has a row already\nldft: fits 2, has a row 1\n"), (
+        done.stdout
+    )
+
+
+def test_version_is_ours(tmp_path: Path) -> None:
+    assert say("--version", cwd=tmp_path).stdout == f"ldft {metadata.version('ldft')}\n"
 
 
 def test_the_parent_imports_neither_torch_nor_what_brings_it(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = [CSRC / name for name in ("region.cpp", "stripes.cpp", "system.cpp", "threads.cpp", "touch.cpp", "update.cpp")]
+SOURCES = [
+    CSRC / name for name in ("region.cpp", "stripes.cpp", "system.cpp", "threads.cpp", "touch.cpp", "update.cpp")
+]
 
 
 def build_and_run(folder: Path, sanitizers: str) -> subprocess.CompletedProcess[str]:

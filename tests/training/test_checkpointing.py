@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,7 +14,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from ldft import results
 from ldft.memory.policy import HostMemoryError
 from ldft.training import checkpointing, host_slots, model
 from ldft.training.checkpointing import Checkpointing, DeviceInputs
@@ -376,36 +373,6 @@ def test_slots_of_one_registration_each_where_the_arena_would_span_several(monke
     monkeypatch.setattr("ldft.memory.allocator._warned", True)
     store = HostInputs(6, 4096, CPU, pin=True)
     assert [tuple(arena.shape) for arena in store.host_tensors()] == [(3, 4096), (2, 4096)]
-
-
-def test_runs_of_the_command_line_have_the_losses_of_checkpointing_on_the_device(tmp_path: Path) -> None:
-    """Two ways to offload, accumulation, groups, two ranks; under ZeRO-3 its hooks fetch weights in recomputation, too."""
-    base = ["model=nano", "model.num_layers=5", "data=repeat", "seq_len.tokens=64", "optimizer.learning_rate=2e-3"]
-    base += ["train.gradient_accumulation_steps=2", "train.iterations=3", "train.warmup_iterations=1"]
-    grids = (
-        ["offload=full,optimizer", "checkpointing=cpu,gpu"],
-        ["launch.num_ranks=2", "checkpointing=cpu", "checkpointing.every=2"],
-        ["launch.num_ranks=2", "checkpointing=gpu"],
-    )
-    for grid in grids:
-        command = [sys.executable, "-m", "ldft", "-m", *base, f"results.dir={tmp_path}", *grid]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    rows = results.read(tmp_path)
-    assert len(rows) == 6
-    keys = ["cfg.offload.stage", "cfg.offload.parameters", "cfg.launch.num_ranks"]
-    losses = set()
-    for key, same in rows.groupby(keys):
-        assert same.loss.map(tuple).nunique() == 1, f"{key}: {same.loss.tolist()}"
-        assert same.loss.iloc[0][-1] < 0.97 * same.loss.iloc[0][0]
-        losses.add(same.loss.map(tuple).iloc[0])
-    assert len(losses) > 1  # two ranks train on other tokens than one
-    # A slot a group but the last, on each rank: 64 tokens of 64 bf16 values.
-    slots = {("gpu", 1): 0, ("cpu", 1): 4, ("cpu", 2): 2}
-    for _, row in rows.iterrows():
-        each = slots[row["cfg.checkpointing.mode"], row["cfg.checkpointing.every"]]
-        assert row.checkpoint_host_gib * 2**30 == each * 64 * 64 * 2 * row["cfg.launch.num_ranks"]
-        assert row.init_checkpoint_buffers_s >= 0
 
 
 def test_the_benchmark_takes_turns_with_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:

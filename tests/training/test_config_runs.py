@@ -11,7 +11,7 @@ import torch
 
 from ldft.config import Device
 from ldft.training import model
-from tests.conftest import FAST, compose
+from tests.conftest import FAST, compose, long
 
 PHI3 = """
 name: phi3_mini
@@ -30,6 +30,7 @@ extra: {{original_max_position_embeddings: 4096}}
 """
 
 
+@long
 def test_pretrained_on_two_ranks_trains_as_the_weights_it_was_saved_from(
     ldft, tmp_path: Path, word_tokenizer: Callable[..., Path]
 ) -> None:
