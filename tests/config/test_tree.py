@@ -169,12 +169,21 @@ def test_a_dry_run_of_a_sweep_says_of_each_cell_what_would_become_of_it(tmp_path
 
 
 def test_a_dry_run_of_a_sweep_says_which_cells_have_a_row(tmp_path: Path) -> None:
-    line = ("-m", *FAST, "launch.device=cpu", "offload=none", f"results.dir={tmp_path}")
-    assert say(*line, "checkpointing=gpu", cwd=tmp_path).returncode == 0
-    done = say(*line, "checkpointing=none,gpu", "dry_run=true", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.endswith("; has a row already\nldft: fits 2, has a row 1\n"), (
-        done.stdout
-    )
+    line = ("-m", *FAST, "launch.device=cpu", "checkpointing=none", f"results.dir={tmp_path}")
+    assert (
+        say(*line, "checkpointing.every=1", "train.warmup_iterations=5", cwd=tmp_path).returncode == 1
+    )  # a row: invalid
+    done = say(*line, "checkpointing.every=1,2", "train.warmup_iterations=1,5", "dry_run=true", cwd=tmp_path)
+    said = {
+        line.partition(": ")[0].partition("default ")[2]: line.partition(": ")[2] for line in done.stdout.splitlines()
+    }
+    assert said["train.warmup_iterations=1 checkpointing.every=1"].startswith("fits: host ")
+    assert said["train.warmup_iterations=1 checkpointing.every=2"].startswith("skipped: checkpointing.every: 2 needs")
+    assert said["train.warmup_iterations=5 checkpointing.every=1"].startswith("invalid: train.warmup_iterations: 5")
+    assert [name for name in said if "has a row" in said[name] and "every" in name] == [
+        "train.warmup_iterations=5 checkpointing.every=1"
+    ]
+    assert done.stdout.endswith(", has a row 1\n") and done.returncode == 2
 
 
 def test_version_is_ours(tmp_path: Path) -> None:

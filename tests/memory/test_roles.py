@@ -17,7 +17,7 @@ from ldft.memory import estimate
 from ldft.memory.strategies import ROLES
 from ldft.memory.topology import read_topology
 from ldft.training.operators import cache_dir
-from tests.conftest import Done, compose, deepspeed_has_cpu_lion
+from tests.conftest import IN_CI, Done, compose, deepspeed_has_cpu_lion
 
 CASES = Path(__file__).with_name("role_cases.py")
 NODE = read_topology().memory_nodes[0]
@@ -88,8 +88,8 @@ def run_cases(
 
 
 def stock_trains(shape: str) -> bool:
-    """Whether DeepSpeed's own optimizer runs here."""
-    return "Lion" not in shape or deepspeed_has_cpu_lion()
+    """Whether DeepSpeed's own optimizer runs here. Its CPULion takes a minute to compile."""
+    return "Lion" not in shape or (IN_CI and deepspeed_has_cpu_lion())
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
@@ -121,7 +121,7 @@ def test_losses_are_those_of_stock_deepspeed_bit_for_bit(trained: list[dict[str,
         assert (exact["zero"] == "FusedStage3") == in_one_pass
         assert exact["state_before"] > 0
         if not stock_trains(shape):
-            pytest.skip("this DeepSpeed has no CPULion on CPUs: ldft's runs compared with each other only")
+            pytest.skip("no CPULion, or not in CI: ldft's runs compared with each other only")
         assert said[f"{shape}: stock"]["loss"] == exact["loss"]
         if shape in UPDATED_BY_DEEPSPEED:
             assert said[f"{shape}: {DEEPSPEEDS}"]["loss"] == exact["loss"]

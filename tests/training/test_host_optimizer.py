@@ -14,7 +14,7 @@ import torch
 
 from ldft.training.host_optimizer import HostAdamW, HostLion, HostOptimizer
 from ldft.training.operators import cache_dir
-from tests.conftest import deepspeed_has_cpu_lion
+from tests.conftest import deepspeed_has_cpu_lion, long
 
 RATE, BETAS, EPS, DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
 # Around the widths of vectors, of blocks (1,024) and of what a thread takes at a time (131,072).
@@ -147,7 +147,7 @@ json.dump(said, open(sys.argv[1], "w"))
 """
 
 
-@pytest.mark.parametrize("rule", ["adamw", "lion"])
+@pytest.mark.parametrize("rule", ["adamw", pytest.param("lion", marks=long)])  # its CPULion takes a minute to compile
 def test_results_are_deepspeeds_bit_for_bit(rule: str, tmp_path: Path) -> None:
     """Of the up to 15 elements that fill no vector, DeepSpeed leaves the order of roundings to its compiler."""
     if not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
