@@ -21,72 +21,80 @@ _PACKAGES = ("ldft", "torch", "deepspeed", "transformers", "hydra-core", "omegac
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """The lowest CUDA compute capability among the machine's GPUs, by NVML; None without a GPU."""
-    if not gpus():
-        return None
+    """The lowest CUDA compute capability among the GPUs that CUDA would show; None without one."""
     import pynvml
 
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    return min(tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles)
+    return min((tuple(pynvml.nvmlDeviceGetCudaComputeCapability(_whole(gpu))) for gpu in _visible()), default=None)
 
 
 def gpu_memory_gib() -> float | None:
-    """Memory of the machine's smallest GPU, GiB, by NVML; None without a GPU."""
-    if not gpus():
-        return None
+    """Memory of the smallest GPU that CUDA would show, GiB; None without one."""
     import pynvml
 
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    return min(float(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles) / 2**30
+    return min((float(pynvml.nvmlDeviceGetMemoryInfo(gpu).total) / 2**30 for gpu in _visible()), default=None)
 
 
 @cache
 def gpus() -> tuple[str, ...]:
-    """Models of the GPUs that CUDA would show, by NVML; empty without a driver. Honours CUDA_VISIBLE_DEVICES."""
+    """Models of the GPUs that CUDA would show, in its order; empty without a driver."""
+    import pynvml
+
+    return tuple(pynvml.nvmlDeviceGetName(_whole(gpu)) for gpu in _visible())
+
+
+def gpu_addresses() -> tuple[str, ...]:
+    """PCI addresses, as sysfs writes them, of the GPUs that CUDA would show, in its order."""
+    import pynvml
+
+    found = []
+    for gpu in _visible():
+        domain, rest = str(pynvml.nvmlDeviceGetPciInfo_v3(_whole(gpu)).busId).lower().split(":", 1)
+        found.append(f"{domain[-4:]}:{rest}")
+    return tuple(found)
+
+
+@cache
+def _visible() -> tuple[Any, ...]:
+    """NVML's handles of the GPUs, or slices of GPUs (MIG), that CUDA would show: CUDA_VISIBLE_DEVICES is honoured."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
-    names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+    every = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return tuple(names)
-    # CUDA stops at the first entry that it cannot resolve; entries may be indices or GPU-... names, which need no look-up here.
-    chosen = []
+        return tuple(every)
+    chosen: list[Any] = []
     for entry in (part.strip() for part in visible.split(",")):
-        if entry.isdigit() and int(entry) < len(names):
-            chosen.append(names[int(entry)])
-        elif entry.startswith(("GPU-", "MIG-")) and names:
-            chosen.append(names[0])
-        else:
+        found = [every[int(entry)]] if entry.isdigit() and int(entry) < len(every) else _of_uuid(entry, every)
+        if not found:  # CUDA stops at the first entry that it cannot resolve
             break
+        chosen += found
     return tuple(chosen)
 
 
-def gpu_addresses() -> tuple[str, ...]:
-    """PCI addresses, as sysfs writes them, of the GPUs that CUDA would show, in its order (CUDA_VISIBLE_DEVICES honoured)."""
-    if not gpus():
-        return ()
+def _of_uuid(uuid: str, every: list[Any]) -> list[Any]:
+    """The GPU or slice of that UUID, which may be cut short where it names a GPU; empty where there is none."""
     import pynvml
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    entries = [str(i) for i in range(len(gpus()))] if visible is None else visible.split(",")[: len(gpus())]
-    found = []
-    for entry in (part.strip() for part in entries):
-        try:
-            handle = (
-                pynvml.nvmlDeviceGetHandleByIndex(int(entry))
-                if entry.isdigit()
-                else pynvml.nvmlDeviceGetHandleByUUID(entry)
-            )
-            address = str(pynvml.nvmlDeviceGetPciInfo_v3(handle).busId)
-        except pynvml.NVMLError:  # a MIG slice has no address of its own, and a UUID may be cut short
-            return ()
-        domain, rest = address.lower().split(":", 1)
-        found.append(f"{domain[-4:]}:{rest}")
-    return tuple(found)
+    if uuid.startswith("GPU-"):
+        return [gpu for gpu in every if pynvml.nvmlDeviceGetUUID(gpu).startswith(uuid)][:1]
+    try:
+        return [pynvml.nvmlDeviceGetHandleByUUID(uuid)] if uuid.startswith("MIG-") else []
+    except pynvml.NVMLError:
+        return []
+
+
+def _whole(gpu: Any) -> Any:
+    """The GPU of a slice; a whole one is its own."""
+    import pynvml
+
+    try:
+        return pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(gpu)
+    except pynvml.NVMLError:
+        return gpu
 
 
 def driver() -> str | None:

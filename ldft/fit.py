@@ -75,7 +75,7 @@ def _check_device(config: Config) -> None:
     have = environment.gpu_memory_gib() if config.launch.device is Device.cuda else None
     if have is None:
         return
-    parts = vram.device_bytes(config)
+    parts = vram.least_bytes(config)
     need = sum(parts.values()) * (1 + vram.FRAGMENTATION) + vram.CONTEXT
     if need > have * GIB:
         raise _refusal("VRAM", need, f"{have:.1f} GiB on the smallest GPU", parts)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ldft import binding, environment, launch, results
+from ldft import binding, launch, results
 from ldft.memory.topology import Topology, parse_list, read_topology
 from tests.conftest import long
 from tests.memory.conftest import write
@@ -76,23 +76,6 @@ def test_a_cpuset_is_kept_to(machine) -> None:
     assert split(sysfs, addresses, 2, frozenset({5, 21})) == [[5, 21], [5, 21]]
     # More ranks than cores on a socket share those.
     assert split(sysfs, [addresses[0]] * 2 + [addresses[1]], 3, frozenset({4, 8})) == [[4], [4], [8]]
-
-
-def test_addresses_are_those_that_sysfs_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pynvml
-
-    class Info:
-        def __init__(self, number: int) -> None:
-            self.busId = f"00000000:{number:02X}:00.0"
-
-    monkeypatch.setattr(environment, "gpus", lambda: ("a GPU",) * 2)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: 0x1A + index)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: 0xFE)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetPciInfo_v3", Info)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert environment.gpu_addresses() == ("0000:1a:00.0", "0000:1b:00.0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8f2a")
-    assert environment.gpu_addresses() == ("0000:1d:00.0", "0000:fe:00.0")
 
 
 def test_openmp_binds_no_rank_to_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,13 @@ def test_device_memory(machine) -> None:
     assert "VRAM does not suffice" in line and "80.0 GiB on the smallest GPU" in line and "use offload=full" in line
 
 
+def test_a_copy_that_deepspeed_makes_on_the_host_where_vram_is_short_refuses_nothing(machine) -> None:
+    line = ("model=qwen2_5_32b", "launch.device=cuda", "offload=optimizer", "seq_len=4k", "memory.capacity_gib=900")
+    fit.check(compose(*line, "lora=r16"))
+    fit.check(compose(*line))
+    assert "VRAM does not suffice" in refused(compose(*line[1:], "model=llama3_70b", "lora=r16"))
+
+
 def test_each_node_where_a_placement_leaves_no_choice(machine) -> None:
     line = refused(compose("model=llama3_1b", "launch.device=cuda", "numa.roles.momentum.nodes=[1]"))
     assert "memory of node 1 does not suffice: 4.6 GiB expected, 2.0 GiB free there (largest: momentum 4.6)" in line

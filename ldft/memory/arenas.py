@@ -34,7 +34,8 @@ class Want:
 
 @dataclass(kw_only=True, slots=True)
 class Arena:
-    """Memory of one role. Usually one block; a second one where a role grew after the first was made."""
+    """Memory of one role. Usually one block; more where a role grew after the first was made, or is larger than CUDA registers
+    at once."""
 
     role: str
     placement: Placement
@@ -45,14 +46,24 @@ class Arena:
     """A block in which tensors lie whose names are not known yet; part of the arena once one of them is adopted."""
 
     def lay_out(self, wants: Iterable[Want]) -> None:
-        """Allocate one block with a slot, all zeros, for each name that has none of that size and type yet."""
-        missing = [want for want in wants if not self._fits(want)]
-        if not missing:
-            return
-        block = self.allocate(sum(want.padded_bytes for want in missing))
+        """Allocate a slot, all zeros, for each name that has none of that size and type yet: in one block, or in several where
+        a pinned slot, which DeepSpeed copies in pieces of any kind, would lie across two registrations."""
+        group: list[Want] = []
+        size = 0
+        for want in (want for want in wants if not self._fits(want)):
+            if group and self.pin and size + want.padded_bytes > allocator.REGISTER_CHUNK:
+                self._add_block(group, size)
+                group, size = [], 0
+            group.append(want)
+            size += want.padded_bytes
+        if group:
+            self._add_block(group, size)
+
+    def _add_block(self, wants: list[Want], size: int) -> None:
+        block = self.allocate(size)
         self.blocks.append(block)
         offset = 0
-        for want in missing:
+        for want in wants:
             self.slots[want.name] = piece(block, offset, want.numel, want.dtype)
             offset += want.padded_bytes
 

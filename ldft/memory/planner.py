@@ -12,6 +12,7 @@ copies in both directions run at once, so a phase takes as long as its slowest s
     forward     to the GPU: weights; from it: layer inputs
     backward    to the GPU: weights, layer inputs, gradients read back to accumulate; from it: gradients, twice
 
+Forward and backward recur with every micro-batch that is accumulated.
 Compute on the GPU is not in it: it hides copies, and the same for every placement.
 """
 
@@ -27,9 +28,9 @@ Shares = dict[str, dict[int, float]]
 Streams = Mapping[tuple[str, str], Mapping[str, float]]
 """(phase, cpu or direction of copies) -> role -> accesses of each stored byte."""
 
-# Of stock DeepSpeed (0.19, ZeRO-3, no accumulation). In the optimizer: gradients are unscaled (read, write) and read by the update;
-# master weights read, written, and read for the 16-bit copy; moments read and written. Sums: master gradients 4, master and compute
-# weights 3, all others 2.
+# Of stock DeepSpeed (0.19, ZeRO-3), with one micro-batch. In the optimizer: gradients are unscaled (read, write) and read by the
+# update; master weights read, written, and read for the 16-bit copy; moments read and written. Sums: master gradients 4, master
+# and compute weights 3, all others 2.
 STOCK: Streams = {
     ("optimizer", "cpu"): {
         "master_gradients": 3,
@@ -47,6 +48,8 @@ STOCK: Streams = {
 FUSED: Streams = dict(STOCK) | {
     ("optimizer", "cpu"): {**STOCK["optimizer", "cpu"], "master_gradients": 1, "master_weights": 2}
 }
+# Written when the last micro-batch has been added (stage3.py, _offload_grad_partition_at_boundary).
+_ONCE = "master_gradients"
 PHASES = ("optimizer", "forward", "backward")
 # Shares are rounded to this many parts, as integer weights.
 PARTS = 10_000
@@ -84,6 +87,16 @@ class Bandwidths:
         if engine == "cpu":
             return self.cpu, float("inf")
         return (self.h2d, self.link_h2d) if engine == "h2d" else (self.d2h, self.link_d2h)
+
+
+def accumulated(streams: Streams, micro_batches: int) -> Streams:
+    """The traffic of a step that accumulates so many micro-batches, from that of one."""
+    return {
+        (phase, engine): accesses
+        if phase == "optimizer"
+        else {role: times * (1 if role == _ONCE else micro_batches) for role, times in accesses.items()}
+        for (phase, engine), accesses in streams.items()
+    }
 
 
 def stream_s(

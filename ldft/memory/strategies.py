@@ -56,23 +56,25 @@ def greedy(
 ) -> Weights:
     """The paper's placement: by PRIORITY into local memory until its budget is full, the rest into CXL; evenly within a set.
 
-    The role that does not fit as a whole is split: what is left of the budget locally, not a byte more (to one part in 2^20, and
-    never above). sizes and budgets in bytes, all ranks together. Raises DoesNotFit where the CXL budget is exceeded.
+    The role that does not fit as a whole is split: what is left of the budget locally, not a byte more (to one part in 2^20 over
+    the sizes of both sets, and never above). sizes and budgets in bytes, all ranks together. Raises DoesNotFit where the CXL
+    budget is exceeded.
     """
     weights: Weights = {}
     left, beyond = local_budget, 0.0
     for role in sorted(sizes, key=_rank):
         size = sizes[role]
         share = min(1.0, left / size) if size > 0 and cxl else 1.0
-        # Of _FINEST parts; those of each node of a set are the same, so that a set of several is even.
-        near = int(share * _FINEST)
-        far = _FINEST - near
+        # Those of each node of a set are the same, so that a set of several is even; none is above _FINEST.
         scale = max(1, len(local)) * max(1, len(cxl))
+        parts = _FINEST // scale
+        near = int(share * parts)
+        far = parts - near
         of = dict.fromkeys(local, near * scale // max(1, len(local)))
         of |= dict.fromkeys(cxl, far * scale // max(1, len(cxl)))
         weights[role] = reduced(of)
         left = left - size if far == 0 else 0.0
-        beyond += size * far / _FINEST
+        beyond += size * far / parts
     if beyond > cxl_budget or left < 0:
         raise DoesNotFit(
             f"the roles need {sum(sizes.values()) / 2**30:.1f} GiB, the budgets give {(local_budget + cxl_budget) / 2**30:.1f} GiB"
@@ -181,10 +183,11 @@ def placement_of(weights: Mapping[int, int]) -> Placement:
 
 
 def streams(config: Config) -> planner.Streams:
-    """A step's traffic, by who updates."""
+    """A step's traffic, by who updates and how many micro-batches it takes."""
     fused = deepspeed_config.fuses_step(config, deepspeed_config.build(config))
     # Under ZeRO-1/2 ldft's kernel is one pass of DeepSpeed's three.
-    return planner.FUSED if fused and config.offload.stage == 3 else planner.STOCK
+    once = planner.FUSED if fused and config.offload.stage == 3 else planner.STOCK
+    return planner.accumulated(once, config.train.gradient_accumulation_steps)
 
 
 def _bandwidths(config: Config, nodes: tuple[int, ...]) -> planner.Bandwidths:

@@ -28,6 +28,12 @@ def device_bytes(config: Config) -> Parts:
     return max(moments(config).values(), key=lambda parts: sum(parts.values()))
 
 
+def least_bytes(config: Config) -> Parts:
+    """The same where memory is short: DeepSpeed then makes its flat copy of the weights in host memory."""
+    others = {name: parts for name, parts in moments(config).items() if name != "start"}
+    return max(others.values(), key=lambda parts: sum(parts.values()))
+
+
 def moments(config: Config) -> dict[str, Parts]:
     """Moments of an iteration at which memory may peak."""
     base, gradients = _state(config), _gradients(config)
@@ -60,8 +66,9 @@ def moments(config: Config) -> dict[str, Parts]:
         again = {"inside a layer": _inside(config, True)} | leaving
         found["backward of the last checkpointed layer"] = base | checkpoints | _gathered(config, layer) | again
     if config.offload.stage in (1, 2):
-        # The weights are copied into one block while the model still holds them.
-        found["start"] = {"weights": 2 * _width(config) * shapes.num_parameters(config.model)}
+        # Trained weights are copied into one block while the model still holds all (stage_1_and_2.py, flatten_on_accelerator).
+        trained = shapes.total(shapes.trained_sizes(config))
+        found["start"] = {"weights": base["weights"] + _width(config) * trained}
     return found
 
 

@@ -36,9 +36,20 @@ def model_tflop(model: PreTrainedModel, config: ModelConfig, tokens: int, seq_le
     Dense: 6 FLOPs a token and weight of each linear layer, forward and backward; 4 where the weight is frozen, since its own
     gradient is not computed. Attention: per layer and token 6 x seq_len x
     heads x head_dim, that is the causal half of two products of 2 FLOPs, times three for forward and backward (PaLM, appendix B,
-    halved for causality). What gradient checkpointing computes again is not counted.
+    halved for causality); where a layer has a window of W below seq_len, a token sees W (1 - W / (2 seq_len)) others, not half of
+    seq_len. What gradient checkpointing computes again is not counted.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     per_token = sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linear)
-    attention = seq_len * config.num_attention_heads * config.head_dim * config.num_layers
-    return 1e-12 * tokens * per_token, 6e-12 * tokens * attention
+    windowed = _windowed_layers(model)
+    window = min(model.config.sliding_window, seq_len) if windowed else seq_len
+    seen = (config.num_layers - windowed) * seq_len / 2 + windowed * window * (1 - window / (2 * seq_len))
+    return 1e-12 * tokens * per_token, 12e-12 * tokens * seen * config.num_attention_heads * config.head_dim
+
+
+def _windowed_layers(model: PreTrainedModel) -> int:
+    """Layers whose attention has a window. Families that mix kinds of layers list them; the others have it in all or none."""
+    if not getattr(model.config, "sliding_window", None):
+        return 0
+    kinds = getattr(model.config, "layer_types", None)
+    return kinds.count("sliding_attention") if kinds else int(model.config.num_hidden_layers)

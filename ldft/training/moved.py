@@ -11,7 +11,7 @@ from typing import Any
 
 from ldft.config import Config, Device
 from ldft.errors import CombinationError
-from ldft.memory.shapes import num_parameters
+from ldft.memory.shapes import frozen_sizes, total, trained_sizes
 
 
 def moved_by(settings: dict[str, Any]) -> str | None:
@@ -75,14 +75,16 @@ def shared_memory_bytes(config: Config, settings: dict[str, Any]) -> int:
     # fp32 master weights and gradients; zenflow keeps two gradients and an older copy of the weights besides.
     width = {"super_offload": 8, "zenflow": 16}.get(kind or "", 0)
     overlaps = kind != "zenflow" or settings["zero_optimization"]["zenflow"].get("overlap_step")
-    return width * num_parameters(config.model) if overlaps else 0
+    return width * total(trained_sizes(config)) if overlaps else 0
 
 
 def swap_bytes(config: Config, settings: dict[str, Any]) -> int:
-    """Largest size of the swap files of all ranks: 16 bytes a parameter of the optimizer's, and the 16-bit weight."""
+    """Largest size of the swap files of all ranks: 16 bytes a trained parameter of the optimizer's, and every 16-bit weight."""
     zero = settings["zero_optimization"]
-    width = 16 * (zero["offload_optimizer"]["device"] == "nvme") + 2 * (zero["offload_param"]["device"] == "nvme")
-    return width * num_parameters(config.model)
+    trained = total(trained_sizes(config))
+    weights = trained + total(frozen_sizes(config))
+    optimizer = 16 * trained if zero["offload_optimizer"]["device"] == "nvme" else 0
+    return optimizer + (2 * weights if zero["offload_param"]["device"] == "nvme" else 0)
 
 
 def nvme_sizes(config: Config) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from ldft.memory.planner import DoesNotFit, shares_of
-from ldft.memory.strategies import greedy
+from ldft.memory.strategies import greedy, placement_of
+from ldft.memory.topology import Node, Topology
 
 GIB = 2**30
 
@@ -34,6 +37,24 @@ def test_the_greedy_spreads_evenly_over_the_nodes_of_a_set() -> None:
     shares = shares_of(weights)
     assert shares["momentum"] == {0: 0.5, 1: 0.5} and shares["activations"] == {2: 0.5, 5: 0.5}
     assert shares["variance"] == pytest.approx(dict.fromkeys((0, 1, 2, 5), 0.25), abs=1e-5)
+
+
+@pytest.mark.parametrize(("local", "cxl"), [(1, 1), (2, 1), (1, 2), (4, 1), (4, 2), (2, 4), (3, 5)])
+def test_its_weights_are_ones_that_the_allocator_takes(local: int, cxl: int) -> None:
+    """Wherever the budget cuts a role, on machines of any number of nodes."""
+    nodes = tuple(Node(id=n, cpus=(), total_bytes=GIB, distances={}) for n in range(local + cxl))
+    here = tuple(range(local + cxl))
+    machine = Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=here)
+    chance = random.Random(local * 10 + cxl)
+    for _ in range(300):
+        sizes = {role: chance.uniform(1, 100) * GIB for role in ("momentum", "variance", "activations")}
+        budget = chance.uniform(0, 1.1) * sum(sizes.values())
+        weights = greedy(sizes, here[:local], here[local:], budget)
+        for of in weights.values():
+            placement_of(of).resolve(machine, "")
+        held = sum(sizes[role] * of.get(node, 0.0) for role, of in shares_of(weights).items() for node in here[:local])
+        wanted = min(budget, sum(sizes.values()))
+        assert wanted - max(sizes.values()) * local * cxl / 2**19 <= held <= wanted * (1 + 1e-12)
 
 
 def test_the_greedy_refuses_what_the_budgets_do_not_hold() -> None:

@@ -147,9 +147,15 @@ def test_a_damaged_profile_stops_optimal_alone(
 
 
 def test_the_plan_counts_the_passes_that_are_made() -> None:
-    assert streams(config("optimal")) is planner.FUSED
+    assert streams(config("optimal")) == planner.FUSED
     for more in ("optimizer.fused_step=false", "offload=optimizer"):
-        assert streams(config("optimal", more)) is planner.STOCK
+        assert streams(config("optimal", more)) == planner.STOCK
+    # Each micro-batch fetches weights and adds to gradients; the fp32 gradients are written once, and there is one update.
+    four = streams(config("optimal", "train.gradient_accumulation_steps=4"))
+    assert four["optimizer", "cpu"] == planner.FUSED["optimizer", "cpu"]
+    assert four["forward", "h2d"] == {"compute_weights": 4} and four["forward", "d2h"] == {"activations": 4}
+    assert four["backward", "h2d"] == {"compute_weights": 4, "activations": 4, "compute_gradients": 4}
+    assert four["backward", "d2h"] == {"compute_gradients": 4, "master_gradients": 1}
 
 
 @pytest.mark.parametrize("strategy", ["naive_interleaving", "cxl_aware", "striped", "optimal"])

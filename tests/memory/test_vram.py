@@ -39,3 +39,14 @@ def test_what_is_sharded_shrinks_with_the_ranks() -> None:
 
     assert peak(8, "zero3") < peak(4, "zero3") < peak(2, "zero3")
     assert peak(8, "none") == peak(1, "none")
+
+
+def test_frozen_weights_are_not_copied_when_training_starts() -> None:
+    """ZeRO-1/2 flatten what is trained, on the device where there is room, else in host memory."""
+
+    def start(*more: str) -> float:
+        config = compose("model=qwen2_5_32b", "seq_len=4k", "offload=optimizer", "launch.device=cuda", *more)
+        return vram.moments(config)["start"]["weights"] / sum(vram.least_bytes(config).values())
+
+    assert start() > 1.8  # two copies of 32e9 weights, against one and little else
+    assert start("lora=r16") < 1.01

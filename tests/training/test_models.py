@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 
 from ldft.config import Config, Device, ModelConfig, OffloadDevice, Precision, SeqLenConfig
 from ldft.memory import shapes
-from ldft.training import data, model
+from ldft.training import data, flops, model
 from tests.conftest import compose, options
 
 # Counts and config.json values as published on the hub, written down apart from conf/.
@@ -76,6 +76,26 @@ def test_trains_at_reduced_depth(name: str) -> None:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.05, losses
+
+
+@pytest.mark.parametrize(
+    ("name", "windowed"), [("gemma2_9b", 1), ("mistral_nemo_12b", 2), ("llama3_1b", 0), ("qwen2_5_0_5b", 0)]
+)
+def test_attention_flops_count_what_a_window_lets_a_token_see(name: str, windowed: int) -> None:
+    tokens, window = 40, 7
+    config = Config(model=reduced(compose(f"model={name}").model), seq_len=SeqLenConfig(tokens=tokens))
+    config.launch.device, config.offload.stage = Device.cpu, 0
+    config.model.num_layers = 2
+    config.model.sliding_window = window if windowed else 0
+    network = model.build(config, {}, torch.device("cpu"))
+    counted = flops.model_tflop(network, config.model, tokens, tokens)[1] * 1e12
+    # Pairs of a token and one that it sees, itself counted as half, as the causal half of a square has it.
+    whole = sum(t + 0.5 for t in range(tokens))
+    seen = sum(min(t, window - 0.5) + 0.5 for t in range(tokens))
+    pairs = (2 - windowed) * whole + windowed * seen
+    assert counted == pytest.approx(
+        12 * pairs * config.model.num_attention_heads * config.model.head_dim, rel=0.02 if windowed else 1e-9
+    )
 
 
 def test_window_and_soft_caps_change_what_gemma_computes() -> None:

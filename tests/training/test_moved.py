@@ -57,6 +57,18 @@ def test_shared_memory_that_is_too_small_is_refused_before_anything_runs(tmp_pat
         swap.check(config, deepspeed_config.build(config), shared_memory=tmp_path)
 
 
+def test_frozen_weights_have_no_optimizer_state_in_swap_files_or_shared_memory() -> None:
+    def needs(*overrides: str) -> tuple[float, float]:
+        config = on_cuda("model=llama3_70b", "offload.nvme_path=/disk", *overrides)
+        settings = deepspeed_config.build(config)
+        return moved.swap_bytes(config, settings) / 70.6e9, moved.shared_memory_bytes(config, settings) / 70.6e9
+
+    assert needs("offload=nvme")[0] == pytest.approx(18, rel=0.01)
+    assert 2 < needs("offload=nvme", "lora=r16")[0] < 2.1  # all weights, and little else
+    full, adapters = (needs("offload=super_offload", "offload.nvme_path=", *more)[1] for more in ([], ["lora=r16"]))
+    assert full == pytest.approx(8, rel=0.01) and 0 < adapters < 0.05
+
+
 def test_swap_files_go_with_their_run_and_with_runs_that_died(tmp_path: Path) -> None:
     config = compose("offload=nvme", f"offload.nvme_path={tmp_path}")
     settings = deepspeed_config.build(config)
