@@ -1,6 +1,6 @@
 # make run    set up and run the main job: a tiny model, one measured run, one row
-# make test   set up and run all tests
-# make numa-vm  set up the emulated four-node machine, so that `make test` runs its tests too (Debian 12 or later, root)
+# make test   set up and run the tests; with CI=true also the long ones
+# make numa-vm  set up the emulated four-node machine, so that `make test` runs its tests too (Debian 12 or later; root only where packages are missing)
 # make check  formatting, lint, types
 # make clean  remove what these made (results/ stays)
 PYTHON ?= python3

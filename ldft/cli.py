@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -93,6 +94,9 @@ def _report(error: Exception) -> int:
     """Say an error in one line; returns the exit code. What is of no own type is a bug of ours and keeps its traceback."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         _say(composition.one_line(error, _overrides()))
+        return 2
+    if isinstance(error, yaml.YAMLError):
+        _say(composition.bad_yaml(error))
         return 2
     if isinstance(error, LdftError):
         _say(str(error))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
@@ -73,6 +74,8 @@ def check_overrides(overrides: list[str]) -> None:
         key, equals, values = override.partition("=")
         if equals and not key:
             raise ConfigError("command line", f"'{override}' has no key; write key=value, e.g. model=tiny")
+        if key in known and values.startswith("["):
+            raise ConfigError(key, f"{values} is a list, and a group takes one option; use {key}=<option>, or -m {key}=a,b")
         for value in values.split(","):
             if key in known and re.fullmatch(r"[-+]?[\d.]+", value):
                 group, _, problem = _no_option(key, value).partition(": ")
@@ -98,13 +101,22 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
         where = f" in {file[1]}" if file and file[1] != "config" else ""
         quoted = re.search(r"[Vv]alue '(.*?)'", reason)
         typed, exactly = _typed(path[1], overrides)
-        value = (typed if exactly or not quoted else quoted[1]) or "the value"
+        value = (typed if exactly or (not quoted and not where) else quoted[1] if quoted else "") or "the value"
         return f"{path[1]}: '{value}'{where} does not fit; give {_expected(path[1])}"
     ambiguous = re.search(r"Ambiguous value for argument '(.+)'", text)
     if ambiguous:
         key, _, value = ambiguous[1].partition("=")
-        return f"{key}: several values ({value}) are a sweep; add -m, or write a list as {key}=[{value}]"
+        listed = f", or write a list as {key}=[{value}]" if get_origin(type_of(key)) is list else ""
+        return f"{key}: several values ({value}) are a sweep; add -m{listed}"
     return " ".join(text.split())
+
+
+def bad_yaml(error: yaml.YAMLError) -> str:
+    """The line for a file that is no YAML."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None:
+        return f"a config file is not YAML: {' '.join(str(error).split())}"
+    return f"{mark.name}, line {mark.line + 1}: not YAML ({problem}); mend it there"
 
 
 def _typed(path: str, overrides: list[str]) -> tuple[str, bool]:

@@ -16,6 +16,8 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 # A wheel carries the tree inside the package; a checkout has it beside the package.
 CONF_DIR = PACKAGE_DIR / "conf" if (PACKAGE_DIR / "conf").is_dir() else PACKAGE_DIR.parent / "conf"
 
+# What runs, beside the package itself.
+_SOURCES = ("conf", "csrc", "hydra_plugins", "benchmarks")
 _PACKAGES = ("ldft", "torch", "deepspeed", "transformers", "hydra-core", "omegaconf", "pyarrow", "numpy",
              "liger-kernel", "peft", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")  # fmt: skip
 
@@ -117,14 +119,15 @@ def _git(*arguments: str) -> str | None:
 
 
 def source_commit() -> tuple[str | None, bool | None]:
-    """Commit of the package's source and whether it was edited since; (None, None) where that is not known.
+    """Commit of the package's source and whether it was edited since; (None, None) where that is not known. Other files of the
+    checkout, such as results, count for nothing.
 
     A copy that travels without its history (a wheel, a folder sent to another machine) may carry them in `ldft/commit.json`,
     as `python -m ldft.environment` writes it: commit, and the hash of the source at that commit.
     """
     # A package that is installed inside somebody else's checkout is not part of it.
     if _git("ls-files", "--error-unmatch", __file__) is not None and (commit := _git("rev-parse", "HEAD")):
-        return commit, bool(_git("status", "--porcelain"))
+        return commit, bool(_git("status", "--porcelain", "--", ".", *(f"../{folder}" for folder in _SOURCES)))
     stamp = PACKAGE_DIR / "commit.json"
     if not stamp.is_file():
         return None, None

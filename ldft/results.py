@@ -261,6 +261,11 @@ def main() -> int:
     except ResultsError as error:
         print(f"ldft: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # of --output: rows are read and merged by functions that raise ResultsError
+        if error.filename is None:
+            raise
+        print(f"ldft: cannot write {error.filename} ({error.strerror}); name another file", file=sys.stderr)
+        return 2
     return 0
 
 

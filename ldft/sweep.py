@@ -117,10 +117,11 @@ class Sweep:
             self._view.say(f"ldft: warning: {error}")
 
     def _warn_of_changes(self, row: Row) -> None:
-        sources = (row.get("git_commit"), row.get("git_dirty"), row.get("source_hash"))
+        sources = (row.get("git_commit"), row.get("source_hash"))
         if self._sources and sources != self._sources:
+            (commit, source), (new_commit, new_source) = self._sources, sources
+            what = f"commit {commit} -> {new_commit}" if commit != new_commit else f"source hash {source} -> {new_source}"
             self._view.say(
-                "ldft: warning: code or config changed during the sweep, cells before and after may not compare: "
-                f"commit, dirty, source hash {self._sources} -> {sources}"
+                f"ldft: warning: code or config changed during the sweep ({what}): cells before and after may not compare"
             )
         self._sources = sources

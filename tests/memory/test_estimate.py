@@ -169,7 +169,7 @@ def measured() -> list[tuple[str, Config, float, float]]:
 
 
 def test_estimates_match_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks on an H200: host memory within 3%, device memory within 10%."""
+    """Peaks on an H200: host memory within 3%, device memory within 7%."""
     monkeypatch.setattr(environment, "compute_capability", lambda: (9, 0))
     rows = measured()
     assert len(rows) >= 6
@@ -178,4 +178,4 @@ def test_estimates_match_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> 
         if "fp16-llama3_1b-2k-h200" in name:
             config.kernels.liger, config.checkpointing.mode = False, CheckpointingMode.gpu
         assert estimate.predicted_host_bytes(config) / 2**30 == pytest.approx(host_gib, rel=0.03), name
-        assert sum(vram.device_bytes(config).values()) / 2**30 == pytest.approx(device_gib, rel=0.1), name
+        assert sum(vram.device_bytes(config).values()) / 2**30 == pytest.approx(device_gib, rel=0.07), name
