@@ -1,4 +1,4 @@
-"""Which cores each rank gets: those nearest to its GPU and no core idle, never one core's two hardware threads for two ranks. Without torch."""
+"""Which cores each rank gets: none is idle, all serve the nearest GPU, two ranks never share one core's threads. Without torch."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def physical_cores(usable: frozenset[int], sysfs: Path = SYSFS) -> list[tuple[in
 def split(
     num_ranks: int, addresses: Sequence[str], topology: Topology, cores: Sequence[tuple[int, ...]]
 ) -> list[list[int]]:
-    """Every core works for a GPU that is as near as any: ranks whose GPUs hang on one node share its cores, and those of nodes without
-    GPUs that are nearest to it. Nodes as near to two nodes with GPUs are shared out between them, by their ranks.
+    """Every core works for a GPU that is as near as any: ranks whose GPUs hang on one node share its cores, and those of nodes
+    without GPUs that are nearest to it. Nodes as near to two nodes with GPUs are shared out between them, by their ranks.
 
     A core of another node of the socket is far nearer than an idle one, and its memory controller counts, too.
 
