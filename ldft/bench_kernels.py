@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ldft.memory.allocator import allocate
-from ldft.memory.policy import Placement
+from ldft.memory.policy import NumaCallError, Placement
 from ldft.training.host_optimizer import HostAdamW
 
 # Arrays that each kernel streams over; what traffic that makes, bench.TRAFFIC says.
@@ -102,7 +102,7 @@ def main() -> int:
                 answer: dict[str, Any] = {}
             else:
                 answer = {"seconds": streams.time(asked["kernel"], asked["bytes"], asked["repeats"])}
-        except MemoryError as error:  # HostMemoryError among them: this node set is left out
+        except (MemoryError, NumaCallError) as error:  # HostMemoryError among them: this node set is left out
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
     return 0

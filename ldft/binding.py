@@ -1,4 +1,4 @@
-"""Which cores each rank gets: those near its GPU, never one core's two hardware threads for two ranks. Without torch."""
+"""Which cores each rank gets: none is idle, all serve the nearest GPU, two ranks never share one core's threads. Without torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldft import environment
-from ldft.memory.topology import SYSFS, Topology, parse_list, read_topology
+from ldft.memory.topology import SYSFS, Node, Topology, parse_list, read_topology
 
 
 def cores_of_ranks(num_ranks: int, device: str = "cpu", sysfs: Path = SYSFS) -> list[list[int]]:
@@ -31,27 +31,40 @@ def physical_cores(usable: frozenset[int], sysfs: Path = SYSFS) -> list[tuple[in
 def split(
     num_ranks: int, addresses: Sequence[str], topology: Topology, cores: Sequence[tuple[int, ...]]
 ) -> list[list[int]]:
-    """Ranks whose GPUs hang on one node share the cores nearest to it evenly.
+    """Every core works for a GPU that is as near as any: ranks whose GPUs hang on one node share its cores, and those of nodes
+    without GPUs that are nearest to it. Nodes as near to two nodes with GPUs are shared out between them, by their ranks.
+
+    A core of another node of the socket is far nearer than an idle one, and its memory controller counts, too.
 
     addresses: PCI address of each rank's GPU, as sysfs writes it. Where it does not say which node every GPU is on, or they are all
     on the same one, all ranks share all cores evenly: binding to one socket would leave the other idle.
     """
     nodes = [topology.gpus.get(address, -1) for address in addresses]
+    owner = {cpu: node for node in topology.nodes for cpu in node.cpus}
+    with_cores = {owner[core[0]].id for core in cores if core[0] in owner}
     known = {node.id for node in topology.nodes}
-    if len(nodes) < num_ranks or len(set(nodes)) < 2 or not known.issuperset(nodes):
+    if len(nodes) < num_ranks or len(set(nodes)) < 2 or not known.issuperset(nodes) or not with_cores:
         return _evenly(num_ranks, cores)
-    usable = frozenset(itertools.chain.from_iterable(cores))
-    near = {node: frozenset(topology.cpus_nearest(node, usable)) for node in nodes}
-    if not all(near.values()):
-        return _evenly(num_ranks, cores)
-    found: list[list[int]] = [[] for _ in range(num_ranks)]
-    # By the CPUs, not by the node: GPUs of two nodes without CPUs may be served by the same socket.
-    for cpus in set(near.values()):
-        ranks = [rank for rank in range(num_ranks) if near[nodes[rank]] == cpus]
-        mine = [core for core in cores if cpus.issuperset(core)] or [(cpu,) for cpu in sorted(cpus)]
-        for rank, part in zip(ranks, _evenly(len(ranks), mine), strict=True):
-            found[rank] = part
-    return found
+    # GPUs of nodes without (usable) cores are served by the nearest that has some, perhaps several of them by the same one.
+    homes = [_nearest(topology.node(node), with_cores)[0] for node in nodes]
+    pools: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for core in cores:
+        pools.setdefault(_nearest(owner.get(core[0]), set(homes)), []).append(core)
+    mine: dict[int, list[tuple[int, ...]]] = {home: [] for home in homes}
+    for tied, pool in pools.items():
+        ranks = sorted(home for home in homes if home in tied)
+        for number, home in enumerate(ranks):
+            mine[home] += pool[number * len(pool) // len(ranks) : (number + 1) * len(pool) // len(ranks)]
+    parts = {home: iter(_evenly(homes.count(home), sorted(mine[home]))) for home in mine}
+    return [next(parts[home]) for home in homes]
+
+
+def _nearest(node: Node | None, candidates: set[int]) -> tuple[int, ...]:
+    """The candidate that the node is itself, else all that are nearest to it; None, a node not known, is as near to each."""
+    if node is not None and node.id in candidates:
+        return (node.id,)
+    distance = {id: node.distances.get(id, 255) if node else 255 for id in candidates}
+    return tuple(id for id in sorted(candidates) if distance[id] == min(distance.values()))
 
 
 def _evenly(num_ranks: int, cores: Sequence[tuple[int, ...]]) -> list[list[int]]:

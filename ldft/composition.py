@@ -75,7 +75,9 @@ def check_overrides(overrides: list[str]) -> None:
         if equals and not key:
             raise ConfigError("command line", f"'{override}' has no key; write key=value, e.g. model=tiny")
         if key in known and values.startswith("["):
-            raise ConfigError(key, f"{values} is a list, and a group takes one option; use {key}=<option>, or -m {key}=a,b")
+            raise ConfigError(
+                key, f"{values} is a list, and a group takes one option; use {key}=<option>, or -m {key}=a,b"
+            )
         for value in values.split(","):
             if key in known and re.fullmatch(r"[-+]?[\d.]+", value):
                 group, _, problem = _no_option(key, value).partition(": ")

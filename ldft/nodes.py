@@ -149,7 +149,10 @@ def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
 
 
 def _role(host: str, rank: int, role: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of one role of a rank: one a node that has, or should have, some of it."""
+    """The entries of one role of a rank: one a node that has, or should have, some of it.
+
+    Without pages nobody knows where it is: the shares are null, and so is the node where none was asked for.
+    """
     pages, asked = role["pages"], role["requested"]
     total = sum(pages.values())
     return [
@@ -158,11 +161,21 @@ def _role(host: str, rank: int, role: dict[str, Any]) -> list[dict[str, Any]]:
             "rank": rank,
             "role": role["role"],
             "bytes": role["bytes"],
-            "node": int(node),
-            "share": pages.get(node, 0) / total,
+            "node": None if node is None else int(node),
+            "share": pages.get(node, 0) / total if total else None,
             "requested_share": None if asked is None else asked.get(node, 0.0),
         }
-        for node in sorted({*pages, *(asked or {})}, key=int)
+        for node in sorted({*pages, *(asked or {})}, key=int) or [None]
+    ]
+
+
+def notes(row: dict[str, Any]) -> list[str]:
+    """What to say of a row whose roles have no shares."""
+    if all(entry["share"] is not None for entry in row.get("roles") or ()):
+        return []
+    return [
+        "the nodes of offloaded tensors were not verified: move_pages is forbidden here, as by Docker's default profile (use "
+        "--security-opt seccomp=unconfined); numa_shares says where all of the ranks' memory lies"
     ]
 
 
@@ -176,10 +189,11 @@ def _role_lines(roles: list[dict[str, Any]]) -> list[str]:
         nodes = []
         for node in sorted({entry["node"] for entry in mine}):
             there = [entry for entry in mine if entry["node"] == node]
-            got = sum(entry["share"] * entry["bytes"] for entry in there) / total
+            known = all(entry["share"] is not None for entry in there)
+            got = f"{sum(e['share'] * e['bytes'] for e in there) / total:.1%}" if known else "not verified"
             open_ = any(entry["requested_share"] is None for entry in there)
             asked = "-" if open_ else f"{sum(e['requested_share'] * e['bytes'] for e in there) / total:.1%}"
-            nodes.append(f"{node}: {asked} -> {got:.1%}")
+            nodes.append(f"{node}: {asked} -> {got}")
         said.append(f"ldft: {role:<18}{total / GIB:>9.3f}  {', '.join(nodes)}")
     return said
 

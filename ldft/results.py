@@ -143,7 +143,7 @@ MEASURED = [
     Column("numa_passed_over", _INT, "", "allocations during the run that were meant for a node asked for and went elsewhere, since it had no free memory; of the whole machine"),
     Column("khugepaged_gib", _FLOAT, "GiB", "memory that the kernel merged into huge pages during the run, each on the node that had most of it; of the whole machine"),
     Column("numa_mechanism", _TEXT, "", "who spread pages as asked: kernel (one policy a range), or stripes (a policy each); null with numa=default"),
-    Column("roles", _ROLES, "bytes", "offloaded tensors by role, rank and node after the last iteration (move_pages): bytes of the role on the rank, the node's share of them, the share asked for (null: left open)"),
+    Column("roles", _ROLES, "bytes", "offloaded tensors by role, rank and node after the last iteration (move_pages): bytes of the role on the rank, the node's share of them (null: not verified, see notes), the share asked for (null: left open)"),
     Column("numa_kernel_weights_json", _TEXT, "", "the kernel's weights for weighted interleave during the run, by node; null before Linux 6.9"),
     Column("git_commit", _TEXT, "", "commit of the package's source, where it is a git checkout"),
     Column("git_dirty", pa.bool_(), "", "whether that checkout had uncommitted changes"),

@@ -80,7 +80,7 @@ def run(
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= nodes.columns(reports, row["hosts"][0])
         row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
-        row["notes"] += _diverged(row)
+        row["notes"] += _diverged(row) + nodes.notes(row)
         row["parent_s"] = -waited_s  # to which _row adds the whole
     return Outcome(row["status"], row, folder / results.ROW_FILE)
 

@@ -120,7 +120,9 @@ class Sweep:
         sources = (row.get("git_commit"), row.get("source_hash"))
         if self._sources and sources != self._sources:
             (commit, source), (new_commit, new_source) = self._sources, sources
-            what = f"commit {commit} -> {new_commit}" if commit != new_commit else f"source hash {source} -> {new_source}"
+            what = (
+                f"commit {commit} -> {new_commit}" if commit != new_commit else f"source hash {source} -> {new_source}"
+            )
             self._view.say(
                 f"ldft: warning: code or config changed during the sweep ({what}): cells before and after may not compare"
             )

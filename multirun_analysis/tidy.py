@@ -134,9 +134,10 @@ def _role_entries(df: pd.DataFrame) -> pd.DataFrame:
 def memory_by_role(df: pd.DataFrame) -> pd.DataFrame:
     """GiB of each tensor role on each node, one line a run, host, role and node, summed over ranks.
 
-    `bytes` of the column `roles` are the role's on its rank, `share` the part of them that lies on the node.
+    `bytes` of the column `roles` are the role's on its rank, `share` the part of them that lies on the node. Where the kernel did
+    not let the run look there is no share, and no line.
     """
-    entries = _role_entries(df)
+    entries = _role_entries(df).dropna(subset=["share"])
     entries["gib"] = entries["bytes"].astype(float) * entries["share"].astype(float) / 2**30
     keys = [*CELL, "run_id", "attempt", "host", "role", "node"]
     return entries.groupby(keys, as_index=False, sort=False)["gib"].sum()

@@ -19,7 +19,7 @@ from ldft.config import columns as config_columns
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Errors whose first argument is the dotted key, and those that are a sentence alone.
-KEYED = {"ConfigError", "CombinationError", "PlacementError"}
+KEYED = {"ConfigError", "CombinationError", "PlacementError", "NumaCallError"}
 PLAIN = {"HostMemoryError", "ResultsError"}
 
 

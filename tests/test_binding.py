@@ -78,6 +78,56 @@ def test_a_cpuset_is_kept_to(machine) -> None:
     assert split(sysfs, [addresses[0]] * 2 + [addresses[1]], 3, frozenset({4, 8})) == [[4], [4], [8]]
 
 
+def nodes_of_sixteen(tmp_path: Path, sockets: list[list[int]], gpu_nodes: list[int]) -> tuple[Topology, list[str]]:
+    """A machine whose sockets are several nodes of 16 cores each (SNC, NPS), with one GPU on each of `gpu_nodes`."""
+    of_socket = {node: number for number, nodes in enumerate(sockets) for node in nodes}
+    files = {"devices/system/node/online": ",".join(map(str, of_socket))}
+    for node in of_socket:
+        folder = f"devices/system/node/node{node}"
+        distances = (10 if other == node else 12 if of_socket[other] == of_socket[node] else 32 for other in of_socket)
+        files[f"{folder}/cpulist"] = f"{16 * node}-{16 * node + 15}" if node < 8 else ""
+        files[f"{folder}/distance"] = " ".join(map(str, distances))
+    addresses = [f"0000:{0x17 + i:02x}:00.0" for i in range(len(gpu_nodes))]
+    for address, node in zip(addresses, gpu_nodes, strict=True):
+        device = f"bus/pci/devices/{address}"
+        files |= {f"{device}/vendor": "0x10de", f"{device}/class": "0x030200", f"{device}/numa_node": str(node)}
+    return read_topology(write(tmp_path / "sys", files), tmp_path / "none"), addresses
+
+
+@pytest.mark.parametrize(
+    ("sockets", "gpu_nodes", "cores_of_nodes"),
+    [
+        # DGX A100, NPS4: four GPUs a socket on two of its four nodes. Nodes 0 and 2 are as near to 1 as to 3.
+        ([[0, 1, 2, 3], [4, 5, 6, 7]], [3, 3, 1, 1, 7, 7, 5, 5], {3: (2, 3), 1: (0, 1), 7: (6, 7), 5: (4, 5)}),
+        # Two sockets, SNC2, all GPUs of a socket on its first node.
+        ([[0, 1], [2, 3]], [0, 0, 0, 0, 2, 2, 2, 2], {0: (0, 1), 2: (2, 3)}),
+        ([[0, 1], [2, 3]], [1, 3], {1: (0, 1), 3: (2, 3)}),
+        # One socket has GPUs on both nodes, the other none: as far from both, shared out.
+        ([[0, 1], [2, 3]], [0, 1], {0: (0, 2), 1: (1, 3)}),
+        # Every node has GPUs: each keeps its own.
+        ([[0, 1], [2, 3]], [2, 0, 3, 1], {0: (0,), 1: (1,), 2: (2,), 3: (3,)}),
+        # GPUs of nodes without cores are served by the nearest with some.
+        ([[0, 8], [1, 9]], [8, 9], {8: (0,), 9: (1,)}),
+    ],
+)
+def test_no_core_is_idle_on_nodes_without_gpus(tmp_path: Path, sockets, gpu_nodes, cores_of_nodes) -> None:
+    topology, addresses = nodes_of_sixteen(tmp_path, sockets, gpu_nodes)
+    cores = [(cpu,) for node in topology.nodes for cpu in node.cpus]
+    found = binding.split(len(addresses), addresses, topology, cores)
+    assert sorted(cpu for mine in found for cpu in mine) == sorted(cpu for (cpu,) in cores)  # each once
+    for node, nearest in cores_of_nodes.items():
+        together = {cpu // 16 for mine, of in zip(found, gpu_nodes, strict=True) if of == node for cpu in mine}
+        assert together == set(nearest), (node, together)
+    assert len({len(mine) for mine in found}) == 1  # equal shares
+
+
+def test_ties_are_shared_out_by_ranks(tmp_path: Path) -> None:
+    # Three ranks on node 0, one on node 1: of the other socket's 32 cores node 1's rank gets a quarter.
+    topology, addresses = nodes_of_sixteen(tmp_path, [[0, 1], [2, 3]], [0, 0, 0, 1])
+    found = binding.split(4, addresses, topology, [(cpu,) for cpu in range(64)])
+    assert sum(len(mine) for mine in found[:3]) == 16 + 24 and len(found[3]) == 16 + 8
+
+
 def test_openmp_binds_no_rank_to_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     with launch.Ranks(tmp_path, 1, "cpu") as ranks:

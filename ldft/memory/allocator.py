@@ -21,7 +21,7 @@ import torch
 
 from ldft import _native
 from ldft.memory.placing import Report, place, settings
-from ldft.memory.policy import HostMemoryError, Placement, is_harmless
+from ldft.memory.policy import HostMemoryError, Placement, is_harmless, refused
 from ldft.memory.topology import Topology, read_topology
 
 # A copy that crosses from one registration into the next fails (cudaErrorInvalidValue, seen on an H200 with driver 580), so a
@@ -55,7 +55,8 @@ def allocate(
     huge_pages: overrides settings.huge_pages.
 
     The memory lives as long as any view of the tensor. Raises PlacementError when the placement does not suit the
-    machine, and HostMemoryError when memory is short: before touching it, as far as the kernel's own figures can tell.
+    machine or what it needs is forbidden (NumaCallError), and HostMemoryError when memory is short: before touching it, as far as
+    the kernel's own figures can tell.
     """
     size = (shape,) if isinstance(shape, int) else tuple(shape)
     if any(length < 0 for length in size):
@@ -104,7 +105,8 @@ def pages_by_node(tensor: torch.Tensor) -> dict[int, int]:
     """Node -> base pages of it that the tensor lies in, as move_pages(2) says now. Pages without memory yet are under
     -1.
 
-    Works for any CPU tensor. A view that skips elements counts from its first byte to its last.
+    Works for any CPU tensor. A view that skips elements counts from its first byte to its last. Raises NumaCallError where there
+    are several nodes and the kernel does not let us look.
     """
     if tensor.device.type != "cpu":
         raise ValueError(f"pages_by_node: the tensor is on {tensor.device}, not in host memory")
@@ -124,7 +126,7 @@ def pages_by_node(tensor: torch.Tensor) -> dict[int, int]:
         except OSError as error:
             topology = _topology()
             if not is_harmless(error, Placement(), topology):
-                raise
+                raise refused(error, "move_pages", "finding the nodes of a tensor") from error
             return {topology.nodes[0].id: count}
         for node in set(nodes):
             counts[node] = counts.get(node, 0) + nodes.count(node)

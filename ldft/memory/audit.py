@@ -11,6 +11,7 @@ from typing import Any
 from ldft.errors import LdftError
 from ldft.memory.allocator import pages_by_node, report_of
 from ldft.memory.arenas import Arena, Arenas, span
+from ldft.memory.policy import NumaCallError
 from ldft.memory.roles import RoleTensor
 
 
@@ -26,7 +27,7 @@ class RoleMemory:
     bytes: int
     """Of its tensors, without padding."""
     pages: dict[int, int]
-    """Node -> base pages that hold them."""
+    """Node -> base pages that hold them. Empty: the kernel does not let us look, and no placement was asked for."""
     requested: dict[int, float] | None
     """Node -> share asked for; None: left open."""
 
@@ -62,7 +63,7 @@ def measure(
     for role, items in owners.items():
         size = sum(item.tensor.numel() * item.tensor.element_size() for item in items)
         if arenas is None:
-            pages = _sum(pages_by_node(item.tensor.detach()) for item in items)
+            pages = _sum(_pages_now(item.tensor.detach()) for item in items)
             measured.append(RoleMemory(role, size, pages, None))
             continue
         arena = arenas.of(role)
@@ -73,13 +74,21 @@ def measure(
 
 def _pages(arena: Arena, items: list[RoleTensor]) -> dict[int, int]:
     """Pages of the whole arena by node now. Raises AuditError where they have left the nodes that they were placed on."""
-    now = _sum(pages_by_node(block) for block in arena.blocks)
+    now = _sum(_pages_now(block) for block in arena.blocks)
     then = _sum(report_of(block).pages for block in arena.blocks if block.numel())
     gone = {node: count - then.get(node, 0) for node, count in now.items() if node >= 0 and count > then.get(node, 0)}
     if gone and arena.placement.kind != "default":
         where = ", ".join(f"{count} pages more on node {node}" for node, count in gone.items())
         raise AuditError(_miss(items[0], f"has left the nodes it was placed on ({where})"))
     return now
+
+
+def _pages_now(tensor: Any) -> dict[int, int]:
+    """Empty where the kernel does not let us look. Arenas with a placement of their own were refused before, when made."""
+    try:
+        return pages_by_node(tensor)
+    except NumaCallError:
+        return {}
 
 
 def _sum(counts: Any) -> dict[int, int]:

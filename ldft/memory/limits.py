@@ -66,11 +66,11 @@ def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, limit, used, stat = cgroups, "memory.max", "memory.current", "inactive_file"
+            root, limit, used, prefix = cgroups, "memory.max", "memory.current", ""
             if not (root / "cgroup.controllers").exists():
                 root = cgroups / "unified"
         elif "memory" in controllers.split(","):
-            root, stat = cgroups / "memory", "total_inactive_file"
+            root, prefix = cgroups / "memory", "total_"
             limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
@@ -80,13 +80,15 @@ def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
         for place in (folder, *folder.parents):
             if not place.is_relative_to(root):
                 break
-            room = _room(place, limit, used, stat)
+            room = _room(place, limit, used, prefix)
             if room is not None:
                 left.append(room)
     return min(left, default=None)
 
 
-def _room(folder: Path, limit: str, used: str, stat: str) -> int | None:
+def _room(folder: Path, limit: str, used: str, prefix: str) -> int | None:
+    # Both lists, as for a node: weights that several runs have mapped move to the active one, and give way all the same.
+    cache = {f"{prefix}active_file", f"{prefix}inactive_file"}
     try:
         most = (folder / limit).read_text().strip()
         if most == "max" or int(most) >= _UNLIMITED:
@@ -94,8 +96,8 @@ def _room(folder: Path, limit: str, used: str, stat: str) -> int | None:
         droppable = 0
         for line in (folder / "memory.stat").read_text().splitlines():
             name, _, value = line.partition(" ")
-            if name == stat:
-                droppable = int(value)
+            if name in cache:
+                droppable += int(value)
         return int(most) - int((folder / used).read_text()) + droppable
     except (OSError, ValueError):
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ldft import _native
 from ldft.memory.layout import Layout, Range, bytes_by_node, clip, plan
 from ldft.memory.limits import free_memory, free_on_node
-from ldft.memory.policy import HostMemoryError, Placement, explain, is_harmless
+from ldft.memory.policy import HostMemoryError, Placement, is_forbidden, is_harmless, refused
 from ldft.memory.topology import Topology, format_list
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class Report:
     huge_pages: bool
     """Huge pages were asked for and the kernel agreed; how many it gives is its choice."""
     pages: dict[int, int]
-    """Base pages by node, as move_pages(2) said after touching."""
+    """Base pages by node, as move_pages(2) said after touching. Empty where nothing was asked for (kind default) and that call is
+    forbidden, as by Docker's default profile: not verified."""
     spilled_pages: int
     """Pages elsewhere than asked for; 0 when strict."""
     pinned: bool = False
@@ -68,8 +69,8 @@ def place(
 ) -> tuple[_native.Region, Report]:
     """A region of at least `needed` bytes under a resolved placement, all of it touched and verified.
 
-    Raises HostMemoryError, with nothing left allocated, when memory is short, when the kernel refuses, and, if
-    `strict`, when a page is not where it was asked for.
+    Raises, with nothing left allocated, HostMemoryError when memory is short, when the kernel refuses, and, if `strict`, when a
+    page is not where it was asked for; NumaCallError when a call that the placement or its verification needs is forbidden.
     """
     page = _native.page_size()
     size = -(-needed // page) * page
@@ -115,11 +116,11 @@ def _try(
     except OSError as error:
         if not is_harmless(error, placement, topology):
             region.release()
-            raise HostMemoryError(explain(error, "mbind", placement)) from error
+            raise refused(error, "mbind", placement.describe()) from error
     placed = time.perf_counter()
     _touch(region, layout, placement, topology, size)
     touched = time.perf_counter()
-    pages, wrong = _verify(region, layout, topology, size)
+    pages, wrong = _verify(region, layout, placement, topology, size)
     for _ in range(_MENDING_ROUNDS):
         # Where there is no room there is nothing to mend, and trying has the kernel search the node for pages to reclaim.
         if wrong == 0 or not _has_room(layout, placement, size, pages, wrong):
@@ -129,7 +130,7 @@ def _try(
         # A huge page that cannot be moved whole is split, and since Linux 6.12 the kernel drops those of its pages that are
         # all zero. Touched once more, they come back as base pages, which the next round can move one by one.
         _touch(region, layout, placement, topology, size)
-        pages, wrong = _verify(region, layout, topology, size)
+        pages, wrong = _verify(region, layout, placement, topology, size)
         if wrong == before and -1 not in pages:
             break
     report = Report(
@@ -198,18 +199,21 @@ def _own_node(topology: Topology) -> int:
     return next((node.id for node in topology.nodes if cpu in node.cpus), topology.nodes[0].id)
 
 
-def _verify(region: _native.Region, layout: Layout, topology: Topology, size: int) -> tuple[dict[int, int], int]:
-    """Pages by node, and how many are not where they were asked for."""
+def _verify(
+    region: _native.Region, layout: Layout, placement: Placement, topology: Topology, size: int
+) -> tuple[dict[int, int], int]:
+    """Pages by node, and how many are not where they were asked for. No pages: the kernel does not let us look, and nothing was
+    asked."""
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     try:
         pages, absent, outside = region.census(layout.ranges, threads)
     except OSError as error:
-        if not is_harmless(error, Placement(), topology):
-            raise HostMemoryError(
-                f"move_pages: where the memory is cannot be verified ({error.strerror}); in a container allow the NUMA calls "
-                "(docker run --cap-add SYS_NICE)"
-            ) from error
-        return {topology.nodes[0].id: size // _native.page_size()}, 0
+        if is_harmless(error, Placement(), topology):
+            return {topology.nodes[0].id: size // _native.page_size()}, 0
+        if is_forbidden(error) and placement.kind == "default":
+            return {}, 0
+        region.release()
+        raise refused(error, "move_pages", f"verifying {placement.describe()}") from error
     if absent:  # swapped out already, or a kernel that we do not understand: not a placement to rely on
         pages[-1] = absent
     return pages, layout.misplaced(pages, outside)

@@ -34,6 +34,11 @@ class HostMemoryError(LdftError, MemoryError):
     allocated."""
 
 
+class NumaCallError(PlacementError):
+    """A call that a placement needs is forbidden here: by a container, or by a kernel without NUMA. One line, for the user. No
+    lack of memory: less of it would be refused, too."""
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Placement:
     """Where pages shall be."""
@@ -166,8 +171,8 @@ def set_process_policy(policy: Placement, topology: Topology | None = None, key:
     """Make `policy` that of the calling thread and of all threads and processes that it starts from now on.
 
     Call it before anything that starts threads or allocates much: what is touched already stays where it is. Returns
-    the policy with its nodes filled in. Raises PlacementError when the machine cannot do it, and HostMemoryError when
-    the kernel refuses.
+    the policy with its nodes filled in. Raises PlacementError when the machine cannot do it (NumaCallError: the call is
+    forbidden), and HostMemoryError when the kernel refuses for another reason.
     """
     topology = topology or read_topology()
     placement = policy.resolve(topology, key)
@@ -178,7 +183,7 @@ def set_process_policy(policy: Placement, topology: Topology | None = None, key:
         _native.set_thread_policy(mode, list(nodes))
     except OSError as error:
         if not is_harmless(error, placement, topology):
-            raise HostMemoryError(explain(error, "set_mempolicy", placement)) from error
+            raise refused(error, "set_mempolicy", placement.describe()) from error
     return placement
 
 
@@ -201,21 +206,33 @@ def process_policy(topology: Topology | None = None) -> Placement:
     return Placement(kind=names[mode], nodes=tuple(nodes)) if mode in names else Placement()
 
 
+def is_forbidden(error: OSError) -> bool:
+    """Whether nobody may make this call here, whatever the arguments: no NUMA in the kernel, or a container's profile."""
+    return error.errno in (errno.ENOSYS, errno.EPERM)
+
+
 def is_harmless(error: OSError, placement: Placement, topology: Topology) -> bool:
     """Whether a refused call changes nothing: the only node there is was asked for."""
-    refused = error.errno in (errno.ENOSYS, errno.EPERM)
-    return refused and len(topology.nodes) == 1 and set(placement.nodes) <= {topology.nodes[0].id}
+    return is_forbidden(error) and len(topology.nodes) == 1 and set(placement.nodes) <= {topology.nodes[0].id}
 
 
-def explain(error: OSError, call: str, placement: Placement) -> str:
-    """One line on why the kernel refused a policy."""
+def refused(error: OSError, call: str, what: str) -> LdftError:
+    """The error to raise where the kernel refuses a call for `what`: NumaCallError, where that is so for any arguments."""
+    if is_forbidden(error):
+        # Docker's default profile gives the capability the policy calls, but nothing gives move_pages.
+        # Source: moby/profiles, seccomp/default.json.
+        fix = "--cap-add SYS_NICE, or " if call == "set_mempolicy" else ""
+        return NumaCallError(
+            "numa",
+            f"{what} needs {call}, which is forbidden here ({error.strerror}); in a container use {fix}--security-opt "
+            "seccomp=unconfined, or a profile that allows mbind, set_mempolicy and move_pages; elsewhere a kernel with NUMA, or "
+            "numa=default",
+        )
     reason = {
-        errno.EPERM: "not permitted; in a container allow the NUMA calls (docker run --cap-add SYS_NICE)",
-        errno.ENOSYS: "this kernel is built without NUMA",
         errno.EINVAL: f"Linux {platform.release()} does not know this policy, or the cpuset leaves none of the nodes",
         errno.ENOMEM: "no memory for another mapping; raise vm.max_map_count",
     }.get(error.errno or 0, error.strerror or str(error))
-    return f"{call}: {placement.describe()} was refused: {reason}"
+    return HostMemoryError(f"{call}: {what} was refused: {reason}")
 
 
 def weight_commands(placement: Placement) -> str:

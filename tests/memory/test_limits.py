@@ -36,7 +36,7 @@ def test_the_tightest_ancestor_of_cgroup_v2_counts(tmp_path, proc, write, path):
             "cgroup.controllers": "memory",
             "job/memory.max": str(10 * GIB),
             "job/memory.current": str(7 * GIB),
-            "job/memory.stat": f"anon 1\ninactive_file {GIB}",
+            "job/memory.stat": f"anon 1\ninactive_file {GIB}\nactive_file {2 * GIB}",
             "job/rank/memory.max": "max",
             "job/rank/memory.current": str(7 * GIB),
             "job/rank/memory.stat": "anon 1",
@@ -44,9 +44,9 @@ def test_the_tightest_ancestor_of_cgroup_v2_counts(tmp_path, proc, write, path):
     )
     folder = proc(f"0::{path}")
     if path == "/job/rank":
-        assert cgroup_left(folder, root) == 4 * GIB  # 3 left, and 1 of page cache that gives way
+        assert cgroup_left(folder, root) == 6 * GIB  # 3 left, and 3 of page cache that give way
         free = free_memory(proc=folder, cgroups=root)
-        assert free.bytes == 4 * GIB and "cgroup" in free.limit
+        assert free.bytes == 6 * GIB and "cgroup" in free.limit
     else:  # a path of the host's that is not visible here limits nothing that we can read
         assert cgroup_left(folder, root) is None
 
@@ -60,11 +60,11 @@ def test_cgroup_v1(tmp_path, proc, write):
             "memory/memory.stat": "total_inactive_file 0",
             "memory/job/memory.limit_in_bytes": str(6 * GIB),
             "memory/job/memory.usage_in_bytes": str(5 * GIB),
-            "memory/job/memory.stat": f"inactive_file 0\ntotal_inactive_file {GIB // 2}",
+            "memory/job/memory.stat": f"active_file 9\ntotal_inactive_file {GIB // 2}\ntotal_active_file {GIB}",
         },
     )
     folder = proc("9:name=systemd:/\n4:memory:/job\n3:cpuset:/\n0::/")
-    assert cgroup_left(folder, root) == GIB + GIB // 2
+    assert cgroup_left(folder, root) == 2 * GIB + GIB // 2
 
 
 def test_a_node_gives_its_free_pages_and_its_page_cache(sysfs):
