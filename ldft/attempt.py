@@ -16,7 +16,10 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from ldft.errors import ConfigError
 
 # A heartbeat that is older than this, of a process that cannot be looked up from here, is that of a dead one.
 HEARTBEAT_DEAD_S = 300.0
+HEARTBEAT_S = 10.0
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -58,7 +62,11 @@ def _process_start(pid: int | str) -> str | None:
 
 def _here() -> str:
     """The space in which a pid of ours means something: this boot of this kernel, this pid namespace."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # some containers hide it
+        boot = socket.gethostname()
+    return boot + str(Path("/proc/self/ns/pid").readlink())
 
 
 def owner() -> dict[str, Any]:
@@ -88,6 +96,24 @@ def is_alive(folder: Path) -> bool:
 def beat(folder: Path) -> None:
     """Say that the attempt is still being worked on."""
     os.utime(folder / "started.json")
+
+
+@contextmanager
+def beating(folder: Path) -> Iterator[None]:
+    """Say so from a thread, while the block does what may take long and has no moment to."""
+    ended = threading.Event()
+
+    def go() -> None:
+        while not ended.wait(HEARTBEAT_S):
+            beat(folder)
+
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def numbers(results_dir: Path, run_id: str) -> list[int]:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from ldft import attempt, runner
+from ldft import attempt, fit, runner
 from ldft.config import Config, Rerun, run_id, series_id
+from ldft.errors import ConfigError
 from ldft.history import OOM, History, Row
 
 BACKSTOP = "OomBackstop"
-_FAILED = ("error", "timeout", *OOM)
+DOES_NOT_FIT = fit.DoesNotFitError.__name__
+_FAILED = ("error", "timeout", "invalid", *OOM)
 
 
 class Do(Enum):
@@ -46,14 +48,23 @@ def _stays(row: Row, config: Config) -> bool:
     status = row["status"]
     if status == "interrupted":
         return False
-    if row["error_type"] == BACKSTOP:
-        return False  # judged anew
+    if row["error_type"] in (BACKSTOP, DOES_NOT_FIT):
+        return False  # judged anew, which is quick
     if config.rerun is Rerun.missing:
         return True
     # What another sweep ran since this one began is as new as what we would run ourselves.
     if row["started_at"].timestamp() >= config.sweep.started_at:
         return True
     return config.rerun is Rerun.failed and status not in _FAILED
+
+
+def _still_does_not_fit(config: Config) -> bool:
+    """Whether a run that was refused for memory would be refused again; not so with `force`, or once others have freed theirs."""
+    try:
+        fit.check(config)
+    except ConfigError as error:
+        return isinstance(error, fit.DoesNotFitError)
+    return False
 
 
 def has_row(config: Config, history: History) -> bool:
@@ -68,6 +79,8 @@ def decide(config: Config, history: History) -> Decision:
     if alive:
         return Decision(Do.leave, number)
     if row and _stays(row, config):
+        return Decision(Do.keep, number)
+    if row and row["error_type"] == DOES_NOT_FIT and _still_does_not_fit(config):
         return Decision(Do.keep, number)
     shorter = None
     if config.sweep.oom_backstop:

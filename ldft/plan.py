@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ldft import attempt, checks, runner
-from ldft.config import Config, from_dict, run_id
+from ldft.config import Config, Device, from_dict, run_id
 from ldft.errors import ConfigError
 from ldft.progress import length
 
@@ -87,12 +87,18 @@ def grid(fixed: Choices, points: list[Choices]) -> list[list[str]]:
 
 
 def make(
-    cells: list[list[str]], compose: Callable[[list[str]], DictConfig], swept: set[str], started_at: float
+    cells: list[list[str]],
+    compose: Callable[[list[str]], DictConfig],
+    swept: set[str],
+    started_at: float,
+    *,
+    elsewhere: bool = False,
 ) -> Plan:
     """Compose every cell, draw the budget, repeat, and put them in order: pass by pass, each ascending in length.
 
     Short cells come first, since they tell most for the least and the back-stop learns from them; a pass over all cells comes
-    before the next, so that drift of the machine hits all cells alike. Raises what composing raises, and ConfigError.
+    before the next, so that drift of the machine hits all cells alike. elsewhere: the cells may run on other machines than this.
+    Raises what composing raises, and ConfigError.
     """
     first = from_dict(compose(cells[0]))
     first.sweep.started_at = started_at
@@ -107,6 +113,11 @@ def make(
     settings: dict[str, set[str]] = {}
     for overrides in cells:
         config = from_dict(compose(overrides))
+        if elsewhere and config.launch.device is Device.auto:
+            raise ConfigError(
+                "launch.device",
+                "auto: a launcher runs the cells, where there may be other devices than here; use cuda or cpu",
+            )
         checks.resolve_device(config)
         for key in ("sweep", "rerun", "results", "repeat"):
             settings.setdefault(key, set()).add(str(getattr(config, key)))

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -137,21 +137,28 @@ def read_table(results_dir: str | Path, columns: list[str] | None = None) -> pa.
 
 @contextmanager
 def _only_one(results_dir: Path) -> Iterator[bool]:
-    """Whether we are the only one who compacts this folder. Two would lose nothing, but merge the same rows twice."""
-    with (results_dir / ".compact.lock").open("w") as lock:
+    """Whether we are the only one who compacts this folder. Two would lose nothing, but merge the same rows twice.
+
+    Raises ResultsError where that cannot be known: a file system without locks, or another user's lock.
+    """
+    path = results_dir / ".compact.lock"
+    with ExitStack() as held:
+        alone = True
         try:
+            lock = held.enter_context(path.open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-            return
-        yield True
+            alone = False
+        except OSError as error:
+            raise ResultsError(f"cannot lock {path}: {error.strerror}; rows stay in files of their own") from error
+        yield alone
 
 
 def compact(results_dir: Path) -> int:
     """Merge every loose row, and merged files that are small, into one new file. Returns the number of loose rows merged.
 
     Safe at any moment against writers, readers and its own death: the merged file is on disk, read back and found complete
-    before anything that it replaces is removed. Raises ResultsError where it cannot be written.
+    before anything that it replaces is removed. Raises ResultsError where it cannot be written, or the folder not be locked.
     """
     with _only_one(results_dir) as alone:
         if not alone:

@@ -25,8 +25,6 @@ from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
 from ldft.training import deepspeed_config, moved
 
-_HEARTBEAT_S = 10.0
-
 
 @dataclass(slots=True)
 class Outcome:
@@ -62,15 +60,10 @@ def run(
     """
     results_dir = prepare(config)
     folder, number = claimed or attempt.claim(results_dir, run_id(config))
-    with _row(config, folder, number) as row:
+    with stop.noting(), _row(config, folder, number) as row:
         row |= environment.describe()
-        config.validate()
-        checks.check_machine(config)
-        checks.check_inputs(config, fetch=True)
-        row |= fit.predictions(config)
-        fit.check(config)
-        restore_kernel_weights()  # what a run that died may have left
-        row["notes"] = [*moved.notes(config, deepspeed_config.build(config)), *placement_view.notes(config)]
+        with stop.raising(), attempt.beating(folder):  # fetching weights takes as long as it takes
+            _prepare(config, row)
         if show:
             exits, decision, waited_s = _run_ranks(config, folder, show)
         else:
@@ -83,6 +76,19 @@ def run(
         row["notes"] += _diverged(row) + nodes.notes(row)
         row["parent_s"] = -waited_s  # to which _row adds the whole
     return Outcome(row["status"], row, folder / results.ROW_FILE)
+
+
+def _prepare(config: Config, row: dict[str, Any]) -> None:
+    """All that comes before the ranks: fills the row with what is expected. Raises ConfigError where they are not to start."""
+    config.validate()
+    checks.check_machine(config)
+    settings = deepspeed_config.build(config)
+    swap.prepare(config, settings)
+    checks.check_inputs(config, fetch=True)
+    row |= fit.predictions(config)
+    fit.check(config)
+    restore_kernel_weights()  # what a run that died may have left
+    row["notes"] = [*moved.notes(config, settings), *placement_view.notes(config)]
 
 
 def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str) -> Outcome:
@@ -133,6 +139,8 @@ def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
     except ConfigError as error:
         status = "skipped" if isinstance(error, CombinationError) and config.sweep.started_at else "invalid"
         row |= {"status": status, "error_type": type(error).__name__, "error_message": str(error)}
+    except stop.Stopped as told:
+        row |= {"status": "interrupted", "signal": told.name, "error_message": f"{told.name} to ldft"}
     except Exception as error:
         log = folder / "internal-error.log"
         log.write_text(traceback.format_exc())
@@ -160,7 +168,7 @@ def _run_ranks(
     def tick() -> None:
         nonlocal last_beat
         show(attempt.rank_report(folder, 0))
-        if time.monotonic() - last_beat > _HEARTBEAT_S:
+        if time.monotonic() - last_beat > attempt.HEARTBEAT_S:
             last_beat = time.monotonic()
             attempt.beat(folder)
 

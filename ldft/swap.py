@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -17,11 +18,28 @@ from ldft.training import moved
 
 VARIABLE = "LDFT_SWAP_DIR"
 _PREFIX = "ldft-swap-"
+# Beside its folder, so that a removal that is cut short can be taken up again. A file, since many file systems lock folders for
+# their own host only.
+_LOCK = ".lock"
 _SHARED_MEMORY = Path("/dev/shm")
 
 
+def prepare(config: Config, settings: dict[str, Any]) -> None:
+    """Make offload.nvme_path and free it of what dead runs left, before `check` looks at its space. Raises ConfigError."""
+    if moved.moved_by(settings) != "nvme":
+        return
+    base = _base(config)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "offload.nvme_path", f"cannot create {base} ({error.strerror}); name a folder on a local disk"
+        ) from None
+    _remove_left(base)
+
+
 def check(config: Config, settings: dict[str, Any], shared_memory: Path = _SHARED_MEMORY) -> None:
-    """Raise ConfigError where the disk, or shared memory, cannot take what DeepSpeed will put there."""
+    """Raise ConfigError where the disk, or shared memory, cannot take what DeepSpeed will put there. Only looks."""
     needed = moved.shared_memory_bytes(config, settings)
     if needed and (left := shutil.disk_usage(shared_memory).free) < needed:
         raise ConfigError(
@@ -31,11 +49,9 @@ def check(config: Config, settings: dict[str, Any], shared_memory: Path = _SHARE
         )
     if moved.moved_by(settings) != "nvme":
         return
-    key, folder, needed = "offload.nvme_path", _base(config), moved.swap_bytes(config, settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(key, f"cannot create {folder} ({error.strerror}); name a folder on a local disk") from None
+    key, needed = "offload.nvme_path", moved.swap_bytes(config, settings)
+    # A dry run makes no folder: the one that it would be made in counts.
+    folder = next(path for path in (_base(config), *_base(config).parents) if path.is_dir())
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(key, f"cannot write in {folder}; name a folder on a local disk")
     if (left := shutil.disk_usage(folder).free) < needed:
@@ -47,18 +63,29 @@ def check(config: Config, settings: dict[str, Any], shared_memory: Path = _SHARE
 
 @contextmanager
 def folder(config: Config, settings: dict[str, Any]) -> Iterator[None]:
-    """Make the folder of this run and name it in the environment that the ranks inherit; remove it, and what dead runs left."""
+    """Make the folder of this run, name it in the environment that the ranks inherit, and remove it in the end.
+
+    Its lock is held meanwhile, by this process alone, and goes with it however it ends.
+    """
     if moved.moved_by(settings) != "nvme":
         yield
         return
-    _remove_left(_base(config))
-    made = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_base(config))
-    os.environ[VARIABLE] = made
+    descriptor, name = tempfile.mkstemp(prefix=_PREFIX, suffix=_LOCK, dir=_base(config))
+    lock = Path(name)
+    made = lock.with_suffix("")
+    os.environ[VARIABLE] = str(made)
     try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: nobody is to judge this folder
+            lock.unlink()
+        made.mkdir()
         yield
     finally:
         del os.environ[VARIABLE]
         shutil.rmtree(made, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def place(settings: dict[str, Any]) -> None:
@@ -74,9 +101,11 @@ def _base(config: Config) -> Path:
 
 
 def _remove_left(base: Path) -> None:
-    """Folders of parents that are gone: a kill -9 leaves them, and they are large."""
-    for path in base.glob(f"{_PREFIX}*"):
-        number = path.name.removeprefix(_PREFIX).split("-")[0]
-        if number.isdigit() and not Path("/proc", number).exists():
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path)
+    """Folders whose lock nobody holds: a kill -9 leaves them, and they are large. A pid would say nothing of another container."""
+    for lock in base.glob(f"{_PREFIX}*{_LOCK}"):
+        # Held by a run that lives, of another user, or where locks do not work: not ours to remove.
+        with contextlib.suppress(OSError), lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.with_suffix("").exists():
+                shutil.rmtree(lock.with_suffix(""))
+            lock.unlink()

@@ -32,6 +32,7 @@ class Sweep:
         self._view = View(plan, self._results_dir)
         self._bugs: list[BaseException] = []
         self._sources: tuple[Any, ...] | None = None
+        self._can_compact = True
 
     def run(self) -> int:
         """Run every cell that needs it. Returns the exit code: 0 all ok or skipped, 1 not so, 130 interrupted.
@@ -57,8 +58,7 @@ class Sweep:
                 for index, one in left:  # whoever had them may have died since
                     self._cell(index, one)
         self._history.refresh()
-        if self._history.num_loose() >= _COMPACT_AT:
-            self._compact()
+        self._compact()
         if self._bugs:
             raise self._bugs[0]
         return self._view.end(self._history, stop.noted())
@@ -95,8 +95,7 @@ class Sweep:
         self._view.finish(index, one, done)
         if done.row and done.do is cell.Do.run:
             self._warn_of_changes(done.row)
-        if self._history.num_loose() >= _COMPACT_AT:
-            self._compact()
+        self._compact()
         return done.do
 
     @contextmanager
@@ -111,9 +110,12 @@ class Sweep:
             self._bugs.append(error)
 
     def _compact(self) -> None:
+        if not self._can_compact or self._history.num_loose() < _COMPACT_AT:
+            return
         try:
             rows.compact(self._results_dir)
-        except ResultsError as error:
+        except (ResultsError, OSError) as error:  # rows are as good in files of their own
+            self._can_compact = False
             self._view.say(f"ldft: warning: {error}")
 
     def _warn_of_changes(self, row: Row) -> None:

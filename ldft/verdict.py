@@ -23,8 +23,11 @@ class Verdict:
 
 
 def oom_kills() -> int:
-    """Processes that the kernel killed for memory so far: in our memory cgroup (v2 or v1), else on the whole machine."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    """Processes that the kernel killed for memory so far: in our memory cgroup (v2 or v1), else on the whole machine.
+
+    0 where the kernel, or a container, shows neither.
+    """
+    for line in _lines(Path("/proc/self/cgroup")):
         hierarchy, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
             counter = Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control")
@@ -38,7 +41,14 @@ def oom_kills() -> int:
 
 
 def _field(path: Path, name: str) -> int:
-    return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == name), 0)
+    return next((int(line.split()[1]) for line in _lines(path) if line.split()[0] == name), 0)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def judge(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 from synthetic import config, leave, row
 
-from ldft import attempt, cell, results
+from ldft import attempt, cell, checks, fit, nodes, results, runner, stop, verdict
 from ldft.cell import Do
 from ldft.config import Config, Rerun, run_id
 from ldft.errors import CombinationError
@@ -46,7 +49,7 @@ def claim(folder: Path, of: Config, **values: Any) -> Path:
     ("rerun", "again"),
     [
         (Rerun.missing, {"interrupted"}),
-        (Rerun.failed, {"interrupted", "error", "timeout", "oom_device", "oom_host"}),
+        (Rerun.failed, {"interrupted", "error", "timeout", "oom_device", "oom_host", "invalid"}),
         (Rerun.all, set(STATUSES)),
     ],
 )
@@ -65,6 +68,32 @@ def test_rerun_says_which_cells_run_again(tmp_path, rerun, again, merged) -> Non
     assert all(
         decision.do is Do.keep for status, decision in zip(STATUSES, decisions, strict=True) if status not in ran
     )
+
+
+def test_a_refusal_for_memory_is_judged_anew_and_leaves_a_row_only_where_that_changes(tmp_path, monkeypatch) -> None:
+    free_gib = 3
+
+    def refuse(config: Config) -> None:
+        if free_gib < 99 and not config.force:
+            raise fit.DoesNotFitError(f"99 GiB expected, {free_gib} GiB free", "less")
+
+    monkeypatch.setattr(fit, "check", refuse)
+    monkeypatch.setattr(runner, "_run_ranks", lambda *given: ([], verdict.Verdict("timeout"), 0.0))
+    monkeypatch.setattr(runner, "_measured", lambda *given: {})
+    monkeypatch.setattr(nodes, "columns", lambda *given: {})
+
+    def sweep(**values: Any) -> tuple[Do, str, int]:
+        done = cell.run(in_a_sweep(results__dir=str(tmp_path), **values), History(tmp_path), lambda report: None)
+        assert done.row is not None
+        return done.do, done.row["status"], done.row["attempt"]
+
+    assert sweep() == (Do.run, "invalid", 1)
+    for rerun in Rerun:
+        assert sweep(rerun=rerun) == (Do.keep, "invalid", 1)
+    assert sweep(force=True) == (Do.run, "timeout", 2), "what the message advises"
+    leave(tmp_path, in_a_sweep(results__dir=str(tmp_path)), 3, "invalid", error_type=cell.DOES_NOT_FIT)
+    free_gib = 100
+    assert sweep() == (Do.run, "timeout", 4), "somebody has freed theirs"
 
 
 def test_a_cell_without_a_row_runs(tmp_path) -> None:
@@ -115,6 +144,46 @@ def test_a_claim_on_another_machine_lives_as_long_as_its_heart_beats(tmp_path) -
     long_ago = time.time() - attempt.HEARTBEAT_DEAD_S - 1
     os.utime(folder / "started.json", (long_ago, long_ago))
     assert decide(tmp_path, mine).do is Do.run
+
+
+def test_a_claim_is_judged_also_where_a_container_hides_the_boot_id(tmp_path, monkeypatch) -> None:
+    read = Path.read_text
+
+    def hidden(self: Path, *arguments: Any, **options: Any) -> str:
+        if self.name == "boot_id":
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    folder = claim(tmp_path, in_a_sweep())
+    assert attempt.read_json(folder / "started.json")["here"].startswith(socket.gethostname())
+    assert decide(tmp_path, in_a_sweep()).do is Do.leave
+
+
+@pytest.mark.parametrize("in_sweep", [False, True])
+def test_being_told_to_stop_while_weights_are_fetched_is_an_interrupted_row(tmp_path, monkeypatch, in_sweep) -> None:
+    mine = (in_a_sweep if in_sweep else config)(results__dir=str(tmp_path))
+    beats = []
+
+    def fetch(config: Config, *, fetch: bool) -> None:
+        folder = attempt.folder_of(tmp_path, run_id(mine), 1)
+        os.utime(folder / "started.json", (0, 0))
+        time.sleep(0.2)
+        beats.append((folder / "started.json").stat().st_mtime > 0)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        beats.append("fetched to the end")
+
+    monkeypatch.setattr(attempt, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(checks, "check_inputs", fetch)
+    with stop.noting() if in_sweep else contextlib.nullcontext():
+        ended = runner.run(mine)
+        assert stop.noted() == "SIGINT", "a sweep ends by it"
+    assert (ended.status, ended.row["signal"], ended.exit_code) == ("interrupted", "SIGINT", 130)
+    assert beats == [True]
+    assert decide(tmp_path, in_a_sweep()).do is Do.run
+    beats.clear()
+    assert runner.run(mine).status == "interrupted" and len(beats) == 1, "the next run begins afresh"
 
 
 def test_a_row_that_appears_between_the_two_looks_counts(tmp_path, monkeypatch) -> None:

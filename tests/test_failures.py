@@ -10,12 +10,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from ldft import results
+from ldft import results, verdict
 
 # More iterations than any test waits for.
 ENDLESS = ("train.iterations=100000", "train.warmup_iterations=1")
@@ -162,6 +163,21 @@ def memory_group() -> Path | None:
             return group
         group.rmdir()
     return None
+
+
+@pytest.mark.parametrize("hidden", [("/proc/vmstat",), ("/proc/self/cgroup",), ("/proc/vmstat", "/proc/self/cgroup")])
+def test_a_container_that_hides_the_kernels_counts_has_none(monkeypatch, hidden) -> None:
+    read, is_file = Path.read_text, Path.is_file
+
+    def only_some(self: Path, *arguments: Any, **options: Any) -> str:
+        if str(self) in hidden:
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", only_some)
+    monkeypatch.setattr(Path, "is_file", lambda self: "/sys/fs/cgroup" not in str(self) and is_file(self))
+    assert verdict.oom_kills() >= 0
+    assert "/proc/vmstat" not in hidden or verdict.oom_kills() == 0
 
 
 def test_the_kernel_killing_a_rank_for_memory_is_oom_host(start) -> None:

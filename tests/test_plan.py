@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.core.plugins import Plugins
 
 from ldft import cli, plan, sweep
 
@@ -135,3 +136,23 @@ def test_what_cannot_be_composed_refuses_the_whole_sweep_in_one_line(
     out, err = capfd.readouterr()
     assert named in err and err.count("\n") == 1 and out == ""
     assert list(tmp_path.glob("results/*")) == []
+
+
+def test_a_device_that_only_the_cells_machines_know_is_asked_for_by_name(tmp_path, monkeypatch, capfd) -> None:
+    launched: list[list[str]] = []
+
+    class Elsewhere:
+        def launch(self, cells: list[list[str]], initial_job_idx: int) -> None:
+            launched.extend(cells)
+
+    monkeypatch.setattr(Plugins, "instantiate_launcher", lambda self, **given: Elsewhere())
+
+    def main(*arguments: str) -> int:
+        monkeypatch.setattr(cli, "exit_codes", [])
+        monkeypatch.setattr(sys, "argv", ["ldft", "-m", "model=nano", *arguments, f"results.dir={tmp_path}"])
+        return cli.main()
+
+    assert main() == 2 and launched == []
+    assert capfd.readouterr().err.startswith("ldft: launch.device: auto: ")
+    main("launch.device=cpu,cuda")
+    assert [cell[:2] for cell in launched] == [["model=nano", f"launch.device={name}"] for name in ("cpu", "cuda")]

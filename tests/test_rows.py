@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import subprocess
@@ -15,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic import config, leave
 
-from ldft import results, rows
+from ldft import plan, results, rows, sweep
+from ldft.config import run_id
 from ldft.errors import ResultsError
 
 
@@ -183,6 +186,28 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_rows_alone(tmp_path) ->
         assert rows.compact(disk) == 3
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("problem", [errno.ENOSYS, errno.ENOLCK, errno.EACCES])
+def test_a_folder_that_cannot_be_locked_is_not_compacted_and_said_once_a_sweep(
+    tmp_path, monkeypatch, capsys, problem
+) -> None:
+    def unknown(*arguments: object) -> None:
+        raise OSError(problem, os.strerror(problem))
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    monkeypatch.setattr(sweep, "_COMPACT_AT", 2)
+    cells, configs = [], {}
+    for seed in range(4):
+        one = config(train__seed=seed, train__iterations=0, results__dir=str(tmp_path), sweep__started_at=time.time())
+        configs[run_id(one)] = one
+        cells.append(plan.Cell(run_id(one), f"seed {seed}", "tiny", 1024, 1, 1024, []))
+    assert sweep.Sweep(plan.Plan("unlocked", time.time(), "here", cells, configs)).run() == 1
+    out = capsys.readouterr().out
+    assert out.count("warning: cannot lock") == 1 and os.strerror(problem) in out
+    assert "internal error" not in out and sorted(seeds(tmp_path)) == list(range(4))
+    with pytest.raises(ResultsError, match="cannot lock"):
+        rows.compact(tmp_path)
 
 
 def test_the_documented_duckdb_lines_work_on_loose_and_merged_rows(tmp_path, monkeypatch) -> None:

@@ -63,12 +63,12 @@ class LdftSweeper(Sweeper):
             choices, several = self._choices([f"{key}={value}" for key, value in point.items()])
             points.append(choices)
             swept |= set(choices) | several
-        planned = plan.make(plan.grid(fixed, points), self._compose, swept, time.time())
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self._context, task_function=self._task, config=self._config
         )
         # Hydra's basic launcher runs jobs in this process, and so do we: it would compose each cell a second time, from
         # whatever the yaml files hold by then, and it swallows errors.
         here = isinstance(launcher, BasicLauncher)
+        planned = plan.make(plan.grid(fixed, points), self._compose, swept, time.time(), elsewhere=not here)
         elsewhere = None if here else lambda cells: launcher.launch(cells, initial_job_idx=0)
         cli.exit_codes.append(sweep.Sweep(planned, elsewhere).run())

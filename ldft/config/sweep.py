@@ -9,7 +9,7 @@ from ldft.errors import ConfigError
 
 
 class Rerun(Enum):
-    """missing: cells without a row or interrupted; failed: also error, oom and timeout; all: every cell once more."""
+    """missing: cells without a row or interrupted; failed: also error, oom, timeout and invalid; all: every cell once more."""
 
     missing = "missing"
     failed = "failed"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from ldft import swap
+from ldft import fit, runner, swap
 from ldft.config import Config, Device
 from ldft.errors import ConfigError
 from ldft.training import deepspeed_config, moved
@@ -69,19 +75,94 @@ def test_frozen_weights_have_no_optimizer_state_in_swap_files_or_shared_memory()
     assert full == pytest.approx(8, rel=0.01) and 0 < adapters < 0.05
 
 
-def test_swap_files_go_with_their_run_and_with_runs_that_died(tmp_path: Path) -> None:
-    config = compose("offload=nvme", f"offload.nvme_path={tmp_path}")
-    settings = deepspeed_config.build(config)
-    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    (tmp_path / f"ldft-swap-{int(child.stdout)}-x").mkdir()
-    living = tmp_path / f"ldft-swap-{os.getppid()}-x"
-    living.mkdir()
+def nvme(folder: Path) -> tuple[Config, dict[str, Any]]:
+    config = compose("offload=nvme", f"offload.nvme_path={folder}")
+    return config, deepspeed_config.build(config)
+
+
+HOLDS_A_FOLDER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_moved import nvme, swap
+with swap.folder(*nvme(Path(sys.argv[1]))):
+    print(os.environ[swap.VARIABLE], flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Another process that holds a swap folder, and that folder with a file in it."""
+    line = [sys.executable, "-c", HOLDS_A_FOLDER, str(tmp_path), str(Path(__file__).parent)]
+    run = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    made = Path(run.stdout.readline().strip())
+    (made / "file").touch()
+    yield run, made
+    run.kill()
+    run.communicate()
+
+
+def test_swap_files_go_with_their_run(tmp_path: Path) -> None:
+    config, settings = nvme(tmp_path)
     (tmp_path / "something else").touch()
     with swap.folder(config, settings):
         swap.place(settings)
         folders = {settings["zero_optimization"][name]["nvme_path"] for name in ("offload_param", "offload_optimizer")}
         (made,) = map(Path, folders)
         (made / "file").touch()
-        assert made.parent == tmp_path and len(list(tmp_path.iterdir())) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, "something else"]
+        assert made.parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["something else"]
     assert swap.VARIABLE not in os.environ
+
+
+def test_swap_files_of_a_run_that_was_killed_go_before_the_space_is_looked_at(tmp_path, other_run, monkeypatch) -> None:
+    run, left = other_run
+    config, settings = nvme(tmp_path)
+    # A process of another container is in no /proc of ours; its lock is seen all the same.
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    swap.prepare(config, settings)
+    assert (left / "file").exists(), "its run lives"
+    run.kill()
+    run.wait()
+    free = {True: 0, False: 1 << 40}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[left.exists()]))
+    with pytest.raises(ConfigError, match=r"^offload.nvme_path: swap files take"):
+        swap.check(config, settings)
+    assert left.exists(), "a check only looks: dry runs do no more"
+    outcome = []
+    monkeypatch.setattr(fit, "check", lambda config: outcome.append(left.exists()) or stop_here())
+    config.launch.device, config.results.dir = Device.cpu, str(tmp_path / "results")
+    assert runner.run(config).row["error_message"] == "here: far enough" and outcome == [False]
+    assert not list(tmp_path.glob("ldft-swap-*"))
+
+
+def stop_here() -> None:
+    raise ConfigError("here", "far enough")
+
+
+def test_where_locks_do_not_work_no_swap_folder_is_judged(tmp_path, other_run, monkeypatch) -> None:
+    run, left = other_run
+    run.kill()
+    run.wait()
+
+    def unknown(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", unknown)
+        swap.prepare(*nvme(tmp_path))
+        assert left.exists()
+        with swap.folder(*nvme(tmp_path)):
+            ours = Path(os.environ[swap.VARIABLE])
+            patch.undo()
+            swap.prepare(*nvme(tmp_path))  # by somebody whose locks do work
+            assert ours.exists() and not left.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_makes_no_folder(tmp_path: Path) -> None:
+    config, settings = nvme(tmp_path / "a" / "b")
+    swap.check(config, settings)
+    assert not list(tmp_path.iterdir())
