@@ -186,6 +186,17 @@ def test_a_dry_run_of_a_sweep_says_which_cells_have_a_row(tmp_path: Path) -> Non
     assert done.stdout.endswith(", has a row 1\n") and done.returncode == 2
 
 
+def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name: mine\nfamily: {llama\nnum_layers: 2\n")
+    done = say("--config-dir", str(tmp_path), "model=mine", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"ldft: {tmp_path}/model/mine.yaml, line 3: not YAML (expected"), done.stderr
+    (tmp_path / "model" / "mine.yaml").write_text("num_layers: two\n")
+    done = say("--config-dir", str(tmp_path), "model=mine", cwd=tmp_path)
+    assert "model.num_layers: 'two' in model/mine does not fit; give a whole number" in done.stderr, done.stderr
+
+
 def test_version_is_ours(tmp_path: Path) -> None:
     assert say("--version", cwd=tmp_path).stdout == f"ldft {metadata.version('ldft')}\n"
 

@@ -210,6 +210,8 @@ WRONG = {
         "largest: device part",
         "use a shorter seq_len or a smaller train.micro",
     ],
+    "numa=[0,1]": ["numa: [0,1] is a list, and a group takes one option", "use numa=<option>, or -m numa=a,b"],
+    "seq_len=1k,2k": ["seq_len: several values (1k,2k) are a sweep; add -m"],
     "launch.device=cuda": ["launch.device: cuda: no NVIDIA GPU", "launch.device=cpu"],
     "attention=flash": ["attention: 'flash' does not exist", "use one of auto, eager", "sdpa_cudnn"],
     "attention=sdpa_cudnn launch.device=cpu": ["attention.kind: sdpa_cudnn needs launch.device=cuda", "use sdpa"],
