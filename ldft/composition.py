@@ -101,7 +101,7 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
     if path:
         file = re.search(r"In '([^']+)'", text)
         where = f" in {file[1]}" if file and file[1] != "config" else ""
-        quoted = re.search(r"[Vv]alue '(.*?)'", text)
+        quoted = re.search(r"[Vv]alue '(.*?)'", reason) or re.search(r"[Vv]alue '(.*?)'", text)
         typed, exactly = _typed(path[1], overrides)
         value = (typed if exactly or (not quoted and not where) else quoted[1] if quoted else "") or "the value"
         return f"{path[1]}: '{value}'{where} does not fit; give {_expected(path[1])}"

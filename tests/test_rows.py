@@ -247,6 +247,8 @@ def test_the_results_command_compacts_and_exports(ten) -> None:
     done = command("export", "--csv", str(ten))
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 11 and not done.stderr
     done = command("export", "--csv", str(ten), "-o", "/proc/rows.csv")
-    assert done.returncode == 2 and done.stderr.startswith("ldft: cannot write /proc/rows.csv (No such file or"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("ldft: cannot write /proc/rows.csv (No such file or"), (
+        done.stderr
+    )
     done = command("compact", str(ten / "nowhere"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
