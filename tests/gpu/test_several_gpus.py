@@ -1,0 +1,77 @@
+"""Two GPUs of one host through NCCL: the training of one, whatever is offloaded; two runs at once do not meet.
+
+In fp32 on one repeated batch: rounding stays far below what gradients that were not averaged would do
+(tests/training/test_equality.py).
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldft import results
+from tests.conftest import Done
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+BASE = ("model=nano", "data=repeat", "seq_len.tokens=96", "train.iterations=8", "train.warmup_iterations=1",
+        "optimizer.learning_rate=2e-3", "launch.device=cuda")  # fmt: skip
+WAYS = {
+    "full offload": ("offload=full", "checkpointing=cpu"),
+    "full offload, attention kept": ("offload=full", "checkpointing=cpu", "checkpointing.keep_attention=host"),
+    "full offload, DeepSpeed's update": ("offload=full", "checkpointing=cpu", "optimizer.fused_step=false"),
+    "full offload, torch's memory": ("offload=full", "checkpointing=gpu", "memory.pinning=torch"),
+    "optimizer offload": ("offload=optimizer", "checkpointing=cpu"),
+    "stage 3 in GPU memory": ("offload=zero3", "checkpointing=gpu"),
+    "in GPU memory": ("offload=none", "checkpointing=none"),
+    "adapters": ("offload=full", "checkpointing=cpu", "lora=r8", "optimizer.learning_rate=2e-2"),
+    "accumulation": ("offload=full", "checkpointing=cpu", "train.gradient_accumulation_steps=2"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_gpus_train_as_one_does(way: str, tmp_path: Path, ldft: Callable[..., Done]) -> None:
+    words = (*WAYS[way], "train.precision=fp32")
+    one = results.read(_ok(ldft, *words, "train.micro_batch_size=2", f"results.dir={tmp_path}/one")).iloc[0]
+    two = results.read(_ok(ldft, *words, "launch.num_ranks=2", f"results.dir={tmp_path}/two")).iloc[0]
+    assert one.tokens_per_iteration == two.tokens_per_iteration
+    assert two.loss[-1] < 0.97 * two.loss[0]
+    assert np.max(np.abs(two.loss / one.loss - 1)) < 5e-4, (list(one.loss), list(two.loss))
+    assert len(two.peak_vram_allocated_gib) == 2 and min(two.peak_vram_allocated_gib) > 0
+
+
+def test_bf16_through_the_kernels_of_the_gpu(tmp_path: Path, ldft: Callable[..., Done]) -> None:
+    words = ("offload=full", "checkpointing=cpu")
+    one = results.read(_ok(ldft, *words, "train.micro_batch_size=2", f"results.dir={tmp_path}/one")).iloc[0]
+    two = results.read(_ok(ldft, *words, "launch.num_ranks=2", f"results.dir={tmp_path}/two")).iloc[0]
+    assert two.loss[-1] < 0.97 * two.loss[0]
+    assert np.max(np.abs(two.loss / one.loss - 1)) < 1e-2, (list(one.loss), list(two.loss))
+
+
+def test_two_runs_on_the_same_gpus_at_once_do_not_meet(tmp_path: Path, command: Callable[..., list[str]]) -> None:
+    def start(seed: int, name: str) -> subprocess.Popen:
+        words = ("offload=full", "checkpointing=cpu", "launch.num_ranks=2", f"train.seed={seed}")
+        line = command(*words, f"results.dir={tmp_path}/{name}", base=BASE)
+        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def losses(name: str) -> list[float]:
+        return list(results.read(tmp_path / name).iloc[0].loss)
+
+    pair = [start(1, "first"), start(2, "second")]
+    said = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    alone = start(1, "alone")
+    assert alone.wait(timeout=300) == 0, alone.communicate()[0]
+    assert losses("first")[0] != losses("second")[0]
+    assert np.allclose(losses("first"), losses("alone"), rtol=1e-3), (losses("first"), losses("alone"))
+
+
+def _ok(ldft: Callable[..., Done], *overrides: str) -> str:
+    """Run it; the folder of its results, the last override."""
+    done = ldft(*overrides, base=BASE)
+    assert done.exit_code == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return overrides[-1].partition("=")[2]
