@@ -207,7 +207,9 @@ def _inside(config: Config, recomputed: bool) -> int:
 def _kept(config: Config) -> int:
     """What a layer's forward pass keeps beside its input: w T (3 H + 2 Q + 2 K + 3 I)."""
     model = config.model
-    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    repeats = attention.repeats_heads(config, attention.choose(config))
+    queries = model.num_attention_heads * model.head_dim
+    keys = queries if repeats else model.num_key_value_heads * model.head_dim
     elements = 3 * model.hidden_size + 2 * queries + 2 * keys + 3 * model.intermediate_size
     return _width(config) * tokens(config) * elements + _scores(config, 4)
 

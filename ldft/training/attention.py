@@ -23,6 +23,8 @@ _CAPPED_FAMILIES = ("gemma2", "vaultgemma")
 # Those that are one operator known to kept_attention.py.
 _KEPT = (AttentionKind.sdpa, AttentionKind.sdpa_cudnn, AttentionKind.flash_attention_2)
 _CUDNN_FROM: Capability = (8, 0)
+# torch's flash kernel, which reads grouped heads, starts there (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+_GROUPED_FROM: Capability = (8, 0)
 # cuDNN's kernels are the fastest on the data-centre generations Hopper and Blackwell. Wider heads than this run on Hopper only,
 # and slower; torch's limits are in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (check_cudnn_tensor_shapes).
 _CUDNN_FASTEST_ON = (9, 10)
@@ -52,6 +54,15 @@ def choose(config: Config) -> AttentionKind:
             f"{', '.join(one.name for one in _KEPT)}",
         )
     return kind
+
+
+def repeats_heads(config: Config, kind: AttentionKind) -> bool:
+    """Whether keys and values are repeated for the queries of their group: where SDPA's fused kernel takes no grouped heads."""
+    if kind is not AttentionKind.sdpa or config.launch.device is not Device.cuda:
+        return False
+    if config.model.num_attention_heads == config.model.num_key_value_heads:
+        return False
+    return config.train.precision is Precision.fp32 or (environment.compute_capability() or (0, 0)) < _GROUPED_FROM
 
 
 def _choice(config: Config) -> AttentionKind:

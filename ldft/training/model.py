@@ -25,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.training import attention, construction, cudnn_attention, liger, lora, weights
+from ldft.training import attention, construction, cudnn_attention, liger, lora, repeated_heads, weights
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -99,6 +99,10 @@ def build(
     kind = attention.choose(config)
     if kind is AttentionKind.sdpa_cudnn:
         cudnn_attention.register()
+    repeats = attention.repeats_heads(config, kind)
+    if repeats:
+        repeated_heads.register()
+    implementation = repeated_heads.NAME if repeats else kind.name
     architecture = hf_config(config.model)
     _check_attention(kind, architecture)
     # transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO; hence the explicit context.
@@ -108,7 +112,7 @@ def build(
     if arenas is not None and config.offload.parameters is OffloadDevice.cpu:
         host = construction.weights(arenas, _parts(architecture, config.launch.num_ranks), dtype)
     with host, construct, no_init_weights(), device:
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=kind.name)
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=implementation)
     model.tie_weights()
     pretrained = config.model.weights is Weights.pretrained
     initialize(model, config.train.seed, partitioned=partitioned, only_buffers=pretrained)

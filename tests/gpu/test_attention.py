@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from ldft.errors import ConfigError
-from ldft.training import attention, cudnn_attention
+from ldft.training import attention, cudnn_attention, model, repeated_heads
 from tests.gpu.machine import cuda_config, kinds
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -128,6 +128,33 @@ def test_the_kernel_that_runs_is_the_one_asked_for_also_when_recomputed(kind: st
         # cuDNN's own names say "flash", too.
         strangers = [name for name in names if any(part in name for part in ("flash", "fmha", "softmax"))]
         assert all(KERNELS[kind] in name for name in strangers), names
+
+
+def test_fp32_with_grouped_heads_stores_no_scores() -> None:
+    """torch's own fall-back for groups in fp32 would: 2 GiB for 8 heads of 8192 tokens."""
+    config = cuda_config("model=nano", "model.num_attention_heads=8", "seq_len.tokens=8192", "offload=none",
+                         "checkpointing=none", "kernels.liger=false", "train.precision=fp32")  # fmt: skip
+    assert config.model.num_key_value_heads < 8
+    network = model.build(config, {}, torch.device("cuda"))
+    peaks = {}
+    for name in (network.config._attn_implementation, "sdpa"):
+        network.set_attn_implementation(name)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        hidden = torch.randn(1, 8192, config.model.hidden_size, device="cuda", requires_grad=True)
+        network.model(inputs_embeds=hidden).last_hidden_state.sum().backward()
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    assert peaks["sdpa_repeated_heads"] < 1 < 2 < peaks["sdpa"], peaks
+
+
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(512, 4, 4), (777, 8, 2), (1, 4, 2), (65, 6, 1)])
+def test_repeated_heads_equal_plain_products_in_fp32(tokens: int, heads: int, kv_heads: int) -> None:
+    torch.manual_seed(tokens)
+    repeated_heads.register()
+    tensors = [torch.randn(2, tokens, h, 64, device="cuda").transpose(1, 2) for h in (heads, kv_heads, kv_heads)]
+    gradient = torch.randn(2, tokens, heads, 64, device="cuda")
+    for got, want in zip(run("sdpa_repeated_heads", tensors, gradient), exact(tensors, gradient), strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-4
 
 
 def test_auto_takes_cudnn_on_hopper() -> None:

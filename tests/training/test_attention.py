@@ -160,6 +160,49 @@ def test_cudnn_gets_what_sdpa_gets_and_no_mask_for_a_full_causal_batch(machine, 
     torch.testing.assert_close(logits, network(input_ids=tokens).logits, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("capability", "overrides", "repeats"),
+    [
+        ((7, 0), ("train.precision=fp16",), True),
+        ((9, 0), ("train.precision=fp32",), True),
+        ((9, 0), ("attention=sdpa",), False),
+        ((7, 0), ("train.precision=fp16", "attention=eager"), False),
+        ((7, 0), ("train.precision=fp16", "model.num_key_value_heads=4"), False),
+        (None, ("train.precision=fp32",), False),
+    ],
+)
+def test_heads_are_repeated_where_the_fused_kernel_takes_no_groups(machine, capability, overrides, repeats) -> None:
+    machine(capability)
+    config = config_of("cuda" if capability else "cpu", "model=nano", *overrides)
+    assert config.model.num_attention_heads == 4
+    assert attention.repeats_heads(config, attention.choose(config)) is repeats
+
+
+@pytest.mark.parametrize("window", [0, 16])
+def test_repeated_heads_give_what_groups_give_without_asking_for_groups(machine, monkeypatch, window) -> None:
+    beside = ("model.family=mistral", f"model.sliding_window={window}", "seq_len.tokens=48", "train.micro_batch_size=2")
+    machine((7, 0))
+    config = config_of("cuda", *PLAIN, "offload=none", "kernels.liger=false", "train.precision=fp32", *beside)
+    network, tokens = model.build(config, {}, torch.device("cpu")), data.batch(config, 0, 0, 0)
+    assert network.config._attn_implementation == "sdpa_repeated_heads"
+    calls = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def note(query, key, value, **named):
+        calls.append((query.shape, key.shape, value.shape, named))
+        return real(query, key, value, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    logits = network(input_ids=tokens).logits
+    for query, key, value, named in calls:
+        assert query == key == value and not named.get("enable_gqa")
+        assert named["is_causal"] == (not window) and (named["attn_mask"] is None) == (not window)
+    assert len(calls) == network.config.num_hidden_layers
+    network.set_attn_implementation("sdpa")
+    torch.testing.assert_close(logits, network(input_ids=tokens).logits, atol=1e-5, rtol=1e-5)
+    assert window or calls[-1][0] != calls[-1][1]  # plain SDPA does ask for groups
+
+
 def test_of_torchs_reasons_only_those_of_cudnn_are_given() -> None:
     said = ["Memory efficient kernel not used because:", "It is disabled.", "CuDNN attention kernel not used because:",
             "one (Triggered internally at x.cpp:1.)", "two"]  # fmt: skip

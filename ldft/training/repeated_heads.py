@@ -1,0 +1,37 @@
+"""torch's scaled dot-product attention for GPUs and precisions whose fused kernels know no grouped heads.
+
+Before compute capability 8.0 and in fp32 the memory-efficient kernel is the only fused one, and it takes as many heads of keys as
+of queries. Asked for grouped heads, as transformers asks for them, torch falls back to plain products, which store all scores:
+tokens x tokens for each head, 64 GiB at 32768 tokens and 32 heads in fp16. Repeating keys and values costs far less.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_repeated_heads"
+
+
+def register() -> None:
+    """Make `attn_implementation="sdpa_repeated_heads"` known, with SDPA's masks: none for a full causal batch."""
+    AttentionInterface.register(NAME, forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def forward(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **named: Any
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA attention of (batch, heads, tokens, head_dim), keys and values repeated for their queries."""
+    groups = query.shape[1] // key.shape[1]
+    # The function asks the module for nothing but grouped heads, which it has not any more, and whether attention is causal.
+    alike = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    repeated = (repeat_kv(tensor, groups) for tensor in (key, value))
+    return cast(
+        "tuple[torch.Tensor, None]", sdpa_attention_forward(cast("Any", alike), query, *repeated, *others, **named)
+    )
