@@ -3,6 +3,9 @@
 Stock DeepSpeed makes three: gradients times a factor (unscaling and clipping), CPUAdam, and weights rounded to 16 bits. They move
 8, 28 and 6 bytes a parameter; all in one, 30. Here its optimizer class is extended, as DeepSpeed itself does for SuperOffload: the
 factor is noted instead of applied, and HostOptimizer does the rest.
+
+In fp16 stock also looks for overflow, by isinf and isnan of all gradients, which make masks of a byte for each: most of a step.
+The smallest and the largest gradient tell as much in one pass.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ log = logging.getLogger(__name__)
 _Stock: Any = stage3.DeepSpeedZeroOptimizer_Stage3
 # What is overridden, and what the overrides call. Read in DeepSpeed 0.19.8.
 NEEDED = (
+    "has_overflow",
     "unscale_and_clip_grads",
     "_optimizer_step",
     "_reassign_or_swap_out_partitioned_parameters",
@@ -30,6 +34,7 @@ class FusedStage3(_Stock):
 
     _gradient_factor = 1.0
     _rounded = False
+    grad_partitions_flat_buffer: torch.Tensor
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
         # DeepSpeed's own method, on a gradient of one element: what it multiplies with remains.
@@ -42,6 +47,15 @@ class FusedStage3(_Stock):
         finally:
             masters[sub_group_id] = master
         self._gradient_factor = stand_in.grad.item()
+
+    def has_overflow(self, partition_gradients: bool = True) -> bool:
+        # DeepSpeed's own method, on the extremes: a number that is none is both, and all ranks hear of it.
+        gradients = self.grad_partitions_flat_buffer
+        self.grad_partitions_flat_buffer = torch.stack(torch.aminmax(gradients))
+        try:
+            return bool(super().has_overflow(partition_gradients))
+        finally:
+            self.grad_partitions_flat_buffer = gradients
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         weights = self.fp16_partitioned_groups_flat[sub_group_id]

@@ -53,6 +53,19 @@ def save_and_load(engine: Any, arenas: Any, folder: Path) -> dict[str, Any]:
     return said
 
 
+def overflows(engine: Any, rank: int) -> list[tuple[bool, bool]]:
+    """Whether gradients overflow, by this optimizer and by DeepSpeed's: none does, then one of the last rank's."""
+    optimizer = engine.optimizer
+    gradients = optimizer.grad_partitions_flat_buffer
+    last, said = rank == torch.distributed.get_world_size() - 1, []
+    for value in (1.0, float("inf"), float("-inf"), float("nan")):
+        for position in (0, gradients.numel() // 2 + 1, gradients.numel() - 1):
+            gradients.uniform_(-1, 1)
+            gradients[position] = value if last else 1.0
+            said.append((optimizer.has_overflow(), DeepSpeedZeroOptimizer_Stage3.has_overflow(optimizer)))
+    return said
+
+
 def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """Losses, and where every role is after the last iteration."""
     config, fault = from_dict(json.loads(case["config"])), case.get("fault", "")
@@ -76,6 +89,8 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
         elif iteration == 1 and fault == "load":
             engine.save_checkpoint(str(folder / "stock"), tag="one")
             engine.load_checkpoint(str(folder / "stock"), tag="one")
+    if said["zero"] == "FusedStage3" and not fault:
+        said["overflows"] = overflows(engine, rank)
     if fault.startswith("move "):
         clone_of(engine, fault.removeprefix("move "))
     elif fault == "overlap":

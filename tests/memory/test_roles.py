@@ -120,6 +120,8 @@ def test_losses_are_those_of_stock_deepspeed_bit_for_bit(trained: list[dict[str,
         in_one_pass = "stage 2" not in shape and "stage 1" not in shape
         assert (exact["zero"] == "FusedStage3") == in_one_pass
         assert exact["state_before"] > 0
+        if in_one_pass:  # no overflow, then three of each kind
+            assert exact["overflows"] == [[kind > 0] * 2 for kind in range(4) for _ in range(3)]
         if not stock_trains(shape):
             pytest.skip("no CPULion, or not in CI: ldft's runs compared with each other only")
         assert said[f"{shape}: stock"]["loss"] == exact["loss"]
