@@ -182,7 +182,10 @@ def _ours(contender: Contender, setting: Setting, folder: Path) -> dict[str, Any
         "model_tflop_dense",
         "model_tflop_attention",
     )
-    return {column: row[column] for column in (*SAMPLES, *copied)}
+    record = {column: row[column] for column in (*SAMPLES, *copied)}
+    settled = json.loads(record["config_json"])
+    settled["results"]["dir"] = "results"  # not this benchmark's scratch folder
+    return record | {"config_json": json.dumps(settled)}
 
 
 def _peer(contender: Contender, setting: Setting, folder: Path) -> dict[str, Any]:

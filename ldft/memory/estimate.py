@@ -88,8 +88,9 @@ def other_bytes(config: Config) -> dict[str, int]:
         config.train.precision is Precision.fp16
         and "compute_gradients" in host_bytes(config)
         and config.offload.stage == 3
+        and not deepspeed_config.fuses_step(config, deepspeed_config.build(config))
     ):
-        # DeepSpeed looks for infinities in all gradients at once: their magnitudes, 2 B each, and a flag of 1 B.
+        # DeepSpeed's update looks for infinities in all gradients at once: their magnitudes, 2 B each, and a flag of 1 B.
         trained = shapes.trained_sizes(config)
         parts["overflow check"] = 3 * shapes.split(trained, config.launch.num_ranks)
     if config.launch.device is Device.cpu:

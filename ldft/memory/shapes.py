@@ -69,16 +69,22 @@ def parameter_sizes(model: ModelConfig) -> Counter[int]:
     return sizes
 
 
+def adapted(config: Config) -> dict[str, tuple[int, int]]:
+    """Those of the linear modules of a layer that have an adapter."""
+    named = config.lora.target_modules
+    found = linears(config.model) if config.lora.rank else {}
+    return {name: shape for name, shape in found.items() if not named or name in named}
+
+
 def trained_sizes(config: Config) -> Counter[int]:
     """The same of the parameters that are trained: all, or those of the adapters."""
     model, rank, named = config.model, config.lora.rank, config.lora.target_modules
     if not rank:
         return parameter_sizes(model)
     sizes: Counter[int] = Counter()
-    for name, (inputs, outputs) in linears(model).items():
-        if not named or name in named:
-            sizes[rank * inputs] += model.num_layers
-            sizes[rank * outputs] += model.num_layers
+    for inputs, outputs in adapted(config).values():
+        sizes[rank * inputs] += model.num_layers
+        sizes[rank * outputs] += model.num_layers
     if "lm_head" in named:
         sizes.update((rank * model.hidden_size, rank * model.vocab_size))
     return sizes

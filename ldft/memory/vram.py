@@ -154,14 +154,20 @@ def _state(config: Config) -> Parts:
 
 
 def _gathered(config: Config, least: int) -> Parts:
-    """w x: whole parameters of ZeRO-3 at a time, the `least` of those at work, and as many as it may hold ahead."""
+    """w x: whole parameters of ZeRO-3 at a time, the `least` of those at work, and as many as it may hold ahead.
+
+    From several ranks a layer's come in one block, in the order of the ranks, and are put together beside it
+    (partition_parameters.py, AllGatherCoalescedHandle).
+    """
     offload = config.offload
     if offload.stage < 3 or (config.launch.num_ranks == 1 and offload.parameters is OffloadDevice.none):
         return {}
     whole = shapes.num_parameters(config.model)
-    return {
-        "gathered weights": _width(config) * min(whole, max(least, int(_zero(config)["stage3_max_live_parameters"])))
-    }
+    live = min(whole, max(least, int(_zero(config)["stage3_max_live_parameters"])))
+    parts = {"gathered weights": _width(config) * live}
+    if config.launch.num_ranks > 1:
+        parts["weights on their way"] = _width(config) * shapes.layer_parameters(config.model)
+    return parts
 
 
 def _gradients(config: Config) -> Parts:
@@ -195,9 +201,12 @@ def _inside(config: Config, recomputed: bool) -> int:
 
     The outputs of both norms, the residual between them, and two gradients take 5 H; queries, keys, values and the attention's
     output 2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers that are computed again together keep theirs.
+    Beside an adapter of the last one, w T (I + 2 H): a second gradient of its input, and what the adapter gets of its output's.
     """
     model = config.model
     inside = _width(config) * tokens(config) * (2 * model.hidden_size + model.intermediate_size) + _scores(config, 2)
+    if "down_proj" in shapes.adapted(config):
+        inside += _width(config) * tokens(config) * (model.intermediate_size + 2 * model.hidden_size)
     if not recomputed:
         return inside
     every = config.checkpointing.every
@@ -205,13 +214,19 @@ def _inside(config: Config, recomputed: bool) -> int:
 
 
 def _kept(config: Config) -> int:
-    """What a layer's forward pass keeps beside its input: w T (3 H + 2 Q + 2 K + 3 I)."""
+    """What a layer's forward pass keeps beside its input: w T (3 H + 2 Q + 2 K + 3 I).
+
+    With dropout each adapter keeps its own input, and a mask of a byte an element.
+    """
     model = config.model
     repeats = attention.repeats_heads(config, attention.choose(config))
     queries = model.num_attention_heads * model.head_dim
     keys = queries if repeats else model.num_key_value_heads * model.head_dim
     elements = 3 * model.hidden_size + 2 * queries + 2 * keys + 3 * model.intermediate_size
-    return _width(config) * tokens(config) * elements + _scores(config, 4)
+    kept = _width(config) * tokens(config) * elements + _scores(config, 4)
+    if config.lora.dropout:
+        kept += (_width(config) + 1) * tokens(config) * sum(inputs for inputs, _ in shapes.adapted(config).values())
+    return kept
 
 
 def _layer_gradient(config: Config) -> Parts:

@@ -62,7 +62,9 @@ def repeats_heads(config: Config, kind: AttentionKind) -> bool:
         return False
     if config.model.num_attention_heads == config.model.num_key_value_heads:
         return False
-    return config.train.precision is Precision.fp32 or (environment.compute_capability() or (0, 0)) < _GROUPED_FROM
+    return (
+        config.train.precision is Precision.fp32 or (environment.compute_capability() or _GROUPED_FROM) < _GROUPED_FROM
+    )
 
 
 def _choice(config: Config) -> AttentionKind:

@@ -145,21 +145,27 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def measured() -> list[tuple[str, Config, float, float]]:
-    """(name, config, host GiB of all ranks, device GiB) of the committed rows that ldft itself ran on a GPU."""
+    """(name, config, host GiB of all ranks, device GiB) of the committed rows of GPUs."""
     found = []
-    of_3b = [
+    of_one = [
         f"{what}-h200"
         for what in (
             "placement-llama3_3b-32k",
             "training-llama3_3b-32k-offload",
             "training-llama3_3b-32k-in-gpu",
             "long_sequences-llama3_3b",
+            "long_sequences-131072-llama3_3b",
+            "lora-llama3_8b-8k",
+            "fp16-llama3_1b-2k",
+            "fp16-llama3_1b-2k-offload",
         )
     ]
-    for file in (*of_3b, "fp16-llama3_1b-2k-h200", "fp16-llama3_1b-2k-offload-h200"):
+    for file in (*of_one, "scaling-llama3_3b-32k-h100", "training-llama3_8b-32k-2gpus-h100"):
         for row in pq.read_table(RESULTS / f"{file}.parquet").to_pylist():
             who = row.get("contender", "ldft")
-            if row["status"] != "ok" or who == "seed":  # its script keeps layer inputs in its own way
+            # Its script keeps layer inputs in its own way; DeepSpeed's default sizes of buckets are not those of ldft.
+            peer = who == "seed" or who.startswith("plain-offload")
+            if row["status"] != "ok" or peer:
                 continue
             peak = row["peak_vram_allocated_gib"]
             config = from_dict(json.loads(row["config_json"]))
@@ -169,13 +175,13 @@ def measured() -> list[tuple[str, Config, float, float]]:
 
 
 def test_estimates_match_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks on an H200: host memory within 3%, device memory within 7%."""
+    """Peaks on one H200 and on one and two H100s: host memory within 3%, device memory within 9%."""
     monkeypatch.setattr(environment, "compute_capability", lambda: (9, 0))
     rows = measured()
-    assert len(rows) >= 6
+    assert len(rows) >= 15
     for name, config, host_gib, device_gib in rows:
         # Rows of before attention and Liger had keys of their own.
         if "fp16-llama3_1b-2k-h200" in name:
             config.kernels.liger, config.checkpointing.mode = False, CheckpointingMode.gpu
         assert estimate.predicted_host_bytes(config) / 2**30 == pytest.approx(host_gib, rel=0.03), name
-        assert sum(vram.device_bytes(config).values()) / 2**30 == pytest.approx(device_gib, rel=0.07), name
+        assert sum(vram.device_bytes(config).values()) / 2**30 == pytest.approx(device_gib, rel=0.09), name
