@@ -91,12 +91,14 @@ def shared_memory_bytes(config: Config, settings: dict[str, Any]) -> int:
 
 
 def swap_bytes(config: Config, settings: dict[str, Any]) -> int:
-    """Largest size of the swap files of all ranks: 16 bytes a trained parameter of the optimizer's, and every 16-bit weight."""
+    """Largest size of the swap files of all ranks: 16 bytes a trained parameter of the optimizer's, and every weight in
+    compute precision."""
     zero = settings["zero_optimization"]
     trained = total(trained_sizes(config))
     weights = trained + total(frozen_sizes(config))
     optimizer = 16 * trained if zero["offload_optimizer"]["device"] == "nvme" else 0
-    return optimizer + (2 * weights if zero["offload_param"]["device"] == "nvme" else 0)
+    width = 4 if config.train.precision is Precision.fp32 else 2
+    return optimizer + (width * weights if zero["offload_param"]["device"] == "nvme" else 0)
 
 
 def nvme_sizes(config: Config) -> dict[str, Any]:

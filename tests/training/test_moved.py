@@ -76,6 +76,7 @@ def test_frozen_weights_have_no_optimizer_state_in_swap_files_or_shared_memory()
         return moved.swap_bytes(config, settings) / 70.6e9, moved.shared_memory_bytes(config, settings) / 70.6e9
 
     assert needs("offload=nvme")[0] == pytest.approx(18, rel=0.01)
+    assert needs("offload=nvme", "train.precision=fp32")[0] == pytest.approx(20, rel=0.01)
     assert 2 < needs("offload=nvme", "lora=r16")[0] < 2.1  # all weights, and little else
     full, adapters = (needs("offload=super_offload", "offload.nvme_path=", *more)[1] for more in ([], ["lora=r16"]))
     assert full == pytest.approx(8, rel=0.01) and 0 < adapters < 0.05
