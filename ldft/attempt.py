@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +93,15 @@ def is_alive(folder: Path) -> bool:
     return time.time() - beat < HEARTBEAT_DEAD_S
 
 
-def beat(folder: Path) -> None:
-    """Say that the attempt is still being worked on."""
-    os.utime(folder / "started.json")
-
-
 @contextmanager
 def beating(folder: Path) -> Iterator[None]:
-    """Say so from a thread, while the block does what may take long and has no moment to."""
+    """Say from a thread, again and again, that the attempt is still being worked on."""
     ended = threading.Event()
 
     def go() -> None:
         while not ended.wait(HEARTBEAT_S):
-            beat(folder)
+            with suppress(FileNotFoundError):  # somebody has deleted the results; writing the row will say so
+                os.utime(folder / "started.json")
 
     thread = threading.Thread(target=go, daemon=True)
     thread.start()
