@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,22 @@ def is_alive(folder: Path) -> bool:
     return time.time() - beat < HEARTBEAT_DEAD_S
 
 
+def beat(folder: Path) -> None:
+    """Say that the attempt is still being worked on."""
+    os.utime(folder / "started.json")
+
+
 @contextmanager
 def beating(folder: Path) -> Iterator[None]:
-    """Say from a thread, again and again, that the attempt is still being worked on."""
+    """Say so from a thread, while the block does what may take long and has no moment to.
+
+    Not for a block that starts processes: they are forked, and a thread may hold a lock at that moment.
+    """
     ended = threading.Event()
 
     def go() -> None:
         while not ended.wait(HEARTBEAT_S):
-            with suppress(FileNotFoundError):  # somebody has deleted the results; writing the row will say so
-                os.utime(folder / "started.json")
+            beat(folder)
 
     thread = threading.Thread(target=go, daemon=True)
     thread.start()

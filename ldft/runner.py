@@ -60,9 +60,9 @@ def run(
     """
     results_dir = prepare(config)
     folder, number = claimed or attempt.claim(results_dir, run_id(config))
-    with stop.noting(), _row(config, folder, number) as row, attempt.beating(folder):
+    with stop.noting(), _row(config, folder, number) as row:
         row |= environment.describe()
-        with stop.raising():  # fetching weights takes as long as it takes
+        with stop.raising(), attempt.beating(folder):  # fetching weights takes as long as it takes
             _prepare(config, row)
         if show:
             exits, decision, waited_s = _run_ranks(config, folder, show)
@@ -163,7 +163,15 @@ def _run_ranks(
     kills_before = verdict.oom_kills()
     exits: list[launch.RankExit] = []
     interrupted, in_time = None, True
-    wait_start = time.monotonic()
+    last_beat = wait_start = time.monotonic()
+
+    def tick() -> None:
+        nonlocal last_beat
+        show(attempt.rank_report(folder, 0))
+        if time.monotonic() - last_beat > attempt.HEARTBEAT_S:
+            last_beat = time.monotonic()
+            attempt.beat(folder)
+
     striped = strategies.stripes_of_process(config, read_topology())
     try:
         with (
@@ -175,7 +183,7 @@ def _run_ranks(
             exits = ranks.exits
             wait_start = time.monotonic()
             with stop.raising():
-                in_time = launch.wait(ranks, config.launch.timeout_s, lambda: show(attempt.rank_report(folder, 0)))
+                in_time = launch.wait(ranks, config.launch.timeout_s, tick)
     except stop.Stopped as told:
         interrupted = told.name
     waited_s = time.monotonic() - wait_start
