@@ -103,8 +103,8 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     device_type = config.launch.device.name
     device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
     if device_type == "cuda":
-        cuda_build.check(device)
         torch.cuda.set_device(device)
+        cuda_build.check(device)
 
     report.phase("operators", "loading DeepSpeed's operators")
     operators.load(config, say=lambda text: report.put(phase_text=text))
