@@ -23,7 +23,7 @@ from ldft.memory import strategies
 from ldft.memory.topology import read_topology
 from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
-from ldft.training import deepspeed_config, moved
+from ldft.training import deepspeed_config, moved, operators
 
 
 @dataclass(slots=True)
@@ -85,6 +85,7 @@ def _prepare(config: Config, row: dict[str, Any]) -> None:
     settings = deepspeed_config.build(config)
     swap.prepare(config, settings)
     checks.check_inputs(config, fetch=True)
+    operators.prepare_cache(config)
     row |= fit.predictions(config)
     fit.check(config)
     restore_kernel_weights()  # what a run that died may have left

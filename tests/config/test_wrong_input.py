@@ -348,6 +348,17 @@ def test_an_unwritable_folder_is_refused(ldft: CLI, tmp_path: Path) -> None:
     assert done.exit_code == 2 and "results.dir: cannot write in" in done.stderr
 
 
+@pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "HOME"])
+def test_a_cache_that_cannot_be_written_is_refused(variable: str, ldft: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "/proc/nowhere")
+    done = ldft("model=nano")
+    assert done.exit_code == 2 and done.row.status == "invalid"
+    assert done.stderr.startswith("ldft: TORCH_EXTENSIONS_DIR: cannot write in /proc/nowhere"), done.stderr
+    assert "set this variable to a folder" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_rows_of_invalid_runs_can_be_read_back(ldft: CLI) -> None:
     for value in ("0", "1"):
         ldft(f"seq_len.tokens={value}")
