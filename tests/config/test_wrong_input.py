@@ -348,6 +348,63 @@ def test_an_unwritable_folder_is_refused(ldft: CLI, tmp_path: Path) -> None:
     assert done.exit_code == 2 and "results.dir: cannot write in" in done.stderr
 
 
+GLOBAL = "# @package _global_\n"
+OVERRIDE = "defaults:\n  - override /model: nano\n"
+# What a file of the user's own holds -> what the line must say. All but the last few are this machine's defaults.
+WRONG_FILES = {
+    (
+        "local/default",
+        "system: box1\n",
+    ): "F: its keys count as keys of local; make '# @package _global_' its first line",
+    ("local/default", OVERRIDE): "F: its keys count as keys of local; make '# @package _global_' its first line",
+    ("local/default", ""): "F: its keys count as keys of local; make '# @package _global_' its first line",
+    (
+        "local/default",
+        f"{GLOBAL}model: nano\n",
+    ): "model: nano in F is an option; write '- override /model: nano' in its",
+    ("local/default", f"{GLOBAL}seq_len: 4096\n"): "seq_len: 4096 in F is an option; write '- override /seq_len: 4096'",
+    ("local/default", f"{GLOBAL}train: 3\n"): "train: 3 in F does not fit; give a key below it, of micro_batch_size",
+    ("local/default", f"{GLOBAL}model:\n"): "model: nothing in F does not fit; give an option (model=...) or a key",
+    ("local/default", f"{GLOBAL}- a\n"): "F: holds a list; write keys and values",
+    (
+        "local/default",
+        f"{GLOBAL}train: {{iteration: 7}}\n",
+    ): "train.iteration: no such key (in F); did you mean train.ite",
+    ("local/default", f"{GLOBAL}resultz: {{dir: x}}\n"): "resultz: no such key (in F); did you mean results?",
+    (
+        "local/default",
+        f"{GLOBAL}launch: {{num_ranks: two}}\n",
+    ): "launch.num_ranks: 'two' in F does not fit; give a whole",
+    (
+        "local/default",
+        GLOBAL + OVERRIDE.replace("/", ""),
+    ): "F: model has no slash; write '- override /model: <option>' in",
+    (
+        "local/default",
+        GLOBAL + OVERRIDE.replace("override /", ""),
+    ): "F: model has no slash; write '- override /model: <op",
+    ("local/default", GLOBAL + OVERRIDE.replace("model", "mdel")): "F: mdel: no such group; did you mean model?",
+    (
+        "local/default",
+        GLOBAL + OVERRIDE.replace("override ", ""),
+    ): "model: a config file chooses it once more; write '- ove",
+    ("model/mine", "famly: llama\n"): "model.famly: no such key (in F); did you mean model.family?",
+    ("model/mine", "- family\n"): "model: ['family'] in F does not fit; give an option (model=...) or a key below it",
+}
+
+
+@pytest.mark.parametrize(("file", "text"), WRONG_FILES)
+def test_a_mistake_in_a_config_file_is_one_line_that_names_it(file: str, text: str, ldft: CLI, tmp_path: Path) -> None:
+    path = tmp_path / "conf" / f"{file}.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    typed = ["model=mine"] if file == "model/mine" else []
+    done = ldft("launch.num_ranks=1", *typed, "--config-dir", str(tmp_path / "conf"))
+    expected = WRONG_FILES[file, text].replace("F", f"{file}.yaml", 1)
+    assert done.exit_code == 2 and done.stderr.startswith(f"ldft: {expected}"), done.stderr
+    assert done.stderr.count("\n") == 1 and not done.results_dir.exists()
+
+
 @pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "HOME"])
 def test_a_cache_that_cannot_be_written_is_refused(variable: str, ldft: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
