@@ -190,7 +190,8 @@ def _run_ranks(
     waited_s = time.monotonic() - wait_start
     reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
     kills = verdict.oom_kills() - kills_before
-    decision = verdict.judge(exits, reports, timed_out=not in_time, interrupted=interrupted, new_oom_kills=kills)
+    passed_s = 0.0 if in_time else config.launch.timeout_s
+    decision = verdict.judge(exits, reports, timed_out_s=passed_s, interrupted=interrupted, new_oom_kills=kills)
     return exits, decision, waited_s
 
 
@@ -268,7 +269,7 @@ def summary(outcome: Outcome, config: Config) -> str:
         lines += [
             f"[RESULT] Peak VRAM Usage (per GPU): {vram:.2f} MB",
             f"[RESULT] Avg Iteration Latency (total): {statistics.mean(counted):.2f} s",
-            f"[RESULT] Each Iteration Latency (rank0): {counted}",
+            f"[RESULT] Each Iteration Latency (rank0): {[round(time_s, 4) for time_s in counted]}",
             f"[RESULT] Tokens (total): {row['tokens_per_iteration']}",
             f"[RESULT] Throughput (total): {row['tokens_per_s']:.2f} (token/s)",
         ]
