@@ -107,6 +107,9 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
         typed, exactly = _typed(path[1], overrides)
         value = (typed if exactly or not quoted else quoted[1]) or "the value"
         return f"{path[1]}: '{value}' does not fit; give {_expected(path[1])}"
+    if appended := re.search(r"To append to your default list use \+(\w+)=(\S+)", text):
+        group, option = appended.groups()
+        return f"{group}: '{option}' is added to the config, with a plus sign; use +{group}={option}"
     twice = re.match(r"Multiple values for (\w+)\. To override a value use 'override \w+: (.+)'", text)
     if twice:
         return f"{twice[1]}: a config file chooses it once more; write '- override /{twice[1]}: {twice[2]}' in its defaults"
@@ -188,7 +191,8 @@ def _no_option(group: str, option: str, options: Any = None) -> str:
             use = f"seq_len={exact} or " if int(option) % 1024 == 0 and exact in names else ""
             return f"seq_len: {option} is not an option; use {use}seq_len.tokens={option} (options: {', '.join(names)})"
     close = difflib.get_close_matches(option, names, n=1)
-    hint = f"did you mean {group}={close[0]}? " if close else ""
+    plus = "+" if group == "sweep" else ""
+    hint = f"did you mean {plus}{group}={close[0]}? " if close else ""
     return f"{group}: '{option}' does not exist; {hint}use one of {', '.join(names)}"
 
 

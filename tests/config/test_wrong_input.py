@@ -76,6 +76,9 @@ WRONG = {
     "model=foo": ["model: 'foo' does not exist", "use one of gemma2_9b, llama3_1b", "tiny"],
     "model=lama3_8b": ["model: 'lama3_8b'", "did you mean model=llama3_8b?"],
     "numa=weighted": ["numa: 'weighted' does not exist", "default"],
+    "sweep=smoke": ["sweep: 'smoke' is added to the config, with a plus sign; use +sweep=smoke"],
+    "-m sweep=smoke": ["sweep: 'smoke' is added to the config, with a plus sign; use +sweep=smoke"],
+    "-m +sweep=smok": ["sweep: 'smok' does not exist; did you mean +sweep=smoke?"],
     "model.layres=2": ["model.layres: no such key (value 2); did you mean model.num_layers?"],
     "train.iteration=7": ["train.iteration: no such key (value 7); did you mean train.iterations?"],
     "numa_policy=bind_0": ["numa_policy: no such key; use numa=bind_0"],
@@ -414,6 +417,14 @@ def test_a_cache_that_cannot_be_written_is_refused(variable: str, ldft: CLI, mon
     assert done.exit_code == 2 and done.row.status == "invalid"
     assert done.stderr.startswith("ldft: TORCH_EXTENSIONS_DIR: cannot write in /proc/nowhere"), done.stderr
     assert "set this variable to a folder" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_home_folder_is_known_in_any_value(ldft: CLI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    done = ldft("results.dir=~/a folder/r", "train.iterations=1", "model.weights=pretrained", "model.path=~/weights")
+    assert done.exit_code == 2 and "~" not in done.stderr and results.read(tmp_path / "home" / "a folder" / "r").size
+    row = results.read(tmp_path / "home" / "a folder" / "r").iloc[0]
+    assert row["cfg.model.path"] == f"{tmp_path}/home/weights"
 
 
 def test_rows_of_invalid_runs_can_be_read_back(ldft: CLI) -> None:
