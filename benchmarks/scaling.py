@@ -21,6 +21,7 @@ from typing import Any
 from contenders import CONTENDERS, Setting, config_of, run, surroundings
 from training import counted, save
 
+from ldft import environment
 from ldft.binding import physical_cores
 from ldft.memory.topology import SYSFS
 
@@ -58,8 +59,9 @@ def main() -> int:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=("ours-offload",))
     parser.add_argument("--cores", type=int, help="of each rank; default: what most ranks leave to each")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--attention", default="sdpa_cudnn")
-    parser.add_argument("--liger", action=argparse.BooleanOptionalAction, default=True)
+    gpu = bool(environment.gpus())
+    parser.add_argument("--attention", default="sdpa_cudnn" if gpu else "sdpa")
+    parser.add_argument("--liger", action=argparse.BooleanOptionalAction, default=gpu)
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds after which a run is ended")
     parser.add_argument("--note", default="", help="free text, kept with every record")
     parser.add_argument("overrides", nargs="*")

@@ -100,7 +100,10 @@ def beat(folder: Path) -> None:
 
 @contextmanager
 def beating(folder: Path) -> Iterator[None]:
-    """Say so from a thread, while the block does what may take long and has no moment to."""
+    """Say so from a thread, while the block does what may take long and has no moment to.
+
+    Not for a block that starts processes: they are forked, and a thread may hold a lock at that moment.
+    """
     ended = threading.Event()
 
     def go() -> None:

@@ -21,6 +21,7 @@ _REMEDIES = {
     "layer inputs": "checkpointing=cpu, or a shorter seq_len",
     "activations": "checkpointing=gpu, or a shorter seq_len",
     "attention outputs": "checkpointing.keep_attention=host or none, or a shorter seq_len",
+    "attention mask": "a shorter seq_len, or attention=flash_attention_2 where it runs",
     "inside a layer": "a shorter seq_len or a smaller train.micro_batch_size",
     "logits": "a shorter seq_len or a smaller train.micro_batch_size",
     "weights": "offload=full",

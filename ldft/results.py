@@ -126,7 +126,7 @@ MEASURED = [
     Column("predicted_vram_json", _TEXT, "GiB", "its parts at the moment of the peak"),
     Column("modelled_traffic_s", _FLOAT, "s", "a step's traffic to host memory by the cost model; null where bandwidths are not known"),
     Column("checkpoint_host_gib", _FLOAT, "GiB", "host memory in which layer inputs wait for backward, all ranks together"),
-    Column("notes", pa.list_(_TEXT), "", "what sets the figures apart from those of other rows, e.g. another algorithm, keys without effect, a loss that diverged"),
+    Column("notes", pa.list_(_TEXT), "", "what sets the figures apart from those of other rows, e.g. another algorithm, keys without effect, a loss that diverged, updates left out"),
     Column("pinned", pa.bool_(), "", "whether offloaded tensors that DMA touches were pinned"),
     Column("init_s", _FLOAT, "s", "from the start of rank 0's interpreter to the first iteration"),
     Column("init_imports_s", _FLOAT, "s", "part of init_s: importing torch, transformers and DeepSpeed"),

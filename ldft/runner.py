@@ -73,7 +73,7 @@ def run(
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= nodes.columns(reports, row["hosts"][0])
         row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
-        row["notes"] += _diverged(row) + nodes.notes(row)
+        row["notes"] += _warnings(row) + nodes.notes(row)
         row["parent_s"] = -waited_s  # to which _row adds the whole
     return Outcome(row["status"], row, folder / results.ROW_FILE)
 
@@ -195,12 +195,24 @@ def _run_ranks(
     return exits, decision, waited_s
 
 
-def _diverged(row: dict[str, Any]) -> list[str]:
-    """What to say where the loss became NaN or infinite; times are right all the same."""
+def _warnings(row: dict[str, Any]) -> list[str]:
+    """What to say where the loss became NaN or infinite, and where iterations that count are too short for want of an update:
+    DeepSpeed leaves it out where fp16 overflows and, in any precision, where the norm of the gradients is no number."""
+    found = []
     for iteration, loss in enumerate(row.get("loss") or [], 1):
         if not math.isfinite(loss):
-            return [f"the loss is {loss} in iteration {iteration}: it diverged; use a smaller optimizer.learning_rate"]
-    return []
+            found.append(
+                f"the loss is {loss} in iteration {iteration}: it diverged; use a smaller optimizer.learning_rate"
+            )
+            break
+    counted = (row.get("skipped_updates") or [])[row["warmup_iterations"] :]
+    if skipped := sum(map(bool, counted)):
+        remedy = "" if found else "; use more train.warmup_iterations, or a smaller train.loss_scale"
+        found.append(
+            f"{skipped} of {len(counted)} iterations after warm-up made no update, as gradients overflowed: they are too "
+            f"short{remedy}"
+        )
+    return found
 
 
 def _judged(decision: verdict.Verdict, folder: Path, results_dir: Path) -> dict[str, Any]:
@@ -275,8 +287,8 @@ def summary(outcome: Outcome, config: Config) -> str:
         ]
     reports = [attempt.rank_report(outcome.row_path.parent, rank) for rank in range(config.launch.num_ranks)]
     lines += nodes.lines(row, reports)
-    diverged = _diverged(row)
-    lines += [f"ldft: {'warning' if note in diverged else 'note'}: {note}" for note in row.get("notes") or []]
+    warnings = _warnings(row)
+    lines += [f"ldft: {'warning' if note in warnings else 'note'}: {note}" for note in row.get("notes") or []]
     what = f"{config.model.name} {config.seq_len.tokens} tokens {row['device_type']} x{config.launch.num_ranks}"
     lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
     if outcome.status != "ok":

@@ -88,6 +88,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
 
     from ldft.training import (
         checkpointing,
+        cuda_build,
         deepspeed_config,
         flops,
         host_memory,
@@ -102,6 +103,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     device_type = config.launch.device.name
     device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
     if device_type == "cuda":
+        cuda_build.check(device)
         torch.cuda.set_device(device)
 
     report.phase("operators", "loading DeepSpeed's operators")

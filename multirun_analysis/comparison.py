@@ -24,7 +24,8 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from ldft.errors import ResultsError
-from multirun_analysis.rows import cell_keys, option_label, relabel, text
+from multirun_analysis.labels import text
+from multirun_analysis.rows import cell_keys, live, option_label, relabel
 
 CONFIDENCE = 0.95
 # The policy that others are measured against, where the rows have it.
@@ -134,14 +135,14 @@ def compare(
     columns += ["runs", "baseline_runs", "speedup", "low", "high", "basis", "verdict"]
     if df.empty:
         return pd.DataFrame(columns=columns)
-    live = df[~df["superseded"]].copy()
-    live["option"] = option_label(live, by)
-    options = list(dict.fromkeys(live["option"]))
-    baseline = default_baseline(live, by) if baseline is None else baseline
+    kept = live(df)
+    kept = kept.assign(option=option_label(kept, by))
+    options = list(dict.fromkeys(kept["option"]))
+    baseline = default_baseline(kept, by) if baseline is None else baseline
     if baseline not in options:
         raise ResultsError(f"no row has {by}={baseline}; use one of {', '.join(options)}")
     found = []
-    for _, group in live.groupby(_matched_on(live, by), sort=False):
+    for _, group in kept.groupby(_matched_on(kept, by), sort=False):
         base = group[group["option"] == baseline]
         for option, rows in group.groupby("option", sort=True):
             if option == baseline or base.empty:
@@ -179,7 +180,7 @@ def diff(a: pd.DataFrame, b: pd.DataFrame, confidence: float = CONFIDENCE) -> pd
     columns = ["machine", "model", "seq_len_tokens", "policy", "variant", "status_a", "status_b"]
     columns += [f"{name}_{side}" for name in names for side in "ab"] + ["speedup", "low", "high", "basis", "change"]
     both = pd.concat([a.assign(side="a"), b.assign(side="b")], ignore_index=True)
-    both = both[~both["superseded"]]
+    both = live(both)
     if both.empty:
         return pd.DataFrame(columns=columns)
     both = relabel(both)  # labels were made within each folder; cells are named over both

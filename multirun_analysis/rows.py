@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from ldft import results
 from ldft.config import Config
 from ldft.config.root import flatten
 from ldft.errors import ResultsError
+from ldft.fit import DoesNotFitError
+from multirun_analysis import options
+from multirun_analysis.labels import text
 
 # Keys that say where results go, how long to wait, how often to measure or which try this is: rows that differ in
 # nothing else measure the same thing.
@@ -48,6 +52,7 @@ def load(path: str | Path) -> pd.DataFrame:
     seq_len_tokens           tokens of a sequence
     ok                       status is ok
     superseded               a later attempt of the same run_id is ok: this failure is history
+    apart                    refused for a value that no other row has, a mistyped one for example: in no label and no cell
     failure                  label of a failed row (`OOM`, `timeout`, ...), empty for an ok one
     sample_tokens_per_s      array: throughput of each iteration after warm-up
     forward_median_s, backward_median_s, step_median_s    medians after warm-up
@@ -77,17 +82,6 @@ def cell_keys(frame: pd.DataFrame) -> list[str]:
     return [key for key in config_keys(frame) if not _under(key, SAME_CELL)]
 
 
-def text(value: Any) -> str:
-    """A config value as a label. Unset is what leaves a choice to ldft, e.g. `kernels.liger`."""
-    if value is None:
-        return "auto"
-    if isinstance(value, list | tuple | np.ndarray):
-        return "[" + ",".join(text(item) for item in value) + "]"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
-
-
 def _with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
     """Fill config keys that older rows lack with today's default: the run behaved so before the key existed.
 
@@ -111,8 +105,8 @@ def _with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
 def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
     """What distinguishes the options of one config group (`numa`, `offload`) or key among these rows, as text.
 
-    A group with a `name` key is labelled by it, plus the keys in which rows of one name differ; any other group by the
-    keys that differ at all.
+    A group with a `name` key, or with options of its own, is labelled by name or option, plus the keys in which rows of one name
+    differ; any other group, and rows that agree with no option, by the keys that differ at all.
     """
     keys = [key for key in config_keys(frame) if _under(key, (group,))]
     # Seeds and counts in a group (`train.seed`) make no option, unless they are asked for by name.
@@ -123,20 +117,22 @@ def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
     name = f"{group}.name"
     if group == "numa":
         texts[name] = _inherited(frame, texts[name])
-    if name in texts:
-        extra = [k for k in keys if k != name and (texts.groupby(name, sort=False)[k].nunique() > 1).any()]
-        return _joined(texts[name], texts[extra], group)
     if keys == [group]:
         return texts[group]
     differing = [key for key in keys if texts[key].nunique() > 1]
-    if len(differing) == 1 and differing[0].rpartition(".")[2] in _ALONE:
-        return texts[differing[0]]
-    return _joined(pd.Series("", index=frame.index, dtype=object), texts[differing or keys], group)
+    names = texts[name] if name in texts else options.names(texts, group)
+    label = _joined(pd.Series("", index=frame.index, dtype=object), texts[differing or keys], group)
+    named = names != ""
+    if named.any():
+        mine = texts[named]
+        extra = [k for k in keys if k != name and (mine.groupby(names[named], sort=False)[k].nunique() > 1).any()]
+        label = label.mask(named, _joined(names, texts[extra], group))
+    return label
 
 
 def option_name(group: str, option: str) -> str:
-    """An option as people write it: `cxl_aware`, `checkpointing=gpu`, `micro_batch_size=4`."""
-    return option if group == "numa" or "=" in option else f"{group}={option}"
+    """An option as people write it: `cxl_aware`, `checkpointing=gpu every=2`, `micro_batch_size=4`."""
+    return option if group == "numa" or "=" in option.split(" ")[0] else f"{group}={option}"
 
 
 def _inherited(frame: pd.DataFrame, names: pd.Series) -> pd.Series:
@@ -160,27 +156,53 @@ def _groups(frame: pd.DataFrame) -> str:
 
 
 def _variant(frame: pd.DataFrame) -> pd.Series:
-    """The cell keys that differ and have no column of their own; of keys that differ together only the first is named."""
+    """Options and cell keys that differ and have no column of their own; of those that differ together only the first is named."""
     label = pd.Series("", index=frame.index, dtype=object)
     seen: list[pd.Series] = []
+    grouped: set[str] = set()
     for key in cell_keys(frame):
-        if _under(key, _NAMED):
+        group = key.partition(".")[0]
+        if _under(key, _NAMED) or group in grouped:
             continue
-        values = frame[f"cfg.{key}"].map(text)
+        if options.values_of(group) and f"cfg.{group}.name" not in frame:
+            grouped.add(group)
+            values = option_label(frame, group).map(partial(option_name, group))
+        else:
+            # `optimizer.name` says enough as `optimizer`, `launch.num_ranks` as `num_ranks`.
+            head, _, tail = key.rpartition(".")
+            values = (head if tail in _ALONE and head else tail) + "=" + frame[f"cfg.{key}"].map(text)
         codes = pd.Series(pd.factorize(values)[0], index=frame.index)
         if codes.nunique() < 2 or any(codes.equals(other) for other in seen):
             continue
         seen.append(codes)
-        # `checkpointing.mode` says enough as `checkpointing`, `launch.num_ranks` as `num_ranks`.
-        head, _, tail = key.rpartition(".")
-        name = head if tail in _ALONE and head else tail
-        label = label + f" {name}=" + values
+        label = label + " " + values
     return label.str.strip().astype(object)
+
+
+def _apart(frame: pd.DataFrame) -> pd.Series:
+    """Rows that were refused, not for memory, with a value in a cell key that no row which was not refused has."""
+    refused = (frame["status"] == "invalid") & (frame["error_type"] != DoesNotFitError.__name__)
+    found = pd.Series(False, index=frame.index)
+    for key in cell_keys(frame) if (~refused).any() else ():
+        values = frame[f"cfg.{key}"].map(text)
+        found |= refused & ~values.isin(values[~refused])
+    return found
 
 
 def relabel(frame: pd.DataFrame) -> pd.DataFrame:
     """Name model, policy and variant by what differs among exactly these rows (again, for rows of two folders put together)."""
     return frame.assign(model=option_label(frame, "model"), policy=option_label(frame, "numa"), variant=_variant(frame))
+
+
+def _labelled(frame: pd.DataFrame, apart: pd.Series) -> pd.DataFrame:
+    """With labels by what differs among the rows that are not apart, which have none."""
+    labels = relabel(frame[~apart])[["model", "policy", "variant"]].reindex(frame.index, fill_value="")
+    return pd.concat([frame, labels], axis=1)
+
+
+def live(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that stand for cells: without failures that were made good later, and without those apart."""
+    return frame[~frame["superseded"] & ~frame["apart"]]
 
 
 def _machine(row: pd.Series) -> str:
@@ -227,7 +249,9 @@ def _derived(frame: pd.DataFrame) -> pd.DataFrame:
         f"{phase}_median_s": column([_median(after_warmup(row, f"{phase}_s")) for row in rows], "float64")
         for phase in ("forward", "backward", "step")
     }
-    return relabel(frame).assign(
+    apart = _apart(frame)
+    return _labelled(frame, apart).assign(
+        apart=apart,
         machine=column([_machine(row) for row in rows]),
         seq_len_tokens=frame["cfg.seq_len.tokens"].astype("int64"),
         ok=ok,

@@ -110,6 +110,16 @@ def summarise(
     if len(failed):
         heads = _headings(failed) | {"failure": "what", "error_message": "message", "log_path": "log"}
         _print(console, "Failed", failed.drop(columns="status"), heads, limit)
+    apart = df[df["apart"] & ~df["superseded"]]
+    if len(apart):
+        counts = apart.groupby("error_message", sort=False).size().rename("rows").reset_index()
+        _print(
+            console,
+            "Refused for a value that no other row has",
+            counts,
+            {"rows": "rows", "error_message": "message"},
+            limit,
+        )
 
 
 def _print_front(table: pd.DataFrame, console: Console, limit: int | None) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ldft.errors import ResultsError
+from multirun_analysis.rows import live
 
 # What a cell is: everything that was chosen, and the machine it ran on. The order is that of tables and figures.
 CELL = ["machine", "model", "seq_len_tokens", "policy", "variant"]
@@ -22,7 +23,7 @@ _PHASES = ("forward", "backward", "step")
 def cells(df: pd.DataFrame) -> pd.DataFrame:
     """One line a cell (rows that differ only in repeat, seed, iterations or time limit are runs of one cell).
 
-    runs, failed_runs            ok and failed attempts; superseded failures count in neither
+    runs, failed_runs            ok and failed attempts; superseded failures and rows apart count in neither
     status, failure              ok when any run is; `failure` is empty, a label, or `OOM 1/3` when one run of three failed
     tokens_per_s                 median over runs of each run's tokens_per_s
     tokens_per_s_p10, _p90       10% and 90% quantile of the throughput of all iterations after warm-up
@@ -57,8 +58,8 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
         "log_path",
     ]
     # A length below 1, for which a row was refused, has no place on an axis.
-    live = df.loc[~df["superseded"] & (df["seq_len_tokens"] > 0), needed]
-    found = [_cell(dict(zip(CELL, key, strict=True)), part) for key, part in live.groupby(CELL, sort=True)]
+    kept = live(df).loc[df["seq_len_tokens"] > 0, needed]
+    found = [_cell(dict(zip(CELL, key, strict=True)), part) for key, part in kept.groupby(CELL, sort=True)]
     return pd.DataFrame(found, columns=columns)
 
 

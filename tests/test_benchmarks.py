@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from ldft.binding import physical_cores
 from ldft.config import Device
 from ldft.environment import PACKAGE_DIR
 from ldft.training import deepspeed_config
@@ -75,3 +76,26 @@ def test_runs_leave_raw_samples(tmp_path: Path) -> None:
         assert 0.5 * total < sum(spent) <= total
     assert json.loads(records["seed"]["deepspeed_config_json"])["zero_optimization"]["sub_group_size"] == 0
     assert "ours x" in done.stdout and done.stdout.count(": ok in") == 3
+
+
+@long
+def test_scaling_sets_each_number_of_ranks_beside_the_fewest(tmp_path: Path) -> None:
+    if len(physical_cores(frozenset(os.sched_getaffinity(0)))) < 2:
+        pytest.skip("needs two cores")
+    out = tmp_path / "scaling.parquet"
+    command = [sys.executable, FOLDER / "scaling.py", out, "--ranks", "1", "2", "--cores", "1", "--timeout", "300"]
+    command += ["model=nano", "seq_len.tokens=32", "train.iterations=2", "train.warmup_iterations=1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = pq.read_table(out).to_pylist()
+    assert [(record["ranks"], record["cores"], record["status"]) for record in records] == [(1, 1, "ok"), (2, 1, "ok")]
+    assert [record["tokens_per_iteration"] for record in records] == [32, 64]
+    settings = [json.loads(record["config_json"]) for record in records]
+    assert [(one["launch"]["num_ranks"], one["results"]["dir"]) for one in settings] == [(1, "results"), (2, "results")]
+    alone, together = (line.split() for line in done.stdout.splitlines()[-2:])
+    assert (alone[1], alone[6], together[1]) == ("1", "1.000", "2")
+    rate = float(together[4]) / 2
+    assert float(together[5]) == pytest.approx(rate, abs=1)
+    assert float(together[6]) == pytest.approx(rate / float(alone[4]), rel=0.02)

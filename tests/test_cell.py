@@ -186,6 +186,20 @@ def test_being_told_to_stop_while_weights_are_fetched_is_an_interrupted_row(tmp_
     assert runner.run(mine).status == "interrupted" and len(beats) == 1, "the next run begins afresh"
 
 
+def test_the_heart_beats_while_the_ranks_run(tmp_path, monkeypatch) -> None:
+    mine = config(results__dir=str(tmp_path))
+    started = attempt.folder_of(tmp_path, run_id(mine), 1) / "started.json"
+    beats = []
+
+    def show(report: dict[str, Any]) -> None:
+        beats.append(started.stat().st_mtime > 0)
+        os.utime(started, (0, 0))
+
+    monkeypatch.setattr(attempt, "HEARTBEAT_S", 0.02)
+    assert runner.run(mine, show=show).status == "ok"
+    assert sum(beats[1:]) > 0.8 * (len(beats) - 1) > 0
+
+
 def test_a_row_that_appears_between_the_two_looks_counts(tmp_path, monkeypatch) -> None:
     mine = in_a_sweep()
     folder = claim(tmp_path, mine)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import duckdb
+import pytest
 
 from ldft import runner
 
@@ -24,7 +27,25 @@ def test_a_run_leaves_one_ok_row(ldft) -> None:
 def test_a_loss_that_is_no_number_is_said_and_kept(ldft) -> None:
     done = ldft("optimizer.learning_rate=1e39")
     assert done.exit_code == 0 and done.row.status == "ok", done.stdout + done.stderr
-    warnings = [line for line in done.stdout.splitlines() if line.startswith("ldft: warning: the loss is ")]
-    assert warnings == [f"ldft: warning: {note}" for note in done.row.notes] and len(warnings) == 1
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("ldft: warning: ")]
+    assert warnings == [f"ldft: warning: {note}" for note in done.row.notes] and len(warnings) == 2
+    assert warnings[0].startswith("ldft: warning: the loss is ")
     assert " in iteration 2: " in warnings[0] or " in iteration 3: " in warnings[0]
-    assert runner._diverged({"loss": [1.0, 2.0]}) == []
+    # An update whose gradients are no numbers is left out, in which case an iteration takes less time.
+    assert warnings[1].endswith("iterations after warm-up made no update, as gradients overflowed: they are too short")
+
+
+@pytest.mark.parametrize(
+    ("skipped", "says"),
+    [
+        ([1, 1, 0, 0], None),
+        (None, None),
+        (
+            [1, 1, 1, 0],
+            "1 of 2 iterations .* too short; use more train.warmup_iterations, or a smaller train.loss_scale$",
+        ),
+    ],
+)
+def test_updates_left_out_after_warm_up_are_said(skipped: list[int] | None, says: str | None) -> None:
+    found = runner._warnings({"loss": [1.0, 2.0, 1.0, 1.0], "skipped_updates": skipped, "warmup_iterations": 2})
+    assert len(found) == bool(says) and all(re.match(says or "", one) for one in found)

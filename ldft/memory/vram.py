@@ -150,7 +150,14 @@ def _state(config: Config) -> Parts:
     elif offload.stage < 3:
         # w x: staging for the largest parameter's gradient.
         parts["gradients"] = width * max(trained)
-    return parts
+    return parts | _mask(config)
+
+
+def _mask(config: Config) -> Parts:
+    """S S (1 + w), S tokens of a sequence: the mask that SDPA gets for a window, as flags and, while in use, as numbers."""
+    if not attention.windowed(config) or not attention.choose(config).name.startswith("sdpa"):
+        return {}
+    return {"attention mask": (1 + _width(config)) * config.seq_len.tokens**2}
 
 
 def _gathered(config: Config, least: int) -> Parts:

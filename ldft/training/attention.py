@@ -67,6 +67,11 @@ def repeats_heads(config: Config, kind: AttentionKind) -> bool:
     )
 
 
+def windowed(config: Config) -> bool:
+    """Whether layers may have a window that counts. transformers makes SDPA a mask for one of just the whole sequence, too."""
+    return 0 < config.model.sliding_window <= config.seq_len.tokens
+
+
 def _choice(config: Config) -> AttentionKind:
     capability = (environment.compute_capability() or (0, 0)) if config.launch.device is Device.cuda else None
     if config.attention.kind is not AttentionKind.auto:
@@ -83,10 +88,9 @@ def _fastest(config: Config, capability: Capability | None) -> AttentionKind:
     plain = AttentionKind.eager if capped else AttentionKind.sdpa
     if capability is None or not half:
         return plain
-    windowed = 0 < model.sliding_window < config.seq_len.tokens
     if (
         capability[0] in _CUDNN_FASTEST_ON
-        and not (capped or windowed)
+        and not (capped or windowed(config))
         and model.head_dim <= _CUDNN_HEAD_DIM
         and model.head_dim % 8 == 0
     ):

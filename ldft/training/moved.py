@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ldft.config import Config, Device
+from ldft.config import Config, Device, Precision
 from ldft.errors import CombinationError
 from ldft.memory.shapes import frozen_sizes, total, trained_sizes
 
@@ -44,6 +44,18 @@ def check(config: Config, settings: dict[str, Any]) -> None:
     if kind == "zenflow" and stage not in (1, 2):
         # It transposes every weight first; those that zero.Init has split already, it takes for vectors and leaves alone.
         raise CombinationError("offload.stage", f"zenflow needs 1 or 2 here, not {stage}; use 2")
+    # Both update beside the backward pass, with gradients that are still multiplied by the loss scale and may have overflowed.
+    scaled = config.train.precision is Precision.fp16
+    if kind == "zenflow" and scaled:
+        raise CombinationError(
+            "train.precision",
+            "fp16: zenflow updates with gradients that are still scaled; use bf16, or offload=optimizer",
+        )
+    if kind == "super_offload" and scaled and not config.optimizer.gradient_clipping:
+        raise CombinationError(
+            "optimizer.gradient_clipping",
+            "0: super_offload updates with gradients that are still scaled for fp16; use a norm above 0, or bf16",
+        )
     if kind == "zenflow" and config.train.gradient_accumulation_steps > 1:
         raise CombinationError(
             "train.gradient_accumulation_steps",
@@ -79,12 +91,14 @@ def shared_memory_bytes(config: Config, settings: dict[str, Any]) -> int:
 
 
 def swap_bytes(config: Config, settings: dict[str, Any]) -> int:
-    """Largest size of the swap files of all ranks: 16 bytes a trained parameter of the optimizer's, and every 16-bit weight."""
+    """Largest size of the swap files of all ranks: 16 bytes a trained parameter of the optimizer's, and every weight in
+    compute precision."""
     zero = settings["zero_optimization"]
     trained = total(trained_sizes(config))
     weights = trained + total(frozen_sizes(config))
     optimizer = 16 * trained if zero["offload_optimizer"]["device"] == "nvme" else 0
-    return optimizer + (2 * weights if zero["offload_param"]["device"] == "nvme" else 0)
+    width = 4 if config.train.precision is Precision.fp32 else 2
+    return optimizer + (width * weights if zero["offload_param"]["device"] == "nvme" else 0)
 
 
 def nvme_sizes(config: Config) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def _phases_finding(df: pd.DataFrame) -> str:
 def groups_to_compare(df: pd.DataFrame) -> list[str]:
     """The config groups in which rows differ that agree in all else, the policy first: what these rows can compare."""
     names = {name.removeprefix("cfg.").split(".")[0] for name in df.columns if name.startswith("cfg.")}
+    df = rows.live(df)
     found = ["numa"] if df["policy"].nunique() > 1 and len(comparison.compare(df, by="numa")) else []
     for group in sorted(names - _NEVER_COMPARED):
         if rows.option_label(df, group).nunique() > 1 and len(comparison.compare(df, by=group)):

@@ -22,6 +22,8 @@ def test_no_update_is_skipped_after_warm_up(ldft: Callable[..., Done]) -> None:
 
 
 def test_a_scale_that_overflows_skips_every_update_and_the_row_says_so(ldft: Callable[..., Done]) -> None:
-    row = ldft("train.loss_scale=1e12", base=FP16).row
+    done = ldft("train.loss_scale=1e12", base=FP16)
+    row = done.row
     assert list(row.skipped_updates) == [1] * 8
+    assert "ldft: warning: 6 of 6 iterations after warm-up made no update" in done.stdout
     assert min(row.loss) > 0.999 * max(row.loss)

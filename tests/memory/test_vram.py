@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ldft.memory import vram
+from ldft import environment
+from ldft.memory import shapes, vram
 from ldft.training import zero_sizes
 from tests.conftest import compose
 
@@ -50,3 +51,43 @@ def test_frozen_weights_are_not_copied_when_training_starts() -> None:
 
     assert start() > 1.8  # two copies of 32e9 weights, against one and little else
     assert start("lora=r16") < 1.01
+
+
+def activations(*more: str) -> int:
+    """Bytes that 16 layers of llama3_1b keep of 4096 tokens."""
+    line = (
+        "model=llama3_1b",
+        "seq_len=4k",
+        "checkpointing=none",
+        "offload=full",
+        "launch.device=cuda",
+        "attention=sdpa",
+    )
+    return vram.moments(compose(*line, *more))["loss"]["activations"]
+
+
+def test_repeated_keys_and_values_are_kept_instead_of_those_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {}
+    for capability in ((7, 0), (8, 0)):
+        monkeypatch.setattr(environment, "compute_capability", lambda here=capability: here)
+        kept[capability] = activations("train.precision=fp16")
+    # 2 B; 32 heads of queries and 8 of keys and of values, 64 wide.
+    assert kept[7, 0] - kept[8, 0] == 16 * 2 * 4096 * 2 * (32 - 8) * 64
+
+
+def test_dropout_keeps_an_input_and_a_mask_for_each_adapter() -> None:
+    inputs = sum(inputs for inputs, _ in shapes.linears(compose("model=llama3_1b").model).values())
+    assert activations("lora=r16", "lora.dropout=0.1") - activations("lora=r16") == 16 * (2 + 1) * 4096 * inputs
+    two = activations("lora=r16", "lora.dropout=0.1", "lora.target_modules=[q_proj,down_proj]") - activations(
+        "lora=r16"
+    )
+    assert two == 16 * (2 + 1) * 4096 * (2048 + 8192)
+
+
+def test_sdpa_gets_a_mask_of_all_tokens_with_all_for_a_window() -> None:
+    def mask(*more: str) -> int:
+        line = ("model=mistral_nemo_12b", "seq_len=32k", "launch.device=cuda", *more)
+        return vram.device_bytes(compose(*line)).get("attention mask", 0)
+
+    assert mask("attention=sdpa") == mask("attention=eager", "model.sliding_window=4096") == 0
+    assert mask("attention=sdpa", "model.sliding_window=4096") == 3 * 32768**2

@@ -53,7 +53,8 @@ def config_of(device: str, *overrides: str) -> Config:
         ((9, 0), (), HEADS_256, "sdpa"),
         ((9, 0), ("flash-attn",), WINDOW, "flash_attention_2"),
         ((9, 0), (), WINDOW, "sdpa"),
-        ((9, 0), (), (*WINDOW, "seq_len.tokens=512"), "sdpa_cudnn"),
+        ((9, 0), (), (*WINDOW, "seq_len.tokens=511"), "sdpa_cudnn"),
+        ((9, 0), ("flash-attn",), (*WINDOW, "seq_len.tokens=512"), "flash_attention_2"),
         ((9, 0), ("flash-attn",), CAPS, "flash_attention_2"),
         ((9, 0), (), CAPS, "eager"),
         ((9, 0), ("flash-attn",), (*HEADS_128, "train.precision=fp32"), "sdpa"),
@@ -158,6 +159,22 @@ def test_cudnn_gets_what_sdpa_gets_and_no_mask_for_a_full_causal_batch(machine, 
     assert len(calls) == network.config.num_hidden_layers
     network.set_attn_implementation("sdpa")
     torch.testing.assert_close(logits, network(input_ids=tokens).logits, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [15, 16, 17])
+def test_a_window_counts_where_transformers_makes_sdpa_a_mask(monkeypatch, tokens) -> None:
+    window = ("model.family=mistral", "model.sliding_window=16", f"seq_len.tokens={tokens}")
+    config = config_of("cpu", *PLAIN, *window, "offload=none", "attention=sdpa")
+    network, masks = model.build(config, {}, torch.device("cpu")), []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def note(*arguments, attn_mask=None, **named):
+        masks.append(attn_mask)
+        return real(*arguments, attn_mask=attn_mask, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    network(input_ids=data.batch(config, 0, 0, 0))
+    assert [mask is not None for mask in masks] == [attention.windowed(config)] * network.config.num_hidden_layers
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ def on_disk(option: str) -> list[str]:
 @pytest.mark.parametrize("option", options("offload"))
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_deepspeed_takes_every_option_as_it_is_meant(option: str, precision: str) -> None:
+    if (option, precision) == ("zenflow", "fp16"):
+        pytest.skip("refused (test_moved.py)")
     values = settings(
         f"offload={option}",
         f"train.precision={precision}",
@@ -133,7 +135,8 @@ def test_the_key_list_is_that_of_the_installed_release() -> None:
 
 def test_every_key_of_ours_is_in_the_list() -> None:
     for option in options("offload"):
-        values = settings(f"offload={option}", "train.precision=fp16", *on_disk(option), device=Device.cuda)
+        precision = "bf16" if option == "zenflow" else "fp16"
+        values = settings(f"offload={option}", f"train.precision={precision}", *on_disk(option), device=Device.cuda)
         assert deepspeed_keys.cleaned(values, "x") == values
 
 

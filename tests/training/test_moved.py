@@ -36,6 +36,8 @@ def on_cuda(*overrides: str) -> Config:
         # Three: DeepSpeed would train on weights that are not transposed as it believes, without a word.
         "offload=zenflow offload.stage=3": "offload.stage: zenflow needs 1 or 2 here, not 3",
         "offload=zenflow train.gradient_accumulation_steps=2": "train.gradient_accumulation_steps: 2: zenflow accumulates",
+        "offload=zenflow train.precision=fp16": "train.precision: fp16: zenflow .* still scaled; use bf16",
+        "offload=super_offload train.precision=fp16 optimizer.gradient_clipping=0": "optimizer.gradient_clipping: 0: super_offl",
         "offload=nvme offload.nvme_path=/disk optimizer=lion": "optimizer: lion: offload=nvme knows adamw only",
         "offload.deepspeed.zero_optimization.offload_optimizer.super_offload=true optimizer=lion": "optimizer: lion",
     }.items(),
@@ -43,6 +45,10 @@ def on_cuda(*overrides: str) -> Config:
 def test_what_deepspeed_cannot_do_is_refused(typed: str, line: str) -> None:
     with pytest.raises(ConfigError, match=f"^{line}"):
         deepspeed_config.build(on_cuda(*typed.split()))
+
+
+def test_super_offload_unscales_where_it_clips() -> None:
+    assert deepspeed_config.build(on_cuda("offload=super_offload", "train.precision=fp16"))["fp16"]["enabled"]
 
 
 def test_what_sets_figures_apart_is_noted() -> None:
@@ -70,6 +76,7 @@ def test_frozen_weights_have_no_optimizer_state_in_swap_files_or_shared_memory()
         return moved.swap_bytes(config, settings) / 70.6e9, moved.shared_memory_bytes(config, settings) / 70.6e9
 
     assert needs("offload=nvme")[0] == pytest.approx(18, rel=0.01)
+    assert needs("offload=nvme", "train.precision=fp32")[0] == pytest.approx(20, rel=0.01)
     assert 2 < needs("offload=nvme", "lora=r16")[0] < 2.1  # all weights, and little else
     full, adapters = (needs("offload=super_offload", "offload.nvme_path=", *more)[1] for more in ([], ["lora=r16"]))
     assert full == pytest.approx(8, rel=0.01) and 0 < adapters < 0.05

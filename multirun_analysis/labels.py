@@ -1,0 +1,18 @@
+"""A config value as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def text(value: Any) -> str:
+    """A config value as a label. Unset is what leaves a choice to ldft, e.g. `kernels.liger`."""
+    if value is None:
+        return "auto"
+    if isinstance(value, list | tuple | np.ndarray):
+        return "[" + ",".join(text(item) for item in value) + "]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

@@ -1,0 +1,34 @@
+"""The options of config groups, as rows hold them: `offload=full` is stage 3 with parameters and optimizer on the CPU."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pandas as pd
+import yaml
+
+from ldft import composition
+from ldft.config import from_dict
+from ldft.config.root import flatten
+from ldft.environment import CONF_DIR
+from multirun_analysis.labels import text
+
+
+@cache
+def values_of(group: str) -> dict[str, dict[str, str]]:
+    """Option -> {key: value as a label}, for every key that any option of the group sets; empty for what is no group of options."""
+    names = composition.groups().get(group, [])
+    files = {name: yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) or {} for name in names}
+    keys = [f"{group}.{key}" for key in dict.fromkeys(key for values in files.values() for key in values)]
+    settled = {name: flatten(from_dict({group: values})) for name, values in files.items()}
+    return {name: {key: text(values[key]) for key in keys} for name, values in settled.items()}
+
+
+def names(texts: pd.DataFrame, group: str) -> pd.Series:
+    """The option that each row's keys agree with, in all that options of the group set; empty where none does."""
+    found = pd.Series("", index=texts.index, dtype=object)
+    for option, values in values_of(group).items():
+        if values and set(values) <= set(texts):
+            same = pd.concat([texts[key] == value for key, value in values.items()], axis=1).all(axis=1)
+            found = found.mask(same & (found == ""), option)
+    return found
