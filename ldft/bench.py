@@ -31,6 +31,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ldft.arguments import Parser
 from ldft.binding import cores_of_ranks
 from ldft.errors import ConfigError, LdftError, ResultsError
 from ldft.memory import hardware
@@ -325,8 +326,8 @@ def _check_writable(key: str, path: Path) -> None:
         ) from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ldft.bench", description="Measure what this machine can do.")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m ldft.bench", description="Measure what this machine can do.")
     nodes = parser.add_subparsers(dest="command", required=True).add_parser("nodes", help="bandwidth by NUMA node")
     nodes.add_argument(
         "--nodes", nargs="+", type=lambda t: _numbers(t, ","), help="node sets, e.g. 0 3 0,3; default: each node"
@@ -363,8 +364,9 @@ def main() -> int:
     path = arguments.profile or hardware.profile_path()
     counts = arguments.processes or sorted({1, max(1, len(environment.gpus()))})
     try:
-        if arguments.repeats < 1 or min(counts) < 1:
-            raise ConfigError("--repeats" if arguments.repeats < 1 else "--processes", "use 1 or more")
+        for key, least_given in (("--repeats", arguments.repeats), ("--processes", min(counts))):
+            if least_given < 1:
+                raise ConfigError(key, f"{least_given} is too small; use 1 or more")
         _check_sets(sets, arguments.weights, topology)
         _check_room(max(sizes), max(counts))
         lacks = _lacks(arguments.kernels, sets, topology, max(sizes), least)

@@ -10,7 +10,7 @@ from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory import shapes, strategies
 from ldft.memory.topology import read_topology
-from ldft.training import attention, deepspeed_config, liger, shards, text
+from ldft.training import attention, deepspeed_config, families, liger, shards, text
 
 
 def resolve_device(config: Config) -> None:
@@ -40,6 +40,7 @@ def check_machine(config: Config) -> None:
                 "train.precision",
                 f"bf16 needs a GPU of compute capability 8.0 (Ampere) or newer, here is {lowest[0]}.{lowest[1]}; use fp16",
             )
+    families.check(config.model, families.causal())
     attention.choose(config)
     liger.wanted(config)
     shapes.check_adapted(config)

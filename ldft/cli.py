@@ -90,6 +90,12 @@ def _options_first(arguments: list[str]) -> list[str]:
     return [argument for argument in arguments if argument not in overrides] + overrides
 
 
+def _at_home(override: str) -> str:
+    """key=~/folder with the home folder in full: shells leave that to us, and Hydra's grammar has no such value."""
+    key, equals, value = override.partition("=")
+    return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else override
+
+
 def _report(error: Exception) -> int:
     """Say an error in one line; returns the exit code. What is of no own type is a bug of ours and keeps its traceback."""
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -115,7 +121,7 @@ def main() -> int:
         print(f"ldft {metadata.version('ldft')}")
         return 0
     try:
-        sys.argv = [sys.argv[0], *_options_first(sys.argv[1:])]
+        sys.argv = [sys.argv[0], *map(_at_home, _options_first(sys.argv[1:]))]
         composition.check_overrides(_overrides())
         _task()
     except KeyboardInterrupt:

@@ -86,31 +86,70 @@ def check_overrides(overrides: list[str]) -> None:
 
 def one_line(error: BaseException, overrides: list[str]) -> str:
     """The line for an error of Hydra or OmegaConf; `overrides` is what the user typed."""
+    text = str(error)
+    file = re.match(r"In '([^']+)': ", text)
+    if file and file[1] != "config" and (line := _of_file(file[1], text)):
+        return line
     if isinstance(error, MissingConfigException):
         return _missing(error)
     if isinstance(error, OverrideParseException):
         return _unparsed(error, overrides)
-    text = str(error)
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     path = re.search(r"full_key: (\S+)", str(cause))
     reason = str(cause).splitlines()[0]
     if path and isinstance(cause, InterpolationResolutionError):
         return f"{path[1]}: {reason}; name a key that exists, or quote the text"
     if path and re.search(r"Key '.*' (?:is not in struct|not in )", str(cause)):
-        return _unknown_key(path[1], _typed(path[1], overrides)[0])
+        value = _typed(path[1], overrides)[0] or "..."
+        return _unknown_key(path[1], value, f"value {value}")
     if path:
-        file = re.search(r"In '([^']+)'", text)
-        where = f" in {file[1]}" if file and file[1] != "config" else ""
         quoted = re.search(r"[Vv]alue '(.*?)'", reason) or re.search(r"[Vv]alue '(.*?)'", text)
         typed, exactly = _typed(path[1], overrides)
-        value = (typed if exactly or (not quoted and not where) else quoted[1] if quoted else "") or "the value"
-        return f"{path[1]}: '{value}'{where} does not fit; give {_expected(path[1])}"
+        value = (typed if exactly or not quoted else quoted[1]) or "the value"
+        return f"{path[1]}: '{value}' does not fit; give {_expected(path[1])}"
+    if appended := re.search(r"To append to your default list use \+(\w+)=(\S+)", text):
+        group, option = appended.groups()
+        return f"{group}: '{option}' is added to the config, with a plus sign; use +{group}={option}"
+    twice = re.match(r"Multiple values for (\w+)\. To override a value use 'override \w+: (.+)'", text)
+    if twice:
+        return f"{twice[1]}: a config file chooses it once more; write '- override /{twice[1]}: {twice[2]}' in its defaults"
     ambiguous = re.search(r"Ambiguous value for argument '(.+)'", text)
     if ambiguous:
         key, _, value = ambiguous[1].partition("=")
         listed = f", or write a list as {key}=[{value}]" if get_origin(type_of(key)) is list else ""
         return f"{key}: several values ({value}) are a sweep; add -m{listed}"
     return " ".join(text.split())
+
+
+def _of_file(file: str, text: str) -> str:
+    """The line for a mistake in a file of the tree, an option of the user's own or this machine's defaults; empty if unknown.
+
+    file: group and option, as Hydra names it. text: Hydra's message.
+    """
+    folder = file.rpartition("/")[0]
+    name = f"{file}.yaml"
+    if (CONF_DIR / name).exists():
+        name = str(CONF_DIR / name)
+    path = re.search(r"full_key: (\S+)", text)
+    if f"'{folder}' not in" in text or f"@{folder}." in text:
+        return f"{name}: its keys count as keys of {folder}; make '# @package _global_' its first line"
+    if relative := re.search(rf"'{folder}/(\w+)[/@]", text):
+        return f"{name}: {relative[1]} has no slash; write '- override /{relative[1]}: <option>' in its defaults"
+    if unknown := re.search(r"Could not override '(\w+)'", text):
+        return f"{name}: {_no_option(unknown[1], '')}"
+    if "Cannot merge DictConfig with ListConfig" in text:
+        return f"{name}: holds a list; write keys and values, as in 'system: box1'"
+    if merged := re.search(r"is not a subclass of (\w+)\. value: (.*)", text):
+        key = next((key for key, kind in get_type_hints(Config).items() if kind.__name__ == merged[1]), "")
+        if key in groups() and key != folder and re.fullmatch(r"\w+", merged[2]):
+            return f"{key}: {merged[2]} in {name} is an option; write '- override /{key}: {merged[2]}' in its defaults"
+        return f"{key}: {merged[2]} in {name} does not fit; give {_expected(key)}" if key else ""
+    if path and re.search(r"Key '.*' not in ", text):
+        return _unknown_key(path[1], "...", f"in {name}")
+    if path:
+        value = re.search(r"[Vv]alue '(.*?)'", text)
+        return f"{path[1]}: {repr(value[1]) if value else 'nothing'} in {name} does not fit; give {_expected(path[1])}"
+    return ""
 
 
 def bad_yaml(error: yaml.YAMLError) -> str:
@@ -152,7 +191,8 @@ def _no_option(group: str, option: str, options: Any = None) -> str:
             use = f"seq_len={exact} or " if int(option) % 1024 == 0 and exact in names else ""
             return f"seq_len: {option} is not an option; use {use}seq_len.tokens={option} (options: {', '.join(names)})"
     close = difflib.get_close_matches(option, names, n=1)
-    hint = f"did you mean {group}={close[0]}? " if close else ""
+    plus = "+" if group == "sweep" else ""
+    hint = f"did you mean {plus}{group}={close[0]}? " if close else ""
     return f"{group}: '{option}' does not exist; {hint}use one of {', '.join(names)}"
 
 
@@ -184,20 +224,19 @@ def _hints(name: str, siblings: list[str], prefix: str) -> str:
     return ""
 
 
-def _unknown_key(path: str, value: str) -> str:
+def _unknown_key(path: str, value: str, where: str) -> str:
     if path.startswith("hydra."):
         return f"{path}: Hydra has no such key; see python -m ldft --cfg hydra"
     parent, _, name = path.rpartition(".")
     section = type_of(parent)
     siblings = [f.name for f in fields(section)] if is_dataclass(section) else []
     hint = _hints(name, siblings, f"{parent}." if parent else "")
-    value = value or "..."
     if hint in groups() and hint == _OTHER_NAMES.get(name.lower()):
         return f"{path}: no such key; use {hint}={value}"
     if hint:
-        return f"{path}: no such key (value {value}); did you mean {hint}?"
-    where = f"keys of {parent}" if parent else "groups and keys"
-    return f"{path}: no such key (value {value}); {where}: {', '.join(siblings)}"
+        return f"{path}: no such key ({where}); did you mean {hint}?"
+    known = f"keys of {parent}" if parent else "groups and keys"
+    return f"{path}: no such key ({where}); {known}: {', '.join(siblings)}"
 
 
 def type_of(path: str) -> Any:

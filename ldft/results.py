@@ -14,7 +14,6 @@ files while a compaction works, hence the distinct):
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ldft.arguments import Parser
 from ldft.config import columns as config_columns
 from ldft.errors import ResultsError
 
@@ -239,7 +239,7 @@ def _plain(value: Any) -> Any:
 
 def main() -> int:
     """`python -m ldft.results`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ldft.results", description="Work on a folder of rows.")
+    parser = Parser(prog="python -m ldft.results", description="Work on a folder of rows.")
     commands = parser.add_subparsers(dest="command", required=True)
     compact = commands.add_parser("compact", help="merge the rows of many runs into one file, without loss")
     export = commands.add_parser("export", help="write all rows in one table")

@@ -23,7 +23,7 @@ from ldft.memory import strategies
 from ldft.memory.topology import read_topology
 from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
-from ldft.training import deepspeed_config, moved
+from ldft.training import deepspeed_config, moved, operators
 
 
 @dataclass(slots=True)
@@ -85,6 +85,7 @@ def _prepare(config: Config, row: dict[str, Any]) -> None:
     settings = deepspeed_config.build(config)
     swap.prepare(config, settings)
     checks.check_inputs(config, fetch=True)
+    operators.prepare_cache(config)
     row |= fit.predictions(config)
     fit.check(config)
     restore_kernel_weights()  # what a run that died may have left
@@ -189,7 +190,8 @@ def _run_ranks(
     waited_s = time.monotonic() - wait_start
     reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
     kills = verdict.oom_kills() - kills_before
-    decision = verdict.judge(exits, reports, timed_out=not in_time, interrupted=interrupted, new_oom_kills=kills)
+    passed_s = 0.0 if in_time else config.launch.timeout_s
+    decision = verdict.judge(exits, reports, timed_out_s=passed_s, interrupted=interrupted, new_oom_kills=kills)
     return exits, decision, waited_s
 
 
@@ -279,7 +281,7 @@ def summary(outcome: Outcome, config: Config) -> str:
         lines += [
             f"[RESULT] Peak VRAM Usage (per GPU): {vram:.2f} MB",
             f"[RESULT] Avg Iteration Latency (total): {statistics.mean(counted):.2f} s",
-            f"[RESULT] Each Iteration Latency (rank0): {counted}",
+            f"[RESULT] Each Iteration Latency (rank0): {[round(time_s, 4) for time_s in counted]}",
             f"[RESULT] Tokens (total): {row['tokens_per_iteration']}",
             f"[RESULT] Throughput (total): {row['tokens_per_s']:.2f} (token/s)",
         ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from ldft import attempt
+from ldft.arguments import Parser
 from ldft.errors import LdftError
 from ldft.history import History
 from ldft.plan import Cell, Plan, load_plans
@@ -49,7 +49,7 @@ def lines(plan: Plan, history: History) -> list[str]:
 
 def main() -> int:
     """Returns the exit code: 0, 2 where the folder or the sweep does not exist, 1 where it cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m ldft.status", description="Show where a sweep stands.")
+    parser = Parser(prog="python -m ldft.status", description="Show where a sweep stands.")
     parser.add_argument("results_dir", nargs="?", default="results", help="default: results")
     parser.add_argument("--sweep", help="its name; default: the one that was begun last")
     parser.add_argument("--watch", action="store_true", help="show it again every two seconds, until Ctrl-C")

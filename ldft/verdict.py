@@ -55,19 +55,21 @@ def judge(
     exits: list[RankExit],
     reports: list[dict[str, Any]],
     *,
-    timed_out: bool,
+    timed_out_s: float,
     interrupted: str | None,
     new_oom_kills: int,
 ) -> Verdict:
     """Decide the status.
 
     exits: in the order in which the ranks ended. reports: the ranks' last partial results, by rank (empty where there is none).
-    interrupted: name of the signal that we got, if any. new_oom_kills: growth of `oom_kills()` during the run.
+    timed_out_s: the limit that passed, 0 for none. interrupted: name of the signal that we got, if any. new_oom_kills: growth of
+    `oom_kills()` during the run.
     """
     if interrupted:
         return Verdict("interrupted", exit_code=None, signal=interrupted, error_message=f"{interrupted} to ldft")
-    if timed_out:
-        return Verdict("timeout", exit_code=None, error_message="launch.timeout_s passed")
+    if timed_out_s:
+        passed = f"launch.timeout_s={timed_out_s:g} passed; raise it, or use 0 for no limit"
+        return Verdict("timeout", exit_code=None, error_message=passed)
     failed = [ended for ended in exits if ended.exit_code != 0 and not ended.ended_by_us]
     if not failed:
         return Verdict("ok")

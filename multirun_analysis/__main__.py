@@ -8,13 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ldft.arguments import Parser
 from ldft.errors import LdftError
 
 _EPILOG = "python -m multirun_analysis diff A B shows what changed between two folders."
 
 
-def _summary_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _summary_parser() -> Parser:
+    parser = Parser(
         prog="python -m multirun_analysis", description="Tables and figures of a results folder.", epilog=_EPILOG
     )
     parser.add_argument("folder", nargs="?", default="results", type=Path, help="results.dir of the runs (results)")
@@ -26,8 +27,8 @@ def _summary_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _diff_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _diff_parser() -> Parser:
+    parser = Parser(
         prog="python -m multirun_analysis diff", description="What changed from one results folder to another."
     )
     parser.add_argument("a", type=Path, help="results folder before")

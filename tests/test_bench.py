@@ -81,6 +81,7 @@ def test_a_profile_takes_the_update_on_every_node() -> None:
         ("--sizes 900G --processes 2", "--sizes: 900.00 GiB: 4 arrays of it in each of 2 processes are more than the"),
         ("--rows /proc/x/rows.parquet", "--rows: cannot write /proc/x/rows.parquet (No such file or directory); name"),
         ("--profile /proc/x/y", "--profile: cannot write /proc/x/y (No such file or directory); name a file"),
+        ("--repeats 0", "--repeats: 0 is too small; use 1 or more"),
         ("--rows .", "--rows: cannot write . (Is a directory); name a file"),
     ],
 )
@@ -95,6 +96,25 @@ def test_what_cannot_be_done_is_refused_before_anything_is_measured(
     said = capsys.readouterr().err
     assert said.startswith(f"ldft: {line}") and said.count("\n") == 1, said
     assert "capacity_gib" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("nodes --sizes abc", "--sizes: abc: write bytes, or 64K, 256M, 2G; see python -m ldft.bench nodes --help"),
+        ("nodes --kernels x", "--kernels: invalid choice: 'x' (choose from"),
+        ("nodes --nope", "unrecognized arguments: --nope; see python -m ldft.bench --help"),
+        ("", "the following arguments are required: command"),
+    ],
+)
+def test_arguments_that_cannot_be_read_are_one_line(
+    arguments: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(f"ldft: {line}") and said.count("\n") == 1, said
 
 
 def test_copies_without_a_gpu_are_left_out_with_a_line(tmp_path: Path) -> None:

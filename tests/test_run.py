@@ -17,6 +17,8 @@ def test_a_run_leaves_one_ok_row(ldft) -> None:
     assert row.status == "ok"
     assert len(row.iteration_s) == 3 and len(row.loss) == 3
     assert row.tokens_per_iteration == 64
+    counted = [round(float(time_s), 4) for time_s in row.iteration_s[1:]]
+    assert f"[RESULT] Each Iteration Latency (rank0): {counted}\n" in done.stdout
     files = str(done.results_dir / "*" / "attempt-*" / "row.parquet")
     found = duckdb.connect().execute(f"select status, tokens_per_s from read_parquet('{files}')").fetchall()
     assert found == [("ok", row.tokens_per_s)]

@@ -89,6 +89,11 @@ class ModelConfig:
                 f"{self.num_key_value_heads} does not divide model.num_attention_heads={self.num_attention_heads}; "
                 "use a divisor",
             )
+        if self.head_dim % 2:
+            raise ConfigError(
+                "model.head_dim",
+                f"{self.head_dim} is odd, and rotary position embedding turns pairs; use an even number",
+            )
         for key in ("sliding_window", "attention_softcap", "logit_softcap"):
             if not getattr(self, key) >= 0:
                 raise ConfigError(f"model.{key}", f"{getattr(self, key):g} is negative; use 0 for none, or more")

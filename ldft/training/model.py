@@ -21,23 +21,19 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.training import attention, construction, cudnn_attention, liger, lora, repeated_heads, weights
+from ldft.training import attention, construction, cudnn_attention, families, liger, lora, repeated_heads, weights
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
 
 def hf_config(model: ModelConfig) -> PretrainedConfig:
     """The architecture as a transformers config. Raises ConfigError where transformers cannot build it."""
-    if model.family not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(model.family, CONFIG_MAPPING.keys(), n=3)
-        hint = (
-            f"did you mean {' or '.join(close)}?" if close else "use a model_type of transformers, e.g. llama or qwen2"
-        )
-        raise ConfigError("model.family", f"transformers has no '{model.family}'; {hint}")
+    families.check(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     family = CONFIG_MAPPING[model.family]
     values: dict[str, Any] = {
         "num_hidden_layers": model.num_layers,

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -33,6 +34,22 @@ def cache_dir() -> Path:
     versions = f"py{platform.python_version()}-torch{metadata.version('torch')}-ds{metadata.version('deepspeed')}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "ldft" / "operators" / f"{key}-{versions}"
+
+
+def prepare_cache(config: Config) -> None:
+    """Make the folder for this run's operators. Raises ConfigError where it cannot be written."""
+    if not needed(config):
+        return
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            "TORCH_EXTENSIONS_DIR",
+            f"cannot write in {folder} ({error.strerror}), where DeepSpeed's operators are compiled; "
+            "set this variable to a folder on a local disk that you can write",
+        ) from None
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"ldft: {tmp_path}/model/mine.yaml, line 3: not YAML (expected"), done.stderr
     (tmp_path / "model" / "mine.yaml").write_text("num_layers: two\n")
     done = say("--config-dir", str(tmp_path), "model=mine", cwd=tmp_path)
-    assert "model.num_layers: 'two' in model/mine does not fit; give a whole number" in done.stderr, done.stderr
+    assert "model.num_layers: 'two' in model/mine.yaml does not fit; give a whole number" in done.stderr, done.stderr
 
 
 def test_version_is_ours(tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ WRONG = {
     "model=foo": ["model: 'foo' does not exist", "use one of gemma2_9b, llama3_1b", "tiny"],
     "model=lama3_8b": ["model: 'lama3_8b'", "did you mean model=llama3_8b?"],
     "numa=weighted": ["numa: 'weighted' does not exist", "default"],
+    "sweep=smoke": ["sweep: 'smoke' is added to the config, with a plus sign; use +sweep=smoke"],
+    "-m sweep=smoke": ["sweep: 'smoke' is added to the config, with a plus sign; use +sweep=smoke"],
+    "-m +sweep=smok": ["sweep: 'smok' does not exist; did you mean +sweep=smoke?"],
     "model.layres=2": ["model.layres: no such key (value 2); did you mean model.num_layers?"],
     "train.iteration=7": ["train.iteration: no such key (value 7); did you mean train.iterations?"],
     "numa_policy=bind_0": ["numa_policy: no such key; use numa=bind_0"],
@@ -119,6 +122,14 @@ WRONG = {
     "optimizer.betas=[0.9]": ["optimizer.betas: [0.9] is not two numbers", "[0.9,0.95]"],
     "launch.num_ranks=0": ["launch.num_ranks: 0 is too small", "1 or more"],
     "model.num_key_value_heads=3": ["model.num_key_value_heads: 3 does not divide", "use a divisor"],
+    "model.family=lama": ["model.family: transformers has no causal language model 'lama'; did you mean", "llama"],
+    "model.family=clip": ["model.family: transformers has no causal language model 'clip'; "],
+    "model.hidden_size=66": [
+        "model.hidden_size: 66 is no multiple of model.num_attention_heads=8, as transformers' llama",
+        "use e.g. 64",
+    ],
+    "model=tiny model.hidden_size=3 dry_run=true": ["model.hidden_size: 3 is no multiple", "use e.g. "],
+    "model.head_dim=15 dry_run=true": ["model.head_dim: 15 is odd", "use an even number"],
     "offload.stage=2": ["offload.parameters: cpu needs offload.stage=3, not 2", "use none"],
     "offload.stage=4 offload.parameters=none": ["offload.stage: 4 does not exist; use 0, 1, 2 or 3"],
     "model=tiny checkpointing.every=0": ["checkpointing.every: 0", "use 1 to"],
@@ -338,6 +349,82 @@ def test_an_unwritable_folder_is_refused(ldft: CLI, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
     done = ldft(f"results.dir={tmp_path}/locked")
     assert done.exit_code == 2 and "results.dir: cannot write in" in done.stderr
+
+
+GLOBAL = "# @package _global_\n"
+OVERRIDE = "defaults:\n  - override /model: nano\n"
+# What a file of the user's own holds -> what the line must say. All but the last few are this machine's defaults.
+WRONG_FILES = {
+    (
+        "local/default",
+        "system: box1\n",
+    ): "F: its keys count as keys of local; make '# @package _global_' its first line",
+    ("local/default", OVERRIDE): "F: its keys count as keys of local; make '# @package _global_' its first line",
+    ("local/default", ""): "F: its keys count as keys of local; make '# @package _global_' its first line",
+    (
+        "local/default",
+        f"{GLOBAL}model: nano\n",
+    ): "model: nano in F is an option; write '- override /model: nano' in its",
+    ("local/default", f"{GLOBAL}seq_len: 4096\n"): "seq_len: 4096 in F is an option; write '- override /seq_len: 4096'",
+    ("local/default", f"{GLOBAL}train: 3\n"): "train: 3 in F does not fit; give a key below it, of micro_batch_size",
+    ("local/default", f"{GLOBAL}model:\n"): "model: nothing in F does not fit; give an option (model=...) or a key",
+    ("local/default", f"{GLOBAL}- a\n"): "F: holds a list; write keys and values",
+    (
+        "local/default",
+        f"{GLOBAL}train: {{iteration: 7}}\n",
+    ): "train.iteration: no such key (in F); did you mean train.ite",
+    ("local/default", f"{GLOBAL}resultz: {{dir: x}}\n"): "resultz: no such key (in F); did you mean results?",
+    (
+        "local/default",
+        f"{GLOBAL}launch: {{num_ranks: two}}\n",
+    ): "launch.num_ranks: 'two' in F does not fit; give a whole",
+    (
+        "local/default",
+        GLOBAL + OVERRIDE.replace("/", ""),
+    ): "F: model has no slash; write '- override /model: <option>' in",
+    (
+        "local/default",
+        GLOBAL + OVERRIDE.replace("override /", ""),
+    ): "F: model has no slash; write '- override /model: <op",
+    ("local/default", GLOBAL + OVERRIDE.replace("model", "mdel")): "F: mdel: no such group; did you mean model?",
+    (
+        "local/default",
+        GLOBAL + OVERRIDE.replace("override ", ""),
+    ): "model: a config file chooses it once more; write '- ove",
+    ("model/mine", "famly: llama\n"): "model.famly: no such key (in F); did you mean model.family?",
+    ("model/mine", "- family\n"): "model: ['family'] in F does not fit; give an option (model=...) or a key below it",
+}
+
+
+@pytest.mark.parametrize(("file", "text"), WRONG_FILES)
+def test_a_mistake_in_a_config_file_is_one_line_that_names_it(file: str, text: str, ldft: CLI, tmp_path: Path) -> None:
+    path = tmp_path / "conf" / f"{file}.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    typed = ["model=mine"] if file == "model/mine" else []
+    done = ldft("launch.num_ranks=1", *typed, "--config-dir", str(tmp_path / "conf"))
+    expected = WRONG_FILES[file, text].replace("F", f"{file}.yaml", 1)
+    assert done.exit_code == 2 and done.stderr.startswith(f"ldft: {expected}"), done.stderr
+    assert done.stderr.count("\n") == 1 and not done.results_dir.exists()
+
+
+@pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "HOME"])
+def test_a_cache_that_cannot_be_written_is_refused(variable: str, ldft: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "/proc/nowhere")
+    done = ldft("model=nano")
+    assert done.exit_code == 2 and done.row.status == "invalid"
+    assert done.stderr.startswith("ldft: TORCH_EXTENSIONS_DIR: cannot write in /proc/nowhere"), done.stderr
+    assert "set this variable to a folder" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_home_folder_is_known_in_any_value(ldft: CLI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    done = ldft("results.dir=~/a folder/r", "train.iterations=1", "model.weights=pretrained", "model.path=~/weights")
+    assert done.exit_code == 2 and "~" not in done.stderr and results.read(tmp_path / "home" / "a folder" / "r").size
+    row = results.read(tmp_path / "home" / "a folder" / "r").iloc[0]
+    assert row["cfg.model.path"] == f"{tmp_path}/home/weights"
 
 
 def test_rows_of_invalid_runs_can_be_read_back(ldft: CLI) -> None:

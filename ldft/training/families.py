@@ -1,0 +1,46 @@
+"""What transformers would refuse of a model, found without importing it: that takes seconds, and a parent never does."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from ldft.config import ModelConfig
+from ldft.errors import ConfigError
+
+# Whose config in transformers wants heads that divide the width even where their own width is given.
+WHOLE_HEADS = ("gemma2", "llama")
+
+
+@cache
+def causal() -> frozenset[str]:
+    """Every `model_type` that the installed transformers has a causal language model for, from its source; empty where that
+    keeps them elsewhere."""
+    spec = find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations
+    source = Path(spec.submodule_search_locations[0], "models", "auto", "modeling_auto.py").read_text()
+    table = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)", source, re.DOTALL | re.MULTILINE)
+    return frozenset(re.findall(r'\("([^"]+)", ', table[0] if table else ""))
+
+
+def check(model: ModelConfig, known: Collection[str]) -> None:
+    """Raise ConfigError where transformers has no such model; of further keys of a family the ranks are the judge.
+
+    known: the families there are; empty where that is left to the ranks.
+    """
+    if known and model.family not in known:
+        close = difflib.get_close_matches(model.family, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "use a model_type of transformers, e.g. llama"
+        raise ConfigError("model.family", f"transformers has no causal language model '{model.family}'; {hint}")
+    heads = model.num_attention_heads
+    if model.family in WHOLE_HEADS and model.hidden_size % heads:
+        multiple = max(1, model.hidden_size // heads) * heads
+        raise ConfigError(
+            "model.hidden_size",
+            f"{model.hidden_size} is no multiple of model.num_attention_heads={heads}, as transformers' {model.family} "
+            f"wants it; use e.g. {multiple}",
+        )
