@@ -22,7 +22,8 @@ def causal() -> frozenset[str]:
     keeps them elsewhere."""
     spec = find_spec("transformers")
     assert spec is not None and spec.submodule_search_locations
-    source = Path(spec.submodule_search_locations[0], "models", "auto", "modeling_auto.py").read_text()
+    file = Path(spec.submodule_search_locations[0], "models", "auto", "modeling_auto.py")
+    source = file.read_text() if file.is_file() else ""
     table = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)", source, re.DOTALL | re.MULTILINE)
     return frozenset(re.findall(r'\("([^"]+)", ', table[0] if table else ""))
 
