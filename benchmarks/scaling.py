@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import CONTENDERS, Setting, config_of, run, surroundings
-from training import counted, save
+from training import counted, outcome, save
 
 from ldft import environment
 from ldft.binding import physical_cores
@@ -72,26 +72,25 @@ def main() -> int:
     if cores * max(options.ranks) > len(physical) or cores < 1:
         parser.error(f"{max(options.ranks)} ranks with {cores} cores each, of {len(physical)} cores")
     pairs = [(name, ranks) for name in options.contenders for ranks in options.ranks]
+    settings = {
+        ranks: Setting(
+            (*options.overrides, f"launch.num_ranks={ranks}"), options.attention, options.liger, options.timeout
+        )
+        for ranks in options.ranks
+    }
+    for name, ranks in pairs:
+        config_of(CONTENDERS[name], settings[ranks])  # a mistake in the overrides shows here, before anything runs
     common = surroundings(options.note)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(options.rounds):
             for name, ranks in pairs if number % 2 == 0 else pairs[::-1]:
-                setting = Setting(
-                    (*options.overrides, f"launch.num_ranks={ranks}"), options.attention, options.liger, options.timeout
-                )
-                config_of(CONTENDERS[name], setting)  # a mistake in the overrides shows here, before anything runs
                 os.sched_setaffinity(0, {cpu for core in physical[: cores * ranks] for cpu in core})
-                record = run(name, setting, Path(scratch) / f"{number}-{name}-{ranks}")
+                record = run(name, settings[ranks], Path(scratch) / f"{number}-{name}-{ranks}")
                 os.sched_setaffinity(0, everything)
                 records.append({"round": number, "cores": cores} | record | common)
                 save(records, options.out)
-                times = counted([record])
-                what = f"{statistics.median(times):.3f} s an iteration" if times else record.get("error_message")
-                print(
-                    f"round {number} {name} x{ranks}: {record['status']} in {record['duration_s']:.0f} s, {what}",
-                    flush=True,
-                )
+                print(f"round {number} {name} x{ranks}: {outcome(record)}", flush=True)
     print(table(records))
     return 0 if all(record["status"] == "ok" for record in records) else 1
 

@@ -47,6 +47,13 @@ def counted(records: list[dict[str, Any]], column: str = "iteration_s") -> list[
     return [sample for record in records for sample in (record[column] or [])[record["warmup_iterations"] :]]
 
 
+def outcome(record: dict[str, Any]) -> str:
+    """One run in a line of progress."""
+    times = counted([record])
+    what = f"{statistics.median(times):.3f} s an iteration" if times else record.get("error_message")
+    return f"{record['status']} in {record['duration_s']:.0f} s, {what}"
+
+
 def line(records: list[dict[str, Any]], reference: list[dict[str, Any]], peak: float | None) -> str:
     """One contender in the table."""
     name, times = records[0]["contender"], counted(records)
@@ -157,9 +164,7 @@ def main() -> int:
                 record = run(name, setting, Path(scratch) / f"{number}-{name}")
                 records.append({"round": number} | record | common)
                 save(records, options.out)
-                times = counted([record])
-                what = f"{statistics.median(times):.3f} s an iteration" if times else record.get("error_message")
-                print(f"round {number} {name}: {record['status']} in {record['duration_s']:.0f} s, {what}", flush=True)
+                print(f"round {number} {name}: {outcome(record)}", flush=True)
     peak = peak_of(config)
     print(table(records, peak))
     matmul = matmul_tflops_per_s() if options.matmul and gpu else None

@@ -17,8 +17,8 @@ from multirun_analysis.labels import text
 @cache
 def values_of(group: str) -> dict[str, dict[str, str]]:
     """Option -> {key: value as a label}, for every key that any option of the group sets; empty for what is no group of options."""
-    names = composition.groups().get(group, [])
-    files = {name: yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) or {} for name in names}
+    known = composition.groups().get(group, [])
+    files = {name: yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) or {} for name in known}
     keys = [f"{group}.{key}" for key in dict.fromkeys(key for values in files.values() for key in values)]
     settled = {name: flatten(from_dict({group: values})) for name, values in files.items()}
     return {name: {key: text(values[key]) for key in keys} for name, values in settled.items()}

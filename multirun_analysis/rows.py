@@ -35,9 +35,6 @@ SAME_CELL = (
 # These have columns of their own.
 _NAMED = ("model", "numa", "seq_len", "launch.device")
 
-# Keys that say what their group says: `checkpointing.mode=gpu` is checkpointing=gpu.
-_ALONE = ("mode", "name", "kind")
-
 # What a failed cell says in a figure.
 FAILURE_LABELS = {"oom_device": "OOM", "oom_host": "host OOM"}
 
@@ -169,8 +166,7 @@ def _variant(frame: pd.DataFrame) -> pd.Series:
             values = option_label(frame, group).map(partial(option_name, group))
         else:
             # `optimizer.name` says enough as `optimizer`, `launch.num_ranks` as `num_ranks`.
-            head, _, tail = key.rpartition(".")
-            values = (head if tail in _ALONE and head else tail) + "=" + frame[f"cfg.{key}"].map(text)
+            values = key.removesuffix(".name").rpartition(".")[2] + "=" + frame[f"cfg.{key}"].map(text)
         codes = pd.Series(pd.factorize(values)[0], index=frame.index)
         if codes.nunique() < 2 or any(codes.equals(other) for other in seen):
             continue
