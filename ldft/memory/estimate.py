@@ -31,7 +31,7 @@ _PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.44 * 2**30)}
 def host_bytes(config: Config) -> dict[str, int]:
     """Bytes of one rank in host memory by role, the same for every rank; roles that stay on the device are missing."""
     offload, ranks = config.offload, config.launch.num_ranks
-    width = 4 if config.train.precision is Precision.fp32 else 2
+    width = shapes.width(config)
     trained, frozen = shapes.trained_sizes(config), shapes.frozen_sizes(config)
     roles: dict[str, int] = {}
     if offload.optimizer is OffloadDevice.cpu:
@@ -108,7 +108,7 @@ def _swap_buffers(config: Config) -> int:
     zero: dict[str, Any] = deepspeed_config.build(config)["zero_optimization"]
     parameters, optimizer, size = zero["offload_param"], zero["offload_optimizer"], 0
     if config.offload.parameters is OffloadDevice.nvme:
-        width = 4 if config.train.precision is Precision.fp32 else 2
+        width = shapes.width(config)
         size += width * parameters["buffer_count"] * parameters["buffer_size"]
     if config.offload.optimizer is OffloadDevice.nvme:
         # A sub-group is as many parameters as reach its size, and at least one.
@@ -121,7 +121,7 @@ def _rounding(config: Config) -> int:
     """What torch's pinned allocator adds: each block becomes a power of two, and the weights, pinned one by one before
     DeepSpeed moves them into one block, stay in its cache."""
     roles, ranks = host_bytes(config), config.launch.num_ranks
-    width = 4 if config.train.precision is Precision.fp32 else 2
+    width = shapes.width(config)
     zero: dict[str, Any] = deepspeed_config.build(config)["zero_optimization"]
     blocks = [roles["compute_gradients"], roles.get("compute_weights", 0)]
     blocks += [4 * part for part in _sub_groups(config, zero.get("sub_group_size", 1 << 62))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ldft.config import Config, ModelConfig
+from ldft.config import Config, ModelConfig, Precision
 from ldft.errors import ConfigError
 
 
@@ -103,6 +103,11 @@ def check_adapted(config: Config) -> None:
 def frozen_sizes(config: Config) -> Counter[int]:
     """The same of those that are not: with adapters, the whole model."""
     return parameter_sizes(config.model) if config.lora.rank else Counter()
+
+
+def width(config: Config) -> int:
+    """Bytes of a number in compute precision."""
+    return 4 if config.train.precision is Precision.fp32 else 2
 
 
 def embedding_parameters(model: ModelConfig) -> int:

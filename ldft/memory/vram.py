@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldft.config import AttentionKind, Config, Device, OffloadDevice, Precision
+from ldft.config import AttentionKind, Config, Device, OffloadDevice
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.memory import shapes
 from ldft.training import attention, deepspeed_config, liger
@@ -68,12 +68,8 @@ def moments(config: Config) -> dict[str, Parts]:
     if config.offload.stage in (1, 2):
         # Trained weights are copied into one block while the model still holds all (stage_1_and_2.py, flatten_on_accelerator).
         trained = shapes.total(shapes.trained_sizes(config))
-        found["start"] = {"weights": base["weights"] + _width(config) * trained}
+        found["start"] = {"weights": base["weights"] + shapes.width(config) * trained}
     return found
-
-
-def _width(config: Config) -> int:
-    return 4 if config.train.precision is Precision.fp32 else 2
 
 
 def _zero(config: Config) -> dict[str, Any]:
@@ -88,7 +84,7 @@ def tokens(config: Config) -> int:
 
 def hidden_bytes(config: Config) -> int:
     """One layer's input: w T H."""
-    return _width(config) * tokens(config) * config.model.hidden_size
+    return shapes.width(config) * tokens(config) * config.model.hidden_size
 
 
 def attention_bytes(config: Config) -> int:
@@ -97,7 +93,7 @@ def attention_bytes(config: Config) -> int:
     Kernels widen heads to a multiple of 8, and sequences of the log-sum-exp to one of 32.
     """
     model, batch = config.model, config.train.micro_batch_size
-    output = _width(config) * tokens(config) * model.num_attention_heads * _round_up(model.head_dim, 8)
+    output = shapes.width(config) * tokens(config) * model.num_attention_heads * _round_up(model.head_dim, 8)
     log_sum_exp = 4 * batch * model.num_attention_heads * _round_up(config.seq_len.tokens, 32)
     return _round_up(output, 64) + _round_up(log_sum_exp, 64)
 
@@ -124,7 +120,7 @@ def _checkpoints(config: Config) -> Parts:
 
 def _state(config: Config) -> Parts:
     """What is there all the time."""
-    offload, ranks, width = config.offload, config.launch.num_ranks, _width(config)
+    offload, ranks, width = config.offload, config.launch.num_ranks, shapes.width(config)
     trained = shapes.trained_sizes(config)
     every = trained + shapes.frozen_sizes(config)
     whole, share = shapes.total(every), shapes.split(trained, ranks)
@@ -157,7 +153,7 @@ def _mask(config: Config) -> Parts:
     """S S (1 + w), S tokens of a sequence: the mask that SDPA gets for a window, as flags and, while in use, as numbers."""
     if not attention.windowed(config) or not attention.choose(config).name.startswith("sdpa"):
         return {}
-    return {"attention mask": (1 + _width(config)) * config.seq_len.tokens**2}
+    return {"attention mask": (1 + shapes.width(config)) * config.seq_len.tokens**2}
 
 
 def _gathered(config: Config, least: int) -> Parts:
@@ -171,15 +167,15 @@ def _gathered(config: Config, least: int) -> Parts:
         return {}
     whole = shapes.num_parameters(config.model)
     live = min(whole, max(least, int(_zero(config)["stage3_max_live_parameters"])))
-    parts = {"gathered weights": _width(config) * live}
+    parts = {"gathered weights": shapes.width(config) * live}
     if config.launch.num_ranks > 1:
-        parts["weights on their way"] = _width(config) * shapes.layer_parameters(config.model)
+        parts["weights on their way"] = shapes.width(config) * shapes.layer_parameters(config.model)
     return parts
 
 
 def _gradients(config: Config) -> Parts:
     """Gradients that wait on the device at the end of the backward pass, w P or less, and are not there at its start."""
-    offload, width = config.offload, _width(config)
+    offload, width = config.offload, shapes.width(config)
     trained = shapes.trained_sizes(config)
     if offload.stage < 2:
         return {"gradients": width * shapes.total(trained)}
@@ -192,7 +188,7 @@ def _output_gradient(config: Config) -> Parts:
     """w V H: a tied output projection's gradient waits for the embedding's; another one is reduced at once."""
     if not config.model.tie_word_embeddings or config.lora.rank:
         return {}
-    return {"output projection's gradient": _width(config) * shapes.embedding_parameters(config.model)}
+    return {"output projection's gradient": shapes.width(config) * shapes.embedding_parameters(config.model)}
 
 
 def _step(config: Config) -> Parts:
@@ -211,9 +207,11 @@ def _inside(config: Config, recomputed: bool) -> int:
     Beside an adapter of the last one, w T (I + 2 H): a second gradient of its input, and what the adapter gets of its output's.
     """
     model = config.model
-    inside = _width(config) * tokens(config) * (2 * model.hidden_size + model.intermediate_size) + _scores(config, 2)
+    inside = shapes.width(config) * tokens(config) * (2 * model.hidden_size + model.intermediate_size) + _scores(
+        config, 2
+    )
     if "down_proj" in shapes.adapted(config):
-        inside += _width(config) * tokens(config) * (model.intermediate_size + 2 * model.hidden_size)
+        inside += shapes.width(config) * tokens(config) * (model.intermediate_size + 2 * model.hidden_size)
     if not recomputed:
         return inside
     every = config.checkpointing.every
@@ -230,9 +228,11 @@ def _kept(config: Config) -> int:
     queries = model.num_attention_heads * model.head_dim
     keys = queries if repeats else model.num_key_value_heads * model.head_dim
     elements = 3 * model.hidden_size + 2 * queries + 2 * keys + 3 * model.intermediate_size
-    kept = _width(config) * tokens(config) * elements + _scores(config, 4)
+    kept = shapes.width(config) * tokens(config) * elements + _scores(config, 4)
     if config.lora.dropout:
-        kept += (_width(config) + 1) * tokens(config) * sum(inputs for inputs, _ in shapes.adapted(config).values())
+        kept += (
+            (shapes.width(config) + 1) * tokens(config) * sum(inputs for inputs, _ in shapes.adapted(config).values())
+        )
     return kept
 
 
@@ -241,7 +241,7 @@ def _layer_gradient(config: Config) -> Parts:
     size = shapes.layer_parameters(config.model)
     if config.lora.rank or config.offload.stage < 2 or _zero(config)["reduce_bucket_size"] >= size:
         return {}
-    return {"a layer's gradients": _width(config) * size}
+    return {"a layer's gradients": shapes.width(config) * size}
 
 
 def _to_host(config: Config, size: int) -> Parts:
@@ -253,7 +253,7 @@ def _to_host(config: Config, size: int) -> Parts:
     if config.offload.stage != 3 or config.offload.optimizer is OffloadDevice.none:
         return {}
     share = -(-size // config.launch.num_ranks)
-    width = _width(config)
+    width = shapes.width(config)
     return {"gradient": width * (size + 2 * share), "norm of the gradient": 8 * min(share, 250_000_000)}
 
 
@@ -261,7 +261,7 @@ def _scores(config: Config, copies: int) -> int:
     """Attention that is computed in full: w T S heads for each copy of the scores, fp32 being two."""
     if attention.choose(config) is not AttentionKind.eager:
         return 0
-    return copies * _width(config) * tokens(config) * config.seq_len.tokens * config.model.num_attention_heads
+    return copies * shapes.width(config) * tokens(config) * config.seq_len.tokens * config.model.num_attention_heads
 
 
 def _loss(config: Config) -> Parts:
@@ -270,7 +270,7 @@ def _loss(config: Config) -> Parts:
     Stock: logits in w and fp32, and a gradient of each: 2 T V (w + 4). Liger: the gradient of the projection, w V H, and of its
     input, w T H, and the logits of a chunk, which has about T H / V tokens, rounded up to a power of two.
     """
-    model, width, all_tokens = config.model, _width(config), tokens(config)
+    model, width, all_tokens = config.model, shapes.width(config), tokens(config)
     if not liger.wanted(config):
         return {"logits": 2 * (width + 4) * all_tokens * model.vocab_size}
     chunks = -(-model.vocab_size // model.hidden_size)

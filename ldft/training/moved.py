@@ -11,7 +11,7 @@ from typing import Any
 
 from ldft.config import Config, Device, Precision
 from ldft.errors import CombinationError
-from ldft.memory.shapes import frozen_sizes, total, trained_sizes
+from ldft.memory.shapes import frozen_sizes, total, trained_sizes, width
 
 
 def moved_by(settings: dict[str, Any]) -> str | None:
@@ -97,8 +97,7 @@ def swap_bytes(config: Config, settings: dict[str, Any]) -> int:
     trained = total(trained_sizes(config))
     weights = trained + total(frozen_sizes(config))
     optimizer = 16 * trained if zero["offload_optimizer"]["device"] == "nvme" else 0
-    width = 4 if config.train.precision is Precision.fp32 else 2
-    return optimizer + (width * weights if zero["offload_param"]["device"] == "nvme" else 0)
+    return optimizer + (width(config) * weights if zero["offload_param"]["device"] == "nvme" else 0)
 
 
 def nvme_sizes(config: Config) -> dict[str, Any]:
