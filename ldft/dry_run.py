@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ldft import checks, environment, fit, placement_view, runner
+from ldft import checks, cpu_limits, environment, fit, placement_view, runner
 from ldft.binding import cores_of_ranks
 from ldft.config import Config, DataKind, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
@@ -24,11 +25,24 @@ _LIST_RANKS = 4
 
 def describe(config: Config) -> str:
     """The text that a dry run prints. Raises ConfigError where the run would be invalid."""
-    asked = config.launch.device
+    with _machine(config):
+        return _describe(config)
+
+
+def _machine(config: Config) -> AbstractContextManager[None]:
+    """The machine of the question: this one, or one with GPUs where launch.device=cuda is asked for on a machine without."""
+    checks.resolve(config)
+    if config.launch.device is Device.cuda and not environment.gpus():
+        return environment.assumed_gpus(config.launch.num_ranks, config.memory.vram_gib or None)
+    return nullcontext()
+
+
+def _describe(config: Config) -> str:
     _check(config)
     settings = deepspeed_config.build(config)
-    lines = ["ldft: dry run: nothing is started or written", *_what(config, settings), *_processes(config, asked)]
+    lines = ["ldft: dry run: nothing is started or written", *_what(config, settings), *_processes(config)]
     lines += [
+        *(f"warning: {warning}" for warning in checks.warnings(config)),
         *(f"note: {note}" for note in [*moved.notes(config, settings), *placement_view.notes(config)]),
         *_bytes(config),
         *placement_view.lines(config, read_topology()),
@@ -40,7 +54,6 @@ def describe(config: Config) -> str:
 
 
 def _check(config: Config) -> None:
-    checks.resolve_device(config)
     config.validate()
     checks.check_machine(config)
     checks.check_inputs(config, fetch=False)
@@ -49,8 +62,9 @@ def _check(config: Config) -> None:
 def summarize(config: Config) -> tuple[str, str]:
     """One cell of a sweep: what would become of it (`fits`, `does not fit`, `skipped`, `invalid`), and the line that says so."""
     try:
-        _check(config)
-        fit.check(config)
+        with _machine(config):
+            _check(config)
+            fit.check(config)
     except fit.DoesNotFitError as error:
         return "does not fit", f"does not fit: {error.shortage}"
     except CombinationError as error:
@@ -93,13 +107,18 @@ def _trained(config: Config) -> str:
     return f"LoRA of rank {config.lora.rank} trains {shapes.total(shapes.trained_sizes(config)):,} parameters"
 
 
-def _processes(config: Config, asked: Device) -> list[str]:
+def _processes(config: Config) -> list[str]:
     ranks, device = config.launch.num_ranks, config.launch.device.name
-    chosen = " (launch.device=auto)" if asked is Device.auto else ""
+    resolved = checks.resolution(config)
     command = shlex.join([Path(sys.executable).name, "-m", "ldft.worker", "<attempt>"])
-    lines = [f"processes: {ranks} x {command} on {device}{chosen}"]
+    lines = [f"resolved: {resolved}"] if resolved else []
+    lines.append(f"processes: {ranks} x {command} on {device}")
+    if environment.gpus_are_assumed():
+        return lines
+    quota = cpu_limits.quota()
     for rank, cores in enumerate(cores_of_ranks(ranks, device)[:_LIST_RANKS]):
-        lines.append(f"  rank {rank}: {len(cores)} cores ({_ranges(cores)}), OMP_NUM_THREADS={len(cores)}")
+        threads = cpu_limits.threads(cores, ranks, quota)
+        lines.append(f"  rank {rank}: {len(cores)} cores ({_ranges(cores)}), OMP_NUM_THREADS={threads}")
     if ranks > _LIST_RANKS:
         lines.append(f"  and {ranks - _LIST_RANKS} more")
     return lines
@@ -125,12 +144,19 @@ def _bytes(config: Config) -> list[str]:
     where = "VRAM" if config.launch.device is Device.cuda else "host memory in the device's place"
     lines.append(f"expected {where}, each rank: {gib(sum(moments[peak].values()))}, at its peak ({peak})")
     lines += [f"  {part}: {gib(value)}" for part, value in moments[peak].items()]
-    free = fit.available(config)
-    vram_gib = environment.gpu_memory_gib()
-    lines.append(
-        f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, {gib(free.bytes)} free by {free.limit}; "
-        f"GPUs: {len(environment.gpus())}{f' of {vram_gib:.1f} GiB' if vram_gib else ''}"
-    )
+    free, vram_gib = fit.available(config), fit.device_gib(config)
+    size = f" of {vram_gib:.1f} GiB" if vram_gib else ""
+    if environment.gpus_are_assumed():
+        unknown = "" if vram_gib else ", of unknown size: memory.vram_gib=80, say, holds the estimate against it"
+        lines.append(
+            f"a machine that is not here: {gib(free.bytes)} of host memory by {free.limit}; "
+            f"GPUs: {config.launch.num_ranks}{size}, assumed to be Hopper{unknown}"
+        )
+    else:
+        lines.append(
+            f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, {gib(free.bytes)} free by {free.limit}; "
+            f"GPUs: {len(environment.gpus())}{size}"
+        )
     try:
         fit.examine(config)
     except fit.DoesNotFitError as error:

@@ -319,7 +319,7 @@ def test_more_ranks_than_gpus_and_old_gpus_are_refused(ldft: CLI, monkeypatch: p
         2,
         "ldft: launch.num_ranks: 2 ranks need as many GPUs, 1 visible; use 1 to 1\n",
     )
-    done = ldft()
+    done = ldft("train.precision=bf16")
     assert (
         done.exit_code == 2 and "train.precision: bf16 needs" in done.stderr and "here is 7.5; use fp16" in done.stderr
     )
