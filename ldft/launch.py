@@ -39,7 +39,7 @@ class RankExit:
 
 
 def _headers() -> dict[str, str]:
-    """Where scripts/setup.sh unpacked Python's C headers, for a machine that lacks them: DeepSpeed compiles against them."""
+    """Where `make` unpacked Python's C headers, for a machine that lacks them: DeepSpeed compiles against them."""
     include = Path(sys.prefix) / "headers" / "usr" / "include"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return {"CPATH": f"{include / version}:{include}"} if include.is_dir() else {}

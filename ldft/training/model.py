@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.training import attention, construction, cudnn_attention, families, liger, lora, repeated_heads, weights
+from ldft.training import attention, construction, cudnn_attention, families, liger, repeated_heads, weights
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -117,6 +117,8 @@ def build(
     if liger.wanted(config):
         liger.apply(model)
     if config.lora.rank:
+        from ldft.training import lora  # peft takes a second to import
+
         lora.add(model, config, deepspeed_config, device)
     model.train()
     return model

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from ldft.config import Config, Device, OffloadDevice
+from ldft.config import Config, OffloadDevice
 from ldft.errors import ConfigError
-from ldft.training import deepspeed_config
+from ldft.training import deepspeed_config, unused
 
 
 def cache_dir() -> Path:
@@ -65,7 +65,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def needed(config: Config) -> list[str]:
     """Builders of the operators that this run will use, by DeepSpeed's names."""
-    names = ["ShareMemCommBuilder"] if config.launch.device is Device.cpu else []
+    names = []
     own = deepspeed_config.fuses_step(config, deepspeed_config.build(config))
     if config.offload.optimizer is not OffloadDevice.none and not own:
         names.append("CPULionBuilder" if config.optimizer.name == "lion" else "CPUAdamBuilder")
@@ -75,17 +75,17 @@ def needed(config: Config) -> list[str]:
 
 
 def load(config: Config, say: Callable[[str], None]) -> None:
-    """Compile (minutes, once) or load (seconds) the operators that this run will use."""
+    """Compile (minutes, once) or load (seconds) the operators that this run will use, and keep DeepSpeed from others.
+
+    To be called before `deepspeed.init_distributed`. Raises ConfigError where one cannot be compiled here.
+    """
     from deepspeed.accelerator import get_accelerator
 
+    unused.leave_out()
     folder = cache_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     for name in needed(config):
-        if name == "ShareMemCommBuilder":
-            from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder
-        else:
-            Builder = get_accelerator().get_op_builder(name)
-        builder = Builder()
+        builder = get_accelerator().get_op_builder(name)()
         if builder.name == "deepspeed_not_implemented":
             raise ConfigError(
                 "optimizer.fused_step",

@@ -413,7 +413,7 @@ def test_a_cache_that_cannot_be_written_is_refused(variable: str, ldft: CLI, mon
     for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "/proc/nowhere")
-    done = ldft("model=nano")
+    done = ldft("model=nano", "optimizer.fused_step=false", "launch.device=cpu")
     assert done.exit_code == 2 and done.row.status == "invalid"
     assert done.stderr.startswith("ldft: TORCH_EXTENSIONS_DIR: cannot write in /proc/nowhere"), done.stderr
     assert "set this variable to a folder" in done.stderr and done.stderr.count("\n") == 1
