@@ -94,6 +94,7 @@ MEASURED = [
     Column("error_type", _TEXT, "", "exception type, where there was one"),
     Column("error_message", _TEXT, "", "one line"),
     Column("log_path", _TEXT, "", "log of the rank that failed, else of rank 0; relative to the results folder"),
+    Column("trace_path", _TEXT, "", "trace.parquet, memory and devices over the run; relative to the results folder; null with monitor.interval_s=0, or where it could not be written (see notes)"),
     Column("config_json", _TEXT, "", "the resolved config, exactly"),
     Column("deepspeed_config_json", _TEXT, "", "the effective DeepSpeed config"),
     Column("parameters", _INT, "", "parameters of the model"),

@@ -19,11 +19,12 @@ from typing import Any
 from ldft import attempt, checks, environment, fit, launch, nodes, placement_view, results, stop, swap, verdict
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
-from ldft.errors import CombinationError, ConfigError, InternalError
+from ldft.errors import CombinationError, ConfigError, InternalError, ResultsError
 from ldft.memory import strategies
 from ldft.memory.topology import read_topology
 from ldft.memory.weights import kernel_weights, restore_kernel_weights
 from ldft.progress import Progress, seconds
+from ldft.trace import TRACE_FILE, Recorder
 from ldft.training import deepspeed_config, moved, operators
 
 
@@ -70,12 +71,13 @@ def run(
             warnings = _prepare(config, row)
         if show is None:
             num_said = _announce(config, warnings, row["notes"])
-        if show:
-            exits, decision, waited_s = _run_ranks(config, folder, show)
-        else:
-            train = config.train
-            with Progress(train.iterations, train.warmup_iterations, tokens_per_iteration(config)) as progress:
-                exits, decision, waited_s = _run_ranks(config, folder, progress.show)
+        with _trace(config, folder, row) as recorder:
+            if show:
+                exits, decision, waited_s = _run_ranks(config, folder, show, recorder)
+            else:
+                train = config.train
+                with Progress(train.iterations, train.warmup_iterations, tokens_per_iteration(config)) as progress:
+                    exits, decision, waited_s = _run_ranks(config, folder, progress.show, recorder)
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= nodes.columns(reports, row["hosts"][0])
         row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
@@ -173,11 +175,36 @@ def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
     finally:
         row["duration_s"] = time.time() - started
         row["parent_s"] = row["duration_s"] + row.get("parent_s", 0.0)
+        _write(row, folder)
+
+
+def _write(row: dict[str, Any], folder: Path) -> None:
+    """Write the row. Where the disk has no room for it, the trace gives way. Raises ResultsError."""
+    try:
+        results.write_row(row, folder / results.ROW_FILE)
+    except ResultsError:
+        if not row.get("trace_path"):
+            raise
+        (folder / TRACE_FILE).unlink()
+        row["trace_path"] = None
+        row["notes"] = [*(row.get("notes") or []), "no trace: it was removed to make room for the row"]
         results.write_row(row, folder / results.ROW_FILE)
 
 
+@contextmanager
+def _trace(config: Config, folder: Path, row: dict[str, Any]) -> Iterator[Recorder]:
+    """What takes the samples of a run; the trace is written in any case, and the row says where it is or why there is none."""
+    recorder = Recorder(folder, config.monitor.interval_s)
+    try:
+        yield recorder
+    finally:
+        path, notes = recorder.write()
+        row["trace_path"] = str(path.relative_to(folder.parents[1])) if path else None
+        row["notes"] = [*row["notes"], *notes]
+
+
 def _run_ranks(
-    config: Config, folder: Path, show: Callable[[dict[str, Any]], None]
+    config: Config, folder: Path, show: Callable[[dict[str, Any]], None], recorder: Recorder
 ) -> tuple[list[launch.RankExit], verdict.Verdict, float]:
     """Start the ranks, wait for them, and say how it went and how long they were waited for."""
     kills_before = verdict.oom_kills()
@@ -202,7 +229,7 @@ def _run_ranks(
         ):
             exits = ranks.exits
             wait_start = time.monotonic()
-            with stop.raising():
+            with recorder.sampling(ranks.by_rank.values()), stop.raising():
                 in_time = launch.wait(ranks, config.launch.timeout_s, tick)
     except stop.Stopped as told:
         interrupted = told.name

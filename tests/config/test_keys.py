@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from ldft import cell, dry_run, environment, fit, launch, nodes, plan, results, runner
+from ldft import cell, dry_run, environment, fit, launch, nodes, plan, results, runner, trace
 from ldft.config import Config, Device, columns, from_dict, run_id, series_id, to_dict
 from ldft.errors import ConfigError
 from ldft.history import History
@@ -106,6 +107,7 @@ class Fake(dict):
             (folder / f"rank-{rank}.json").write_text('{"iteration_s": [1.0, 1.0, 1.0, 1.0, 2.0], "init": {}, '
                                                       '"model_tflop_dense": 1, "model_tflop_attention": 1}')  # fmt: skip
         self.exits, self.pids = [RankExit(rank, 0, None, 0.0, False) for rank in range(num_ranks)], []
+        self.by_rank: dict[int, int] = {}
         return self
 
     def __enter__(self) -> Fake:
@@ -140,6 +142,16 @@ def run(config: Config) -> Any:
         "cfg.model.name",
     )
     return dict(fake) | {name: row[name] for name in names}
+
+
+def traced(config: Config) -> Any:
+    """Whether a run leaves a trace; this process stands for a rank."""
+    folder = Path(config.results.dir) / "run" / "attempt-1"
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = trace.Recorder(folder, config.monitor.interval_s)
+    with recorder.sampling([os.getpid()]):
+        pass
+    return recorder.write()[0] is not None
 
 
 def refusal(config: Config) -> Any:
@@ -314,6 +326,7 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "memory.huge_pages": ("false", allocations, []),
     "memory.capacity_gib": ("64", allocations, []),
     "memory.vram_gib": ("1", fitting_the_gpu, ["model=llama3_1b", "offload=none", "launch.device=cuda"]),
+    "monitor.interval_s": ("0", traced, []),
     "results.dir": ("$TMP/elsewhere", run, []),
     "system": ("rack7", run, []),
     "repeat": ("2", run, []),
