@@ -19,7 +19,7 @@ from typing import TextIO
 from ldft.progress import seconds
 from scripts.setup import failure, needs
 from scripts.setup.environment import ROOT, Environment, requirements
-from scripts.setup.jobs import Creation, Job, Native, Packages
+from scripts.setup.jobs import Bytecode, Creation, Job, Native, Packages
 from scripts.setup.needs import SetupError
 from scripts.setup.terminal import Terminal
 
@@ -45,20 +45,19 @@ def _log(terminal: Terminal) -> Iterator[TextIO]:
 
 
 def _finish(jobs: list[Job], terminal: Terminal, environment: Environment) -> Iterator[Job]:
-    """The jobs as they end; raises SetupError when one fails. Whatever happens, none is left running."""
-    left = list(jobs)
+    """The jobs as they end, and those that are added meanwhile; raises SetupError when one fails, and leaves none running."""
     try:
-        while left:
-            for job in [job for job in left if job.ended() is not None]:
-                left.remove(job)
+        while jobs:
+            for job in [job for job in jobs if job.ended() is not None]:
+                jobs.remove(job)
                 if job.ended() != 0:
                     raise SetupError(failure.explain(job.title, job.tail, environment.folder, LOG))
                 yield job
-            if left:
-                terminal.show("; ".join(filter(None, (job.progress() for job in left))))
+            if jobs:
+                terminal.show("; ".join(filter(None, (job.progress() for job in jobs))))
                 time.sleep(0.2)
     finally:
-        for job in left:
+        for job in jobs:
             job.end()
 
 
@@ -71,9 +70,8 @@ def set_up(environment: Environment, test: bool, wanted: str | None, log: TextIO
     """All steps. wanted: the Python version that was asked for by name. Raises SetupError."""
     before, obstacle = environment.stamped(), environment.obstacle(wanted)
     test = test or bool(before.get("test"))
-    built = bool(before) and before | {"test": test} == environment.made_from(
-        test
-    )  # only the tests' packages are missing
+    # Where only the tests' packages are missing, nothing is built.
+    built = bool(before) and before | {"test": test} == environment.made_from(test)
     needs.check(environment.folder)
     terminal.say(f"setting up {_shown(environment.folder)}, once; the log is {_shown(LOG)}")
     if obstacle:
@@ -85,15 +83,18 @@ def set_up(environment: Environment, test: bool, wanted: str | None, log: TextIO
         raise SetupError(failure.cannot_write(environment.folder, error.strerror)) from None
     if obstacle or not environment.has_pip():
         [*_finish([Creation(environment.creation(anew=obstacle is not None), log)], terminal, environment)]
-    terminal.say(f"[1/3] virtual environment: Python {environment.made_with()} [{seconds(terminal.elapsed_s)}]")
+    steps = 3 if built and not obstacle else 4
+    terminal.say(f"[1/{steps}] virtual environment: Python {environment.made_with()} [{seconds(terminal.elapsed_s)}]")
     environment.forget_unfinished()
     packages = Packages(environment, requirements(test), ROOT / "constraints.txt", log)
     jobs: list[Job] = [packages]
-    if not built or obstacle:
+    if steps == 4:
         jobs.append(Native(environment, ROOT, log, needs.variables(environment.folder)))
     try:
         for number, job in enumerate(_finish(jobs, terminal, environment), 2):
-            terminal.say(f"[{number}/{1 + len(jobs)}] {job.summary()} [{seconds(terminal.elapsed_s)}]")
+            terminal.say(f"[{number}/{steps}] {job.summary()} [{seconds(terminal.elapsed_s)}]")
+            if job is packages:
+                jobs.append(Bytecode(environment, test, log))
     finally:
         packages.tidy()
     environment.stamp(test)

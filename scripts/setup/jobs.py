@@ -94,8 +94,8 @@ class Packages(Job):
         # Beside the packages, where there must be room for them anyway; /tmp is often too small for torch.
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir()
-        # Bytecode is made as modules are first imported: torch alone has thousands that no run imports. PEP 517 also for
-        # DeepSpeed, or an old pip wants the package `wheel` first.
+        # Bytecode of all modules takes pip twice as long as everything else; Bytecode makes that of the few that are needed.
+        # PEP 517 also for DeepSpeed, or an old pip wants the package `wheel` first.
         options = ["--no-compile", "--use-pep517", "--progress-bar", "off", "--constraint", str(constraints)]
         super().__init__([*pip(environment), *options, *needed], log, {"TMPDIR": str(self._temporary)})
 
@@ -153,3 +153,36 @@ class Native(Job):
 
     def summary(self) -> str:
         return "native module: built"
+
+
+class Bytecode(Job):
+    """Imports what a run imports, once, so that Python keeps its bytecode.
+
+    The first run alone would not do: many images forbid Python to write any, and all their runs would take ten seconds longer.
+    """
+
+    title = "bytecode"
+    _modules = (
+        "deepspeed", "transformers.modeling_layers", "transformers.models.llama.modeling_llama", "hydra", "psutil",
+        "pyarrow.parquet", "rich.console",
+    )  # fmt: skip
+    _for_tests = ("pytest", "pandas", "duckdb", "peft", "matplotlib.pyplot")
+    _import = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(error)
+"""
+
+    def __init__(self, environment: Environment, test: bool, log: TextIO) -> None:
+        modules = [*self._modules, *(self._for_tests if test else ())]
+        command = [str(environment.python), "-c", self._import, *modules]
+        super().__init__(command, log, {"PYTHONDONTWRITEBYTECODE": "", "DS_ACCELERATOR": "cpu"})
+
+    def progress(self) -> str:
+        return "compiling Python modules"
+
+    def summary(self) -> str:
+        return "Python modules that a run imports: compiled"

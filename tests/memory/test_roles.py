@@ -21,7 +21,7 @@ from tests.conftest import IN_CI, Done, compose, deepspeed_has_cpu_lion
 
 CASES = Path(__file__).with_name("role_cases.py")
 NODE = read_topology().memory_nodes[0]
-NANO = ("model=nano", "data=repeat", "seq_len.tokens=32", "train.iterations=4", "train.warmup_iterations=1",
+NANO = ("model=nano", "data=repeat", "seq_len.tokens=8", "train.iterations=4", "train.warmup_iterations=1",
         "checkpointing=gpu", "optimizer.learning_rate=2e-3", "launch.device=cpu")  # fmt: skip
 PARAMETERS = 1_122_624
 SUB_GROUPS = "offload.deepspeed={zero_optimization:{sub_group_size:400000}}"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,9 +23,6 @@ def numa_vm() -> Path:
         if os.environ.get("LDFT_REQUIRE_NUMA_VM") == "1":
             pytest.fail(f"LDFT_REQUIRE_NUMA_VM=1, and the emulated machine is not to be had: {missing}", pytrace=False)
         pytest.skip(f"needs the emulated four-node machine: {missing}")
-    # Python keeps the bytecode of what it imports: in the guest, where that takes minutes, it would be lost with the machine.
-    modules = "ldft.training.checkpointing, ldft.training.engine, ldft.training.model, ldft.training.loop"
-    subprocess.run([sys.executable, "-c", f"import {modules}"], cwd=ROOT, check=True)
     folder = ROOT / ".numa-vm"
     folder.mkdir(exist_ok=True)
     return folder
