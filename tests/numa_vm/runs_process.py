@@ -29,7 +29,44 @@ def check_shares(row, seen: Seen, wanted: dict[int, float]) -> None:
     assert asked == pytest.approx(wanted)
 
 
-@RUNS.add("weighted_0_3", "numa=weighted_0_3")
+def check_over_time(row, seen: Seen) -> None:
+    """Trace and monitor show all four nodes, and memory grows on them as the row says that it was added."""
+    from pathlib import Path
+
+    import pyarrow.parquet as pq
+    import pytest
+
+    from ldft.memory.probe import GIB, MIB
+
+    shares = {entry["node"]: entry["share"] for entry in row["numa_shares"]}
+    trace = pq.read_table(Path(seen.folder) / row["trace_path"]).to_pylist()
+    assert all([entry["node"] for entry in sample["nodes"]] == [0, 1, 2, 3] for sample in trace)
+    by_trace = [
+        {entry["node"]: entry["mib"] * MIB for entry in sample["memory"]} for sample in trace if sample["memory"]
+    ]
+    by_monitor = [
+        {entry["node"]: entry["size"] for entry in rank["memory"]}
+        for sample in seen.monitored
+        for rank in sample["runs"][0]["ranks"]
+        if rank["memory"]
+    ]
+    for name, readings in (("trace", by_trace), ("monitor", by_monitor)):
+        assert readings and all(set(found) == {0, 1, 2, 3} for found in readings), name
+        added = {node: size - readings[0][node] for node, size in readings[-1].items()}
+        total = sum(added.values())
+        assert total > WORTH * 4096, (name, added)
+        # Pages of files, which are counted here and not in the row, lie where they were read first.
+        assert {node: size / total for node, size in added.items()} == pytest.approx(shares, abs=0.1), (name, added)
+    roles = {(entry["role"], entry["node"]): entry["bytes"] for entry in trace[-1]["roles"]}
+    asked = {(e["role"], e["node"]): e["bytes"] * e["share"] for e in row["roles"] if e["share"]}
+    assert roles == pytest.approx(asked, abs=2)
+    last = seen.monitored[-1]
+    assert [node["node"] for node in last["nodes"]] == [0, 1, 2, 3]
+    assert all(1 < node["total"] / GIB < 2.1 for node in last["nodes"])
+    assert [line.split()[0] for line in seen.once.splitlines()[2:6]] == ["0", "1", "2", "3"]
+
+
+@RUNS.add("weighted_0_3", "numa=weighted_0_3", monitored=True)
 def weighted_0_3(row, seen):
     """The kernel's weights, borrowed for the run."""
     import json
@@ -37,6 +74,7 @@ def weighted_0_3(row, seen):
     assert row["numa_policy"] == "weighted_interleave of nodes 0,3 by 1:2"
     assert json.loads(row["numa_kernel_weights_json"])["3"] == 2
     check_shares(row, seen, {0: 1 / 3, 3: 2 / 3})
+    check_over_time(row, seen)
 
 
 @RUNS.add("callers_policy", before=("numactl", "--interleave=1,2"))

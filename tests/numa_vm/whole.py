@@ -33,7 +33,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ class Seen:
     """Policies of the mappings that they lie in, as numa_maps writes them."""
     collapsed: int = 0
     """Huge pages that khugepaged put together meanwhile, in the whole machine."""
+    monitored: list[dict[str, Any]] = field(default_factory=list)
+    """What `python -m ldft.monitor --json` said beside the run, of the samples with its rank; empty where it was not asked for."""
+    once: str = ""
+    """What `python -m ldft.monitor --once` showed, in the same case."""
+    folder: str = ""
+    """The results folder, on the host."""
 
     def added(self) -> dict[int, int]:
         return {node: max(0, pages - self.first.get(node, 0)) for node, pages in self.last.items()}
@@ -80,17 +87,21 @@ class Run:
     overrides: tuple[str, ...]
     before: tuple[str, ...]
     check: Check
+    monitored: bool = False
+    """Beside it runs ldft.monitor."""
 
 
 class Runs(dict[str, Run]):
     """Runs by name, in the order in which they are made."""
 
-    def add(self, name: str, *overrides: str, before: tuple[str, ...] = ()) -> Callable[[Check], Check]:
+    def add(
+        self, name: str, *overrides: str, before: tuple[str, ...] = (), monitored: bool = False
+    ) -> Callable[[Check], Check]:
         """Decorator: a run of this name, which the function judges by its row and by what was seen."""
 
         def register(check: Check) -> Check:
             assert name not in self, name
-            self[name] = Run(overrides=overrides, before=before, check=check)
+            self[name] = Run(overrides=overrides, before=before, check=check, monitored=monitored)
             return check
 
         return register
@@ -110,7 +121,7 @@ def load(path: Path) -> Seen:
     read = json.loads(path.read_text())
     nodes = {name: integers(read[name]) for name in ("first", "last")}
     named = {kind: {name: integers(pages) for name, pages in read[kind].items()} for kind in ("policies", "roles")}
-    return Seen(**{**read, **nodes, **named})
+    return Seen(**{**read, **nodes, **named, "folder": str(path.with_suffix(""))})
 
 
 def worker() -> int | None:
@@ -144,6 +155,24 @@ def look_at_roles(ask: Reader, pid: int, results: Path, seen: Seen) -> None:
         return
 
 
+@contextmanager
+def monitoring(seen: Seen, wanted: bool) -> Iterator[None]:
+    """ldft.monitor beside the block, if it is wanted."""
+    if not wanted:
+        yield
+        return
+    command = [sys.executable, "-m", "ldft.monitor"]
+    with tempfile.TemporaryFile("w+") as file:
+        monitor = subprocess.Popen([*command, "--json", "--interval", "2"], stdout=file)
+        yield
+        monitor.terminate()
+        monitor.wait()
+        file.seek(0)
+        samples = [json.loads(line) for line in file if line.endswith("\n")]
+    seen.monitored = [sample for sample in samples if sample["runs"]]
+    seen.once = subprocess.run([*command, "--once"], capture_output=True, text=True, check=True).stdout
+
+
 def watch(words: list[str], results: Path) -> Seen:
     """Runs a command and looks at its worker until it ends. What the worker has before its first report was there, or on its
     way, before it could set a policy."""
@@ -175,7 +204,10 @@ def main(folder: Path, wanted: list[str]) -> None:
         results = Path(tempfile.mkdtemp()) / name
         words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={results}"]
         print(f"numa-vm: whole run {name}: {' '.join(words)}", flush=True)
-        seen = watch(words, results)
+        about = Seen()
+        with monitoring(about, run.monitored):
+            seen = watch(words, results)
+        seen.monitored, seen.once = about.monitored, about.once
         if results.exists():
             shutil.copytree(results, folder / name)
         fresh = folder / f"{name}.new"
