@@ -27,10 +27,14 @@ import pyarrow.parquet as pq
 import torch
 from hydra import compose, initialize_config_dir
 
-from ldft import composition, environment
+from ldft import environment
+from ldft.cli import composition
 from ldft.config import AttentionKind, Config, Device, from_dict
 from ldft.errors import ConfigError
-from ldft.training import attention, checkpointing, data, deepspeed_config, engine, liger, model
+from ldft.preflight import attention, deepspeed_config
+from ldft.training import data, liger, model
+from ldft.training.checkpointing import checkpointing
+from ldft.training.deepspeed import engine
 
 ALLOWED = 1e-2
 

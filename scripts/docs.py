@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from ldft import results
 from ldft.config import columns as config_columns
+from ldft.results import schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Errors whose first argument is the dotted key, and those that are a sentence alone.
@@ -26,7 +26,7 @@ PLAIN = {"HostMemoryError", "ResultsError"}
 def column_table() -> str:
     """The row's columns as a markdown table."""
     lines = ["| column | type | unit | meaning |", "| --- | --- | --- | --- |"]
-    for column in results.all_columns():
+    for column in schema.all_columns():
         kind = str(column.type).replace("element: ", "").replace("item: ", "")
         lines.append(f"| `{column.name}` | {kind} | {column.unit} | {column.description} |")
     return "\n".join(lines)

@@ -26,7 +26,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.training import attention, construction, cudnn_attention, families, liger, lora, repeated_heads, weights
+from ldft.preflight import attention, families
+from ldft.training import liger, lora
+from ldft.training import pretrained as weights
+from ldft.training.attention_kernels import cudnn, repeated_heads
+from ldft.training.deepspeed import arena_hooks
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -94,7 +98,7 @@ def build(
     partitioned = config.offload.stage == 3
     kind = attention.choose(config)
     if kind is AttentionKind.sdpa_cudnn:
-        cudnn_attention.register()
+        cudnn.register()
     repeats = attention.repeats_heads(config, kind)
     if repeats:
         repeated_heads.register()
@@ -106,7 +110,7 @@ def build(
     construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
     host: AbstractContextManager[None] = nullcontext()
     if arenas is not None and config.offload.parameters is OffloadDevice.cpu:
-        host = construction.weights(arenas, _parts(architecture, config.launch.num_ranks), dtype)
+        host = arena_hooks.weights(arenas, _parts(architecture, config.launch.num_ranks), dtype)
     with host, construct, no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=implementation)
     model.tie_weights()

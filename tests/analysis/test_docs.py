@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ldft import results
 from ldft.config import columns
+from ldft.results import schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DOCS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -28,7 +28,7 @@ def test_generated_parts_are_current(path: Path) -> None:
 
 def test_every_column_is_documented_with_its_meaning() -> None:
     text = (REPOSITORY / "docs" / "columns.md").read_text()
-    for column in results.all_columns():
+    for column in schema.all_columns():
         assert f"| `{column.name}` |" in text and column.description in text
 
 

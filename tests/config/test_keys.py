@@ -15,16 +15,21 @@ import torch
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from ldft import cell, dry_run, environment, fit, launch, nodes, plan, results, runner
+from ldft import environment
 from ldft.config import Config, Device, columns, from_dict, run_id, series_id, to_dict
 from ldft.errors import ConfigError
-from ldft.history import History
-from ldft.launch import RankExit
-from ldft.memory import placing, strategies
+from ldft.memory import placing
 from ldft.memory.limits import Free
-from ldft.memory.strategies import ROLES
 from ldft.memory.topology import Node, Topology
-from ldft.training import checkpointing, data, deepspeed_config, liger, model, schedule, shards
+from ldft.preflight import deepspeed_config, fit, role_placement
+from ldft.preflight.role_placement import ROLES
+from ldft.results import store
+from ldft.results.history import History
+from ldft.runner import dry_run, launch, node_memory, parent
+from ldft.runner.launch import RankExit
+from ldft.sweep import cell, plan
+from ldft.training import data, liger, model, safetensors_index, schedule
+from ldft.training.checkpointing import checkpointing
 from tests.conftest import compose
 
 SMALL = ("model=nano", "model.vocab_size=64", "seq_len.tokens=8", "launch.device=cpu")
@@ -89,7 +94,7 @@ def learning_rates(config: Config) -> Any:
 
 
 def weights_folder(config: Config) -> Any:
-    return str(shards.folder(config.model, fetch=True))
+    return str(safetensors_index.folder(config.model, fetch=True))
 
 
 def loaded_weights(config: Config) -> Any:
@@ -128,7 +133,7 @@ def run(config: Config) -> Any:
         patch.setattr(environment, "gpu_memory_gib", lambda: 80.0)
         patch.setattr(environment, "compute_capability", lambda: (9, 0))
         patch.setattr(launch, "wait", lambda ranks, timeout_s, tick: fake.update(timeout_s=timeout_s) or True)
-        row = runner.run(config).row
+        row = parent.run(config).row
     names = (
         "system",
         "repeat",
@@ -157,7 +162,7 @@ def placement(config: Config) -> Any:
 def assigned(config: Config) -> Any:
     """Placement by role on a machine of two nodes."""
     nodes = tuple(Node(id=id, cpus=(0,), total_bytes=1 << 30, distances={0: 10, 1: 20}) for id in (0, 1))
-    return strategies.assign(config, Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1)))
+    return role_placement.assign(config, Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1)))
 
 
 def strategy(config: Config) -> Any:
@@ -167,14 +172,14 @@ def strategy(config: Config) -> Any:
         Node(id=id, cpus=(id,) * (id < 2), total_bytes=4 << 30, distances={n: 10 for n in range(4)}) for id in range(4)
     )
     machine = Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1, 2, 3))
-    return strategies.assign(config, machine)
+    return role_placement.assign(config, machine)
 
 
 def allocations(config: Config) -> Any:
     """What every allocation of a rank follows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placing, "settings", placing.Settings())
-        nodes.settle(config)
+        node_memory.settle(config)
         return placing.settings
 
 
@@ -196,7 +201,7 @@ def decision(config: Config) -> Any:
         (folder / name / "attempt-1").mkdir(parents=True, exist_ok=True)
         times = {"started_at": datetime(2026, 1, 1, tzinfo=UTC), "series_id": series_id(one)}
         row = {"run_id": name, "attempt": 1, "status": status, "cfg.seq_len.tokens": one.seq_len.tokens, **times}
-        results.write_row(row, folder / name / "attempt-1" / "row.parquet")
+        store.write_row(row, folder / name / "attempt-1" / "row.parquet")
     longer = copy.deepcopy(config)
     longer.seq_len.tokens += 1
     return [cell.decide(one, History(folder)).do for one in (config, longer)]

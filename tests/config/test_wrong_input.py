@@ -13,7 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ldft import cli, environment, results, runner, status
+from ldft import environment, results
+from ldft.cli import command
+from ldft.results import __main__
+from ldft.runner import parent
+from ldft.sweep import status
 from tests.conftest import Done
 
 CLI = Callable[..., Done]
@@ -33,7 +37,7 @@ def ldft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["ldft", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         capfd.readouterr()
-        code = cli.main()
+        code = command.main()
         out, err = capfd.readouterr()
         return Done(code, out, err, folder)
 
@@ -329,7 +333,7 @@ def test_a_bug_says_internal_error_and_keeps_its_traceback(ldft: CLI, monkeypatc
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("injected")
 
-    monkeypatch.setattr(runner, "_run_ranks", broken)
+    monkeypatch.setattr(parent, "_run_ranks", broken)
     done = ldft("model=nano")
     assert done.exit_code == 1 and "internal error" in done.stderr and "Traceback" not in done.stderr
     assert done.row.status == "error" and done.row.error_type == "ZeroDivisionError"
@@ -337,7 +341,7 @@ def test_a_bug_says_internal_error_and_keeps_its_traceback(ldft: CLI, monkeypatc
     assert "injected" in log.read_text() and str(log) in done.stderr
 
     # Outside any attempt the log lies where the command was given.
-    monkeypatch.setattr(cli.runner, "run", broken)
+    monkeypatch.setattr(command.runner, "run", broken)
     done = ldft("model=nano")
     assert done.exit_code == 1 and done.stderr.count("\n") == 1 and "internal error" in done.stderr
     assert "injected" in Path("ldft-internal-error.log").read_text()
@@ -437,7 +441,7 @@ def test_rows_of_invalid_runs_can_be_read_back(ldft: CLI) -> None:
 def test_other_commands_refuse_a_folder_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for main, arguments in ((status.main, ()), (results.main, ("export", "--csv")), (results.main, ("compact",))):
+    for main, arguments in ((status.main, ()), (__main__.main, ("export", "--csv")), (__main__.main, ("compact",))):
         monkeypatch.setattr(sys, "argv", ["ldft", *arguments, "/proc/nowhere"])
         assert main() == 2
         out, err = capsys.readouterr()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ldft.config import AttentionKind, Config, Device
 from ldft.errors import ConfigError
-from ldft.training import attention
+from ldft.preflight import attention
 from tests.conftest import compose
 
 
@@ -41,7 +41,7 @@ def process_group(folder: Path) -> Iterator[None]:
     import deepspeed
     import torch
 
-    from ldft.training import operators
+    from ldft.training.deepspeed import operators
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ldft.training import data, deepspeed_config, engine, host_memory, liger, model
+from ldft.preflight import deepspeed_config
+from ldft.training import data, liger, model
+from ldft.training.deepspeed import engine, role_memory
 from tests.gpu.machine import cuda_config, process_group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -85,7 +87,7 @@ def test_trains_under_deepspeed_as_the_stock_model(group: None, overrides: tuple
         beside = (f"optimizer.learning_rate={rate}", "data=repeat", "memory.pinning=none", f"kernels.liger={used}")
         config = cuda_config("model=nano", *SMALL, *overrides, *beside)
         settings = deepspeed_config.build(config)
-        arenas = host_memory.arenas_of(config, settings, 0)
+        arenas = role_memory.arenas_of(config, settings, 0)
         network = model.build(config, settings, CUDA, arenas)
         built = engine.build(config, network, settings, arenas)
         losses.append([])

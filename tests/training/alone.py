@@ -22,13 +22,15 @@ def stock(folder: Path) -> None:
     import torch
 
     from ldft.config import from_dict
-    from ldft.training import data, deepspeed_config, model, operators, zero_sizes
+    from ldft.preflight import deepspeed_config, zero_buckets
+    from ldft.training import data, model
+    from ldft.training.deepspeed import operators
 
     config = from_dict(json.loads((folder / "config.json").read_text()))
     config.optimizer.fused_step = False
     operators.load(config, say=print)
     settings = deepspeed_config.build(config)
-    for name in zero_sizes.sizes(config):
+    for name in zero_buckets.sizes(config):
         del settings["zero_optimization"][name]
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=0, world_size=1
@@ -46,7 +48,7 @@ def stock(folder: Path) -> None:
 
 
 def skip_step() -> None:
-    from ldft.training.host_optimizer import HostOptimizer
+    from ldft.training.optimizers.host_optimizer import HostOptimizer
 
     real, calls = HostOptimizer.update, []
 
@@ -120,7 +122,7 @@ if __name__ == "__main__":
         {"skip_step": skip_step, "local_gradients": local_gradients, "liger": use_liger, "frozen": frozen}[
             sys.argv[2]
         ]()
-        from ldft import worker
+        from ldft.runner import worker
 
         os.environ["PYTHONUNBUFFERED"] = "1"
         sys.exit(worker.main())

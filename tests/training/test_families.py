@@ -13,7 +13,9 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIB
 from ldft.config import AttentionKind, Config, Device, OffloadDevice, Precision, SeqLenConfig
 from ldft.config.checkpointing import CheckpointingMode
 from ldft.errors import ConfigError
-from ldft.training import attention, checkpointing, data, model
+from ldft.preflight import attention
+from ldft.training import data, model
+from ldft.training.checkpointing import checkpointing
 from tests.conftest import compose
 from tests.training.test_models import reduced
 

@@ -1,0 +1,315 @@
+"""The parent: one config -> one run in fresh processes -> a status and one row. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ldft import environment
+from ldft.config import Config, run_id, series_id, to_dict
+from ldft.config.root import flatten
+from ldft.errors import CombinationError, ConfigError, InternalError
+from ldft.memory.kernel_weights import kernel_weights, restore_kernel_weights
+from ldft.memory.topology import read_topology
+from ldft.preflight import deepspeed_config, deepspeed_managed, fit, placement_text, role_placement
+from ldft.results import attempt, schema, store
+from ldft.runner import checks, final_status, launch, node_memory, signals, swap_files
+from ldft.terminal import Progress, seconds
+from ldft.training.deepspeed import operators
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a run."""
+
+    status: str
+    row: dict[str, Any]
+    row_path: Path
+
+    @property
+    def exit_code(self) -> int:
+        """0 ok or skipped, 2 invalid input, 130 interrupted, 1 everything else."""
+        return {"ok": 0, "skipped": 0, "invalid": 2, "interrupted": 130}.get(self.status, 1)
+
+
+def tokens_per_iteration(config: Config) -> int:
+    """Tokens of one update, over all ranks and accumulation steps."""
+    train = config.train
+    sequences = train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks
+    return sequences * config.seq_len.tokens
+
+
+def run(
+    config: Config,
+    claimed: tuple[Path, int] | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> Outcome:
+    """Run one config. Returns the outcome, whatever it is; raises only ConfigError for a results folder that cannot be
+    used, ResultsError for a row that cannot be written, and bugs.
+
+    claimed: the attempt's folder and number, where the caller has claimed it. show: called about ten times a second with what
+    rank 0 has so far; without it the terminal shows a line of progress.
+    """
+    results_dir = prepare(config)
+    folder, number = claimed or attempt.claim(results_dir, run_id(config))
+    with signals.noting(), _row(config, folder, number) as row:
+        row |= environment.describe()
+        with signals.raising(), attempt.beating(folder):  # fetching weights takes as long as it takes
+            _prepare(config, row)
+        if show:
+            exits, decision, waited_s = _run_ranks(config, folder, show)
+        else:
+            train = config.train
+            with Progress(train.iterations, train.warmup_iterations, tokens_per_iteration(config)) as progress:
+                exits, decision, waited_s = _run_ranks(config, folder, progress.show)
+        reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
+        row |= node_memory.columns(reports, row["hosts"][0])
+        row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
+        row["notes"] += _warnings(row) + node_memory.notes(row)
+        row["parent_s"] = -waited_s  # to which _row adds the whole
+    return Outcome(row["status"], row, folder / schema.ROW_FILE)
+
+
+def _prepare(config: Config, row: dict[str, Any]) -> None:
+    """All that comes before the ranks: fills the row with what is expected. Raises ConfigError where they are not to start."""
+    config.validate()
+    checks.check_machine(config)
+    settings = deepspeed_config.build(config)
+    swap_files.prepare(config, settings)
+    checks.check_inputs(config, fetch=True)
+    operators.prepare_cache(config)
+    row |= fit.predictions(config)
+    fit.check(config)
+    restore_kernel_weights()  # what a run that died may have left
+    row["notes"] = [*deepspeed_managed.notes(config, settings), *placement_text.notes(config)]
+
+
+def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str) -> Outcome:
+    """Leave a row that says why this cell of a sweep was not run."""
+    folder, number = claimed
+    with _row(config, folder, number) as row:
+        row |= environment.describe() | {"status": "skipped", "error_type": error_type, "error_message": reason}
+    return Outcome("skipped", row, folder / schema.ROW_FILE)
+
+
+def prepare(config: Config) -> Path:
+    """Settle what the run's identity needs from this machine. Returns the results folder, made and writable."""
+    checks.check_results_dir(results_dir(config))
+    checks.resolve_device(config)
+    return results_dir(config)
+
+
+def results_dir(config: Config) -> Path:
+    """The results folder, which need not exist yet. Raises ConfigError where none is named."""
+    if not config.results.dir.strip():
+        raise ConfigError("results.dir", "empty; name a folder, e.g. results")
+    return Path(config.results.dir).expanduser().absolute()
+
+
+@contextmanager
+def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
+    """The row of an attempt, to be filled in the context; it is written in any case, a refusal or a bug in it."""
+    started = time.time()
+    row: dict[str, Any] = {
+        "run_id": run_id(config),
+        "attempt": number,
+        "series_id": series_id(config),
+        "sweep": config.sweep.name or None,
+        "repeat": config.repeat,
+        "system": config.system,
+        "started_at": datetime.fromtimestamp(started, UTC),
+        "hosts": [socket.gethostname()],
+        "device_type": config.launch.device.name,
+        "status": "error",
+        "warmup_iterations": config.train.warmup_iterations,
+        "tokens_per_iteration": tokens_per_iteration(config),
+    }
+    try:
+        row["config_json"] = json.dumps(to_dict(config))
+        row |= {f"cfg.{key}": value for key, value in flatten(config).items()}
+        attempt.write_json(folder / "config.json", to_dict(config))
+        yield row
+    except ConfigError as error:
+        status = "skipped" if isinstance(error, CombinationError) and config.sweep.started_at else "invalid"
+        row |= {"status": status, "error_type": type(error).__name__, "error_message": str(error)}
+    except signals.Stopped as told:
+        row |= {"status": "interrupted", "signal": told.name, "error_message": f"{told.name} to ldft"}
+    except Exception as error:
+        log = folder / "internal-error.log"
+        log.write_text(traceback.format_exc())
+        row |= {"error_type": type(error).__name__, "error_message": f"internal error: {error}"}
+        row["log_path"] = str(log.relative_to(folder.parents[1]))
+        raise InternalError(log) from error
+    except BaseException as error:
+        row |= {"error_type": type(error).__name__, "error_message": f"ended by {type(error).__name__}"}
+        raise
+    finally:
+        row["duration_s"] = time.time() - started
+        row["parent_s"] = row["duration_s"] + row.get("parent_s", 0.0)
+        store.write_row(row, folder / schema.ROW_FILE)
+
+
+def _run_ranks(
+    config: Config, folder: Path, show: Callable[[dict[str, Any]], None]
+) -> tuple[list[launch.RankExit], final_status.Verdict, float]:
+    """Start the ranks, wait for them, and say how it went and how long they were waited for."""
+    kills_before = final_status.oom_kills()
+    exits: list[launch.RankExit] = []
+    interrupted, in_time = None, True
+    last_beat = wait_start = time.monotonic()
+
+    def tick() -> None:
+        nonlocal last_beat
+        show(attempt.rank_report(folder, 0))
+        if time.monotonic() - last_beat > attempt.HEARTBEAT_S:
+            last_beat = time.monotonic()
+            attempt.beat(folder)
+
+    striped = role_placement.stripes_of_process(config, read_topology())
+    try:
+        with (
+            signals.noting(),
+            nullcontext() if striped else kernel_weights(config.numa.placement),
+            swap_files.folder(config, deepspeed_config.build(config)),
+            launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
+        ):
+            exits = ranks.exits
+            wait_start = time.monotonic()
+            with signals.raising():
+                in_time = launch.wait(ranks, config.launch.timeout_s, tick)
+    except signals.Stopped as told:
+        interrupted = told.name
+    waited_s = time.monotonic() - wait_start
+    reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
+    kills = final_status.oom_kills() - kills_before
+    passed_s = 0.0 if in_time else config.launch.timeout_s
+    decision = final_status.judge(exits, reports, timed_out_s=passed_s, interrupted=interrupted, new_oom_kills=kills)
+    return exits, decision, waited_s
+
+
+def _warnings(row: dict[str, Any]) -> list[str]:
+    """What to say where the loss became NaN or infinite, and where iterations that count are too short for want of an update:
+    DeepSpeed leaves it out where fp16 overflows and, in any precision, where the norm of the gradients is no number."""
+    found = []
+    for iteration, loss in enumerate(row.get("loss") or [], 1):
+        if not math.isfinite(loss):
+            found.append(
+                f"the loss is {loss} in iteration {iteration}: it diverged; use a smaller optimizer.learning_rate"
+            )
+            break
+    counted = (row.get("skipped_updates") or [])[row["warmup_iterations"] :]
+    if skipped := sum(map(bool, counted)):
+        remedy = "" if found else "; use more train.warmup_iterations, or a smaller train.loss_scale"
+        found.append(
+            f"{skipped} of {len(counted)} iterations after warm-up made no update, as gradients overflowed: they are too "
+            f"short{remedy}"
+        )
+    return found
+
+
+def _judged(decision: final_status.Verdict, folder: Path, results_dir: Path) -> dict[str, Any]:
+    return {
+        "status": decision.status,
+        "exit_code": decision.exit_code,
+        "signal": decision.signal,
+        "error_type": decision.error_type,
+        "error_message": decision.error_message,
+        "log_path": str((folder / f"worker-{decision.rank}.log").relative_to(results_dir)),
+    }
+
+
+def _measured(config: Config, exits: list[launch.RankExit], reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The measured columns, from what the ranks reported before they ended (all of it, when they ended well)."""
+    first = reports[0]
+    copied = {name: first.get(name) for name in _FROM_RANK_0 if name in first}
+    row: dict[str, Any] = copied | first.get("init", {})
+    for name in ("peak_vram_allocated_gib", "peak_vram_reserved_gib"):
+        if all(name in report for report in reports):
+            row[name] = [report[name] for report in reports]
+    for name in ("peak_host_gib", "checkpoint_host_gib"):
+        if all(name in report for report in reports):
+            row[name] = sum(report[name] for report in reports)
+    row["peak_rss_gib"] = [ended.peak_rss_gib for ended in sorted(exits, key=lambda ended: ended.rank)]
+    counted = first.get("iteration_s", [])[config.train.warmup_iterations :]
+    if counted:
+        median_s = statistics.median(counted)
+        row["iteration_median_s"] = median_s
+        row["tokens_per_s"] = tokens_per_iteration(config) / median_s
+        tflop = (first["model_tflop_dense"] + first["model_tflop_attention"]) / config.launch.num_ranks
+        row["model_tflops_per_s"] = tflop / median_s
+        if first.get("peak_tflops_per_s"):
+            row["mfu"] = row["model_tflops_per_s"] / first["peak_tflops_per_s"]
+    return row
+
+
+_FROM_RANK_0 = (
+    "deepspeed_config_json",
+    "parameters",
+    "trainable_parameters",
+    "attention",
+    "liger_modules",
+    "fused_step",
+    "iteration_s",
+    "forward_s",
+    "backward_s",
+    "step_s",
+    "loss",
+    "learning_rate",
+    "skipped_updates",
+    "model_tflop_dense",
+    "model_tflop_attention",
+    "pinned",
+)
+
+
+def summary(outcome: Outcome, config: Config) -> str:
+    """What the terminal shows at the end: the seed's [RESULT] lines, then the row in a few words and its path."""
+    row = outcome.row
+    lines = []
+    times = row.get("iteration_s") or []
+    counted = times[config.train.warmup_iterations :]
+    if counted:
+        vram = max(row.get("peak_vram_allocated_gib") or [0.0]) * 1024
+        lines += [
+            f"[RESULT] Peak VRAM Usage (per GPU): {vram:.2f} MB",
+            f"[RESULT] Avg Iteration Latency (total): {statistics.mean(counted):.2f} s",
+            f"[RESULT] Each Iteration Latency (rank0): {[round(time_s, 4) for time_s in counted]}",
+            f"[RESULT] Tokens (total): {row['tokens_per_iteration']}",
+            f"[RESULT] Throughput (total): {row['tokens_per_s']:.2f} (token/s)",
+        ]
+    reports = [attempt.rank_report(outcome.row_path.parent, rank) for rank in range(config.launch.num_ranks)]
+    lines += node_memory.lines(row, reports)
+    warnings = _warnings(row)
+    lines += [f"ldft: {'warning' if note in warnings else 'note'}: {note}" for note in row.get("notes") or []]
+    what = f"{config.model.name} {config.seq_len.tokens} tokens {row['device_type']} x{config.launch.num_ranks}"
+    lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
+    if outcome.status != "ok":
+        if outcome.status != "invalid":  # that line goes to stderr
+            unexpected = outcome.status == "error" and row.get("error_type") not in (None, "AuditError")
+            bug = f"internal error: {row['error_type']}: " if unexpected else ""
+            lines.append(f"ldft: {bug}{row.get('error_message') or outcome.status}")
+        if row.get("log_path"):
+            lines.append(f"ldft: log: {outcome.row_path.parents[2] / row['log_path']}")
+    elif row.get("loss"):
+        lines.append(
+            f"ldft: median iteration {row['iteration_median_s']:.3f} s, {row['tokens_per_s']:.0f} tokens/s, "
+            f"loss {row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}, host peak {row['peak_host_gib']:.2f} GiB"
+        )
+    snapshots = sorted(path.name for path in outcome.row_path.parent.glob("snapshot-*.pickle"))
+    if snapshots:
+        names = ", ".join(snapshots)
+        lines.append(
+            f"ldft: memory snapshot: {outcome.row_path.parent}/{names}; open it at https://pytorch.org/memory_viz"
+        )
+    lines.append(f"ldft: row: {outcome.row_path}")
+    return "\n".join(lines)
