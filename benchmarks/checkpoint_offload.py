@@ -36,8 +36,8 @@ from torch.utils.checkpoint import checkpoint
 from ldft import environment
 from ldft.cli import composition
 from ldft.config import Config, from_dict
-from ldft.preflight import host_estimate
-from ldft.training import liger, model
+from ldft.preflight import host_estimate, liger
+from ldft.training import model
 from ldft.training.checkpointing.attention_outputs import HostOutputs
 from ldft.training.checkpointing.checkpointing import Checkpointing, DeviceInputs, decoder_layers
 from ldft.training.checkpointing.keep_attention import DeviceOutputs, KeptAttention

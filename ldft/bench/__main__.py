@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ldft.bench.nodes import main
+from ldft.bench.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,8 +13,7 @@ from typing import Any
 
 from ldft.config import AttentionKind, Config, Device, OffloadDevice
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
-from ldft.preflight import attention, deepspeed_config, parameter_counts
-from ldft.training import liger
+from ldft.preflight import attention, deepspeed_config, liger, parameter_counts
 
 Parts = dict[str, int]
 

@@ -9,9 +9,9 @@ from ldft import environment
 from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.topology import read_topology
-from ldft.preflight import attention, deepspeed_config, families, parameter_counts, role_placement
+from ldft.preflight import attention, deepspeed_config, families, liger, parameter_counts, role_placement
 from ldft.runner import swap_files
-from ldft.training import liger, safetensors_index, text
+from ldft.training import safetensors_index, text
 
 
 def resolve_device(config: Config) -> None:

@@ -21,13 +21,13 @@ from ldft.preflight import (
     device_estimate,
     fit,
     host_estimate,
+    liger,
     parameter_counts,
     placement_text,
 )
 from ldft.preflight.placement_text import gib
 from ldft.runner import checks, parent
 from ldft.runner.core_binding import cores_of_ranks
-from ldft.training import liger
 
 _LIST_RANKS = 4
 

@@ -88,7 +88,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     import torch
 
     from ldft.preflight import deepspeed_config
-    from ldft.training import cuda_build, flops, liger, loop, model, snapshot
+    from ldft.training import cuda_build, flops, liger_kernels, loop, model, snapshot
     from ldft.training.checkpointing import checkpointing
     from ldft.training.deepspeed import engine as engines
     from ldft.training.deepspeed import operators, role_memory
@@ -126,7 +126,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         parameters=model.num_parameters(network),
         trainable_parameters=model.num_parameters(network, trainable=True),
         attention=network.config._attn_implementation,
-        liger_modules=liger.count_modules(network),
+        liger_modules=liger_kernels.count_modules(network),
         fused_step=deepspeed_config.fuses_step(config, settings),
         model_tflop_dense=dense,
         model_tflop_attention=attention,

@@ -26,11 +26,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.preflight import attention, families
-from ldft.training import liger, lora
-from ldft.training import pretrained as weights
+from ldft.preflight import attention, families, liger
+from ldft.training import liger_kernels, lora, pretrained
 from ldft.training.attention_kernels import cudnn, repeated_heads
-from ldft.training.deepspeed import arena_hooks
+from ldft.training.deepspeed import arena_hooks, layout
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -114,12 +113,12 @@ def build(
     with host, construct, no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=implementation)
     model.tie_weights()
-    pretrained = config.model.weights is Weights.pretrained
-    initialize(model, config.train.seed, partitioned=partitioned, only_buffers=pretrained)
-    if pretrained:
-        weights.load(model, config.model, partitioned=partitioned)
+    from_files = config.model.weights is Weights.pretrained
+    initialize(model, config.train.seed, partitioned=partitioned, only_buffers=from_files)
+    if from_files:
+        pretrained.load(model, config.model, partitioned=partitioned)
     if liger.wanted(config):
-        liger.apply(model)
+        liger_kernels.apply(model)
     if config.lora.rank:
         lora.add(model, config, deepspeed_config, device)
     model.train()
@@ -174,7 +173,5 @@ def initialize(model: PreTrainedModel, seed: int, *, partitioned: bool, only_buf
 def num_parameters(model: PreTrainedModel, *, trainable: bool = False) -> int:
     """Parameters of the model, shared ones once, also where ZeRO-3 has split them."""
     return sum(
-        getattr(parameter, "ds_numel", parameter.numel())
-        for parameter in model.parameters()
-        if parameter.requires_grad or not trainable
+        layout.whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad or not trainable
     )

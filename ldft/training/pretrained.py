@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 from ldft.training import safetensors_index
+from ldft.training.deepspeed import layout
 
 
 def check(model: PreTrainedModel, entries: dict[str, safetensors_index.Entry], path: Path, config: ModelConfig) -> None:
     """Raise ConfigError where a parameter of the model is missing in the folder, or of another shape there."""
     fix = f"choose the model= that {path} was saved from"
     for name, parameter in model.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        shape = layout.whole_shape(parameter)
         if name not in entries:
             raise ConfigError("model.path", f"{path} has no tensor {name}, which {config.name} needs; {fix}")
         if entries[name].shape != shape:

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ldft.bench import nodes as bench
-from ldft.bench import streams as bench_kernels
+from ldft.bench import command, nodes, profile
+from ldft.bench import streams as streaming
 from ldft.bench.nodes import NodeSet
 from ldft.memory import bandwidths
 from ldft.memory.policy import Placement
@@ -42,7 +42,7 @@ def test_rows_profile_and_the_plan_that_uses_it(tmp_path: Path) -> None:
                cwd=tmp_path, env=env)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     frame = pd.read_parquet(file)
-    one = frame[(frame["nodes"] == str(NODE)) & frame["kernel"].isin(bench.CPU_KERNELS)]
+    one = frame[(frame["nodes"] == str(NODE)) & frame["kernel"].isin(nodes.CPU_KERNELS)]
     assert len(one) == 4 * 2 * (1 + 2)  # kernels, sizes, processes of both counts
     assert (one["gb_per_s"] > 0).all() and one["samples_s"].map(len).eq(3).all()
     assert one["elements"].mul(4).equals(one["array_bytes"])
@@ -61,17 +61,17 @@ def test_a_profile_is_not_made_from_caches(tmp_path: Path) -> None:
     done = say("ldft.bench", *line, cwd=tmp_path, env={})
     assert done.returncode == 0 and kept.read_text() == "kept", done.stderr
     assert "profile.json is left as it was: arrays of 1.00 MiB may lie in caches" in done.stdout
-    assert bench.least_size(256 << 20) >= 64 << 20 and bench.least_size(8 << 20) == 8 << 20
+    assert profile.least_size(256 << 20) >= 64 << 20 and profile.least_size(8 << 20) == 8 << 20
 
 
 def test_a_profile_takes_the_update_on_every_node() -> None:
     one = replace(read_topology().nodes[0], id=0)
     machine = replace(read_topology(), nodes=(one, replace(one, id=3)), allowed=(0, 3))
     sets = [NodeSet((0,)), NodeSet((3,)), NodeSet((0, 3))]
-    assert bench._lacks(["adam"], sets, machine, 64 << 20, 64 << 20) == ""
-    assert "takes the kernel adam" in bench._lacks(["read", "h2d"], sets, machine, 64 << 20, 64 << 20)
-    assert "or name 3 too" in bench._lacks(["adam"], [sets[0], sets[2]], machine, 64 << 20, 64 << 20)
-    assert "with --sizes 64M or more" in bench._lacks(["adam"], sets, machine, 1 << 20, 64 << 20)
+    assert profile.lacks(["adam"], sets, machine, 64 << 20, 64 << 20) == ""
+    assert "takes the kernel adam" in profile.lacks(["read", "h2d"], sets, machine, 64 << 20, 64 << 20)
+    assert "or name 3 too" in profile.lacks(["adam"], [sets[0], sets[2]], machine, 64 << 20, 64 << 20)
+    assert "with --sizes 64M or more" in profile.lacks(["adam"], sets, machine, 1 << 20, 64 << 20)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_a_profile_takes_the_update_on_every_node() -> None:
 def test_what_cannot_be_done_is_refused_before_anything_is_measured(
     arguments: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench, "read_topology", lambda: replace(read_topology(), nodes=read_topology().nodes[:1]))
-    monkeypatch.setattr(bench, "Workers", None)
+    monkeypatch.setattr(command, "read_topology", lambda: replace(read_topology(), nodes=read_topology().nodes[:1]))
+    monkeypatch.setattr(nodes, "Workers", None)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["bench", "nodes", *arguments.split()])
-    assert bench.main() == 2
+    assert command.main() == 2
     said = capsys.readouterr().err
     assert said.startswith(f"ldft: {line}") and said.count("\n") == 1, said
     assert "capacity_gib" not in said
@@ -113,7 +113,7 @@ def test_arguments_that_cannot_be_read_are_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", *arguments.split()])
     with pytest.raises(SystemExit) as ended:
-        bench.main()
+        command.main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith(f"ldft: {line}") and said.count("\n") == 1, said
 
@@ -126,7 +126,7 @@ def test_copies_without_a_gpu_are_left_out_with_a_line(tmp_path: Path) -> None:
 
 
 def test_kernels_do_what_they_are_named_after() -> None:
-    streams = bench_kernels.Streams(0)
+    streams = streaming.Streams(0)
     streams.place(Placement(kind="bind", nodes=(NODE,)), 1 << 16)
     weight, gradient, mean, square = streams._arrays
     before = [array.clone() for array in streams._arrays]
@@ -144,7 +144,7 @@ def test_kernels_do_what_they_are_named_after() -> None:
 
 def test_the_update_is_measured_on_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_PROC_BIND", "true")
-    workers = bench.Workers(1)
+    workers = nodes.Workers(1)
     try:
         place = {"placement": {"kind": "bind", "nodes": (NODE,)}, "bytes": 1 << 16}
         assert workers.ask(do="place", **place) == [{}]
@@ -174,7 +174,7 @@ def test_the_profile_sums_processes_and_takes_the_link_from_one() -> None:
         *(row("h2d", "0", 2, process, 54.0) for process in (0, 1)),
         *(row("h2d", "3", 2, process, 26.5) for process in (0, 1)),
     ]  # fmt: skip
-    found = bench.profile(rows)["bandwidth"]
+    found = profile.make(rows)["bandwidth"]
     assert found == {"node0": {"cpu": 278.0, "h2d": 108.0}, "node3": {"cpu": 69.0, "h2d": 53.0}, "link": {"h2d": 55.0}}
     parsed = bandwidths.parse(found, bandwidths.KEY)
     assert parsed.h2d == {0: 108e9, 3: 53e9} and parsed.link_h2d == 55e9 and parsed.d2h == parsed.cpu
@@ -184,4 +184,4 @@ def test_the_profile_sums_processes_and_takes_the_link_from_one() -> None:
     ("text", "size"), [("64K", 65536), ("1G", 1 << 30), ("4096", 4096), ("2MiB", 2 << 20), ("6", 4)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert bench._size(text) == size
+    assert command._size(text) == size

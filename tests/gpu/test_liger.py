@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ldft.preflight import deepspeed_config
-from ldft.training import data, liger, model
+from ldft.preflight import deepspeed_config, liger
+from ldft.training import data, liger_kernels, model
 from ldft.training.deepspeed import engine, role_memory
 from tests.gpu.machine import cuda_config, process_group
 
@@ -30,7 +30,7 @@ def results(*overrides: str) -> tuple[float, dict[str, torch.Tensor], int]:
     output.loss.backward()
     assert (output.logits is None) == (config.kernels.liger is True)
     gradients = {name: p.grad.float() for name, p in network.named_parameters()}
-    return output.loss.item(), gradients, liger.count_modules(network)
+    return output.loss.item(), gradients, liger_kernels.count_modules(network)
 
 
 @pytest.mark.parametrize("family", liger.FAMILIES)

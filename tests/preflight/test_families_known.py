@@ -7,8 +7,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
-from ldft.preflight import families, parameter_counts
-from ldft.training import liger, model
+from ldft.preflight import families, liger, parameter_counts
+from ldft.training import model
 
 
 def test_the_names_are_transformers_own() -> None:

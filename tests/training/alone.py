@@ -72,13 +72,13 @@ def local_gradients() -> None:
 
 def use_liger() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-    from ldft.training import liger, model
+    from ldft.training import liger_kernels, model
 
     real = model.build
 
     def build(*arguments: object) -> object:
         network = real(*arguments)
-        liger.bind_loss(network)
+        liger_kernels.bind_loss(network)
         return network
 
     model.build = build

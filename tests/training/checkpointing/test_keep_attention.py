@@ -24,7 +24,7 @@ from ldft.training.checkpointing.copies import Lane
 from ldft.training.checkpointing.keep_attention import OPERATORS, DeviceOutputs, KeptAttention, Store
 from tests.conftest import compose
 from tests.training.checkpointing.lazy_lanes import POISON, LazyLanes
-from tests.training.checkpointing.test_checkpointing import (
+from tests.training.checkpointing.small_models import (
     CPU,
     HIDDEN,
     LAYERS,
@@ -35,14 +35,10 @@ from tests.training.checkpointing.test_checkpointing import (
     batch,
     build,
     equal,
-    failing,
     keeper,
     loss_of,
-    one_thread,
     train,
 )
-
-__all__ = ["failing", "one_thread"]  # fixtures
 
 OUTPUT = 2 * TOKENS * (HIDDEN + 4) * 4 + 1024  # fp32, with the log-sum-exp of 4 heads, its sequences rounded up
 
