@@ -9,11 +9,12 @@ w bytes of the compute precision, P parameters, N ranks.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from ldft.config import AttentionKind, Config, Device, OffloadDevice
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
-from ldft.preflight import attention, deepspeed_config, liger, parameter_counts
+from ldft.preflight import attention, parameter_counts
+from ldft.preflight.selection import Selection
 
 Parts = dict[str, int]
 
@@ -22,61 +23,51 @@ Parts = dict[str, int]
 CONTEXT, FRAGMENTATION = int(0.7 * 2**30), 0.05
 
 
-def device_bytes(config: Config) -> Parts:
-    """Bytes of one rank in device memory at their peak, by what they are for."""
-    return max(moments(config).values(), key=lambda parts: sum(parts.values()))
+def peak_of(moments: Mapping[str, Parts]) -> Parts:
+    """Bytes at the moment that needs most."""
+    return max(moments.values(), key=lambda parts: sum(parts.values()))
 
 
-def least_bytes(config: Config) -> Parts:
+def least_of(moments: Mapping[str, Parts]) -> Parts:
     """The same where memory is short: DeepSpeed then makes its flat copy of the weights in host memory."""
-    others = {name: parts for name, parts in moments(config).items() if name != "start"}
-    return max(others.values(), key=lambda parts: sum(parts.values()))
+    return peak_of({name: parts for name, parts in moments.items() if name != "start"})
 
 
-def moments(config: Config) -> dict[str, Parts]:
-    """Moments of an iteration at which memory may peak."""
-    base, gradients = _state(config), _gradients(config)
+def moments(run: Selection) -> dict[str, Parts]:
+    """Bytes of one rank in device memory at the moments of an iteration at which they may peak, by what they are for."""
+    config = run.config
+    base, gradients = _state(run), _gradients(config)
     model = config.model
     recomputed = config.checkpointing.recomputed(model.num_layers)
     checkpoints, whole = _checkpoints(config), model.num_layers - recomputed
     waiting = checkpoints.copy()
     if whole:
         waiting["layer inputs"] = waiting.get("layer inputs", 0) + whole * hidden_bytes(config)
-        waiting["activations"] = whole * _kept(config)
-    leaving = _layer_gradient(config) | _to_host(
+        waiting["activations"] = whole * _kept(run)
+    leaving = _layer_gradient(run) | _to_host(
         config, 0 if config.lora.rank else max(parameter_counts.layer_sizes(model))
     )
-    inside = {"inside a layer": _inside(config, whole == 0)} | leaving
-    first = {"inside a layer": _inside(config, recomputed > 0)} | leaving
+    inside = {"inside a layer": _inside(run, whole == 0)} | leaving
+    first = {"inside a layer": _inside(run, recomputed > 0)} | leaving
     layer, output = parameter_counts.layer_parameters(model), parameter_counts.embedding_parameters(model)
     # The output projection stays where ZeRO-3 keeps what is used again so soon.
-    kept = output if config.offload.stage == 3 and _zero(config)["stage3_max_reuse_distance"] >= output else 0
+    kept = output if config.offload.stage == 3 and run.zero["stage3_max_reuse_distance"] >= output else 0
     found = {
-        "loss": base | waiting | _gathered(config, output + layer) | _loss(config),
+        "loss": base | waiting | _gathered(run, output + layer) | _loss(run),
         # All inputs wait, and the last layer is computed again with the gradients of what is in it.
-        "backward of the last layer": base
-        | waiting
-        | _gathered(config, layer + kept)
-        | inside
-        | _output_gradient(config),
-        "backward of the first layer": base | gradients | _gathered(config, layer) | first,
+        "backward of the last layer": base | waiting | _gathered(run, layer + kept) | inside | _output_gradient(config),
+        "backward of the first layer": base | gradients | _gathered(run, layer) | first,
         "step": base | gradients | _step(config),
         "largest gradient": base | _to_host(config, max(parameter_counts.trained_sizes(config), default=0)),
     }
     if whole and recomputed:
-        again = {"inside a layer": _inside(config, True)} | leaving
-        found["backward of the last checkpointed layer"] = base | checkpoints | _gathered(config, layer) | again
+        again = {"inside a layer": _inside(run, True)} | leaving
+        found["backward of the last checkpointed layer"] = base | checkpoints | _gathered(run, layer) | again
     if config.offload.stage in (1, 2):
         # Trained weights are copied into one block while the model still holds all (stage_1_and_2.py, flatten_on_accelerator).
         trained = parameter_counts.total(parameter_counts.trained_sizes(config))
         found["start"] = {"weights": base["weights"] + parameter_counts.width(config) * trained}
     return found
-
-
-def _zero(config: Config) -> dict[str, Any]:
-    """DeepSpeed's settings of ZeRO, the user's own values among them."""
-    settings: dict[str, Any] = deepspeed_config.build(config)["zero_optimization"]
-    return settings
 
 
 def tokens(config: Config) -> int:
@@ -119,13 +110,14 @@ def _checkpoints(config: Config) -> Parts:
     return parts
 
 
-def _state(config: Config) -> Parts:
+def _state(run: Selection) -> Parts:
     """What is there all the time."""
+    config = run.config
     offload, ranks, width = config.offload, config.launch.num_ranks, parameter_counts.width(config)
     trained = parameter_counts.trained_sizes(config)
     every = trained + parameter_counts.frozen_sizes(config)
     whole, share = parameter_counts.total(every), parameter_counts.split(trained, ranks)
-    zero = _zero(config)
+    zero = run.zero
     parts: Parts = {}
     if offload.stage < 3:
         parts["weights"] = width * whole
@@ -147,27 +139,29 @@ def _state(config: Config) -> Parts:
     elif offload.stage < 3:
         # w x: staging for the largest parameter's gradient.
         parts["gradients"] = width * max(trained)
-    return parts | _mask(config)
+    return parts | _mask(run)
 
 
-def _mask(config: Config) -> Parts:
+def _mask(run: Selection) -> Parts:
     """S S (1 + w), S tokens of a sequence: the mask that SDPA gets for a window, as flags and, while in use, as numbers."""
-    if not attention.windowed(config) or not attention.choose(config).name.startswith("sdpa"):
+    config = run.config
+    if not attention.windowed(config) or not run.attention.name.startswith("sdpa"):
         return {}
     return {"attention mask": (1 + parameter_counts.width(config)) * config.seq_len.tokens**2}
 
 
-def _gathered(config: Config, least: int) -> Parts:
+def _gathered(run: Selection, least: int) -> Parts:
     """w x: whole parameters of ZeRO-3 at a time, the `least` of those at work, and as many as it may hold ahead.
 
     From several ranks a layer's come in one block, in the order of the ranks, and are put together beside it
     (partition_parameters.py, AllGatherCoalescedHandle).
     """
+    config = run.config
     offload = config.offload
     if offload.stage < 3 or (config.launch.num_ranks == 1 and offload.parameters is OffloadDevice.none):
         return {}
     whole = parameter_counts.num_parameters(config.model)
-    live = min(whole, max(least, int(_zero(config)["stage3_max_live_parameters"])))
+    live = min(whole, max(least, int(run.zero["stage3_max_live_parameters"])))
     parts = {"gathered weights": parameter_counts.width(config) * live}
     if config.launch.num_ranks > 1:
         parts["weights on their way"] = parameter_counts.width(config) * parameter_counts.layer_parameters(config.model)
@@ -203,46 +197,49 @@ def _step(config: Config) -> Parts:
     return {"fp32 gradients": 4 * (whole if config.offload.stage == 0 else whole // ranks)}
 
 
-def _inside(config: Config, recomputed: bool) -> int:
+def _inside(run: Selection, recomputed: bool) -> int:
     """One layer in its backward pass: w T (5 H + 2 Q + 2 K + 4 I), less what is kept in any case.
 
     The outputs of both norms, the residual between them, and two gradients take 5 H; queries, keys, values and the attention's
     output 2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers that are computed again together keep theirs.
     Beside an adapter of the last one, w T (I + 2 H): a second gradient of its input, and what the adapter gets of its output's.
     """
+    config = run.config
     model = config.model
     inside = parameter_counts.width(config) * tokens(config) * (
         2 * model.hidden_size + model.intermediate_size
-    ) + _scores(config, 2)
+    ) + _scores(run, 2)
     if "down_proj" in parameter_counts.adapted(config):
         inside += parameter_counts.width(config) * tokens(config) * (model.intermediate_size + 2 * model.hidden_size)
     if not recomputed:
         return inside
     every = config.checkpointing.every
-    return inside + every * _kept(config) + (every - 1) * hidden_bytes(config)
+    return inside + every * _kept(run) + (every - 1) * hidden_bytes(config)
 
 
-def _kept(config: Config) -> int:
+def _kept(run: Selection) -> int:
     """What a layer's forward pass keeps beside its input: w T (3 H + 2 Q + 2 K + 3 I).
 
     With dropout each adapter keeps its own input, and a mask of a byte an element.
     """
+    config = run.config
     model = config.model
-    repeats = attention.repeats_heads(config, attention.choose(config))
+    repeats = run.repeats_heads
     queries = model.num_attention_heads * model.head_dim
     keys = queries if repeats else model.num_key_value_heads * model.head_dim
     elements = 3 * model.hidden_size + 2 * queries + 2 * keys + 3 * model.intermediate_size
-    kept = parameter_counts.width(config) * tokens(config) * elements + _scores(config, 4)
+    kept = parameter_counts.width(config) * tokens(config) * elements + _scores(run, 4)
     if config.lora.dropout:
         inputs = sum(inputs for inputs, _ in parameter_counts.adapted(config).values())
         kept += (parameter_counts.width(config) + 1) * tokens(config) * inputs
     return kept
 
 
-def _layer_gradient(config: Config) -> Parts:
+def _layer_gradient(run: Selection) -> Parts:
     """w x parameters of a layer, where the bucket is too small to take them."""
+    config = run.config
     size = parameter_counts.layer_parameters(config.model)
-    if config.lora.rank or config.offload.stage < 2 or _zero(config)["reduce_bucket_size"] >= size:
+    if config.lora.rank or config.offload.stage < 2 or run.zero["reduce_bucket_size"] >= size:
         return {}
     return {"a layer's gradients": parameter_counts.width(config) * size}
 
@@ -260,9 +257,10 @@ def _to_host(config: Config, size: int) -> Parts:
     return {"gradient": width * (size + 2 * share), "norm of the gradient": 8 * min(share, 250_000_000)}
 
 
-def _scores(config: Config, copies: int) -> int:
+def _scores(run: Selection, copies: int) -> int:
     """Attention that is computed in full: w T S heads for each copy of the scores, fp32 being two."""
-    if attention.choose(config) is not AttentionKind.eager:
+    config = run.config
+    if run.attention is not AttentionKind.eager:
         return 0
     return (
         copies
@@ -273,14 +271,15 @@ def _scores(config: Config, copies: int) -> int:
     )
 
 
-def _loss(config: Config) -> Parts:
+def _loss(run: Selection) -> Parts:
     """Around the output projection.
 
     Stock: logits in w and fp32, and a gradient of each: 2 T V (w + 4). Liger: the gradient of the projection, w V H, and of its
     input, w T H, and the logits of a chunk, which has about T H / V tokens, rounded up to a power of two.
     """
+    config = run.config
     model, width, all_tokens = config.model, parameter_counts.width(config), tokens(config)
-    if not liger.wanted(config):
+    if not run.liger:
         return {"logits": 2 * (width + 4) * all_tokens * model.vocab_size}
     chunks = -(-model.vocab_size // model.hidden_size)
     chunk = 1 << (-(-all_tokens // chunks) - 1).bit_length()

@@ -11,8 +11,8 @@ from ldft.config import Config, Device
 from ldft.errors import ConfigError
 from ldft.memory.limits import Free, free_memory, free_on_node
 from ldft.memory.policy import Placement
-from ldft.memory.topology import Topology, read_topology
-from ldft.preflight import device_estimate, host_estimate, placement_text, role_placement
+from ldft.preflight import device_estimate, placement_text
+from ldft.preflight.resolved import Resolved
 
 GIB = 2**30
 
@@ -43,59 +43,52 @@ class DoesNotFitError(ConfigError):
         super().__init__("force", f"false, and {shortage}; use {remedy}, or force=true to try all the same")
 
 
-def predictions(config: Config) -> dict[str, Any]:
+def predictions(run: Resolved) -> dict[str, Any]:
     """The row's columns: predicted peaks, and what they consist of."""
-    host = host_estimate.host_bytes(config) | host_estimate.other_bytes(config)
+    estimate = run.estimate
     columns: dict[str, Any] = {
-        "predicted_host_gib": host_estimate.predicted_host_bytes(config) / GIB,
-        "predicted_host_json": json.dumps({name: size / GIB for name, size in host.items()}),
+        "predicted_host_gib": estimate.host_bytes / GIB,
+        "predicted_host_json": json.dumps({n: size / GIB for n, size in {**estimate.roles, **estimate.others}.items()}),
     }
-    if config.launch.device is Device.cuda:
-        device = device_estimate.device_bytes(config)
-        columns["predicted_vram_gib"] = sum(device.values()) / GIB
-        columns["predicted_vram_json"] = json.dumps({name: size / GIB for name, size in device.items()})
-    if seconds := placement_text.modelled_s(config, read_topology()):
+    if run.config.launch.device is Device.cuda:
+        columns["predicted_vram_gib"] = sum(estimate.device.values()) / GIB
+        columns["predicted_vram_json"] = json.dumps({name: size / GIB for name, size in estimate.device.items()})
+    if seconds := placement_text.modelled_s(run):
         columns["modelled_traffic_s"] = sum(seconds.values())
     return columns
 
 
-def check(config: Config) -> None:
+def check(run: Resolved) -> None:
     """Raise DoesNotFitError, one line, where the estimate is more than the machine has; `force` lets the run try."""
-    if not config.force:
-        examine(config)
+    if not run.config.force:
+        examine(run)
 
 
-def examine(config: Config) -> None:
+def examine(run: Resolved) -> None:
     """The same, whatever `force` says."""
-    _check_device(config)
-    _check_host(config)
-    _check_nodes(config, read_topology())
+    _check_device(run)
+    _check_host(run)
+    _check_nodes(run)
 
 
-def _check_device(config: Config) -> None:
-    have = environment.gpu_memory_gib() if config.launch.device is Device.cuda else None
+def _check_device(run: Resolved) -> None:
+    have = environment.gpu_memory_gib() if run.config.launch.device is Device.cuda else None
     if have is None:
         return
-    parts = device_estimate.least_bytes(config)
+    parts = device_estimate.least_of(run.estimate.moments)
     need = sum(parts.values()) * (1 + device_estimate.FRAGMENTATION) + device_estimate.CONTEXT
     if need > have * GIB:
         raise _refusal("VRAM", need, f"{have:.1f} GiB on the smallest GPU", parts)
 
 
-def _check_host(config: Config) -> None:
-    free = available(config)
-    need = host_estimate.predicted_host_bytes(config)
-    if need > free.bytes:
-        roles = host_estimate.host_bytes(config) | host_estimate.other_bytes(config)
-        parts = {name: config.launch.num_ranks * size for name, size in roles.items()}
-        raise _refusal(
-            "host memory", need, f"{free.bytes / GIB:.1f} GiB free by {free.limit}", parts, _largest_on_device(config)
-        )
-
-
-def _largest_on_device(config: Config) -> str:
-    parts = device_estimate.device_bytes(config)
-    return max(parts, key=lambda name: parts[name])
+def _check_host(run: Resolved) -> None:
+    free = available(run.config)
+    estimate = run.estimate
+    if estimate.host_bytes > free.bytes:
+        have = f"{free.bytes / GIB:.1f} GiB free by {free.limit}"
+        parts = {name: estimate.num_ranks * size for name, size in {**estimate.roles, **estimate.others}.items()}
+        largest = max(estimate.device, key=lambda name: estimate.device[name])
+        raise _refusal("host memory", estimate.host_bytes, have, parts, largest)
 
 
 def available(config: Config) -> Free:
@@ -105,23 +98,22 @@ def available(config: Config) -> Free:
     return Free(bytes=capacity, limit="memory.capacity_gib") if 0 < capacity < free.bytes else free
 
 
-def _check_nodes(config: Config, topology: Topology) -> None:
+def _check_nodes(run: Resolved) -> None:
     """Where a placement leaves no choice, each node must hold its part. One node is the whole machine: checked already."""
-    if len(topology.nodes) == 1:
+    if len(run.topology.nodes) == 1:
         return
-    for node, parts in bytes_by_node(config, topology).items():
+    for node, parts in bytes_by_node(run).items():
         free = free_on_node(node)
         if free is not None and sum(parts.values()) > free:
             raise _refusal(f"memory of node {node}", sum(parts.values()), f"{free / GIB:.1f} GiB free there", parts)
 
 
-def bytes_by_node(config: Config, topology: Topology) -> dict[int, dict[str, float]]:
+def bytes_by_node(run: Resolved) -> dict[int, dict[str, float]]:
     """Node -> role -> bytes of all ranks that have to be there."""
-    sizes = host_estimate.host_bytes(config)
-    process = config.numa.placement.resolve(topology, "numa")
+    process = run.config.numa.placement.resolve(run.topology, "numa")
     found: dict[int, dict[str, float]] = {}
-    for placements in role_placement.assign(config, topology):
-        for role, size in sizes.items():
+    for placements in run.placements:
+        for role, size in run.estimate.roles.items():
             placement = process if placements[role].kind == "default" else placements[role]
             for node, share in _strict_shares(placement).items():
                 parts = found.setdefault(node, {})

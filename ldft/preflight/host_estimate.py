@@ -16,11 +16,10 @@ Sub-groups are not padded.
 
 from __future__ import annotations
 
-from typing import Any
-
 from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.preflight import deepspeed_config, device_estimate, parameter_counts
+from ldft.preflight.selection import Selection
 
 # Interpreter, libraries and, on CUDA, its context, less file pages: measured peaks of runs whose tensors are few
 # (benchmarks/results/fp16-llama3_1b-2k-h200.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.44 GiB without a GPU).
@@ -78,35 +77,31 @@ def checkpoint_bytes(config: Config) -> int:
     return inputs * device_estimate.hidden_bytes(config) + outputs * device_estimate.attention_bytes(config)
 
 
-def other_bytes(config: Config) -> dict[str, int]:
-    """Bytes of one rank in host memory beside the roles, by what they are for."""
+def other_bytes(run: Selection, device: device_estimate.Parts) -> dict[str, int]:
+    """Bytes of one rank in host memory beside the roles, by what they are for. device: the peak of the device part."""
+    config = run.config
     parts = {"process": _PROCESS[config.launch.device]}
     if deepspeed_config.pins(config) and config.offload.optimizer is OffloadDevice.cpu:
-        parts["torch's pinned allocator"] = _rounding(config)
+        parts["torch's pinned allocator"] = _rounding(run)
     if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
-        parts["swap buffers"] = _swap_buffers(config)
+        parts["swap buffers"] = _swap_buffers(run)
     if (
         config.train.precision is Precision.fp16
         and "compute_gradients" in host_bytes(config)
         and config.offload.stage == 3
-        and not deepspeed_config.fuses_step(config, deepspeed_config.build(config))
+        and not run.fused_step
     ):
         # DeepSpeed's update looks for infinities in all gradients at once: their magnitudes, 2 B each, and a flag of 1 B.
         trained = parameter_counts.trained_sizes(config)
         parts["overflow check"] = 3 * parameter_counts.split(trained, config.launch.num_ranks)
     if config.launch.device is Device.cpu:
-        parts["device part"] = sum(device_estimate.device_bytes(config).values())
+        parts["device part"] = sum(device.values())
     return parts
 
 
-def predicted_host_bytes(config: Config) -> int:
-    """Peak of all ranks together."""
-    return config.launch.num_ranks * (sum(host_bytes(config).values()) + sum(other_bytes(config).values()))
-
-
-def _swap_buffers(config: Config) -> int:
+def _swap_buffers(run: Selection) -> int:
     """Buffers in front of swap files: so many of a weight, and of a sub-group in fp32, and one for its gradients."""
-    zero: dict[str, Any] = deepspeed_config.build(config)["zero_optimization"]
+    config, zero = run.config, run.zero
     parameters, optimizer, size = zero["offload_param"], zero["offload_optimizer"], 0
     if config.offload.parameters is OffloadDevice.nvme:
         width = parameter_counts.width(config)
@@ -118,12 +113,12 @@ def _swap_buffers(config: Config) -> int:
     return size
 
 
-def _rounding(config: Config) -> int:
+def _rounding(run: Selection) -> int:
     """What torch's pinned allocator adds: each block becomes a power of two, and the weights, pinned one by one before
     DeepSpeed moves them into one block, stay in its cache."""
+    config, zero = run.config, run.zero
     roles, ranks = host_bytes(config), config.launch.num_ranks
     width = parameter_counts.width(config)
-    zero: dict[str, Any] = deepspeed_config.build(config)["zero_optimization"]
     blocks = [roles["compute_gradients"], roles.get("compute_weights", 0)]
     blocks += [4 * part for part in _sub_groups(config, zero.get("sub_group_size", 1 << 62))]
     added = sum(_power_of_two(block) - block for block in blocks)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from functools import cache
 
-from ldft.config import Config
 from ldft.errors import ConfigError
 from ldft.memory import bandwidths, cost_model
 from ldft.memory.policy import Placement, process_policy
-from ldft.memory.topology import Topology
-from ldft.preflight import host_estimate, role_placement
+from ldft.preflight import role_placement
+from ldft.preflight.resolved import Resolved
 
 
 def gib(size: float) -> str:
@@ -18,16 +17,17 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
-def lines(config: Config, topology: Topology) -> list[str]:
+def lines(run: Resolved) -> list[str]:
     """The policy of the ranks, then role -> nodes, shares and bytes, for rank 0 and the ranks that differ, where roles have
     placements of their own.
 
     Raises PlacementError as `strategies.assign` does.
     """
-    found = [f"memory policy of the ranks (numa={config.numa.name}): {_of_process(config, topology)}"]
+    config = run.config
+    found = [f"memory policy of the ranks (numa={config.numa.name}): {_of_process(run)}"]
     if not config.numa.by_role:
         return found
-    ranks, sizes = role_placement.assign(config, topology), host_estimate.host_bytes(config)
+    ranks, sizes = run.placements, run.estimate.roles
     found.append("placement by role, each rank:")
     for role in (role for role in role_placement.ROLES if sizes.get(role)):
         found.append(f"  {role}: {_text(ranks[0][role], sizes[role])}")
@@ -36,24 +36,25 @@ def lines(config: Config, topology: Topology) -> list[str]:
             for rank, placements in enumerate(ranks)
             if placements[role] != ranks[0][role]
         ]
-    seconds = modelled_s(config, topology)
+    seconds = modelled_s(run)
     if seconds:
         parts = ", ".join(f"{phase} {value:.3f}" for phase, value in seconds.items())
         found.append(f"modelled traffic to host memory, s a step: {sum(seconds.values()):.3f} ({parts})")
     return found
 
 
-def _of_process(config: Config, topology: Topology) -> str:
+def _of_process(run: Resolved) -> str:
+    config, topology = run.config, run.topology
     if config.numa.placement.kind == "default":
         inherited = process_policy(topology)
         return "the kernel's default" if inherited.kind == "default" else f"{inherited.describe()}, the caller's"
-    striped = " (offloaded tensors in stripes)" if role_placement.stripes_of_process(config, topology) else ""
+    striped = " (offloaded tensors in stripes)" if run.stripes else ""
     return config.numa.placement.resolve(topology, "numa").describe() + striped
 
 
-def notes(config: Config) -> list[str]:
+def notes(run: Resolved) -> list[str]:
     """What was said about placement and changes nothing here. No error: in a sweep, the same keys hold for every policy."""
-    numa, sizes = config.numa, host_estimate.host_bytes(config)
+    numa, sizes = run.config.numa, run.estimate.roles
     found = [
         f"numa.{key}={getattr(numa, key):g} changes nothing with numa={numa.name}, which has no budget; cxl_aware, striped and "
         "optimal have"
@@ -66,11 +67,12 @@ def notes(config: Config) -> list[str]:
     return found
 
 
-def modelled_s(config: Config, topology: Topology) -> dict[str, float]:
+def modelled_s(run: Resolved) -> dict[str, float]:
     """Seconds of a step's traffic to host memory by phase; empty where bandwidths or the nodes of a role are not known.
 
     A damaged profile of the machine counts as none, with a warning: a run needs it for numa.strategy=optimal alone.
     """
+    config, topology = run.config, run.topology
     try:
         known = bandwidths.bandwidths(config.numa.bandwidth)
     except ConfigError as error:
@@ -80,7 +82,7 @@ def modelled_s(config: Config, topology: Topology) -> dict[str, float]:
         _warn(str(error))
     if known is None:
         return {}
-    ranks, sizes = role_placement.assign(config, topology), host_estimate.host_bytes(config)
+    ranks, sizes = run.placements, run.estimate.roles
     process = config.numa.placement.resolve(topology, "numa")
     shares: cost_model.Shares = {}
     for placements in ranks:
@@ -94,7 +96,7 @@ def modelled_s(config: Config, topology: Topology) -> dict[str, float]:
             for node, share in of.items():
                 into[node] = into.get(node, 0.0) + share / len(ranks)
     total = {role: len(ranks) * size for role, size in sizes.items()}
-    return cost_model.step_s(total, shares, known, len(ranks), streams=role_placement.streams(config))
+    return cost_model.step_s(total, shares, known, len(ranks), streams=role_placement.streams(run))
 
 
 @cache

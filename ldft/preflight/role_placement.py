@@ -12,7 +12,8 @@ from ldft.memory.cost_model import DoesNotFit, reduced
 from ldft.memory.kernel_weights import can_weight
 from ldft.memory.policy import Placement, PlacementError
 from ldft.memory.topology import Topology, format_list
-from ldft.preflight import deepspeed_config, host_estimate
+from ldft.preflight import host_estimate
+from ldft.preflight.selection import Selection
 
 if TYPE_CHECKING:
     from ldft.config import Config
@@ -86,30 +87,30 @@ def _rank(role: str) -> int:
     return PRIORITY.index(role) if role in PRIORITY else len(PRIORITY)
 
 
-def assign(config: Config, topology: Topology) -> list[dict[str, Placement]]:
+def assign(run: Selection, sizes: Mapping[str, int], others: Mapping[str, int]) -> list[dict[str, Placement]]:
     """Role -> resolved placement, one dict a rank. Kind default: wherever the policy of the process puts it.
 
-    Placements by hand come first, the strategy has the other roles. Raises PlacementError, which names the key, where a placement
-    does not suit the machine or the budgets do not hold the roles.
+    sizes, others: expected bytes of a rank in host memory, by role and beside the roles. Placements by hand come first, the
+    strategy has the other roles. Raises PlacementError, which names the key, where a placement does not suit the machine or the
+    budgets do not hold the roles.
     """
     asked = {
-        role: placement.resolve(topology, f"numa.roles.{role}")
-        for role, placement in config.numa.roles.placements().items()
+        role: placement.resolve(run.topology, f"numa.roles.{role}")
+        for role, placement in run.config.numa.roles.placements().items()
     }
-    planned = _by_strategy(config, topology, asked)
-    rest = stripes_of_process(config, topology) or Placement()
+    planned = _by_strategy(run, sizes, sum(others.values()), asked)
+    rest = stripes_of_process(run) or Placement()
     return [{role: asked.get(role) or of.get(role) or rest for role in ROLES} for of in planned]
 
 
-def stripes_of_process(config: Config, topology: Topology) -> Placement | None:
+def stripes_of_process(run: Selection) -> Placement | None:
     """The weighted placement of the process, where stripes of the arenas have to stand in for the kernel's weights: those are one
     set a machine, since Linux 6.9, and root's to change. None where the kernel can, or where there are no arenas to stripe."""
+    config = run.config
     if config.numa.placement.kind != "weighted_interleave":
         return None
-    placement = config.numa.placement.resolve(topology, "numa")
-    if can_weight(placement, topology) or not host_estimate.host_bytes(config):
-        return None
-    if not deepspeed_config.uses_arenas(config, deepspeed_config.build(config)):
+    placement = config.numa.placement.resolve(run.topology, "numa")
+    if can_weight(placement, run.topology) or not host_estimate.host_bytes(config) or not run.uses_arenas:
         return None
     return replace(placement, method="stripes")
 
@@ -130,7 +131,10 @@ def node_sets(config: Config, topology: Topology) -> tuple[tuple[int, ...], tupl
     return tuple(n for n in local if n not in numa.cxl_nodes), cxl
 
 
-def _by_strategy(config: Config, topology: Topology, asked: dict[str, Placement]) -> list[dict[str, Placement]]:
+def _by_strategy(
+    run: Selection, expected: Mapping[str, int], process: int, asked: dict[str, Placement]
+) -> list[dict[str, Placement]]:
+    config, topology = run.config, run.topology
     strategy, ranks = config.numa.strategy.name, config.launch.num_ranks
     if strategy == "none":
         return [{} for _ in range(ranks)]
@@ -145,17 +149,13 @@ def _by_strategy(config: Config, topology: Topology, asked: dict[str, Placement]
     if strategy in ("local_only", "naive_interleaving"):
         even = placement_of(dict.fromkeys(local if strategy == "local_only" else local + cxl, 1))
         return [dict.fromkeys(ROLES, even) for _ in range(ranks)]
-    sizes = {
-        role: float(ranks * size)
-        for role, size in host_estimate.host_bytes(config).items()
-        if role not in asked and size > 0
-    }
-    budgets = _budgets(config, topology, local, cxl, asked)
+    sizes = {role: float(ranks * size) for role, size in expected.items() if role not in asked and size > 0}
+    budgets = _budgets(run, local, cxl, asked, expected, process)
     turns = [role for role in ALTERNATING if strategy == "striped" and role in sizes]
     try:
         if strategy == "optimal":
             known = _bandwidths(config, local + cxl)
-            weights = cost_model.solve(sizes, known, budgets, ranks, streams=streams(config))
+            weights = cost_model.solve(sizes, known, budgets, ranks, streams=streams(run))
         else:
             aside = sum(sizes[role] for role in turns)
             rest = {role: size for role, size in sizes.items() if role not in turns}
@@ -182,12 +182,11 @@ def placement_of(weights: Mapping[int, int]) -> Placement:
     )
 
 
-def streams(config: Config) -> cost_model.Streams:
+def streams(run: Selection) -> cost_model.Streams:
     """A step's traffic, by who updates and how many micro-batches it takes."""
-    fused = deepspeed_config.fuses_step(config, deepspeed_config.build(config))
     # Under ZeRO-1/2 ldft's kernel is one pass of DeepSpeed's three.
-    once = cost_model.FUSED if fused and config.offload.stage == 3 else cost_model.STOCK
-    return cost_model.accumulated(once, config.train.gradient_accumulation_steps)
+    once = cost_model.FUSED if run.fused_step and run.config.offload.stage == 3 else cost_model.STOCK
+    return cost_model.accumulated(once, run.config.train.gradient_accumulation_steps)
 
 
 def _bandwidths(config: Config, nodes: tuple[int, ...]) -> cost_model.Bandwidths:
@@ -209,13 +208,17 @@ def _bandwidths(config: Config, nodes: tuple[int, ...]) -> cost_model.Bandwidths
 
 
 def _budgets(
-    config: Config, topology: Topology, local: tuple[int, ...], cxl: tuple[int, ...], asked: dict[str, Placement]
+    run: Selection,
+    local: tuple[int, ...],
+    cxl: tuple[int, ...],
+    asked: Mapping[str, Placement],
+    sizes: Mapping[str, int],
+    beside: int,
 ) -> dict[tuple[int, ...], float]:
     """Bytes that single nodes and the two sets may hold of the roles that the strategy has."""
-    ranks = config.launch.num_ranks
-    process = ranks * sum(host_estimate.other_bytes(config).values())
+    config, topology, ranks = run.config, run.topology, run.config.launch.num_ranks
+    process = ranks * beside
     taken: dict[int, float] = {}
-    sizes = host_estimate.host_bytes(config)
     for role, placement in asked.items():
         for node, share in (placement.shares() or {}).items():
             taken[node] = taken.get(node, 0.0) + ranks * sizes.get(role, 0) * share

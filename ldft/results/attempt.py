@@ -3,6 +3,7 @@
 results/<run_id>/attempt-<n>/
     started.json     who claimed the attempt: host, process and its start; its modification time is the heartbeat
     config.json      the resolved config (parent, before the ranks start)
+    deepspeed.json   the effective DeepSpeed config (parent, likewise)
     rank-<r>.json    what rank r has so far (rank, after each phase and iteration)
     worker-<r>.log   everything the rank printed
     row.parquet      the row (parent, last)
@@ -28,6 +29,7 @@ from ldft.errors import ConfigError
 # A heartbeat that is older than this, of a process that cannot be looked up from here, is that of a dead one.
 HEARTBEAT_DEAD_S = 300.0
 HEARTBEAT_S = 10.0
+DEEPSPEED = "deepspeed.json"
 
 
 def write_json(path: Path, value: Any) -> None:

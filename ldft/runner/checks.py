@@ -9,7 +9,9 @@ from ldft import environment
 from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.topology import read_topology
-from ldft.preflight import attention, deepspeed_config, families, liger, parameter_counts, role_placement
+from ldft.preflight import families, parameter_counts
+from ldft.preflight.resolved import Resolved, resolve
+from ldft.preflight.selection import Selection
 from ldft.runner import swap_files
 from ldft.training import safetensors_index, text
 
@@ -20,11 +22,10 @@ def resolve_device(config: Config) -> None:
         config.launch.device = Device.cuda if environment.gpus() else Device.cpu
 
 
-def check_machine(config: Config) -> None:
-    """Raise ConfigError where the config asks for what this machine does not have."""
+def check_machine(config: Config) -> Resolved:
+    """The run, decided. Raises ConfigError where the config asks for what this machine does not have."""
     topology = read_topology()
     config.numa.placement.resolve(topology, "numa")
-    role_placement.assign(config, topology)
     gpus = environment.gpus()
     if config.launch.device is Device.cuda:
         if not gpus:
@@ -42,14 +43,14 @@ def check_machine(config: Config) -> None:
                 f"bf16 needs a GPU of compute capability 8.0 (Ampere) or newer, here is {lowest[0]}.{lowest[1]}; use fp16",
             )
     families.check(config.model, families.causal())
-    attention.choose(config)
-    liger.wanted(config)
     parameter_counts.check_adapted(config)
+    return resolve(config, topology=topology)
 
 
-def check_inputs(config: Config, *, fetch: bool) -> None:
+def check_inputs(run: Selection, *, fetch: bool) -> None:
     """Raise ConfigError where a file that the config names cannot be used. fetch: bring weights from the hub if need be."""
-    swap_files.check(config, deepspeed_config.build(config))
+    config = run.config
+    swap_files.check(config, run.deepspeed)
     if config.model.weights is Weights.pretrained and (fetch or config.model.path):
         safetensors_index.index(safetensors_index.folder(config.model, fetch=fetch))
     if config.data.kind is DataKind.text:

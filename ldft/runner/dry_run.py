@@ -8,24 +8,13 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from ldft import environment
 from ldft.config import Config, DataKind, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
-from ldft.memory.topology import read_topology
-from ldft.preflight import (
-    attention,
-    deepspeed_config,
-    deepspeed_managed,
-    device_estimate,
-    fit,
-    host_estimate,
-    liger,
-    parameter_counts,
-    placement_text,
-)
+from ldft.preflight import deepspeed_managed, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
+from ldft.preflight.resolved import Resolved
 from ldft.runner import checks, parent
 from ldft.runner.core_binding import cores_of_ranks
 
@@ -35,45 +24,44 @@ _LIST_RANKS = 4
 def describe(config: Config) -> str:
     """The text that a dry run prints. Raises ConfigError where the run would be invalid."""
     asked = config.launch.device
-    _check(config)
-    settings = deepspeed_config.build(config)
-    lines = ["ldft: dry run: nothing is started or written", *_what(config, settings), *_processes(config, asked)]
+    run = _check(config)
+    lines = ["ldft: dry run: nothing is started or written", *_what(run), *_processes(config, asked)]
     lines += [
-        *(f"note: {note}" for note in [*deepspeed_managed.notes(config, settings), *placement_text.notes(config)]),
-        *_bytes(config),
-        *placement_text.lines(config, read_topology()),
+        *(f"note: {note}" for note in [*deepspeed_managed.notes(config, run.deepspeed), *placement_text.notes(run)]),
+        *_bytes(run),
+        *placement_text.lines(run),
         *_files(config),
         "DeepSpeed config:",
-        json.dumps(settings, indent=2),
+        json.dumps(run.deepspeed, indent=2),
     ]
     return "\n".join(lines)
 
 
-def _check(config: Config) -> None:
+def _check(config: Config) -> Resolved:
     checks.resolve_device(config)
     config.validate()
-    checks.check_machine(config)
-    checks.check_inputs(config, fetch=False)
+    run = checks.check_machine(config)
+    checks.check_inputs(run, fetch=False)
+    return run
 
 
 def summarize(config: Config) -> tuple[str, str]:
     """One cell of a sweep: what would become of it (`fits`, `does not fit`, `skipped`, `invalid`), and the line that says so."""
     try:
-        _check(config)
-        fit.check(config)
+        run = _check(config)
+        fit.check(run)
     except fit.DoesNotFitError as error:
         return "does not fit", f"does not fit: {error.shortage}"
     except CombinationError as error:
         return "skipped", f"skipped: {error}"
     except ConfigError as error:
         return "invalid", f"invalid: {error}"
-    device = f", VRAM {gib(sum(device_estimate.device_bytes(config).values()))} each" * (
-        config.launch.device is Device.cuda
-    )
-    return "fits", f"fits: host {gib(host_estimate.predicted_host_bytes(config))}{device}"
+    device = f", VRAM {gib(sum(run.estimate.device.values()))} each" * (config.launch.device is Device.cuda)
+    return "fits", f"fits: host {gib(run.estimate.host_bytes)}{device}"
 
 
-def _what(config: Config, settings: dict[str, Any]) -> list[str]:
+def _what(run: Resolved) -> list[str]:
+    config = run.config
     model, train = config.model, config.train
     exact = "" if model.family in parameter_counts.FAMILIES else "about "
     weights = f"pretrained, from {model.path or 'the hub: ' + model.hf_id}"
@@ -85,15 +73,16 @@ def _what(config: Config, settings: dict[str, Any]) -> list[str]:
     return [
         f"model: {model.name}, {model.family}, {model.num_layers} layers, {parameters}",
         f"weights: {weights}; data: {data}",
-        f"attention: {attention.choose(config).name}; Liger Kernel: {'yes' if liger.wanted(config) else 'no'}; {_trained(config)}",
-        f"update: {config.optimizer.name}, {_updated_by(config, settings)}",
+        f"attention: {run.attention.name}; Liger Kernel: {'yes' if run.liger else 'no'}; {_trained(config)}",
+        f"update: {config.optimizer.name}, {_updated_by(run)}",
         f"iteration: {sequences} sequences of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} tokens, "
         f"{train.iterations} iterations of which {train.warmup_iterations} warm-up, {train.precision.name}",
     ]
 
 
-def _updated_by(config: Config, settings: dict[str, Any]) -> str:
-    if deepspeed_config.fuses_step(config, settings):
+def _updated_by(run: Resolved) -> str:
+    config = run.config
+    if run.fused_step:
         return "by ldft's fused step in host memory"
     if config.offload.optimizer is OffloadDevice.none:
         return "on the device" if config.launch.device is Device.cuda else "in host memory in the device's place"
@@ -128,16 +117,14 @@ def _ranges(cores: list[int]) -> str:
     return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
 
 
-def _bytes(config: Config) -> list[str]:
+def _bytes(run: Resolved) -> list[str]:
+    config, estimate = run.config, run.estimate
     ranks = config.launch.num_ranks
-    roles, others = host_estimate.host_bytes(config), host_estimate.other_bytes(config)
-    lines = [f"expected host memory, all ranks: {gib(host_estimate.predicted_host_bytes(config))}"]
-    lines += [f"  {part}: {gib(ranks * value)}" for part, value in (roles | others).items()]
-    moments = device_estimate.moments(config)
-    peak = max(moments, key=lambda moment: sum(moments[moment].values()))
+    lines = [f"expected host memory, all ranks: {gib(estimate.host_bytes)}"]
+    lines += [f"  {part}: {gib(ranks * value)}" for part, value in {**estimate.roles, **estimate.others}.items()]
     where = "VRAM" if config.launch.device is Device.cuda else "host memory in the device's place"
-    lines.append(f"expected {where}, each rank: {gib(sum(moments[peak].values()))}, at its peak ({peak})")
-    lines += [f"  {part}: {gib(value)}" for part, value in moments[peak].items()]
+    lines.append(f"expected {where}, each rank: {gib(sum(estimate.device.values()))}, at its peak ({estimate.peak})")
+    lines += [f"  {part}: {gib(value)}" for part, value in estimate.device.items()]
     free = fit.available(config)
     vram_gib = environment.gpu_memory_gib()
     lines.append(
@@ -145,7 +132,7 @@ def _bytes(config: Config) -> list[str]:
         f"GPUs: {len(environment.gpus())}{f' of {vram_gib:.1f} GiB' if vram_gib else ''}"
     )
     try:
-        fit.examine(config)
+        fit.examine(run)
     except fit.DoesNotFitError as error:
         lines.append(
             f"does not fit here, and force=true tries: {error.shortage}"
@@ -157,4 +144,4 @@ def _bytes(config: Config) -> list[str]:
 
 def _files(config: Config) -> list[str]:
     folder = parent.results_dir(config) / run_id(config) / "attempt-<n>"
-    return [f"files: {folder}/", "  config.json started.json rank-<r>.json worker-<r>.log row.parquet"]
+    return [f"files: {folder}/", "  config.json deepspeed.json started.json rank-<r>.json worker-<r>.log row.parquet"]

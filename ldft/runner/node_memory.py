@@ -18,8 +18,8 @@ from ldft.memory import placing
 from ldft.memory.drift import Counters, read_counters
 from ldft.memory.policy import Placement, process_policy, set_process_policy
 from ldft.memory.probe import GIB, MIB, MemoryTable, NodeMemory, process_memory
-from ldft.memory.topology import read_topology
 from ldft.preflight import role_placement
+from ldft.preflight.selection import Selection
 
 # A share further off than this is said on screen. Small processes are off by what the interpreter itself moves about.
 _TOLERANCE, _WORTH_A_WARNING = 0.05, 64 * MIB
@@ -31,12 +31,12 @@ def settle(config: Config) -> None:
     placing.settings.capacity_gib = config.memory.capacity_gib or None
 
 
-def begin(config: Config) -> tuple[MemoryTable, dict[str, Any]]:
+def begin(run: Selection) -> tuple[MemoryTable, dict[str, Any]]:
     """Set the process policy, in a rank that has not touched much yet. Returns the first reading and what to report."""
+    config, topology = run.config, run.topology
     settle(config)
-    topology = read_topology()
     placement, mechanism = config.numa.placement, None
-    striped = role_placement.stripes_of_process(config, topology)
+    striped = role_placement.stripes_of_process(run)
     if striped is not None:
         # What is in no arena is spread over the same nodes as well as the kernel can.
         set_process_policy(Placement(kind="interleave", nodes=striped.nodes), topology)

@@ -20,8 +20,8 @@ from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError
 from ldft.memory.kernel_weights import kernel_weights, restore_kernel_weights
-from ldft.memory.topology import read_topology
-from ldft.preflight import deepspeed_config, deepspeed_managed, fit, placement_text, role_placement
+from ldft.preflight import deepspeed_managed, fit, placement_text
+from ldft.preflight.resolved import Resolved
 from ldft.results import attempt, schema, store
 from ldft.runner import checks, final_status, launch, node_memory, signals, swap_files
 from ldft.terminal import Progress, seconds
@@ -65,13 +65,13 @@ def run(
     with signals.noting(), _row(config, folder, number) as row:
         row |= environment.describe()
         with signals.raising(), attempt.beating(folder):  # fetching weights takes as long as it takes
-            _prepare(config, row)
+            ready = _prepare(config, row)
         if show:
-            exits, decision, waited_s = _run_ranks(config, folder, show)
+            exits, decision, waited_s = _run_ranks(ready, folder, show)
         else:
             train = config.train
             with Progress(train.iterations, train.warmup_iterations, tokens_per_iteration(config)) as progress:
-                exits, decision, waited_s = _run_ranks(config, folder, progress.show)
+                exits, decision, waited_s = _run_ranks(ready, folder, progress.show)
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= node_memory.columns(reports, row["hosts"][0])
         row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
@@ -80,18 +80,18 @@ def run(
     return Outcome(row["status"], row, folder / schema.ROW_FILE)
 
 
-def _prepare(config: Config, row: dict[str, Any]) -> None:
+def _prepare(config: Config, row: dict[str, Any]) -> Resolved:
     """All that comes before the ranks: fills the row with what is expected. Raises ConfigError where they are not to start."""
     config.validate()
-    checks.check_machine(config)
-    settings = deepspeed_config.build(config)
-    swap_files.prepare(config, settings)
-    checks.check_inputs(config, fetch=True)
-    operators.prepare_cache(config)
-    row |= fit.predictions(config)
-    fit.check(config)
+    ready = checks.check_machine(config)
+    swap_files.prepare(config, ready.deepspeed)
+    checks.check_inputs(ready, fetch=True)
+    operators.prepare_cache(ready)
+    row |= fit.predictions(ready)
+    fit.check(ready)
     restore_kernel_weights()  # what a run that died may have left
-    row["notes"] = [*deepspeed_managed.notes(config, settings), *placement_text.notes(config)]
+    row["notes"] = [*deepspeed_managed.notes(config, ready.deepspeed), *placement_text.notes(ready)]
+    return ready
 
 
 def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str) -> Outcome:
@@ -160,9 +160,12 @@ def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
 
 
 def _run_ranks(
-    config: Config, folder: Path, show: Callable[[dict[str, Any]], None]
+    ready: Resolved, folder: Path, show: Callable[[dict[str, Any]], None]
 ) -> tuple[list[launch.RankExit], final_status.Verdict, float]:
     """Start the ranks, wait for them, and say how it went and how long they were waited for."""
+    config = ready.config
+    # What the parent has decided the ranks do: they do not read a user's DeepSpeed file again.
+    attempt.write_json(folder / attempt.DEEPSPEED, ready.deepspeed)
     kills_before = final_status.oom_kills()
     exits: list[launch.RankExit] = []
     interrupted, in_time = None, True
@@ -175,12 +178,11 @@ def _run_ranks(
             last_beat = time.monotonic()
             attempt.beat(folder)
 
-    striped = role_placement.stripes_of_process(config, read_topology())
     try:
         with (
             signals.noting(),
-            nullcontext() if striped else kernel_weights(config.numa.placement),
-            swap_files.folder(config, deepspeed_config.build(config)),
+            nullcontext() if ready.stripes else kernel_weights(config.numa.placement),
+            swap_files.folder(config, ready.deepspeed),
             launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
         ):
             exits = ranks.exits

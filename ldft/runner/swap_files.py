@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import os
 import shutil
@@ -88,12 +89,14 @@ def folder(config: Config, settings: dict[str, Any]) -> Iterator[None]:
         os.close(descriptor)
 
 
-def place(settings: dict[str, Any]) -> None:
-    """In a rank: the folder that the parent has made becomes DeepSpeed's."""
+def placed(settings: dict[str, Any]) -> dict[str, Any]:
+    """In a rank: the DeepSpeed config with the folder that the parent has made."""
+    settings = copy.deepcopy(settings)
     for name in ("offload_param", "offload_optimizer"):
         section = settings["zero_optimization"][name]
         if section.get("device") == "nvme":
             section["nvme_path"] = os.environ[VARIABLE]
+    return settings
 
 
 def _base(config: Config) -> Path:

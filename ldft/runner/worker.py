@@ -14,10 +14,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ldft.config import Config, from_dict
+from ldft.config import from_dict
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
 from ldft.memory.probe import MemoryTable
+from ldft.preflight.resolved import complete
+from ldft.preflight.selection import Selection, select
 from ldft.results import attempt
 from ldft.runner import node_memory, swap_files
 from ldft.runner.final_status import OOM_DEVICE, OOM_HOST
@@ -82,12 +84,12 @@ def _peak_kib(status: Path, without: tuple[str, ...]) -> int:
     return kib.pop("VmHWM", 0) - sum(kib.values())
 
 
-def _train(config: Config, report: _Report, rank: int, interpreter_start: float, first: MemoryTable) -> None:
+def _train(selection: Selection, report: _Report, rank: int, interpreter_start: float, first: MemoryTable) -> None:
+    config = selection.config
     report.phase("imports", "importing torch, transformers and DeepSpeed")
     import deepspeed
     import torch
 
-    from ldft.preflight import deepspeed_config
     from ldft.training import cuda_build, flops, liger_kernels, loop, model, snapshot
     from ldft.training.checkpointing import checkpointing
     from ldft.training.deepspeed import engine as engines
@@ -100,7 +102,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         cuda_build.check(device)
 
     report.phase("operators", "loading DeepSpeed's operators")
-    operators.load(config, say=lambda text: report.put(phase_text=text))
+    operators.load(selection, say=lambda text: report.put(phase_text=text))
 
     report.phase("rendezvous", "waiting for all ranks")
     deepspeed.init_distributed(
@@ -113,10 +115,10 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     )
 
     report.phase("model", f"building {config.model.name}")
-    settings = deepspeed_config.build(config)
-    swap_files.place(settings)
+    run = complete(selection)
+    settings = swap_files.placed(run.deepspeed)
     engines.check(settings)
-    arenas = role_memory.arenas_of(config, settings, rank)
+    arenas = role_memory.arenas_of(run, rank)
     network = model.build(config, settings, device, arenas)
     tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
     dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
@@ -127,7 +129,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
         trainable_parameters=model.num_parameters(network, trainable=True),
         attention=network.config._attn_implementation,
         liger_modules=liger_kernels.count_modules(network),
-        fused_step=deepspeed_config.fuses_step(config, settings),
+        fused_step=run.fused_step,
         model_tflop_dense=dense,
         model_tflop_attention=attention,
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
@@ -145,7 +147,7 @@ def _train(config: Config, report: _Report, rank: int, interpreter_start: float,
     if arenas is not None:
         arenas.of("activations").blocks = activations
     report.put(
-        pinned=role_memory.pinned(config, settings, arenas),
+        pinned=role_memory.pinned(run, arenas),
         role_addresses=role_memory.addresses(role_memory.tensors(engine, activations)),
     )
 
@@ -180,9 +182,10 @@ def main() -> int:
     report = _Report(folder, rank)
     try:
         # Before anything imports numpy or torch: a policy is of a thread and those it starts, and only of pages to come.
-        first, policy = node_memory.begin(config)
+        selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)
+        first, policy = node_memory.begin(selection)
         report.put(**policy)
-        _train(config, report, rank, interpreter_start, first)
+        _train(selection, report, rank, interpreter_start, first)
     except BaseException as error:
         traceback.print_exc()
         kind = "invalid" if isinstance(error, ConfigError) else _kind_of(error)

@@ -10,6 +10,7 @@ from typing import Any
 from ldft.config import Config, Rerun, run_id, series_id
 from ldft.errors import ConfigError
 from ldft.preflight import fit
+from ldft.preflight.resolved import resolve
 from ldft.results import attempt
 from ldft.results.history import OOM, History, Row
 from ldft.runner import parent
@@ -63,7 +64,7 @@ def _stays(row: Row, config: Config) -> bool:
 def _still_does_not_fit(config: Config) -> bool:
     """Whether a run that was refused for memory would be refused again; not so with `force`, or once others have freed theirs."""
     try:
-        fit.check(config)
+        fit.check(resolve(config))
     except ConfigError as error:
         return isinstance(error, fit.DoesNotFitError)
     return False

@@ -17,7 +17,8 @@ from ldft.errors import ConfigError
 from ldft.memory import placing
 from ldft.memory.limits import Free
 from ldft.memory.topology import Node, Topology
-from ldft.preflight import deepspeed_config, fit, liger, role_placement
+from ldft.preflight import deepspeed_config, fit, liger
+from ldft.preflight.resolved import resolve
 from ldft.results import store
 from ldft.results.history import History
 from ldft.runner import dry_run, launch, node_memory, parent
@@ -157,7 +158,9 @@ def placement(config: Config) -> Any:
 def assigned(config: Config) -> Any:
     """Placement by role on a machine of two nodes."""
     nodes = tuple(Node(id=id, cpus=(0,), total_bytes=1 << 30, distances={0: 10, 1: 20}) for id in (0, 1))
-    return role_placement.assign(config, Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1)))
+    return resolve(
+        config, topology=Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1))
+    ).placements
 
 
 def strategy(config: Config) -> Any:
@@ -167,7 +170,7 @@ def strategy(config: Config) -> Any:
         Node(id=id, cpus=(id,) * (id < 2), total_bytes=4 << 30, distances={n: 10 for n in range(4)}) for id in range(4)
     )
     machine = Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1, 2, 3))
-    return role_placement.assign(config, machine)
+    return resolve(config, topology=machine).placements
 
 
 def allocations(config: Config) -> Any:
@@ -207,7 +210,7 @@ def fitting(config: Config) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "free_memory", lambda capacity: Free(bytes=1024, limit="MemAvailable"))
         try:
-            fit.check(config)
+            fit.check(resolve(config))
         except ConfigError as error:
             return str(error)
     return "runs"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ldft.preflight import deepspeed_config, liger
+from ldft.preflight.resolved import resolve
 from ldft.training import data, liger_kernels, model
 from ldft.training.deepspeed import engine, role_memory
 from tests.gpu.machine import cuda_config, process_group
@@ -87,7 +88,7 @@ def test_trains_under_deepspeed_as_the_stock_model(group: None, overrides: tuple
         beside = (f"optimizer.learning_rate={rate}", "data=repeat", "memory.pinning=none", f"kernels.liger={used}")
         config = cuda_config("model=nano", *SMALL, *overrides, *beside)
         settings = deepspeed_config.build(config)
-        arenas = role_memory.arenas_of(config, settings, 0)
+        arenas = role_memory.arenas_of(resolve(config, deepspeed=settings), 0)
         network = model.build(config, settings, CUDA, arenas)
         built = engine.build(config, network, settings, arenas)
         losses.append([])

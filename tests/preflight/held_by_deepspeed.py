@@ -18,6 +18,7 @@ import torch
 
 from ldft.config import from_dict
 from ldft.preflight import deepspeed_config
+from ldft.preflight.selection import select
 from ldft.training import data, model
 from ldft.training.deepspeed import operators
 
@@ -50,7 +51,7 @@ def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     configs = {file.stem: from_dict(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))}
     for config in {config.optimizer.name: config for config in configs.values()}.values():
-        operators.load(config, say=lambda text: None)
+        operators.load(select(config), say=lambda text: None)
     deepspeed.init_distributed(
         "gloo",
         auto_mpi_discovery=False,

@@ -70,7 +70,7 @@ def on_disk(option: str) -> list[str]:
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_deepspeed_takes_every_option_as_it_is_meant(option: str, precision: str) -> None:
     if (option, precision) == ("zenflow", "fp16"):
-        pytest.skip("refused (test_moved.py)")
+        pytest.skip("refused (test_deepspeed_managed.py)")
     values = settings(
         f"offload={option}",
         f"train.precision={precision}",

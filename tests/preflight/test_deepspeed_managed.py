@@ -116,7 +116,7 @@ def test_swap_files_go_with_their_run(tmp_path: Path) -> None:
     config, settings = nvme(tmp_path)
     (tmp_path / "something else").touch()
     with swap_files.folder(config, settings):
-        swap_files.place(settings)
+        settings = swap_files.placed(settings)
         folders = {settings["zero_optimization"][name]["nvme_path"] for name in ("offload_param", "offload_optimizer")}
         (made,) = map(Path, folders)
         (made / "file").touch()

@@ -9,6 +9,8 @@ import pytest
 
 from ldft import environment
 from ldft.preflight import device_estimate, parameter_counts, zero_buckets
+from ldft.preflight.resolved import resolve
+from ldft.preflight.selection import select
 from tests.conftest import compose
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "measured_vram.csv").read_text().splitlines()[1:]))
@@ -26,7 +28,7 @@ def test_the_formula_is_within_five_percent_of_the_measured_peak(row: dict[str, 
         *([f"offload.deepspeed.zero_optimization={{{SIZES},contiguous_gradients:true}}"] if row["offload"] == "full" else []),
         f"checkpointing={row['checkpointing']}", f"kernels.liger={row['liger']}", "launch.device=cuda",
     )  # fmt: skip
-    peak_gb = sum(device_estimate.device_bytes(config).values()) / 1e9
+    peak_gb = sum(resolve(config).estimate.device.values()) / 1e9
     if row["checkpointing"] == "cpu":  # the scripts fetched one layer input at a time; ldft has the next one on its way
         peak_gb -= device_estimate.hidden_bytes(config) / 1e9
     assert peak_gb == pytest.approx(float(row["peak_gb"]), rel=0.05)
@@ -35,7 +37,7 @@ def test_the_formula_is_within_five_percent_of_the_measured_peak(row: dict[str, 
 def test_what_is_sharded_shrinks_with_the_ranks() -> None:
     def peak(ranks: int, offload: str) -> int:
         line = ("model=llama3_8b", "launch.device=cuda", f"offload={offload}", f"launch.num_ranks={ranks}")
-        return sum(device_estimate.device_bytes(compose(*line)).values())
+        return sum(resolve(compose(*line)).estimate.device.values())
 
     assert peak(8, "zero3") < peak(4, "zero3") < peak(2, "zero3")
     assert peak(8, "none") == peak(1, "none")
@@ -46,7 +48,8 @@ def test_frozen_weights_are_not_copied_when_training_starts() -> None:
 
     def start(*more: str) -> float:
         config = compose("model=qwen2_5_32b", "seq_len=4k", "offload=optimizer", "launch.device=cuda", *more)
-        return device_estimate.moments(config)["start"]["weights"] / sum(device_estimate.least_bytes(config).values())
+        moments = device_estimate.moments(select(config))
+        return moments["start"]["weights"] / sum(device_estimate.least_of(moments).values())
 
     assert start() > 1.8  # two copies of 32e9 weights, against one and little else
     assert start("lora=r16") < 1.01
@@ -62,7 +65,7 @@ def activations(*more: str) -> int:
         "launch.device=cuda",
         "attention=sdpa",
     )
-    return device_estimate.moments(compose(*line, *more))["loss"]["activations"]
+    return device_estimate.moments(select(compose(*line, *more)))["loss"]["activations"]
 
 
 def test_repeated_keys_and_values_are_kept_instead_of_those_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +89,7 @@ def test_dropout_keeps_an_input_and_a_mask_for_each_adapter() -> None:
 def test_sdpa_gets_a_mask_of_all_tokens_with_all_for_a_window() -> None:
     def mask(*more: str) -> int:
         line = ("model=mistral_nemo_12b", "seq_len=32k", "launch.device=cuda", *more)
-        return device_estimate.device_bytes(compose(*line)).get("attention mask", 0)
+        return resolve(compose(*line)).estimate.device.get("attention mask", 0)
 
     assert mask("attention=sdpa") == mask("attention=eager", "model.sliding_window=4096") == 0
     assert mask("attention=sdpa", "model.sliding_window=4096") == 3 * 32768**2

@@ -11,8 +11,9 @@ from ldft import environment
 from ldft.config import Config
 from ldft.memory.limits import Free
 from ldft.memory.topology import Node, Topology
-from ldft.preflight import fit
-from ldft.runner import dry_run, parent
+from ldft.preflight import fit, selection
+from ldft.preflight.resolved import resolve
+from ldft.runner import checks, dry_run, parent
 from tests.conftest import compose
 
 GIB = 2**30
@@ -28,7 +29,8 @@ TWO = Topology(
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """64 GiB of host memory on two nodes, of which the second has 2 GiB left; GPUs of 80 GiB."""
-    monkeypatch.setattr(fit, "read_topology", lambda: TWO)
+    monkeypatch.setattr(selection, "read_topology", lambda: TWO)
+    monkeypatch.setattr(checks, "read_topology", lambda: TWO)
     monkeypatch.setattr(fit, "free_on_node", lambda node: [60 * GIB, 2 * GIB][node])
     monkeypatch.setattr(fit, "free_memory", lambda capacity: Free(bytes=capacity or 62 * GIB, limit="MemAvailable"))
     monkeypatch.setattr(environment, "gpus", lambda: ("a GPU",))
@@ -39,7 +41,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def refused(config: Config) -> str:
     with pytest.raises(fit.DoesNotFitError) as caught:
-        fit.check(config)
+        fit.check(resolve(config))
     line = str(caught.value)
     assert "\n" not in line and len(line) < 400
     return line
@@ -49,9 +51,9 @@ def test_host_memory_in_total(machine) -> None:
     line = refused(compose("model=llama3_8b", "launch.device=cuda"))
     assert line.startswith("force: false, and host memory does not suffice: 151.3 GiB expected, 62.0 GiB free by MemAv")
     assert "master_weights 29.9, master_gradients 29.9, momentum 29.9" in line and "memory.capacity_gib" in line
-    fit.check(compose("model=llama3_8b", "launch.device=cuda", "memory.capacity_gib=160"))
-    fit.check(compose("model=llama3_8b", "launch.device=cuda", "force=true"))
-    fit.check(compose("model=llama3_1b", "launch.device=cuda"))
+    fit.check(resolve(compose("model=llama3_8b", "launch.device=cuda", "memory.capacity_gib=160")))
+    fit.check(resolve(compose("model=llama3_8b", "launch.device=cuda", "force=true")))
+    fit.check(resolve(compose("model=llama3_1b", "launch.device=cuda")))
 
 
 def test_device_memory(machine) -> None:
@@ -61,8 +63,8 @@ def test_device_memory(machine) -> None:
 
 def test_a_copy_that_deepspeed_makes_on_the_host_where_vram_is_short_refuses_nothing(machine) -> None:
     line = ("model=qwen2_5_32b", "launch.device=cuda", "offload=optimizer", "seq_len=4k", "memory.capacity_gib=900")
-    fit.check(compose(*line, "lora=r16"))
-    fit.check(compose(*line))
+    fit.check(resolve(compose(*line, "lora=r16")))
+    fit.check(resolve(compose(*line)))
     assert "VRAM does not suffice" in refused(compose(*line[1:], "model=llama3_70b", "lora=r16"))
 
 
@@ -70,9 +72,9 @@ def test_each_node_where_a_placement_leaves_no_choice(machine) -> None:
     line = refused(compose("model=llama3_1b", "launch.device=cuda", "numa.roles.momentum.nodes=[1]"))
     assert "memory of node 1 does not suffice: 4.6 GiB expected, 2.0 GiB free there (largest: momentum 4.6)" in line
     weights = ("numa.roles.momentum.nodes=[0,1]", "numa.roles.momentum.weights=[3,1]")
-    fit.check(compose("model=llama3_1b", "launch.device=cuda", *weights))
+    fit.check(resolve(compose("model=llama3_1b", "launch.device=cuda", *weights)))
     refused(compose("model=llama3_1b", "launch.device=cuda", "numa=interleave_all"))
-    fit.check(compose("model=llama3_1b", "launch.device=cuda", "numa.roles.momentum.nodes=[1]", "force=true"))
+    fit.check(resolve(compose("model=llama3_1b", "launch.device=cuda", "numa.roles.momentum.nodes=[1]", "force=true")))
 
 
 def test_a_dry_run_says_so(machine) -> None:

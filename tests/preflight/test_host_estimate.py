@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from ldft import environment
 from ldft.config import Config, from_dict, to_dict
 from ldft.config.checkpointing import CheckpointingMode
-from ldft.preflight import device_estimate, host_estimate, parameter_counts
+from ldft.preflight import host_estimate, parameter_counts
+from ldft.preflight.resolved import resolve
 from ldft.training import lora, model
 from tests.conftest import IN_CI, compose
 
@@ -128,9 +129,9 @@ def test_torchs_pinned_allocator_is_counted_where_it_pins() -> None:
     ):
         config = compose(*line, "checkpointing=gpu", "launch.device=cuda", "memory.pinning=torch")
         files = 0.5 * config.launch.num_ranks
-        assert host_estimate.predicted_host_bytes(config) / 1e9 + files == pytest.approx(measured, rel=0.03)
+        assert resolve(config).estimate.host_bytes / 1e9 + files == pytest.approx(measured, rel=0.03)
         exact = compose(*line, "checkpointing=gpu", "launch.device=cuda")
-        assert host_estimate.predicted_host_bytes(exact) < 0.97 * host_estimate.predicted_host_bytes(config)
+        assert resolve(exact).estimate.host_bytes < 0.97 * resolve(config).estimate.host_bytes
 
 
 def test_swap_files_leave_only_buffers_on_the_host(tmp_path: Path) -> None:
@@ -139,8 +140,8 @@ def test_swap_files_leave_only_buffers_on_the_host(tmp_path: Path) -> None:
     assert host_estimate.host_bytes(config) == {"compute_gradients": 2 * parameter_counts.num_parameters(config.model)}
     # Four buffers of the largest sub-group, the embedding, and a gradient, in fp32; five of a weight in 16 bits.
     embedding = 128256 * 4096
-    assert host_estimate.other_bytes(config)["swap buffers"] == pytest.approx((5 * 4 + 5 * 2) * embedding, rel=0.001)
-    assert host_estimate.predicted_host_bytes(config) < 0.3 * host_estimate.predicted_host_bytes(compose(*line[:2]))
+    assert resolve(config).estimate.others["swap buffers"] == pytest.approx((5 * 4 + 5 * 2) * embedding, rel=0.001)
+    assert resolve(config).estimate.host_bytes < 0.3 * resolve(compose(*line[:2])).estimate.host_bytes
 
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -185,5 +186,5 @@ def test_estimates_match_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> 
         # Rows of before attention and Liger had keys of their own.
         if "fp16-llama3_1b-2k-h200" in name:
             config.kernels.liger, config.checkpointing.mode = False, CheckpointingMode.gpu
-        assert host_estimate.predicted_host_bytes(config) / 2**30 == pytest.approx(host_gib, rel=0.03), name
-        assert sum(device_estimate.device_bytes(config).values()) / 2**30 == pytest.approx(device_gib, rel=0.09), name
+        assert resolve(config).estimate.host_bytes / 2**30 == pytest.approx(host_gib, rel=0.03), name
+        assert sum(resolve(config).estimate.device.values()) / 2**30 == pytest.approx(device_gib, rel=0.09), name

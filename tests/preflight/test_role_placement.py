@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import pytest
 
+from ldft.config import Config
 from ldft.config.numa import NumaKind, RoleConfig, RolesConfig
 from ldft.memory.policy import Placement, PlacementError
 from ldft.memory.topology import Node, Topology
-from ldft.preflight.role_placement import ROLES, assign, stripes_of_process
+from ldft.preflight.resolved import resolve
+from ldft.preflight.role_placement import ROLES, stripes_of_process
+from ldft.preflight.selection import select
 from tests.conftest import compose
 
 FOUR = Topology(
@@ -19,6 +23,10 @@ FOUR = Topology(
     weights_auto=None,
     allowed=(0, 1, 2, 3),
 )
+
+
+def assign(config: Config, topology: Topology) -> list[Mapping[str, Placement]]:
+    return [*resolve(config, topology=topology).placements]
 
 
 def bind(node: int) -> Placement:
@@ -81,7 +89,7 @@ def test_nodes_are_filled_in_and_checked_against_the_machine() -> None:
 
 def test_stripes_stand_in_for_weights_where_the_kernel_has_none_and_there_is_something_to_stripe() -> None:
     def rest(*overrides: str) -> Placement | None:
-        return stripes_of_process(compose("launch.device=cpu", *overrides), FOUR)
+        return stripes_of_process(select(compose("launch.device=cpu", *overrides), topology=FOUR))
 
     striped = Placement(kind="weighted_interleave", nodes=(0, 3), weights=(1, 2), method="stripes")
     assert rest("numa=weighted_0_3") == striped
@@ -91,4 +99,4 @@ def test_stripes_stand_in_for_weights_where_the_kernel_has_none_and_there_is_som
     assert rest("numa=weighted_0_3", "memory.pinning=torch") is None
     assert rest("numa=weighted_0_3", "offload=none", "checkpointing=gpu") is None
     able = replace(FOUR, weights={0: 2, 1: 1, 2: 1, 3: 4})
-    assert stripes_of_process(compose("launch.device=cpu", "numa=weighted_0_3"), able) is None
+    assert stripes_of_process(select(compose("launch.device=cpu", "numa=weighted_0_3"), topology=able)) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from ldft.memory import bandwidths, cost_model
 from ldft.memory.policy import Placement, PlacementError
 from ldft.memory.topology import Node, Topology
 from ldft.preflight import fit, host_estimate, placement_text
-from ldft.preflight.role_placement import ROLES, assign, streams
+from ldft.preflight.resolved import resolve
+from ldft.preflight.role_placement import ROLES, streams
+from ldft.preflight.selection import select
 from tests.conftest import compose
 
 GIB = 2**30
@@ -33,6 +36,10 @@ def config(strategy: str, *more: str) -> Config:
     made = compose("model=llama3_8b", "launch.device=cuda", f"numa={strategy}", *more)
     made.validate()
     return made
+
+
+def assign(config: Config, topology: Topology) -> list[Mapping[str, Placement]]:
+    return [*resolve(config, topology=topology).placements]
 
 
 def on_nodes(made: Config, topology: Topology) -> dict[int, float]:
@@ -80,7 +87,7 @@ def test_cxl_aware_fills_the_local_budget_that_all_ranks_share(ranks: int) -> No
 def test_budgets_by_default_are_what_the_nodes_have_less_the_processes() -> None:
     made = config("cxl_aware")
     held = on_nodes(made, machine(gib=80))
-    process = host_estimate.other_bytes(made)["process"]
+    process = resolve(made, topology=machine(gib=80)).estimate.others["process"]
     assert held[0] == pytest.approx(80 * GIB * 31 / 32 - process, rel=1e-5)
 
 
@@ -106,7 +113,9 @@ def test_optimal_uses_both_nodes_keeps_the_budgets_and_is_no_slower_than_cxl_awa
     made, paper = (config(name, *budgets, BANDWIDTH) for name in ("optimal", "cxl_aware"))
     held = on_nodes(made, machine(gib=300))
     assert held[0] <= 120 * GIB and 10 * GIB < held[1] <= 80 * GIB
-    ours, theirs = (sum(placement_text.modelled_s(of, machine(gib=300)).values()) for of in (made, paper))
+    ours, theirs = (
+        sum(placement_text.modelled_s(resolve(of, topology=machine(gib=300))).values()) for of in (made, paper)
+    )
     assert 0 < ours < theirs
 
 
@@ -136,22 +145,22 @@ def test_a_damaged_profile_stops_optimal_alone(
     bandwidths.save({}, bandwidths.profile_path())
     bandwidths.profile_path().write_text(text)
     for strategy in ("local_only", "cxl_aware"):
-        assert "modelled_traffic_s" not in fit.predictions(config(strategy))
-        assert placement_text.modelled_s(config(strategy), machine()) == {}
+        assert "modelled_traffic_s" not in fit.predictions(resolve(config(strategy), topology=machine()))
+        assert placement_text.modelled_s(resolve(config(strategy), topology=machine())) == {}
     said = capsys.readouterr().err
     assert said.startswith("ldft: numa.bandwidth: ") and said.endswith("; modelled times are left out\n")
     assert said.count("\n") == 1
     with pytest.raises(ConfigError, match=r"^numa\.bandwidth: "):
         assign(config("optimal"), machine())
-    assert placement_text.modelled_s(config("local_only", BANDWIDTH), machine())
+    assert placement_text.modelled_s(resolve(config("local_only", BANDWIDTH), topology=machine()))
 
 
 def test_the_plan_counts_the_passes_that_are_made() -> None:
-    assert streams(config("optimal")) == cost_model.FUSED
+    assert streams(select(config("optimal"))) == cost_model.FUSED
     for more in ("optimizer.fused_step=false", "offload=optimizer"):
-        assert streams(config("optimal", more)) == cost_model.STOCK
+        assert streams(select(config("optimal", more))) == cost_model.STOCK
     # Each micro-batch fetches weights and adds to gradients; the fp32 gradients are written once, and there is one update.
-    four = streams(config("optimal", "train.gradient_accumulation_steps=4"))
+    four = streams(select(config("optimal", "train.gradient_accumulation_steps=4")))
     assert four["optimizer", "cpu"] == cost_model.FUSED["optimizer", "cpu"]
     assert four["forward", "h2d"] == {"compute_weights": 4} and four["forward", "d2h"] == {"activations": 4}
     assert four["backward", "h2d"] == {"compute_weights": 4, "activations": 4, "compute_gradients": 4}
@@ -183,12 +192,12 @@ def test_the_plan_is_shown_with_its_modelled_time() -> None:
     made = config(
         "striped", BANDWIDTH.replace("}}", "},node2:{cpu:69}}"), "numa.local_budget_gib=100", "launch.num_ranks=2"
     )
-    text = "\n".join(placement_text.lines(made, machine(cxl=2)))
+    text = "\n".join(placement_text.lines(resolve(made, topology=machine(cxl=2))))
     assert "momentum: node 0 100.0% (14.96 GiB)" in text
     assert "compute_gradients: node 1 100.0% (7.48 GiB)\n    rank 1: node 2 100.0% (7.48 GiB)" in text
     assert "modelled traffic to host memory, s a step: " in text and "optimizer" in text
-    assert placement_text.lines(compose("numa=bind_0"), machine()) == [
+    assert placement_text.lines(resolve(compose("numa=bind_0", "launch.device=cpu"), topology=machine())) == [
         "memory policy of the ranks (numa=bind_0): bind of node 0"
     ]
-    (line,) = placement_text.lines(compose("launch.device=cpu"), machine())
+    (line,) = placement_text.lines(resolve(compose("launch.device=cpu"), topology=machine()))
     assert line.startswith("memory policy of the ranks (numa=default): ")

@@ -12,6 +12,7 @@ from ldft.config.numa import NumaConfig, NumaKind
 from ldft.memory.policy import MPOL_DEFAULT, MPOL_INTERLEAVE, PlacementError
 from ldft.memory.probe import GIB, MIB
 from ldft.memory.topology import read_topology
+from ldft.preflight.selection import select
 from ldft.runner import node_memory
 
 NODE = read_topology().memory_nodes[0]
@@ -115,7 +116,8 @@ def test_the_policy_is_set_before_numpy_and_torch_are_imported(monkeypatch) -> N
 
     code = (
         "import sys, ldft.runner.worker\nfrom ldft.runner import node_memory\nfrom ldft.config import Config\n"
-        "node_memory.begin(Config())\nprint([m for m in ('torch', 'numpy', 'pandas', 'transformers') if m in sys.modules])"
+        "from ldft.preflight.selection import select\n"
+        "node_memory.begin(select(Config()))\nprint([m for m in ('torch', 'numpy', 'pandas', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
@@ -124,4 +126,4 @@ def test_the_policy_is_set_before_numpy_and_torch_are_imported(monkeypatch) -> N
 def test_begin_refuses_what_the_machine_does_not_have() -> None:
     config = Config(numa=NumaConfig(kind=NumaKind.bind, nodes=[63]))
     with pytest.raises(PlacementError, match="node 63 does not exist"):
-        node_memory.begin(config)
+        node_memory.begin(select(config))

@@ -23,12 +23,13 @@ def stock(folder: Path) -> None:
 
     from ldft.config import from_dict
     from ldft.preflight import deepspeed_config, zero_buckets
+    from ldft.preflight.selection import select
     from ldft.training import data, model
     from ldft.training.deepspeed import operators
 
     config = from_dict(json.loads((folder / "config.json").read_text()))
     config.optimizer.fused_step = False
-    operators.load(config, say=print)
+    operators.load(select(config), say=print)
     settings = deepspeed_config.build(config)
     for name in zero_buckets.sizes(config):
         del settings["zero_optimization"][name]

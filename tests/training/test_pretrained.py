@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ldft.config import Config, Device
 from ldft.errors import ConfigError
 from ldft.preflight import deepspeed_config
+from ldft.preflight.selection import select
 from ldft.training import model, safetensors_index
 from ldft.training.deepspeed import operators
 from tests.conftest import compose
@@ -62,7 +63,7 @@ def process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     # ninja lies beside Python; loading an operator sets the folder of extensions for good.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(operators.cache_dir()))
-    operators.load(config_of("offload=none"), say=lambda text: None)
+    operators.load(select(config_of("offload=none")), say=lambda text: None)
     deepspeed.init_distributed(
         dist_backend="gloo",
         auto_mpi_discovery=False,

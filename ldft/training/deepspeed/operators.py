@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from ldft.config import Config, Device, OffloadDevice
+from ldft.config import Device, OffloadDevice
 from ldft.errors import ConfigError
-from ldft.preflight import deepspeed_config
+from ldft.preflight.selection import Selection
 
 
 def cache_dir() -> Path:
@@ -36,9 +36,9 @@ def cache_dir() -> Path:
     return home / "ldft" / "operators" / f"{key}-{versions}"
 
 
-def prepare_cache(config: Config) -> None:
+def prepare_cache(run: Selection) -> None:
     """Make the folder for this run's operators. Raises ConfigError where it cannot be written."""
-    if not needed(config):
+    if not needed(run):
         return
     folder = cache_dir()
     try:
@@ -63,24 +63,24 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def needed(config: Config) -> list[str]:
+def needed(run: Selection) -> list[str]:
     """Builders of the operators that this run will use, by DeepSpeed's names."""
+    config = run.config
     names = ["ShareMemCommBuilder"] if config.launch.device is Device.cpu else []
-    own = deepspeed_config.fuses_step(config, deepspeed_config.build(config))
-    if config.offload.optimizer is not OffloadDevice.none and not own:
+    if config.offload.optimizer is not OffloadDevice.none and not run.fused_step:
         names.append("CPULionBuilder" if config.optimizer.name == "lion" else "CPUAdamBuilder")
     if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
         names += ["PinMemoryBuilder", "AsyncIOBuilder"]
     return names
 
 
-def load(config: Config, say: Callable[[str], None]) -> None:
+def load(run: Selection, say: Callable[[str], None]) -> None:
     """Compile (minutes, once) or load (seconds) the operators that this run will use."""
     from deepspeed.accelerator import get_accelerator
 
     folder = cache_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    for name in needed(config):
+    for name in needed(run):
         if name == "ShareMemCommBuilder":
             from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder
         else:

@@ -6,22 +6,21 @@ from typing import Any
 
 import torch
 
-from ldft.config import Config, Device, Pinning
+from ldft.config import Device, Pinning
 from ldft.memory.arenas import Arenas, span
 from ldft.memory.policy import process_policy
-from ldft.memory.topology import read_topology
-from ldft.preflight import deepspeed_config, role_placement
+from ldft.preflight.resolved import Resolved
 from ldft.training.deepspeed import audit, roles
 from ldft.training.deepspeed.roles import DMA_ROLES, RoleTensor
 
 
-def arenas_of(config: Config, settings: dict[str, Any], rank: int) -> Arenas | None:
-    """The rank's arenas, empty so far; None where DeepSpeed's tensors are left to DeepSpeed. settings: its config."""
-    if not deepspeed_config.uses_arenas(config, settings):
+def arenas_of(run: Resolved, rank: int) -> Arenas | None:
+    """The rank's arenas, empty so far; None where DeepSpeed's tensors are left to DeepSpeed."""
+    if not run.uses_arenas:
         return None
+    config = run.config
     exact = config.memory.pinning is Pinning.exact and config.launch.device is Device.cuda
-    placements = role_placement.assign(config, read_topology())[rank]
-    return Arenas(placements, pinned=DMA_ROLES if exact else ())
+    return Arenas(run.placements[rank], pinned=DMA_ROLES if exact else ())
 
 
 def seconds(arenas: Arenas | None) -> dict[str, float]:
@@ -31,13 +30,10 @@ def seconds(arenas: Arenas | None) -> dict[str, float]:
     return {"init_placement_s": placed_s, "init_first_touch_s": sum(report.touch_s for report in reports)}
 
 
-def pinned(config: Config, settings: dict[str, Any], arenas: Arenas | None) -> bool:
+def pinned(run: Resolved, arenas: Arenas | None) -> bool:
     """Whether offloaded tensors that DMA touches are pinned, by us or by DeepSpeed."""
     if arenas is None:
-        return any(
-            settings["zero_optimization"].get(name, {}).get("pin_memory", False)
-            for name in ("offload_param", "offload_optimizer")
-        )
+        return any(run.zero.get(name, {}).get("pin_memory", False) for name in ("offload_param", "offload_optimizer"))
     return any(report.pinned for report in arenas.reports())
 
 

@@ -23,6 +23,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from ldft.config import Device, from_dict
 from ldft.errors import LdftError
 from ldft.preflight import deepspeed_config
+from ldft.preflight.resolved import resolve
+from ldft.preflight.selection import select
 from ldft.training import data, model
 from ldft.training.deepspeed import arena_hooks, audit, fused_step, operators, rebinding, role_memory, roles
 from ldft.training.deepspeed import engine as engines
@@ -72,7 +74,7 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     config, fault = from_dict(json.loads(case["config"])), case.get("fault", "")
     device = torch.device(config.launch.device.name, rank if config.launch.device is Device.cuda else None)
     settings = deepspeed_config.build(config)
-    arenas = role_memory.arenas_of(config, settings, rank)
+    arenas = role_memory.arenas_of(resolve(config, deepspeed=settings), rank)
     network = model.build(config, settings, device, arenas)
     engine = engines.build(config, network, settings, arenas)
     said: dict[str, Any] = {"loss": [], "state_before": len(engine.optimizer.state)}
@@ -120,7 +122,7 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.set_device(rank)
     for config in {config.optimizer.name: config for config in configs}.values():
-        operators.load(config, say=lambda text: None)
+        operators.load(select(config), say=lambda text: None)
     deepspeed.init_distributed(
         "nccl" if device == "cuda" else "gloo",
         auto_mpi_discovery=False,

@@ -114,11 +114,12 @@ DEEPSPEED = """
 import copy, json, sys, torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.lion import DeepSpeedCPULion
+from ldft.preflight.selection import select
 from ldft.training.deepspeed import operators
 from tests.conftest import compose
 from tests.training.optimizers.test_host_optimizer import BETAS, DECAY, EPS, RATE, optimizer_of
 said, rule = [], sys.argv[2]
-operators.load(compose(f"optimizer={rule}", "optimizer.fused_step=false", "launch.device=cpu"), print)
+operators.load(select(compose(f"optimizer={rule}", "optimizer.fused_step=false", "launch.device=cpu")), print)
 for numel in (16, 4096, 262_160, 262_167):
     torch.manual_seed(numel)
     ours = torch.nn.Parameter(torch.randn(numel))
