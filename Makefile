@@ -6,34 +6,33 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
-NATIVE := CMakeLists.txt $(wildcard csrc/*)
+SETUP  := @PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
 
 .PHONY: run test numa-vm check format clean
 
-run: $(STAMP)
+run:
+	$(SETUP) run
 	@$(BIN)/python -m ldft $(ARGS)
 
-test: $(STAMP)
+test:
+	$(SETUP) test
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 numa-vm:
 	@$(PYTHON) tests/numa_vm/machine.py setup
 
-check: $(STAMP)
+check:
+	$(SETUP) test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 
-format: $(STAMP)
+format:
+	$(SETUP) test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
-
-$(STAMP): pyproject.toml constraints.txt $(NATIVE)
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
-	@touch $@
 
 clean:
 	rm -rf $(VENV) .build .mypy_cache .pytest_cache .ruff_cache dist

@@ -123,7 +123,7 @@ def config_of(contender: Contender, setting: Setting) -> Config:
     peer = () if contender.settings is None else AS_STOCK
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
         config = from_dict(compose("config", overrides=[*setting.overrides, *contender.overrides, *peer]))
-    checks.resolve_device(config)
+    checks.resolve(config)
     config.validate()
     return config
 

@@ -7,6 +7,10 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,24 +25,84 @@ _SOURCES = ("conf", "csrc", "hydra_plugins", "benchmarks")
 _PACKAGES = ("ldft", "torch", "deepspeed", "transformers", "hydra-core", "omegaconf", "pyarrow", "numpy",
              "liger-kernel", "peft", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")  # fmt: skip
 
+# CPU flags that say that bf16 products are native: x86's, and Arm's.
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+# Limits of oneDNN below its first instruction set with bf16 products.
+_WITHOUT_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Assumed:
+    """GPUs that are not here."""
+
+    count: int
+    memory_gib: float | None
+
+
+_assumed: ContextVar[_Assumed | None] = ContextVar("_assumed", default=None)
+ASSUMED_CAPABILITY = (9, 0)
+
+
+@contextmanager
+def assumed_gpus(count: int, memory_gib: float | None) -> Iterator[None]:
+    """Answer, within the context, as a machine of `count` Hopper GPUs would (compute capability 9.0), each of `memory_gib` GiB;
+    None is an unknown size. For dry runs of a machine that is not here."""
+    token = _assumed.set(_Assumed(count, memory_gib))
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def gpus_are_assumed() -> bool:
+    """Whether the GPUs that are told of are not here."""
+    return _assumed.get() is not None
+
 
 def compute_capability() -> tuple[int, int] | None:
     """The lowest CUDA compute capability among the GPUs that CUDA would show; None without one."""
+    if _assumed.get():
+        return ASSUMED_CAPABILITY
     import pynvml
 
     return min((tuple(pynvml.nvmlDeviceGetCudaComputeCapability(_whole(gpu))) for gpu in _visible()), default=None)
 
 
+def native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether torch computes bf16 matrix products on this CPU with instructions of its own. Without them they are converted one
+    number at a time: benchmarks/cpu_precision.py measures what that costs.
+
+    oneDNN, which does the products, can be told to leave instructions alone (ONEDNN_MAX_CPU_ISA): then they do not count.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    if limit.upper() in _WITHOUT_BF16:
+        return False
+    with cpuinfo.open() as lines:
+        for line in lines:
+            name, _, words = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return not _BF16_FLAGS.isdisjoint(words.split())
+    return False
+
+
 def gpu_memory_gib() -> float | None:
     """Memory of the smallest GPU that CUDA would show, GiB; None without one."""
+    if assumed := _assumed.get():
+        return assumed.memory_gib
     import pynvml
 
     return min((float(pynvml.nvmlDeviceGetMemoryInfo(gpu).total) / 2**30 for gpu in _visible()), default=None)
 
 
-@cache
 def gpus() -> tuple[str, ...]:
     """Models of the GPUs that CUDA would show, in its order; empty without a driver."""
+    if assumed := _assumed.get():
+        return ("assumed Hopper GPU",) * assumed.count
+    return _models()
+
+
+@cache
+def _models() -> tuple[str, ...]:
     import pynvml
 
     return tuple(pynvml.nvmlDeviceGetName(_whole(gpu)) for gpu in _visible())

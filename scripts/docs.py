@@ -1,4 +1,4 @@
-"""Fill in the generated parts of README.md and docs/: `python scripts/docs.py`; with --check, only say what is out of date.
+"""Fill in the generated parts of docs/: `python scripts/docs.py`; with --check, only say what is out of date.
 
 Between `<!-- columns: begin -->` and `<!-- columns: end -->` stands the table of row columns, from the schema; between the
 `messages` marks every message about a config value, from the source; in tables between `availability` marks the last cell
@@ -124,7 +124,8 @@ def _keys() -> frozenset[str]:
 def available(override: str) -> bool:
     """Whether `group=option`, `dotted.key=value` or `python -m module` exists in this version."""
     if override.startswith("python -m "):
-        return (REPOSITORY / Path(*override.split()[2].split(".")).with_suffix(".py")).exists()
+        module = REPOSITORY / Path(*override.split()[2].split("."))
+        return module.with_suffix(".py").exists() or (module / "__main__.py").exists()
     key, _, value = override.partition("=")
     if (REPOSITORY / "conf" / key).is_dir():
         return (REPOSITORY / "conf" / key / f"{value}.yaml").exists()
@@ -162,7 +163,7 @@ def filled(text: str) -> str:
 def main() -> int:
     """Write what changed; with --check write nothing and return 1 where something would."""
     stale = []
-    for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]:
+    for path in sorted((REPOSITORY / "docs").glob("*.md")):
         text = path.read_text()
         if filled(text) != text:
             stale.append(path.relative_to(REPOSITORY))

@@ -18,7 +18,7 @@ from hydra import initialize_config_dir
 
 from ldft import results
 from ldft.cli import composition
-from ldft.config import Config, from_dict
+from ldft.config import Config, Precision, from_dict
 from ldft.environment import CONF_DIR
 
 # Before anything imports DeepSpeed, which would look for an accelerator, and say so, at every start.
@@ -63,10 +63,14 @@ def deepspeed_has_cpu_lion() -> bool:
 
 
 def compose(*overrides: str) -> Config:
-    """The typed config of a command line, without running it."""
+    """The typed config of a command line, without running it. In bf16 unless it says otherwise: what auto would be resolved to
+    depends on the machine."""
     composition.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-        return from_dict(hydra_compose("config", overrides=list(overrides)))
+        config = from_dict(hydra_compose("config", overrides=list(overrides)))
+    if config.train.precision is Precision.auto:
+        config.train.precision = Precision.bf16
+    return config
 
 
 # Small enough for a second of training on two cores.

@@ -35,7 +35,7 @@ def show(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], Non
 
     def forget() -> None:
         environment._visible.cache_clear()
-        environment.gpus.cache_clear()
+        environment._models.cache_clear()
 
     def set_to(visible: str | None) -> None:
         forget()

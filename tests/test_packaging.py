@@ -62,6 +62,16 @@ def test_the_wheel_composes_its_own_conf_tree_in_an_unrelated_folder(from_wheel,
     assert str(ROOT) not in where.stdout.replace(str(from_wheel), "")
 
 
+def test_the_wheel_carries_its_license(from_wheel) -> None:
+    code = (
+        "from importlib import metadata; about = metadata.metadata('ldft')\n"
+        "print(about['License-Expression'], *[file.read_text() for file in metadata.files('ldft') if file.name == 'LICENSE'])"
+    )
+    done = subprocess.run([str(from_wheel / "python"), "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Apache-2.0 ")
+    assert done.stdout.split(" ", 1)[1].strip() == (ROOT / "LICENSE").read_text().strip()
+
+
 def test_the_wheel_sweeps_in_an_unrelated_folder(from_wheel, tmp_path) -> None:
     # A value that the cell refuses: a row each, without ranks.
     line = [str(from_wheel / "ldft"), "-m", "model=nano", "train.iterations=0", "train.seed=1,2", "launch.device=cpu"]

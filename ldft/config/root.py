@@ -30,7 +30,7 @@ from ldft.config.train import Precision, TrainConfig
 from ldft.errors import CombinationError, ConfigError
 
 # Keys that say where results go, how long to wait or what else runs, not what is measured.
-_NOT_IDENTITY = ("results", "launch.timeout_s", "sweep", "rerun", "dry_run", "force")
+_NOT_IDENTITY = ("results", "launch.timeout_s", "memory.vram_gib", "sweep", "rerun", "dry_run", "force", "asked")
 # Raised when a key's meaning changes, so that old and new results of one command line stay apart.
 _IDENTITY_VERSION = 1
 
@@ -77,6 +77,10 @@ class Config:
     force: bool = False
     """Run also what does not fit this machine by the estimate."""
 
+    asked: dict[str, str] = field(default_factory=dict)
+    """Filled by ldft, not to be set: keys that were left to it, with what they said (auto). The keys themselves hold what it chose
+    on this machine, so that a run's identity is what it measured."""
+
     def validate(self) -> None:
         """Check values and combinations that need no look at the machine. Raises ConfigError."""
         for key, value in flatten(self).items():
@@ -111,6 +115,8 @@ class Config:
             )
         if self.launch.device is Device.auto:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
+        if self.train.precision is Precision.auto:
+            raise ConfigError("train.precision", "auto must be resolved to bf16, fp16 or fp32 first")
 
 
 def from_dict(values: DictConfig | dict[str, Any]) -> Config:
@@ -118,6 +124,8 @@ def from_dict(values: DictConfig | dict[str, Any]) -> Config:
     if isinstance(values, DictConfig):
         # As plain data: from a typed tree, merging would take over what "+key=value" added to it.
         values = OmegaConf.to_container(values, enum_to_str=True)  # type: ignore[assignment]
+        if values.get("asked"):
+            raise ConfigError("asked", f"{values['asked']}: ldft fills it in; leave it out")
     tree = OmegaConf.merge(OmegaConf.structured(Config), values)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)

@@ -9,8 +9,10 @@ from ldft.errors import ConfigError
 
 
 class Precision(Enum):
-    """Type of compute weights, gradients and activations. Master weights and moments are fp32."""
+    """Type of compute weights, gradients and activations. Master weights and moments are fp32. auto: the narrowest type that the
+    device computes natively and that trains without further care: bf16, on older GPUs fp16, else fp32."""
 
+    auto = "auto"
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
@@ -30,8 +32,9 @@ class TrainConfig:
     warmup_iterations: int = 2
     """First iterations that are kept in the row but count in no median."""
 
-    precision: Precision = Precision.bf16
-    """Compute precision; fp16 scales the loss."""
+    precision: Precision = Precision.auto
+    """Compute precision; fp16 scales the loss. auto: bf16 on GPUs from Ampere on and on CPUs with bf16 instructions, fp16 on Volta
+    and Turing, fp32 elsewhere; the row has what it was resolved to."""
 
     loss_scale: float = 0.0
     """fp16 only: fixed factor on the loss; 0 finds one as it goes (offload.deepspeed.fp16 has the details)."""

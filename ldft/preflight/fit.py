@@ -72,13 +72,24 @@ def examine(run: Resolved) -> None:
 
 
 def _check_device(run: Resolved) -> None:
-    have = environment.gpu_memory_gib() if run.config.launch.device is Device.cuda else None
+    config = run.config
+    have = device_gib(config) if config.launch.device is Device.cuda else None
     if have is None:
         return
     parts = device_estimate.least_of(run.estimate.moments)
     need = sum(parts.values()) * (1 + device_estimate.FRAGMENTATION) + device_estimate.CONTEXT
     if need > have * GIB:
-        raise _refusal("VRAM", need, f"{have:.1f} GiB on the smallest GPU", parts)
+        limit = "by memory.vram_gib" if have == config.memory.vram_gib else "on the smallest GPU"
+        raise _refusal("VRAM", need, f"{have:.1f} GiB {limit}", parts)
+
+
+def device_gib(config: Config) -> float | None:
+    """GiB of VRAM of each GPU that the estimate is held against; None where it is not known. A dry run believes memory.vram_gib, a
+    run no more than there is."""
+    said, have = config.memory.vram_gib or None, environment.gpu_memory_gib()
+    if said is None or have is None:
+        return said or have
+    return said if config.dry_run else min(said, have)
 
 
 def _check_host(run: Resolved) -> None:
@@ -94,6 +105,8 @@ def _check_host(run: Resolved) -> None:
 def available(config: Config) -> Free:
     """What all ranks together may touch: no more than memory.capacity_gib, where that is less than there is."""
     capacity = int(config.memory.capacity_gib * GIB)
+    if capacity and environment.gpus_are_assumed():  # the limits of this machine are none of that one's
+        return Free(bytes=capacity, limit="memory.capacity_gib")
     free = free_memory(capacity or None)
     return Free(bytes=capacity, limit="memory.capacity_gib") if 0 < capacity < free.bytes else free
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ldft import environment
@@ -15,7 +16,7 @@ from ldft.errors import CombinationError, ConfigError
 from ldft.preflight import deepspeed_managed, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved
-from ldft.runner import checks, parent
+from ldft.runner import checks, cpu_limits, parent
 from ldft.runner.core_binding import cores_of_ranks
 
 _LIST_RANKS = 4
@@ -23,10 +24,23 @@ _LIST_RANKS = 4
 
 def describe(config: Config) -> str:
     """The text that a dry run prints. Raises ConfigError where the run would be invalid."""
-    asked = config.launch.device
+    with _machine(config):
+        return _describe(config)
+
+
+def _machine(config: Config) -> AbstractContextManager[None]:
+    """The machine of the question: this one, or one with GPUs where launch.device=cuda is asked for on a machine without."""
+    checks.resolve(config)
+    if config.launch.device is Device.cuda and not environment.gpus():
+        return environment.assumed_gpus(config.launch.num_ranks, config.memory.vram_gib or None)
+    return nullcontext()
+
+
+def _describe(config: Config) -> str:
     run = _check(config)
-    lines = ["ldft: dry run: nothing is started or written", *_what(run), *_processes(config, asked)]
+    lines = ["ldft: dry run: nothing is started or written", *_what(run), *_processes(config)]
     lines += [
+        *(f"warning: {warning}" for warning in checks.warnings(run)),
         *(f"note: {note}" for note in [*deepspeed_managed.notes(config, run.deepspeed), *placement_text.notes(run)]),
         *_bytes(run),
         *placement_text.lines(run),
@@ -38,7 +52,6 @@ def describe(config: Config) -> str:
 
 
 def _check(config: Config) -> Resolved:
-    checks.resolve_device(config)
     config.validate()
     run = checks.check_machine(config)
     checks.check_inputs(run, fetch=False)
@@ -48,8 +61,9 @@ def _check(config: Config) -> Resolved:
 def summarize(config: Config) -> tuple[str, str]:
     """One cell of a sweep: what would become of it (`fits`, `does not fit`, `skipped`, `invalid`), and the line that says so."""
     try:
-        run = _check(config)
-        fit.check(run)
+        with _machine(config):
+            run = _check(config)
+            fit.check(run)
     except fit.DoesNotFitError as error:
         return "does not fit", f"does not fit: {error.shortage}"
     except CombinationError as error:
@@ -95,13 +109,18 @@ def _trained(config: Config) -> str:
     return f"LoRA of rank {config.lora.rank} trains {parameter_counts.total(parameter_counts.trained_sizes(config)):,} parameters"
 
 
-def _processes(config: Config, asked: Device) -> list[str]:
+def _processes(config: Config) -> list[str]:
     ranks, device = config.launch.num_ranks, config.launch.device.name
-    chosen = " (launch.device=auto)" if asked is Device.auto else ""
+    resolved = checks.resolution(config)
     command = shlex.join([Path(sys.executable).name, "-m", "ldft.worker", "<attempt>"])
-    lines = [f"processes: {ranks} x {command} on {device}{chosen}"]
+    lines = [f"resolved: {resolved}"] if resolved else []
+    lines.append(f"processes: {ranks} x {command} on {device}")
+    if environment.gpus_are_assumed():
+        return lines
+    quota = cpu_limits.quota()
     for rank, cores in enumerate(cores_of_ranks(ranks, device)[:_LIST_RANKS]):
-        lines.append(f"  rank {rank}: {len(cores)} cores ({_ranges(cores)}), OMP_NUM_THREADS={len(cores)}")
+        threads = cpu_limits.threads(cores, ranks, quota)
+        lines.append(f"  rank {rank}: {len(cores)} cores ({_ranges(cores)}), OMP_NUM_THREADS={threads}")
     if ranks > _LIST_RANKS:
         lines.append(f"  and {ranks - _LIST_RANKS} more")
     return lines
@@ -125,12 +144,19 @@ def _bytes(run: Resolved) -> list[str]:
     where = "VRAM" if config.launch.device is Device.cuda else "host memory in the device's place"
     lines.append(f"expected {where}, each rank: {gib(sum(estimate.device.values()))}, at its peak ({estimate.peak})")
     lines += [f"  {part}: {gib(value)}" for part, value in estimate.device.items()]
-    free = fit.available(config)
-    vram_gib = environment.gpu_memory_gib()
-    lines.append(
-        f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, {gib(free.bytes)} free by {free.limit}; "
-        f"GPUs: {len(environment.gpus())}{f' of {vram_gib:.1f} GiB' if vram_gib else ''}"
-    )
+    free, vram_gib = fit.available(config), fit.device_gib(config)
+    size = f" of {vram_gib:.1f} GiB" if vram_gib else ""
+    if environment.gpus_are_assumed():
+        unknown = "" if vram_gib else ", of unknown size: memory.vram_gib=80, say, holds the estimate against it"
+        lines.append(
+            f"a machine that is not here: {gib(free.bytes)} of host memory by {free.limit}; "
+            f"GPUs: {config.launch.num_ranks}{size}, assumed to be Hopper{unknown}"
+        )
+    else:
+        lines.append(
+            f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, {gib(free.bytes)} free by {free.limit}; "
+            f"GPUs: {len(environment.gpus())}{size}"
+        )
     try:
         fit.examine(run)
     except fit.DoesNotFitError as error:

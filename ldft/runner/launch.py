@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldft.runner import cpu_limits
 from ldft.runner.core_binding import cores_of_ranks
 
 _PR_SET_PDEATHSIG = 1
@@ -38,7 +39,7 @@ class RankExit:
 
 
 def _headers() -> dict[str, str]:
-    """Where scripts/setup.sh unpacked Python's C headers, for a machine that lacks them: DeepSpeed compiles against them."""
+    """Where `make` unpacked Python's C headers, for a machine that lacks them: DeepSpeed compiles against them."""
     include = Path(sys.prefix) / "headers" / "usr" / "include"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return {"CPATH": f"{include / version}:{include}"} if include.is_dir() else {}
@@ -55,6 +56,7 @@ class Ranks:
         self._rendezvous_dir = tempfile.mkdtemp(prefix="ldft-rendezvous-")
         libc = ctypes.CDLL(None, use_errno=True)
         parent = os.getpid()
+        quota = cpu_limits.quota()
         try:
             for rank, cores in enumerate(cores_of_ranks(num_ranks, device)):
 
@@ -68,7 +70,7 @@ class Ranks:
                 with (attempt_dir / f"worker-{rank}.log").open("wb") as log:
                     process = subprocess.Popen(
                         [sys.executable, "-m", "ldft.worker", str(attempt_dir)],
-                        env=self._environment(rank, num_ranks, len(cores), device),
+                        env=self._environment(rank, num_ranks, cpu_limits.threads(cores, num_ranks, quota), device),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -83,7 +85,7 @@ class Ranks:
             shutil.rmtree(self._rendezvous_dir, ignore_errors=True)
             raise
 
-    def _environment(self, rank: int, num_ranks: int, num_cores: int, device: str) -> dict[str, str]:
+    def _environment(self, rank: int, num_ranks: int, num_threads: int, device: str) -> dict[str, str]:
         tools = str(Path(sys.executable).parent)  # ninja lies beside Python, also when the environment is not activated
         return (
             os.environ
@@ -94,7 +96,7 @@ class Ranks:
                 "WORLD_SIZE": str(num_ranks),
                 "LOCAL_WORLD_SIZE": str(num_ranks),
                 "LDFT_RENDEZVOUS_DIR": self._rendezvous_dir,
-                "OMP_NUM_THREADS": str(num_cores),
+                "OMP_NUM_THREADS": str(num_threads),
                 # OpenMP would bind the main thread to one core, and with it every thread of ldft's own.
                 "OMP_PROC_BIND": "false",
                 "DS_ACCELERATOR": device,

@@ -6,6 +6,7 @@ import json
 import math
 import socket
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ class Outcome:
     status: str
     row: dict[str, Any]
     row_path: Path
+    num_said: int = 0
+    """Notes of the row that were shown before the ranks started."""
 
     @property
     def exit_code(self) -> int:
@@ -62,10 +65,13 @@ def run(
     """
     results_dir = prepare(config)
     folder, number = claimed or attempt.claim(results_dir, run_id(config))
+    num_said = 0
     with signals.noting(), _row(config, folder, number) as row:
         row |= environment.describe()
         with signals.raising(), attempt.beating(folder):  # fetching weights takes as long as it takes
-            ready = _prepare(config, row)
+            ready, warnings = _prepare(config, row)
+        if show is None:
+            num_said = _announce(config, warnings, row["notes"])
         if show:
             exits, decision, waited_s = _run_ranks(ready, folder, show)
         else:
@@ -77,11 +83,22 @@ def run(
         row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
         row["notes"] += _warnings(row) + node_memory.notes(row)
         row["parent_s"] = -waited_s  # to which _row adds the whole
-    return Outcome(row["status"], row, folder / schema.ROW_FILE)
+    return Outcome(row["status"], row, folder / schema.ROW_FILE, num_said)
 
 
-def _prepare(config: Config, row: dict[str, Any]) -> Resolved:
-    """All that comes before the ranks: fills the row with what is expected. Raises ConfigError where they are not to start."""
+def _announce(config: Config, warnings: list[str], notes: list[str]) -> int:
+    """Show what the user should know before waiting: what auto was resolved to, and notes. Returns how many notes were shown."""
+    if resolved := checks.resolution(config):
+        print(f"ldft: {resolved}")
+    for note in notes:
+        print(f"ldft: {'warning' if note in warnings else 'note'}: {note}")
+    sys.stdout.flush()
+    return len(notes)
+
+
+def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
+    """All that comes before the ranks: fills the row with what is expected. Returns the run, decided, and those of the row's notes
+    that are warnings. Raises ConfigError where the ranks are not to start."""
     config.validate()
     ready = checks.check_machine(config)
     swap_files.prepare(config, ready.deepspeed)
@@ -90,8 +107,9 @@ def _prepare(config: Config, row: dict[str, Any]) -> Resolved:
     row |= fit.predictions(ready)
     fit.check(ready)
     restore_kernel_weights()  # what a run that died may have left
-    row["notes"] = [*deepspeed_managed.notes(config, ready.deepspeed), *placement_text.notes(ready)]
-    return ready
+    warnings = checks.warnings(ready)
+    row["notes"] = [*warnings, *deepspeed_managed.notes(config, ready.deepspeed), *placement_text.notes(ready)]
+    return ready, warnings
 
 
 def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str) -> Outcome:
@@ -105,7 +123,7 @@ def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str
 def prepare(config: Config) -> Path:
     """Settle what the run's identity needs from this machine. Returns the results folder, made and writable."""
     checks.check_results_dir(results_dir(config))
-    checks.resolve_device(config)
+    checks.resolve(config)
     return results_dir(config)
 
 
@@ -291,8 +309,8 @@ def summary(outcome: Outcome, config: Config) -> str:
         ]
     reports = [attempt.rank_report(outcome.row_path.parent, rank) for rank in range(config.launch.num_ranks)]
     lines += node_memory.lines(row, reports)
-    warnings = _warnings(row)
-    lines += [f"ldft: {'warning' if note in warnings else 'note'}: {note}" for note in row.get("notes") or []]
+    warnings, notes = _warnings(row), (row.get("notes") or [])[outcome.num_said :]
+    lines += [f"ldft: {'warning' if note in warnings else 'note'}: {note}" for note in notes]
     what = f"{config.model.name} {config.seq_len.tokens} tokens {row['device_type']} x{config.launch.num_ranks}"
     lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
     if outcome.status != "ok":

@@ -51,7 +51,7 @@ class Sweep:
             for index, one in enumerate(self._plan.cells)
             if not cell.has_row(self._plan.configs[one.run_id], self._history)
         ]
-        self._view.start(self._history, len(todo))
+        self._view.start(self._history, len(todo), elsewhere=self._launch_elsewhere is not None)
         if self._launch_elsewhere and todo:
             self._launch_elsewhere([one.overrides for _, one in todo])
         else:

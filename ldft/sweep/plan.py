@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldft.config import Config, Device, from_dict, run_id
+from ldft.config import Config, from_dict, run_id
 from ldft.errors import ConfigError
 from ldft.results import attempt
 from ldft.runner import checks, parent
@@ -114,12 +114,9 @@ def make(
     settings: dict[str, set[str]] = {}
     for overrides in cells:
         config = from_dict(compose(overrides))
-        if elsewhere and config.launch.device is Device.auto:
-            raise ConfigError(
-                "launch.device",
-                "auto: a launcher runs the cells, where there may be other devices than here; use cuda or cpu",
-            )
-        checks.resolve_device(config)
+        if elsewhere:
+            _refuse_auto(config)
+        checks.resolve(config)
         for key in ("sweep", "rerun", "results", "repeat"):
             settings.setdefault(key, set()).add(str(getattr(config, key)))
             if len(settings[key]) > 1:
@@ -145,6 +142,18 @@ def make(
                 )
             )
     return result
+
+
+def _refuse_auto(config: Config) -> None:
+    """What depends on the machine must be said where cells run on others than this: their names are made here."""
+    for key, value, choices in (
+        ("launch.device", config.launch.device.name, "cuda or cpu"),
+        ("train.precision", config.train.precision.name, "bf16, fp16 or fp32"),
+    ):
+        if value == "auto":
+            raise ConfigError(
+                key, f"auto: a launcher runs the cells, where there may be other devices than here; use {choices}"
+            )
 
 
 def _label(config: Config, overrides: list[str], swept: set[str], repeats: int) -> str:

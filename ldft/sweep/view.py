@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
@@ -10,7 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldft.errors import ConfigError
+from ldft.preflight.selection import select
 from ldft.results.history import History, Row
+from ldft.runner import checks
 from ldft.sweep import cell
 from ldft.sweep.plan import Cell, Plan
 from ldft.terminal import length, seconds
@@ -145,12 +149,22 @@ class View:
         else:
             print(text, flush=True)
 
-    def start(self, history: History, num_todo: int) -> None:
+    def start(self, history: History, num_todo: int, *, elsewhere: bool = False) -> None:
+        """Say what the sweep is, and what its cells share. elsewhere: they run on other machines than this."""
         kept = self._total - num_todo
         known = f", {kept} have their rows ({counted(counts(self._plan, history))})" if kept else ""
         self.say(f"ldft: sweep {self._plan.name}: {self._total} cells{known}; results in {self._results_dir}")
         for path, problem in history.unreadable.items():
             self.say(f"ldft: skipped unreadable {path}: {problem}")
+        configs = self._plan.configs.values()
+        for line in dict.fromkeys(line for line in map(checks.resolution, configs) if line):
+            self.say(f"ldft: {line}")
+        # What the update takes depends on these alone.
+        kinds = {(one.model.name, one.launch.num_ranks, one.train.precision): one for one in configs}
+        for config in kinds.values() if not elsewhere else ():
+            with contextlib.suppress(ConfigError):  # a cell that is refused says so in its row
+                for warning in checks.warnings(select(config)):
+                    self.say(f"ldft: warning: {config.model.name}: {warning}")
         for one in self._plan.cells:
             row = history.row(one.run_id, history.latest_number(one.run_id))
             self._clock.add(one, row)

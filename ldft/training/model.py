@@ -27,7 +27,7 @@ from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Preci
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
 from ldft.preflight import attention, families, liger
-from ldft.training import liger_kernels, lora, pretrained
+from ldft.training import liger_kernels, pretrained
 from ldft.training.attention_kernels import cudnn, repeated_heads
 from ldft.training.deepspeed import arena_hooks, layout
 
@@ -120,6 +120,8 @@ def build(
     if liger.wanted(config):
         liger_kernels.apply(model)
     if config.lora.rank:
+        from ldft.training import lora  # peft takes a second to import
+
         lora.add(model, config, deepspeed_config, device)
     model.train()
     return model

@@ -12,7 +12,7 @@ from ldft.config import columns
 from ldft.results import schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-DOCS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 _spec = importlib.util.spec_from_file_location("docs_script", REPOSITORY / "scripts" / "docs.py")
 assert _spec and _spec.loader
@@ -72,8 +72,29 @@ def test_overrides_called_available_are_keys_or_options() -> None:
     assert {key for key, _ in columns()} >= {"system", "launch.num_ranks"}
 
 
-def test_links_between_documents_lead_somewhere() -> None:
-    for path in DOCS:
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", path.read_text()):
-            if not target.startswith(("http:", "https:")):
-                assert (path.parent / target).exists(), f"{path.name}: {target}"
+def anchors(path: Path) -> set[str]:
+    """The anchors of a document's headings, as forges make them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", path.read_text()):
+        if not target.startswith(("http:", "https:")):
+            there = (path.parent / target).resolve() if target else path
+            assert there.exists() and there.is_relative_to(REPOSITORY), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(there), f"{path.name}: {target}#{anchor}"
+
+
+def test_the_index_names_every_document() -> None:
+    index = (REPOSITORY / "docs" / "README.md").read_text()
+    for path in (REPOSITORY / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"]({path.name})" in index, path.name
+
+
+def test_what_messages_call_a_section_of_the_readme_is_one() -> None:
+    sources = "".join(path.read_text() for path in (REPOSITORY / "ldft").rglob("*.py"))
+    named = set(re.findall(r'see README, "([\w ]+)"', sources))
+    assert named and {section.lower().replace(" ", "-") for section in named} <= anchors(REPOSITORY / "README.md")

@@ -216,5 +216,17 @@ def fitting(config: Config) -> Any:
     return "runs"
 
 
+def fitting_the_gpu(config: Config) -> Any:
+    """What becomes of a run on GPUs of 80 GiB."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "gpu_memory_gib", lambda: 80.0)
+        patch.setattr(fit, "free_memory", lambda capacity: Free(bytes=1 << 40, limit="MemAvailable"))
+        try:
+            fit.check(resolve(config))
+        except ConfigError as error:
+            return str(error)
+    return "runs"
+
+
 def printed(config: Config) -> Any:
     return config.dry_run and dry_run.describe(config)

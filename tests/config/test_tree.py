@@ -222,7 +222,10 @@ def test_config_is_importable_without_torch_and_hydra(tmp_path: Path) -> None:
 def test_identity_leaves_out_what_is_not_measured() -> None:
     from ldft.config import run_id
 
-    same = compose("dry_run=true", "launch.timeout_s=5", "results.dir=elsewhere", "launch.device=cpu")
+    same = compose(
+        "dry_run=true", "launch.timeout_s=5", "results.dir=elsewhere", "memory.vram_gib=9", "launch.device=cpu"
+    )
+    same.asked = {"train.precision": "auto"}
     assert run_id(same) == run_id(compose("launch.device=cpu"))
     other = compose("launch.device=cpu")
     other.launch.device = Device.cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,16 @@ def kinds(config: Config) -> list[str]:
         found.append(kind.name)
     config.attention.kind = asked
     return found[1:]
+
+
+def allocated() -> int:
+    """Bytes of device memory that live tensors take, without what only waits for Python's collector: leftovers of other tests would
+    be freed at any moment later."""
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ldft.errors import ConfigError
 from ldft.preflight import attention
 from ldft.training import model
 from ldft.training.attention_kernels import cudnn, repeated_heads
-from tests.gpu.machine import cuda_config, kinds
+from tests.gpu.machine import allocated, cuda_config, kinds
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -141,8 +141,8 @@ def test_fp32_with_grouped_heads_stores_no_scores() -> None:
     peaks = {}
     for name in (network.config._attn_implementation, "sdpa"):
         network.set_attn_implementation(name)
+        before = allocated()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         hidden = torch.randn(1, 8192, config.model.hidden_size, device="cuda", requires_grad=True)
         network.model(inputs_embeds=hidden).last_hidden_state.sum().backward()
         peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +11,7 @@ from ldft.preflight import deepspeed_config, liger
 from ldft.preflight.resolved import resolve
 from ldft.training import data, liger_kernels, model
 from ldft.training.deepspeed import engine, role_memory
-from tests.gpu.machine import cuda_config, process_group
+from tests.gpu.machine import allocated, cuda_config, process_group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -57,10 +56,9 @@ def test_no_logits_are_stored() -> None:
     logits_bytes = 131072 * 8192 * 2
     peaks = []
     for used in ("true", "false"):
-        gc.collect()
+        before = allocated()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         results(*beside, f"kernels.liger={used}")
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[0] < logits_bytes < peaks[1] - peaks[0], peaks

@@ -2,12 +2,13 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from numa_vm import build_ops, machine
+from numa_vm import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 # Twice and more what they take on two busy cores.
@@ -23,6 +24,9 @@ def numa_vm() -> Path:
         if os.environ.get("LDFT_REQUIRE_NUMA_VM") == "1":
             pytest.fail(f"LDFT_REQUIRE_NUMA_VM=1, and the emulated machine is not to be had: {missing}", pytrace=False)
         pytest.skip(f"needs the emulated four-node machine: {missing}")
+    # Python keeps the bytecode of what it imports: in the guest, where that takes minutes, it would be lost with the machine.
+    modules = "ldft.training.checkpointing, ldft.training.engine, ldft.training.model, ldft.training.loop"
+    subprocess.run([sys.executable, "-c", f"import {modules}"], cwd=ROOT, check=True)
     folder = ROOT / ".numa-vm"
     folder.mkdir(exist_ok=True)
     return folder
@@ -68,14 +72,6 @@ def check_case(guest_cases: dict[str, dict]):
         return result["saw"]
 
     return check
-
-
-@pytest.fixture(scope="session")
-def portable_ops(numa_vm: Path) -> dict[str, str]:
-    """Variables under which DeepSpeed's operators, built here for x86-64-v3, load in the guest."""
-    folder = numa_vm / "ops"
-    build_ops.build(folder)
-    return build_ops.portable_environment(folder)
 
 
 def outcomes(reporter: pytest.TerminalReporter) -> dict[str, int]:

@@ -16,16 +16,14 @@ NODES = "cpu:2048 cpu:2048 mem:1536 mem:1536"
 
 
 @pytest.fixture(scope="session")
-def runs(numa_vm: Path, portable_ops: dict[str, str], request: pytest.FixtureRequest) -> Path:
+def runs(numa_vm: Path, request: pytest.FixtureRequest) -> Path:
     """The folder with what the runs of the selected tests left, of this session alone."""
     tests = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
     wanted = [item.callspec.params["name"] for item in tests]
     folder = numa_vm / "runs"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    variables = {**portable_ops, "PYTHONPATH": f"{portable_ops['PYTHONPATH']}:{ROOT / 'tests'}"}
-    words = ["env", *(f"{name}={value}" for name, value in variables.items())]
-    words += [sys.executable, "-m", "numa_vm.whole", str(folder)]
+    words = ["env", f"PYTHONPATH={ROOT / 'tests'}", sys.executable, "-m", "numa_vm.whole", str(folder)]
     # Software emulation of several CPUs has been seen to stand still, once, on an overloaded host. So what came to no end at all
     # is started again, once, in a fresh machine. A run that ends is judged as it is.
     for _ in range(2):

@@ -103,3 +103,28 @@ def test_a_sweep_goes_on_after_a_cell_that_does_not_fit(ldft) -> None:
     refused, ran = done.rows.iloc[0], done.rows.iloc[1]
     assert refused.error_message.startswith("force: false, and host memory does not suffice")
     assert ran.predicted_host_gib == pytest.approx(ran.peak_host_gib, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("said", "fits", "part"),
+    [
+        (["memory.vram_gib=80", "memory.capacity_gib=125"], False, "125.0 GiB free by memory.capacity_gib"),
+        (["memory.vram_gib=80", "memory.capacity_gib=1000"], True, "GPUs: 2 of 80.0 GiB"),
+        (["memory.vram_gib=8", "memory.capacity_gib=1000", "offload=none"], False, "8.0 GiB by memory.vram_gib"),
+        (["memory.capacity_gib=1000"], True, "of unknown size: memory.vram_gib=80"),
+    ],
+)
+def test_a_dry_run_answers_for_gpus_that_are_not_here(said: list[str], fits: bool, part: str, ldft, tmp_path) -> None:
+    """On a machine without GPUs; elsewhere CUDA is told to show none."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    words = ["model=llama3_8b", "launch.device=cuda", "launch.num_ranks=2", "seq_len=32k", *said]
+    done = ldft(*words, "dry_run=true", base=(), env=hidden)
+    assert done.exit_code == 0, done.stderr
+    assert "assumed to be Hopper" in done.stdout and "attention: sdpa_cudnn" in done.stdout
+    assert "train.precision=bf16 (auto; no GPU is here" in done.stdout and "rank 0:" not in done.stdout
+    assert part in done.stdout and ("does not fit" in done.stdout) is not fits
+    done = ldft("-m", *words, "dry_run=true", base=(), env=hidden)
+    assert done.exit_code == 0 and ("does not fit" in done.stdout) is not fits
+    assert not (tmp_path / "results").exists()
+    done = ldft(*words, base=(), env=hidden)
+    assert done.exit_code == 2 and "no NVIDIA GPU is visible here" in done.stderr

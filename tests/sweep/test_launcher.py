@@ -36,20 +36,21 @@ class AwayLauncher(Launcher):
 """
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_a_launchers_cells_need_a_device_by_name(tmp_path: Path, device: str) -> None:
+@pytest.mark.parametrize("left", ["launch.device", "train.precision", ""])
+def test_a_launchers_cells_need_device_and_precision_by_name(tmp_path: Path, left: str) -> None:
     package = tmp_path / "site" / "hydra_plugins" / "away"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(PLUGIN)
     path = os.pathsep.join(filter(None, (str(package.parents[1]), os.environ.get("PYTHONPATH"))))
     words = ["-m", "hydra/launcher=away", f"hydra.launcher.file={tmp_path}/cells", f"results.dir={tmp_path}/results"]
+    said = [f"{key}={value}" for key, value in (("launch.device", "cpu"), ("train.precision", "fp32")) if key != left]
     done = subprocess.run(
-        [sys.executable, "-m", "ldft", *words, *FAST, "train.seed=1,2", f"launch.device={device}"],
+        [sys.executable, "-m", "ldft", *words, *FAST, "train.seed=1,2", *said],
         capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path}, check=False,
     )  # fmt: skip
-    if device == "auto":
+    if left:
         assert done.returncode == 2 and not (tmp_path / "cells").exists(), done.stdout + done.stderr
-        assert done.stderr.count("\n") == 1 and "launch.device: auto: a launcher runs the cells" in done.stderr
+        assert done.stderr.count("\n") == 1 and f"{left}: auto: a launcher runs the cells" in done.stderr
     else:
         cells = (tmp_path / "cells").read_text()
         assert "train.seed=1" in cells and "train.seed=2" in cells, done.stdout + done.stderr

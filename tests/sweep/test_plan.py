@@ -155,5 +155,5 @@ def test_a_device_that_only_the_cells_machines_know_is_asked_for_by_name(tmp_pat
 
     assert main() == 2 and launched == []
     assert capfd.readouterr().err.startswith("ldft: launch.device: auto: ")
-    main("launch.device=cpu,cuda")
+    main("launch.device=cpu,cuda", "train.precision=fp32")
     assert [cell[:2] for cell in launched] == [["model=nano", f"launch.device={name}"] for name in ("cpu", "cuda")]

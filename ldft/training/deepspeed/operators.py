@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from ldft.config import Device, OffloadDevice
+from ldft.config import OffloadDevice
 from ldft.errors import ConfigError
 from ldft.preflight.selection import Selection
+from ldft.training.deepspeed import unused
 
 
 def cache_dir() -> Path:
@@ -66,7 +67,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def needed(run: Selection) -> list[str]:
     """Builders of the operators that this run will use, by DeepSpeed's names."""
     config = run.config
-    names = ["ShareMemCommBuilder"] if config.launch.device is Device.cpu else []
+    names = []
     if config.offload.optimizer is not OffloadDevice.none and not run.fused_step:
         names.append("CPULionBuilder" if config.optimizer.name == "lion" else "CPUAdamBuilder")
     if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
@@ -75,17 +76,17 @@ def needed(run: Selection) -> list[str]:
 
 
 def load(run: Selection, say: Callable[[str], None]) -> None:
-    """Compile (minutes, once) or load (seconds) the operators that this run will use."""
+    """Compile (minutes, once) or load (seconds) the operators that this run will use, and keep DeepSpeed from others.
+
+    To be called before `deepspeed.init_distributed`. Raises ConfigError where one cannot be compiled here.
+    """
     from deepspeed.accelerator import get_accelerator
 
+    unused.leave_out()
     folder = cache_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     for name in needed(run):
-        if name == "ShareMemCommBuilder":
-            from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder
-        else:
-            Builder = get_accelerator().get_op_builder(name)
-        builder = Builder()
+        builder = get_accelerator().get_op_builder(name)()
         if builder.name == "deepspeed_not_implemented":
             raise ConfigError(
                 "optimizer.fused_step",

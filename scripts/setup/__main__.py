@@ -1,0 +1,135 @@
+"""`python -m scripts.setup run|test`, by scripts/setup.sh: set up the virtual environment VENV unless it is up to date.
+
+run: ldft, its native module and what it needs, under constraints.txt. test: the packages of the tests and of `make check`, too.
+Compiling the native module takes as long as downloading most packages: both go on at the same time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from ldft.terminal import seconds
+from scripts.setup import failure, needs
+from scripts.setup.environment import ROOT, Environment, requirements
+from scripts.setup.jobs import Creation, Job, Native, Packages
+from scripts.setup.needs import SetupError
+from scripts.setup.terminal import Terminal
+
+LOG = ROOT / ".build" / "setup.log"
+
+
+@contextmanager
+def _log(terminal: Terminal) -> Iterator[TextIO]:
+    """The log, empty, held by one set-up at a time: `make -j check test` starts two."""
+    try:
+        LOG.parent.mkdir(exist_ok=True)
+        log = LOG.open("a")
+    except OSError as error:
+        raise SetupError(f"cannot write {LOG} ({error.strerror}); use a checkout that you can write") from None
+    with log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            terminal.say("another set-up is at work here; waiting for it")
+            fcntl.flock(log, fcntl.LOCK_EX)
+        log.truncate(0)
+        yield log
+
+
+def _finish(jobs: list[Job], terminal: Terminal, environment: Environment) -> Iterator[Job]:
+    """The jobs as they end; raises SetupError when one fails. Whatever happens, none is left running."""
+    left = list(jobs)
+    try:
+        while left:
+            for job in [job for job in left if job.ended() is not None]:
+                left.remove(job)
+                if job.ended() != 0:
+                    raise SetupError(failure.explain(job.title, job.tail, environment.folder, LOG))
+                yield job
+            if left:
+                terminal.show("; ".join(filter(None, (job.progress() for job in left))))
+                time.sleep(0.2)
+    finally:
+        for job in left:
+            job.end()
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be said here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def set_up(environment: Environment, test: bool, wanted: str | None, log: TextIO, terminal: Terminal) -> None:
+    """All steps. wanted: the Python version that was asked for by name. Raises SetupError."""
+    before, obstacle = environment.stamped(), environment.obstacle(wanted)
+    test = test or bool(before.get("test"))
+    built = bool(before) and before | {"test": test} == environment.made_from(
+        test
+    )  # only the tests' packages are missing
+    needs.check(environment.folder)
+    terminal.say(f"setting up {_shown(environment.folder)}, once; the log is {_shown(LOG)}")
+    if obstacle:
+        terminal.say(f"{_shown(environment.folder)} is made anew: {obstacle}")
+    try:
+        environment.folder.mkdir(parents=True, exist_ok=True)
+        environment.unstamp()
+    except OSError as error:
+        raise SetupError(failure.cannot_write(environment.folder, error.strerror)) from None
+    if obstacle or not environment.has_pip():
+        [*_finish([Creation(environment.creation(anew=obstacle is not None), log)], terminal, environment)]
+    terminal.say(f"[1/3] virtual environment: Python {environment.made_with()} [{seconds(terminal.elapsed_s)}]")
+    environment.forget_unfinished()
+    packages = Packages(environment, requirements(test), ROOT / "constraints.txt", log)
+    jobs: list[Job] = [packages]
+    if not built or obstacle:
+        jobs.append(Native(environment, ROOT, log, needs.variables(environment.folder)))
+    try:
+        for number, job in enumerate(_finish(jobs, terminal, environment), 2):
+            terminal.say(f"[{number}/{1 + len(jobs)}] {job.summary()} [{seconds(terminal.elapsed_s)}]")
+    finally:
+        packages.tidy()
+    environment.stamp(test)
+
+
+def _wanted() -> str | None:
+    """The version of PYTHON where the user named one; `python3` is whichever there is."""
+    return None if os.environ["PYTHON"] == "python3" else f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Exit code 0: it is set up. 1: a message says why not. 130: interrupted."""
+    test = sys.argv[1] == "test"
+    environment, terminal = Environment(Path(os.environ["VENV"]).absolute()), Terminal()
+    if _wanted() in (None, environment.made_with()) and environment.up_to_date(test):
+        return 0
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        with _log(terminal) as log:
+            if not environment.up_to_date(test) or _wanted() not in (None, environment.made_with()):
+                set_up(environment, test, _wanted(), log, terminal)
+    except SetupError as error:
+        terminal.clear()
+        print(f"ldft: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        terminal.clear()
+        print("ldft: set-up was interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

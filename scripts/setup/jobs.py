@@ -1,0 +1,155 @@
+"""The programs that set-up starts, pip above all: their output goes to the log, and is read for how far they are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import TextIO
+
+from scripts.setup.environment import Environment
+
+
+class Job:
+    """A program that runs beside us, in a session of its own: ending it also ends compilers that it has started."""
+
+    title = ""
+
+    def __init__(self, command: list[str], log: TextIO, variables: dict[str, str] | None = None) -> None:
+        self.tail: deque[str] = deque(maxlen=200)
+        self._log = log
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | (variables or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.tail.append(line.rstrip())
+            with contextlib.suppress(OSError):  # on a full disk the program itself says so too
+                self._log.write(f"{self.title}: {line}")
+                self._log.flush()
+            self.read(line)
+
+    def read(self, line: str) -> None:
+        """Learn from a line of output."""
+
+    def progress(self) -> str:
+        """How far it is."""
+        return ""
+
+    def summary(self) -> str:
+        """What it has done."""
+        return self.title
+
+    def ended(self) -> int | None:
+        """Its exit code, with all output read; None while it runs."""
+        code = self._process.poll()
+        if code is not None:
+            self._reader.join()
+        return code
+
+    def end(self) -> None:
+        """End it now, with all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class Creation(Job):
+    """`python -m venv`."""
+
+    title = "virtual environment"
+
+
+def pip(environment: Environment) -> list[str]:
+    """The start of a command; our own lines, not pip's, tell how far it is."""
+    return [str(environment.python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
+
+
+class Packages(Job):
+    """pip installs the dependencies under the constraints."""
+
+    title = "packages"
+
+    def __init__(self, environment: Environment, needed: list[str], constraints: Path, log: TextIO) -> None:
+        self._site, self._temporary = environment.site, environment.folder / "tmp"
+        self.collected, self.total, self._since = 0, 0, 0.0
+        # Beside the packages, where there must be room for them anyway; /tmp is often too small for torch.
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir()
+        # Bytecode is made as modules are first imported: torch alone has thousands that no run imports. PEP 517 also for
+        # DeepSpeed, or an old pip wants the package `wheel` first.
+        options = ["--no-compile", "--use-pep517", "--progress-bar", "off", "--constraint", str(constraints)]
+        super().__init__([*pip(environment), *options, *needed], log, {"TMPDIR": str(self._temporary)})
+
+    def read(self, line: str) -> None:
+        if line.startswith("Collecting "):
+            self.collected += 1
+        elif line.startswith("Installing collected packages: "):
+            self._since = time.time()
+            self.total = line.count(",") + 1
+
+    def progress(self) -> str:
+        if self.total:
+            return f"installing packages {min(self._installed(), self.total)}/{self.total}"
+        if not self.collected:
+            return "looking at packages"
+        size = sum(path.stat().st_size for path in self._files()) / 2**20
+        return f"downloading packages: {self.collected} so far" + (f", {size:.0f} MiB" if size >= 1 else "")
+
+    def summary(self) -> str:
+        return f"packages: {self.total} installed" if self.total else "packages: all there"
+
+    def _installed(self) -> int:
+        records = [
+            record for record in self._site.glob("*.dist-info/RECORD") if not record.parent.name.startswith("ldft-")
+        ]
+        return sum(record.stat().st_mtime >= self._since for record in records)
+
+    def _files(self) -> list[Path]:
+        return [path for path in self._temporary.rglob("*.whl") if path.is_file()]
+
+    def tidy(self) -> None:
+        """Remove what pip had under way."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+class Native(Job):
+    """pip builds ldft's native module and enters the checkout into the environment."""
+
+    title = "native module"
+
+    def __init__(self, environment: Environment, root: Path, log: TextIO, variables: dict[str, str]) -> None:
+        self._done, self._total = 0, 0
+        command = [*pip(environment), "--verbose", "--no-deps", "--no-compile", "--editable", str(root)]
+        super().__init__(command, log, variables)
+
+    def read(self, line: str) -> None:
+        found = re.match(r"\s*\[(\d+)/(\d+)\] ", line)
+        if found:
+            self._done, self._total = int(found[1]), int(found[2])
+
+    def progress(self) -> str:
+        if not self._total:
+            return "native module: getting build tools"
+        return f"native module: building {self._done}/{self._total}"
+
+    def summary(self) -> str:
+        return "native module: built"

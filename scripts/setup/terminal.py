@@ -1,0 +1,41 @@
+"""What set-up shows: finished steps as lines, and between them how far the others are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+
+
+class Terminal:
+    """On a terminal one line is rewritten; elsewhere there are plain lines, ever rarer, so that a slow network fills no log."""
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._start = time.monotonic()
+        self._due = 15.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since set-up began."""
+        return time.monotonic() - self._start
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.clear()
+        print(f"ldft: {text}", flush=True)
+
+    def show(self, text: str) -> None:
+        """How far things are; call it often."""
+        if self._live:
+            line = f"ldft: {text} [{self.elapsed_s:.0f}s]"
+            print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
+        elif self.elapsed_s > self._due:
+            self._due = self.elapsed_s + max(15.0, self.elapsed_s / 4)
+            print(f"ldft: {text} [{self.elapsed_s:.0f}s]", flush=True)
+
+    def clear(self) -> None:
+        """End the line that is rewritten."""
+        if self._live:
+            print("\r\x1b[K", end="", flush=True)

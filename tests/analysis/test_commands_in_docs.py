@@ -1,0 +1,187 @@
+"""Every command and override in the documents works: it composes, its options parse, its files and make targets exist."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+
+from ldft.cli import composition
+from ldft.config import Device, from_dict
+from ldft.config import columns as config_columns
+from ldft.environment import CONF_DIR
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
+# Flags of Hydra's that take the next word.
+WITH_VALUE = {"--config-dir", "--cfg"}
+# Keys whose own keys are free, or that are Hydra's.
+FREE = ("offload.deepspeed.", "model.extra.", "model.rope_scaling.", "numa.bandwidth", "hydra/launcher")
+# What has the form of an override and is none: Python, flags of other programs, labels.
+NO_OVERRIDES = {"group", "key", "initial_job_idx", "pin", "install", "seccomp", "num_layers"}
+PLACEHOLDERS = {"<name>": "my_model", "<folder>": "my_conf"}
+# Parses the options of a module as it would, and ends there.
+PARSE_ONLY = """
+import argparse, runpy, sys
+whole = argparse.ArgumentParser.parse_args
+def parse(self, *args, **options):
+    whole(self, *args, **options)
+    print("parsed")
+    sys.exit(0)
+argparse.ArgumentParser.parse_args = parse
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def code_lines(text: str) -> Iterator[str]:
+    """Lines of code blocks, indented or fenced by shell or nothing, and code within sentences."""
+    fence = None
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fence = None if fence is not None else line[3:]
+        elif fence is None and line.startswith("    "):
+            yield line.strip()
+        elif fence is None and not line.endswith("| not yet |"):  # of a later version, as the table says
+            yield from re.findall(r"`([^`]+)`", line)
+        elif fence in ("", "bash", "sh"):
+            yield line.strip()
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(document, words) of every command, without comments and what stands before the program."""
+    found = []
+    for path in DOCUMENTS:
+        for line in code_lines(path.read_text()):
+            for part in re.split(r"\s&&\s", re.sub(r"\s#\s.*$", "", line)):
+                program = re.search(r"(?:^|\s)((?:\S*/)?python3? (?:-m )?\S.*|make(?: .*)?$)", part)
+                if program and not re.search(r"^(from|import|#)|\.\.\.$|<overrides>|ATTEMPT_DIR", part):
+                    found.append((path.name, shlex.split(re.sub(r"\s{2,}.*$", "", program[1]))))
+    return found
+
+
+def ldft_overrides() -> list[tuple[str, list[str]]]:
+    """The words of every `python -m ldft`, and of the emulated machine's run_ldft.py."""
+    found = []
+    for name, words in commands():
+        if words[1:3] == ["-m", "ldft"]:
+            found.append((name, words[3:]))
+        elif words[0] != "make" and words[1].endswith("run_ldft.py"):
+            found.append((name, words[2:]))
+    return found
+
+
+def cells(words: list[str]) -> list[list[str]]:
+    """The override lists of a command line: one, or those of its sweep."""
+    overrides = []
+    rest = iter(words)
+    for word in rest:
+        if word in WITH_VALUE:
+            next(rest)
+        elif not word.startswith("-"):
+            overrides.append(word)
+    sweeps = "-m" in words
+    choices = []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        choices.append([f"{key}={one}" for one in value.split(",")] if sweeps and "[" not in value else [word])
+    return [list(cell) for cell in itertools.product(*choices)]
+
+
+def once(entries: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """Each command at its first place."""
+    return list({tuple(words): (name, words) for name, words in reversed(entries)}.values())
+
+
+def label(entry: tuple[str, list[str]]) -> str:
+    return f"{entry[0]}: {' '.join(entry[1])}"
+
+
+def test_commands_are_found() -> None:
+    assert len(ldft_overrides()) > 40
+    assert {"README.md", "CONTRIBUTING.md", "numa.md", "offload.md"} <= {name for name, _ in commands()}
+    assert any("-m" in words for _, words in ldft_overrides())
+
+
+@pytest.mark.parametrize("entry", once(ldft_overrides()), ids=label)
+def test_every_run_composes(entry: tuple[str, list[str]], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    nano = (CONF_DIR / "model" / "nano.yaml").read_text()
+    (tmp_path / "model" / "my_model.yaml").write_text(nano.replace("name: nano", "name: my_model"))
+    flags = {word for word in entry[1] if word.startswith("-")}
+    assert flags <= {"-m", "--help", "--cfg", "--config-dir", "--version"}
+    composition.register()
+    for cell in cells(entry[1]):
+        for mark, meant in PLACEHOLDERS.items():
+            cell = [word.replace(mark, meant) for word in cell]
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+            config = from_dict(hydra_compose("config", [f"hydra.searchpath=[file://{tmp_path}]", *cell]))
+        config.launch.device = Device.cuda  # what most of them are for
+        config.sweep.started_at = 1.0  # some have keys of sweeps
+        config.validate()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    once(
+        [
+            entry
+            for entry in commands()
+            if entry[1][1:2] == ["-m"] and re.match(r"ldft\.|multirun_analysis", entry[1][2])
+        ]
+    ),
+    ids=label,
+)
+def test_every_other_module_takes_its_options(entry: tuple[str, list[str]], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE_ONLY, *entry[1][2:]], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "parsed"), done.stderr
+
+
+def test_every_file_and_target_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    for name, words in commands():
+        if words[0] == "make":
+            assert set(words[1:2]) <= targets, f"{name}: {' '.join(words)}"
+    for path in DOCUMENTS:
+        for line in code_lines(path.read_text()):
+            for word in re.findall(r"(?<![\w/.-])(?:tests|scripts|benchmarks)/[\w/.*-]*\w", line):
+                assert list(REPOSITORY.glob(word)), f"{path.name}: {word}"
+
+
+def test_every_override_named_in_a_sentence_exists() -> None:
+    groups, keys = composition.groups(), {key for key, _ in config_columns()}
+    seen, unknown = 0, []
+    for path in DOCUMENTS:
+        for code in code_lines(path.read_text()):
+            for word in code.split():
+                found = re.fullmatch(r"\+?([a-z_]+(?:[./][a-z_0-9]+)*)=(\S*)", word)
+                if not found or found[1] in NO_OVERRIDES:
+                    continue
+                key, value = found.groups()
+                seen += 1
+                if key in groups:
+                    options = [one for one in value.split(",") if one and not re.search(r"[<.]|my_model", one)]
+                    unknown += [f"{path.name}: {word}" for one in options if one not in groups[key]]
+                elif key not in keys and not key.startswith(FREE):
+                    unknown.append(f"{path.name}: {word}")
+    assert unknown == [] and seen > 100
+
+
+def test_the_table_of_options_is_complete() -> None:
+    text = (REPOSITORY / "docs" / "configuration.md").read_text()
+    lines = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
+    defaults = dict(re.findall(r"^  - (\w+): (\w+)$", (CONF_DIR / "config.yaml").read_text(), re.MULTILINE))
+    for group, options in composition.groups().items():
+        named = lines[group].split(", ")
+        assert sorted(named) == options, group
+        assert named[0] == defaults.get(group, named[0]), f"{group}: the default comes first"
