@@ -27,7 +27,7 @@ from ldft.environment import CONF_DIR
 from ldft.preflight import deepspeed_config
 from ldft.runner import checks
 from ldft.runner.core_binding import cores_of_ranks
-from ldft.runner.parent import tokens_per_iteration
+from ldft.runner.measured import tokens_per_iteration
 from ldft.training.deepspeed.operators import cache_dir
 
 PEER = Path(__file__).with_name("plain_deepspeed.py")

@@ -17,10 +17,11 @@ from ldft.preflight.fit import DoesNotFitError
 from multirun_analysis import options
 from multirun_analysis.labels import text
 
-# Keys that say where results go, how long to wait, how often to measure or which try this is: rows that differ in
+# Keys that say where results go, how long to wait, how often to measure or look, or which try this is: rows that differ in
 # nothing else measure the same thing.
 SAME_CELL = (
     "results",
+    "monitor",
     "rerun",
     "dry_run",
     "force",

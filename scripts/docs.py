@@ -1,8 +1,8 @@
 """Fill in the generated parts of docs/: `python scripts/docs.py`; with --check, only say what is out of date.
 
-Between `<!-- columns: begin -->` and `<!-- columns: end -->` stands the table of row columns, from the schema; between the
-`messages` marks every message about a config value, from the source; in tables between `availability` marks the last cell
-of a line says whether the first override in it exists in this version's config tree.
+Between `<!-- columns: begin -->` and `<!-- columns: end -->` stands the table of row columns, from the schema, and between `trace`
+marks that of the columns of trace.parquet; between `messages` marks every message about a config value, from the source. In tables
+between `availability` marks the last cell of a line says whether its first override exists in this version's config tree.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from ldft.config import columns as config_columns
+from ldft.monitor import trace
 from ldft.results import schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -23,10 +24,10 @@ KEYED = {"ConfigError", "CombinationError", "PlacementError", "NumaCallError"}
 PLAIN = {"HostMemoryError", "ResultsError"}
 
 
-def column_table() -> str:
-    """The row's columns as a markdown table."""
+def column_table(columns: list[schema.Column]) -> str:
+    """Columns of the row, or of the trace, as a markdown table."""
     lines = ["| column | type | unit | meaning |", "| --- | --- | --- | --- |"]
-    for column in schema.all_columns():
+    for column in columns:
         kind = str(column.type).replace("element: ", "").replace("item: ", "")
         lines.append(f"| `{column.name}` | {kind} | {column.unit} | {column.description} |")
     return "\n".join(lines)
@@ -155,7 +156,8 @@ def _replace(text: str, mark: str, fill: Callable[[str], str]) -> str:
 
 def filled(text: str) -> str:
     """A document with its generated parts as they should be."""
-    text = _replace(text, "columns", lambda _: column_table())
+    text = _replace(text, "columns", lambda _: column_table(schema.all_columns()))
+    text = _replace(text, "trace", lambda _: column_table(trace.COLUMNS))
     text = _replace(text, "messages", lambda _: message_table())
     return _replace(text, "availability", _availability)
 

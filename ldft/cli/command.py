@@ -23,6 +23,7 @@ from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError, InternalError, LdftError, ResultsError
 from ldft.results.history import History
 from ldft.runner import parent
+from ldft.runner.summary import summary
 from ldft.sweep import cell
 
 composition.register()
@@ -52,7 +53,7 @@ def _cell(tree: DictConfig) -> int:
         return 0
     config.sweep.validate()
     outcome = parent.run(config)
-    print(parent.summary(outcome, config), flush=True)
+    print(summary(outcome, config), flush=True)
     if outcome.status == "invalid":
         _say(outcome.row["error_message"])
     return outcome.exit_code

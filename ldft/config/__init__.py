@@ -8,6 +8,7 @@ from ldft.config.launch import Device, LaunchConfig
 from ldft.config.lora import LoraConfig
 from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig, Weights
+from ldft.config.monitor import MonitorConfig
 from ldft.config.numa import NumaConfig, NumaKind, NumaScope, NumaStrategy
 from ldft.config.offload import OffloadConfig, OffloadDevice
 from ldft.config.optimizer import OptimizerConfig, Schedule
@@ -29,6 +30,7 @@ __all__ = [
     "LoraConfig",
     "MemoryConfig",
     "ModelConfig",
+    "MonitorConfig",
     "NumaConfig",
     "NumaKind",
     "NumaScope",

@@ -21,6 +21,7 @@ from ldft.config.launch import Device, LaunchConfig
 from ldft.config.lora import LoraConfig
 from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig
+from ldft.config.monitor import MonitorConfig
 from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig
 from ldft.config.optimizer import OptimizerConfig
@@ -29,8 +30,10 @@ from ldft.config.sweep import Rerun, SweepConfig
 from ldft.config.train import Precision, TrainConfig
 from ldft.errors import CombinationError, ConfigError
 
-# Keys that say where results go, how long to wait or what else runs, not what is measured.
-_NOT_IDENTITY = ("results", "launch.timeout_s", "memory.vram_gib", "sweep", "rerun", "dry_run", "force", "asked")
+# Keys that say where results go, how long to wait, how often to look or what else runs, not what is measured.
+_NOT_IDENTITY = (
+    *("results", "launch.timeout_s", "memory.vram_gib", "monitor", "sweep", "rerun", "dry_run", "force", "asked"),
+)
 # Raised when a key's meaning changes, so that old and new results of one command line stay apart.
 _IDENTITY_VERSION = 1
 
@@ -56,6 +59,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     results: ResultsConfig = field(default_factory=ResultsConfig)
 
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -97,6 +101,7 @@ class Config:
             self.train,
             self.launch,
             self.memory,
+            self.monitor,
             self.sweep,
         ):
             part.validate()

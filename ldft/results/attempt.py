@@ -6,6 +6,7 @@ results/<run_id>/attempt-<n>/
     deepspeed.json   the effective DeepSpeed config (parent, likewise)
     rank-<r>.json    what rank r has so far (rank, after each phase and iteration)
     worker-<r>.log   everything the rank printed
+    trace.parquet    samples over time (parent, when the ranks have ended)
     row.parquet      the row (parent, last)
 Everything but the logs appears whole, by rename.
 """

@@ -125,6 +125,11 @@ class Ranks:
         """Ranks that are still running."""
         return list(self._processes)
 
+    @property
+    def by_rank(self) -> dict[int, int]:
+        """Rank -> process, of those that are still running."""
+        return {rank: pid for pid, (rank, _) in self._processes.items()}
+
     def poll(self) -> list[RankExit]:
         """Collect the ranks that have ended; returns the newly ended ones."""
         return self._collect(block=False)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import socket
-import statistics
 import sys
 import time
 import traceback
@@ -19,13 +17,14 @@ from typing import Any
 from ldft import environment
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
-from ldft.errors import CombinationError, ConfigError, InternalError
+from ldft.errors import CombinationError, ConfigError, InternalError, ResultsError
 from ldft.memory.kernel_weights import kernel_weights, restore_kernel_weights
+from ldft.monitor.trace import TRACE_FILE, Recorder
 from ldft.preflight import deepspeed_managed, fit, placement_text
 from ldft.preflight.resolved import Resolved
 from ldft.results import attempt, schema, store
-from ldft.runner import checks, final_status, launch, node_memory, signals, swap_files
-from ldft.terminal import Progress, seconds
+from ldft.runner import checks, final_status, launch, measured, node_memory, signals, swap_files
+from ldft.terminal import Progress
 from ldft.training.deepspeed import operators
 
 
@@ -43,13 +42,6 @@ class Outcome:
     def exit_code(self) -> int:
         """0 ok or skipped, 2 invalid input, 130 interrupted, 1 everything else."""
         return {"ok": 0, "skipped": 0, "invalid": 2, "interrupted": 130}.get(self.status, 1)
-
-
-def tokens_per_iteration(config: Config) -> int:
-    """Tokens of one update, over all ranks and accumulation steps."""
-    train = config.train
-    sequences = train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks
-    return sequences * config.seq_len.tokens
 
 
 def run(
@@ -72,16 +64,19 @@ def run(
             ready, warnings = _prepare(config, row)
         if show is None:
             num_said = _announce(config, warnings, row["notes"])
-        if show:
-            exits, decision, waited_s = _run_ranks(ready, folder, show)
-        else:
-            train = config.train
-            with Progress(train.iterations, train.warmup_iterations, tokens_per_iteration(config)) as progress:
-                exits, decision, waited_s = _run_ranks(ready, folder, progress.show)
+        with _trace(config, folder, row) as recorder:
+            if show:
+                exits, decision, waited_s = _run_ranks(ready, folder, show, recorder)
+            else:
+                train = config.train
+                with Progress(
+                    train.iterations, train.warmup_iterations, measured.tokens_per_iteration(config)
+                ) as progress:
+                    exits, decision, waited_s = _run_ranks(ready, folder, progress.show, recorder)
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= node_memory.columns(reports, row["hosts"][0])
-        row |= _measured(config, exits, reports) | _judged(decision, folder, results_dir)
-        row["notes"] += _warnings(row) + node_memory.notes(row)
+        row |= measured.columns(config, exits, reports) | _judged(decision, folder, results_dir)
+        row["notes"] += measured.warnings(row) + node_memory.notes(row)
         row["parent_s"] = -waited_s  # to which _row adds the whole
     return Outcome(row["status"], row, folder / schema.ROW_FILE, num_said)
 
@@ -150,7 +145,7 @@ def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
         "device_type": config.launch.device.name,
         "status": "error",
         "warmup_iterations": config.train.warmup_iterations,
-        "tokens_per_iteration": tokens_per_iteration(config),
+        "tokens_per_iteration": measured.tokens_per_iteration(config),
     }
     try:
         row["config_json"] = json.dumps(to_dict(config))
@@ -174,11 +169,36 @@ def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
     finally:
         row["duration_s"] = time.time() - started
         row["parent_s"] = row["duration_s"] + row.get("parent_s", 0.0)
+        _write(row, folder)
+
+
+def _write(row: dict[str, Any], folder: Path) -> None:
+    """Write the row. Where the disk has no room for it, the trace gives way. Raises ResultsError."""
+    try:
+        store.write_row(row, folder / schema.ROW_FILE)
+    except ResultsError:
+        if not row.get("trace_path"):
+            raise
+        (folder / TRACE_FILE).unlink()
+        row["trace_path"] = None
+        row["notes"] = [*(row.get("notes") or []), "no trace: it was removed to make room for the row"]
         store.write_row(row, folder / schema.ROW_FILE)
 
 
+@contextmanager
+def _trace(config: Config, folder: Path, row: dict[str, Any]) -> Iterator[Recorder]:
+    """What takes the samples of a run; the trace is written in any case, and the row says where it is or why there is none."""
+    recorder = Recorder(folder, config.monitor.interval_s)
+    try:
+        yield recorder
+    finally:
+        path, notes = recorder.write()
+        row["trace_path"] = str(path.relative_to(folder.parents[1])) if path else None
+        row["notes"] = [*row["notes"], *notes]
+
+
 def _run_ranks(
-    ready: Resolved, folder: Path, show: Callable[[dict[str, Any]], None]
+    ready: Resolved, folder: Path, show: Callable[[dict[str, Any]], None], recorder: Recorder
 ) -> tuple[list[launch.RankExit], final_status.Verdict, float]:
     """Start the ranks, wait for them, and say how it went and how long they were waited for."""
     config = ready.config
@@ -205,7 +225,7 @@ def _run_ranks(
         ):
             exits = ranks.exits
             wait_start = time.monotonic()
-            with signals.raising():
+            with recorder.sampling(ranks.by_rank.values()), signals.raising():
                 in_time = launch.wait(ranks, config.launch.timeout_s, tick)
     except signals.Stopped as told:
         interrupted = told.name
@@ -217,26 +237,6 @@ def _run_ranks(
     return exits, decision, waited_s
 
 
-def _warnings(row: dict[str, Any]) -> list[str]:
-    """What to say where the loss became NaN or infinite, and where iterations that count are too short for want of an update:
-    DeepSpeed leaves it out where fp16 overflows and, in any precision, where the norm of the gradients is no number."""
-    found = []
-    for iteration, loss in enumerate(row.get("loss") or [], 1):
-        if not math.isfinite(loss):
-            found.append(
-                f"the loss is {loss} in iteration {iteration}: it diverged; use a smaller optimizer.learning_rate"
-            )
-            break
-    counted = (row.get("skipped_updates") or [])[row["warmup_iterations"] :]
-    if skipped := sum(map(bool, counted)):
-        remedy = "" if found else "; use more train.warmup_iterations, or a smaller train.loss_scale"
-        found.append(
-            f"{skipped} of {len(counted)} iterations after warm-up made no update, as gradients overflowed: they are too "
-            f"short{remedy}"
-        )
-    return found
-
-
 def _judged(decision: final_status.Verdict, folder: Path, results_dir: Path) -> dict[str, Any]:
     return {
         "status": decision.status,
@@ -246,90 +246,3 @@ def _judged(decision: final_status.Verdict, folder: Path, results_dir: Path) -> 
         "error_message": decision.error_message,
         "log_path": str((folder / f"worker-{decision.rank}.log").relative_to(results_dir)),
     }
-
-
-def _measured(config: Config, exits: list[launch.RankExit], reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The measured columns, from what the ranks reported before they ended (all of it, when they ended well)."""
-    first = reports[0]
-    copied = {name: first.get(name) for name in _FROM_RANK_0 if name in first}
-    row: dict[str, Any] = copied | first.get("init", {})
-    for name in ("peak_vram_allocated_gib", "peak_vram_reserved_gib"):
-        if all(name in report for report in reports):
-            row[name] = [report[name] for report in reports]
-    for name in ("peak_host_gib", "checkpoint_host_gib"):
-        if all(name in report for report in reports):
-            row[name] = sum(report[name] for report in reports)
-    row["peak_rss_gib"] = [ended.peak_rss_gib for ended in sorted(exits, key=lambda ended: ended.rank)]
-    counted = first.get("iteration_s", [])[config.train.warmup_iterations :]
-    if counted:
-        median_s = statistics.median(counted)
-        row["iteration_median_s"] = median_s
-        row["tokens_per_s"] = tokens_per_iteration(config) / median_s
-        tflop = (first["model_tflop_dense"] + first["model_tflop_attention"]) / config.launch.num_ranks
-        row["model_tflops_per_s"] = tflop / median_s
-        if first.get("peak_tflops_per_s"):
-            row["mfu"] = row["model_tflops_per_s"] / first["peak_tflops_per_s"]
-    return row
-
-
-_FROM_RANK_0 = (
-    "deepspeed_config_json",
-    "parameters",
-    "trainable_parameters",
-    "attention",
-    "liger_modules",
-    "fused_step",
-    "iteration_s",
-    "forward_s",
-    "backward_s",
-    "step_s",
-    "loss",
-    "learning_rate",
-    "skipped_updates",
-    "model_tflop_dense",
-    "model_tflop_attention",
-    "pinned",
-)
-
-
-def summary(outcome: Outcome, config: Config) -> str:
-    """What the terminal shows at the end: the seed's [RESULT] lines, then the row in a few words and its path."""
-    row = outcome.row
-    lines = []
-    times = row.get("iteration_s") or []
-    counted = times[config.train.warmup_iterations :]
-    if counted:
-        vram = max(row.get("peak_vram_allocated_gib") or [0.0]) * 1024
-        lines += [
-            f"[RESULT] Peak VRAM Usage (per GPU): {vram:.2f} MB",
-            f"[RESULT] Avg Iteration Latency (total): {statistics.mean(counted):.2f} s",
-            f"[RESULT] Each Iteration Latency (rank0): {[round(time_s, 4) for time_s in counted]}",
-            f"[RESULT] Tokens (total): {row['tokens_per_iteration']}",
-            f"[RESULT] Throughput (total): {row['tokens_per_s']:.2f} (token/s)",
-        ]
-    reports = [attempt.rank_report(outcome.row_path.parent, rank) for rank in range(config.launch.num_ranks)]
-    lines += node_memory.lines(row, reports)
-    warnings, notes = _warnings(row), (row.get("notes") or [])[outcome.num_said :]
-    lines += [f"ldft: {'warning' if note in warnings else 'note'}: {note}" for note in notes]
-    what = f"{config.model.name} {config.seq_len.tokens} tokens {row['device_type']} x{config.launch.num_ranks}"
-    lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
-    if outcome.status != "ok":
-        if outcome.status != "invalid":  # that line goes to stderr
-            unexpected = outcome.status == "error" and row.get("error_type") not in (None, "AuditError")
-            bug = f"internal error: {row['error_type']}: " if unexpected else ""
-            lines.append(f"ldft: {bug}{row.get('error_message') or outcome.status}")
-        if row.get("log_path"):
-            lines.append(f"ldft: log: {outcome.row_path.parents[2] / row['log_path']}")
-    elif row.get("loss"):
-        lines.append(
-            f"ldft: median iteration {row['iteration_median_s']:.3f} s, {row['tokens_per_s']:.0f} tokens/s, "
-            f"loss {row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}, host peak {row['peak_host_gib']:.2f} GiB"
-        )
-    snapshots = sorted(path.name for path in outcome.row_path.parent.glob("snapshot-*.pickle"))
-    if snapshots:
-        names = ", ".join(snapshots)
-        lines.append(
-            f"ldft: memory snapshot: {outcome.row_path.parent}/{names}; open it at https://pytorch.org/memory_viz"
-        )
-    lines.append(f"ldft: row: {outcome.row_path}")
-    return "\n".join(lines)

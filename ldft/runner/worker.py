@@ -100,6 +100,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     if device_type == "cuda":
         torch.cuda.set_device(device)
         cuda_build.check(device)
+        report.put(gpu_uuid=str(torch.cuda.get_device_properties(device).uuid))
 
     report.phase("operators", "loading DeepSpeed's operators")
     operators.load(selection, say=lambda text: report.put(phase_text=text))
@@ -133,30 +134,40 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
         model_tflop_dense=dense,
         model_tflop_attention=attention,
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
+        **role_memory.at_work(role_memory.so_far(arenas, [])),
     )
 
     report.phase("checkpoint_buffers", "allocating host memory for layer inputs")
     pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
     placement = arenas.placement_of("activations") if arenas else None
     inputs = checkpointing.install(config, network, device, placement, pin=pin)
-    report.put(checkpoint_host_gib=sum(t.nbytes for t in inputs.host_tensors()) / 2**30 if inputs else 0.0)
+    activations = inputs.host_tensors() if inputs else []
+    report.put(
+        checkpoint_host_gib=sum(t.nbytes for t in activations) / 2**30,
+        **role_memory.at_work(role_memory.so_far(arenas, activations)),
+    )
 
     report.phase("engine", "initialising DeepSpeed")
     engine = engines.build(config, network, settings, arenas)
-    activations = inputs.host_tensors() if inputs else []
     if arenas is not None:
         arenas.of("activations").blocks = activations
     report.put(
         pinned=role_memory.pinned(run, arenas),
         role_addresses=role_memory.addresses(role_memory.tensors(engine, activations)),
+        **role_memory.at_work(role_memory.tensors(engine, activations)),
     )
+
+    def put(samples: loop.Samples) -> None:
+        if len(samples.iteration_s) == 1:  # some of DeepSpeed's buffers are made in its first iteration
+            report.put(**role_memory.at_work(role_memory.tensors(engine, activations)))
+        report.put(**dataclasses.asdict(samples), **_memory(device))
 
     report.train(interpreter_start, role_memory.seconds(arenas))
     loop.run(
         config,
         engine,
         device,
-        lambda samples: report.put(**dataclasses.asdict(samples), **_memory(device)),
+        put,
         lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
     )
     report.put(**node_memory.end(first), **role_memory.report(role_memory.tensors(engine, activations), arenas))
@@ -184,7 +195,7 @@ def main() -> int:
         # Before anything imports numpy or torch: a policy is of a thread and those it starts, and only of pages to come.
         selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)
         first, policy = node_memory.begin(selection)
-        report.put(**policy)
+        report.put(pid=os.getpid(), **policy)
         _train(selection, report, rank, interpreter_start, first)
     except BaseException as error:
         traceback.print_exc()

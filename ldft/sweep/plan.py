@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from ldft.config import Config, from_dict, run_id
 from ldft.errors import ConfigError
 from ldft.results import attempt
-from ldft.runner import checks, parent
+from ldft.runner import checks
+from ldft.runner.measured import tokens_per_iteration
 from ldft.terminal import length
 
 Choices = dict[str, list[str]]
@@ -137,7 +138,7 @@ def make(
                     model=config.model.name,
                     tokens=config.seq_len.tokens,
                     repeat=repeat,
-                    tokens_per_iteration=parent.tokens_per_iteration(config),
+                    tokens_per_iteration=tokens_per_iteration(config),
                     overrides=overrides + own,
                 )
             )

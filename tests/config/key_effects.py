@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ldft.errors import ConfigError
 from ldft.memory import placing
 from ldft.memory.limits import Free
 from ldft.memory.topology import Node, Topology
+from ldft.monitor import trace
 from ldft.preflight import deepspeed_config, fit, liger
 from ldft.preflight.resolved import resolve
 from ldft.results import store
@@ -107,6 +109,7 @@ class Fake(dict):
             (folder / f"rank-{rank}.json").write_text('{"iteration_s": [1.0, 1.0, 1.0, 1.0, 2.0], "init": {}, '
                                                       '"model_tflop_dense": 1, "model_tflop_attention": 1}')  # fmt: skip
         self.exits, self.pids = [RankExit(rank, 0, None, 0.0, False) for rank in range(num_ranks)], []
+        self.by_rank: dict[int, int] = {}
         return self
 
     def __enter__(self) -> Fake:
@@ -141,6 +144,16 @@ def run(config: Config) -> Any:
         "cfg.model.name",
     )
     return dict(fake) | {name: row[name] for name in names}
+
+
+def traced(config: Config) -> Any:
+    """Whether a run leaves a trace; this process stands for a rank."""
+    folder = Path(config.results.dir) / "run" / "attempt-1"
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = trace.Recorder(folder, config.monitor.interval_s)
+    with recorder.sampling([os.getpid()]):
+        pass
+    return recorder.write()[0] is not None
 
 
 def refusal(config: Config) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from hydra import initialize_config_dir
 
 from ldft.cli import composition
 from ldft.config import Device, from_dict
+from ldft.config.root import flatten
 from ldft.environment import CONF_DIR
 from tests.conftest import FAST, compose, options
 
@@ -222,11 +225,18 @@ def test_config_is_importable_without_torch_and_hydra(tmp_path: Path) -> None:
 def test_identity_leaves_out_what_is_not_measured() -> None:
     from ldft.config import run_id
 
-    same = compose(
-        "dry_run=true", "launch.timeout_s=5", "results.dir=elsewhere", "memory.vram_gib=9", "launch.device=cpu"
-    )
+    unmeasured = ("dry_run=true", "launch.timeout_s=5", "results.dir=elsewhere", "memory.vram_gib=9")
+    same = compose(*unmeasured, "monitor.interval_s=0.5", "launch.device=cpu")
     same.asked = {"train.precision": "auto"}
     assert run_id(same) == run_id(compose("launch.device=cpu"))
+    # Not even their names count: the ids of rows from before a key existed stay.
+    hashed = {"version": 1} | {
+        key: value
+        for key, value in flatten(same).items()
+        if key not in ("launch.timeout_s", "memory.vram_gib", "rerun", "dry_run", "force", "asked")
+        and key.partition(".")[0] not in ("results", "monitor", "sweep")
+    }
+    assert run_id(same) == hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:12]
     other = compose("launch.device=cpu")
     other.launch.device = Device.cuda
     assert run_id(other) != run_id(same)

@@ -82,6 +82,13 @@ def only_row(folder: Path):
     return rows.iloc[0]
 
 
+def trace_of(folder: Path, row) -> list[dict[str, Any]]:
+    """The samples that a run has left."""
+    samples = pq.read_table(folder / row.trace_path).to_pylist()
+    assert samples and all(sample["nodes"] for sample in samples)
+    return samples
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGKILL, "error"), (signal.SIGSEGV, "error"), (signal.SIGTERM, "interrupted")]
 )
@@ -97,6 +104,8 @@ def test_a_signal_to_one_of_two_ranks_ends_the_run_with_a_row(start, number, sta
     assert row.log_path.endswith("worker-1.log") and "rank 1" in row.error_message
     # What was reached before is kept.
     assert len(row.iteration_s) >= 6 and row.init_s > 0 and row.init_engine_s > 0
+    samples = trace_of(run.results_dir, row)
+    assert samples[-1]["phase"] == "train" and {entry["rank"] for s in samples for entry in s["memory"]} == {0, 1}
     assert "Traceback" not in out
     run.assert_nothing_left()
 
@@ -109,7 +118,7 @@ def test_a_signal_to_ldft_ends_its_ranks_and_leaves_a_row(start, number) -> None
     exit_code, out = run.end()
     row = only_row(run.results_dir)
     assert (row.status, row.signal, exit_code) == ("interrupted", number.name, 130), out
-    assert len(row.iteration_s) >= 2
+    assert len(row.iteration_s) >= 2 and trace_of(run.results_dir, row)[-1]["phase"] == "train"
     assert "Traceback" not in out
     run.assert_nothing_left()
 
@@ -122,7 +131,7 @@ def test_killing_ldft_leaves_no_orphan_and_nothing_half_written(start) -> None:
     run.process.kill()
     run.process.wait()
     run.assert_nothing_left()
-    assert results.read(run.results_dir).empty
+    assert results.read(run.results_dir).empty and not list(run.results_dir.rglob("*trace*"))
     assert not rendezvous.exists()
 
 
@@ -132,6 +141,7 @@ def test_a_timeout_is_a_row_with_what_was_reached(ldft) -> None:
     assert done.row.status == "timeout"
     assert done.row.error_message.startswith("launch.timeout_s=20 passed; raise it")
     assert len(done.row.iteration_s) > 0, "20 s should reach the first iteration"
+    assert trace_of(done.results_dir, done.row)[-1]["iteration"] > 0
 
 
 def test_an_exception_in_a_rank_is_an_error_with_its_type_and_log(ldft, tmp_path) -> None:
@@ -139,7 +149,7 @@ def test_an_exception_in_a_rank_is_an_error_with_its_type_and_log(ldft, tmp_path
     done = ldft("optimizer.fused_step=false", env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "operators")})
     row = done.row
     assert (done.exit_code, row.status, row.exit_code) == (1, "error", 1)
-    assert row.error_type == "IsADirectoryError"
+    assert row.error_type == "IsADirectoryError" and trace_of(done.results_dir, row)
     assert "Traceback" in (done.results_dir / row.log_path).read_text()
     assert "Traceback" not in done.stdout + done.stderr
 

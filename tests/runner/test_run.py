@@ -7,7 +7,7 @@ import re
 import duckdb
 import pytest
 
-from ldft.runner import parent
+from ldft.runner import measured
 
 
 def test_a_run_leaves_one_ok_row(ldft) -> None:
@@ -47,5 +47,5 @@ def test_a_loss_that_is_no_number_is_said_and_kept(ldft) -> None:
     ],
 )
 def test_updates_left_out_after_warm_up_are_said(skipped: list[int] | None, says: str | None) -> None:
-    found = parent._warnings({"loss": [1.0, 2.0, 1.0, 1.0], "skipped_updates": skipped, "warmup_iterations": 2})
+    found = measured.warnings({"loss": [1.0, 2.0, 1.0, 1.0], "skipped_updates": skipped, "warmup_iterations": 2})
     assert len(found) == bool(says) and all(re.match(says or "", one) for one in found)

@@ -1,0 +1,134 @@
+"""Processes as /proc shows them: which of them are ranks of ldft, and what they use. What has ended is nowhere."""
+
+from __future__ import annotations
+
+import pwd
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """The part of /proc/PID/stat that is used here."""
+
+    parent: int
+    ticks: int
+    """CPU time in clock ticks, user and system, with that of children which have ended and were waited for."""
+    start: int
+    """Clock ticks since boot: with the pid it names a process for good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Ranks at work on one attempt."""
+
+    folder: Path
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A `python -m ldft` that has no ranks now: it starts, ends, or is between two cells of a sweep."""
+
+    pid: int
+    user: str
+    command: str
+    """What follows `python -m ldft`."""
+    results_dir: Path | None
+    """Where its rows go; None where its working directory may not be read."""
+
+
+def stat(pid: int) -> Stat | None:
+    """None for a process that has ended, waited for or not."""
+    text = _text(pid, "stat")
+    # The name, in brackets, may itself hold brackets and blanks.
+    values = (text or "").rpartition(")")[2].split()
+    if len(values) < 20 or values[0] in "ZX":
+        return None
+    return Stat(parent=int(values[1]), ticks=sum(map(int, values[11:15])), start=int(values[19]))
+
+
+def ticks_of_family(pid: int) -> int | None:
+    """CPU ticks of a process and of all that its main thread started, and so on; None when it has ended."""
+    known = stat(pid)
+    if known is None:
+        return None
+    children = _text(pid, f"task/{pid}/children") or ""
+    return known.ticks + sum(ticks_of_family(int(child)) or 0 for child in children.split())
+
+
+def user_of(pid: int) -> str | None:
+    """Name of the user that a process belongs to, or the number of one without a name; None when it has ended."""
+    try:
+        uid = (PROC / str(pid)).stat().st_uid
+    except FileNotFoundError:
+        return None
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def rank_of(pid: int) -> int | None:
+    """RANK in the environment of a process; None for another user's."""
+    text = _text(pid, "environ")
+    for line in (text or "").split("\0"):
+        if line.startswith("RANK=") and line[5:].isdigit():
+            return int(line[5:])
+    return None
+
+
+def find(results: Path | None = None) -> tuple[list[Run], list[Parent]]:
+    """Runs at work on this machine, whoever's, by folder; and the commands that have no ranks now, by pid.
+
+    results: only those whose rows go there.
+    """
+    ranks: dict[int, Path] = {}
+    commands: dict[int, list[str]] = {}
+    for entry in PROC.iterdir():
+        if not entry.name.isdigit():
+            continue
+        pid = int(entry.name)
+        words = (_text(pid, "cmdline") or "").split("\0")[:-1]
+        if words[1:3] == ["-m", "ldft.worker"] and len(words) == 4:
+            ranks[pid] = Path(words[3])
+        elif words[1:3] == ["-m", "ldft"]:
+            commands[pid] = words[3:]
+        elif len(words) > 1 and Path(words[1]).name == "ldft" and "python" in Path(words[0]).name:
+            commands[pid] = words[2:]
+    runs: dict[Path, list[int]] = {}
+    busy = set()
+    for pid, folder in ranks.items():
+        known = stat(pid)
+        # What a rank has forked looks like it until it becomes another program, if it ever does.
+        if known is not None and known.parent not in ranks:
+            runs.setdefault(folder, []).append(pid)
+            busy.add(known.parent)
+    parents = [found for pid, words in commands.items() if pid not in busy and (found := _parent(pid, words, commands))]
+    wanted = [Run(folder, tuple(sorted(pids))) for folder, pids in sorted(runs.items())]
+    if results is not None:
+        wanted = [run for run in wanted if run.folder.parents[1].resolve() == results.resolve()]
+        parents = [one for one in parents if one.results_dir == results.resolve()]
+    return wanted, sorted(parents, key=lambda one: one.pid)
+
+
+def _parent(pid: int, words: list[str], commands: dict[int, list[str]]) -> Parent | None:
+    known, user = stat(pid), user_of(pid)
+    if known is None or user is None or known.parent in commands:
+        return None
+    named = [word.removeprefix("results.dir=") for word in words if word.startswith("results.dir=")]
+    try:
+        folder = ((PROC / str(pid) / "cwd").readlink() / (named[-1] if named else "results")).resolve()
+    except (FileNotFoundError, PermissionError):
+        folder = None
+    return Parent(pid, user, " ".join(words), folder)
+
+
+def _text(pid: int, name: str) -> str | None:
+    """A file of a process; None when it has ended or may not be looked at."""
+    try:
+        return (PROC / str(pid) / name).read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
