@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldft.config import Config, Device, run_id, series_id
+from ldft.config import Config, Device, Precision, run_id, series_id
 from ldft.config.root import flatten
 from ldft.results import attempt, schema, store
 
@@ -14,7 +14,7 @@ from ldft.results import attempt, schema, store
 def config(**values: Any) -> Config:
     """A resolved config; values by dotted key, with __ for the dot."""
     made = Config()
-    made.launch.device = Device.cpu
+    made.launch.device, made.train.precision = Device.cpu, Precision.bf16
     for key, value in values.items():
         *path, last = key.split("__")
         part: Any = made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import metadata
 
 from ldft import environment
@@ -11,33 +12,82 @@ from ldft.errors import CombinationError, ConfigError
 
 Capability = tuple[int, int]
 
-# Distributions that transformers looks for by name, how to get them, and the compute capability they start at (transformers,
-# modeling_flash_attention_utils.py; flash-attn's README for version 2).
-_PACKAGES: dict[AttentionKind, tuple[str, str, Capability]] = {
-    AttentionKind.flash_attention_2: ("flash-attn", "pip install 'ldft[flash]' --no-build-isolation", (8, 0)),
-    AttentionKind.flash_attention_3: ("flash-attn-3", "build hopper/ of github.com/Dao-AILab/flash-attention", (8, 0)),
-    AttentionKind.flash_attention_4: ("flash-attn-4", "pip install --pre flash-attn-4", (9, 0)),
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What an attention kind can do. A request that goes beyond it is refused."""
+
+    least_capability: Capability | None = None
+    """Compute capability that it starts at; None: it runs without a GPU too, and in any precision."""
+    widest_head: int | None = None
+    """Elements of a head at most; None: any."""
+    head_multiple: int = 1
+    soft_cap: bool = False
+    """Whether it knows caps of the scores (Gemma)."""
+    masks_windows: bool = False
+    """Whether a window is a mask of all tokens with all, S x S elements."""
+    stores_scores: bool = False
+    """Whether the scores of all tokens with all are there at once."""
+    output_can_be_kept: bool = False
+    """Whether it is one operator known to training/checkpointing/keep_attention.py."""
+    package: str = ""
+    """Distribution that it comes in, by the name that transformers looks for; empty: torch or transformers has it."""
+    install: str = ""
+    """How to get that."""
+
+
+# Kinds by name, all but auto. Capabilities and widths: transformers, modeling_flash_attention_utils.py; flash-attn's README for
+# version 2; torch, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (check_cudnn_tensor_shapes).
+SPECS: dict[AttentionKind, AttentionSpec] = {
+    AttentionKind.sdpa: AttentionSpec(masks_windows=True, output_can_be_kept=True),
+    AttentionKind.sdpa_cudnn: AttentionSpec(
+        least_capability=(8, 0), widest_head=256, head_multiple=8, masks_windows=True, output_can_be_kept=True
+    ),
+    AttentionKind.flash_attention_2: AttentionSpec(
+        least_capability=(8, 0),
+        widest_head=256,
+        soft_cap=True,
+        output_can_be_kept=True,
+        package="flash-attn",
+        install="pip install 'ldft[flash]' --no-build-isolation",
+    ),
+    AttentionKind.flash_attention_3: AttentionSpec(
+        least_capability=(8, 0),
+        widest_head=256,
+        soft_cap=True,
+        package="flash-attn-3",
+        install="build hopper/ of github.com/Dao-AILab/flash-attention",
+    ),
+    AttentionKind.flash_attention_4: AttentionSpec(
+        least_capability=(9, 0),
+        widest_head=256,
+        soft_cap=True,
+        package="flash-attn-4",
+        install="pip install --pre flash-attn-4",
+    ),
+    AttentionKind.eager: AttentionSpec(soft_cap=True, stores_scores=True),
 }
 # Families of soft caps, for which transformers has no SDPA even where the caps are set to 0.
 _CAPPED_FAMILIES = ("gemma2", "vaultgemma")
-# Those that are one operator known to keep_attention.py.
-_KEPT = (AttentionKind.sdpa, AttentionKind.sdpa_cudnn, AttentionKind.flash_attention_2)
-_CUDNN_FROM: Capability = (8, 0)
 # torch's flash kernel, which reads grouped heads, starts there (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 _GROUPED_FROM: Capability = (8, 0)
 # cuDNN's kernels are the fastest on the data-centre generations Hopper and Blackwell. Wider heads than this run on Hopper only,
-# and slower; torch's limits are in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (check_cudnn_tensor_shapes).
+# and slower.
 _CUDNN_FASTEST_ON = (9, 10)
 _CUDNN_HEAD_DIM = 128
-_WIDEST_HEAD_DIM = 256
 
 
 def _installed(kind: AttentionKind) -> bool:
     try:
-        metadata.distribution(_PACKAGES[kind][0])
+        metadata.distribution(SPECS[kind].package)
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _runs_on(kind: AttentionKind, capability: Capability) -> bool:
+    least = SPECS[kind].least_capability
+    return least is None or capability >= least
 
 
 def choose(config: Config) -> AttentionKind:
@@ -47,11 +97,11 @@ def choose(config: Config) -> AttentionKind:
     """
     kind = _choice(config)
     keep = config.checkpointing.keep_attention
-    if keep is not KeepAttention.none and kind not in _KEPT:
+    if keep is not KeepAttention.none and not SPECS[kind].output_can_be_kept:
         raise CombinationError(
             "checkpointing.keep_attention",
             f"{keep.name}: the output of {kind.name} attention cannot be kept; use none, or an attention of "
-            f"{', '.join(one.name for one in _KEPT)}",
+            f"{', '.join(one.name for one, spec in SPECS.items() if spec.output_can_be_kept)}",
         )
     return kind
 
@@ -96,20 +146,21 @@ def _fastest(config: Config, capability: Capability | None) -> AttentionKind:
     ):
         return AttentionKind.sdpa_cudnn
     flash = AttentionKind.flash_attention_2
-    if capability >= _PACKAGES[flash][2] and model.head_dim <= _WIDEST_HEAD_DIM and _installed(flash):
+    if _runs_on(flash, capability) and model.head_dim <= (SPECS[flash].widest_head or 0) and _installed(flash):
         return flash
     return plain
 
 
 def _check(config: Config, kind: AttentionKind, capability: Capability | None) -> None:
     """Raise ConfigError where a kind that is asked for by name cannot run."""
-    name, model = kind.name, config.model
-    if model.attention_softcap and kind in (AttentionKind.sdpa, AttentionKind.sdpa_cudnn):
+    name, model, spec = kind.name, config.model, SPECS[kind]
+    if model.attention_softcap and not spec.soft_cap:
         raise CombinationError(
             "attention.kind",
             f"{name} knows no soft cap (model.attention_softcap={model.attention_softcap:g}); use eager or flash_attention_2",
         )
-    if kind in (AttentionKind.sdpa, AttentionKind.eager):
+    least = spec.least_capability
+    if least is None:
         return
     if capability is None:
         raise CombinationError("attention.kind", f"{name} needs launch.device=cuda, not cpu; use sdpa or eager")
@@ -117,20 +168,19 @@ def _check(config: Config, kind: AttentionKind, capability: Capability | None) -
         raise CombinationError(
             "attention.kind", f"{name} needs train.precision=bf16 or fp16, not fp32; use sdpa or eager"
         )
-    if model.head_dim > _WIDEST_HEAD_DIM or (kind is AttentionKind.sdpa_cudnn and model.head_dim % 8):
+    if (spec.widest_head and model.head_dim > spec.widest_head) or model.head_dim % spec.head_multiple:
         raise CombinationError(
             "attention.kind",
             f"{name} cannot do model.head_dim={model.head_dim}; use sdpa, or heads of 8 to 256 by eights",
         )
-    least = _CUDNN_FROM if kind is AttentionKind.sdpa_cudnn else _PACKAGES[kind][2]
     if capability < least:
         raise ConfigError(
             "attention.kind",
             f"{name} needs a GPU of compute capability {least[0]}.{least[1]} or newer, here is "
             f"{capability[0]}.{capability[1]}; use sdpa",
         )
-    if kind in _PACKAGES and not _installed(kind):
-        package, how, _ = _PACKAGES[kind]
+    if spec.package and not _installed(kind):
         raise ConfigError(
-            "attention.kind", f"{name} needs the package {package}, which is not installed; {how}, or use sdpa"
+            "attention.kind",
+            f"{name} needs the package {spec.package}, which is not installed; {spec.install}, or use sdpa",
         )

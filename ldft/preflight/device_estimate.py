@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ldft.config import AttentionKind, Config, Device, OffloadDevice
+from ldft.config import Config, Device, OffloadDevice
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.preflight import attention, parameter_counts
 from ldft.preflight.selection import Selection
@@ -145,7 +145,7 @@ def _state(run: Selection) -> Parts:
 def _mask(run: Selection) -> Parts:
     """S S (1 + w), S tokens of a sequence: the mask that SDPA gets for a window, as flags and, while in use, as numbers."""
     config = run.config
-    if not attention.windowed(config) or not run.attention.name.startswith("sdpa"):
+    if not attention.windowed(config) or not attention.SPECS[run.attention].masks_windows:
         return {}
     return {"attention mask": (1 + parameter_counts.width(config)) * config.seq_len.tokens**2}
 
@@ -260,7 +260,7 @@ def _to_host(config: Config, size: int) -> Parts:
 def _scores(run: Selection, copies: int) -> int:
     """Attention that is computed in full: w T S heads for each copy of the scores, fp32 being two."""
     config = run.config
-    if run.attention is not AttentionKind.eager:
+    if not attention.SPECS[run.attention].stores_scores:
         return 0
     return (
         copies

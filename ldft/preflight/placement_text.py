@@ -8,8 +8,8 @@ from functools import cache
 from ldft.errors import ConfigError
 from ldft.memory import bandwidths, cost_model
 from ldft.memory.policy import Placement, process_policy
-from ldft.preflight import role_placement
 from ldft.preflight.resolved import Resolved
+from ldft.preflight.strategies import ROLES, STRATEGIES, streams
 
 
 def gib(size: float) -> str:
@@ -29,7 +29,7 @@ def lines(run: Resolved) -> list[str]:
         return found
     ranks, sizes = run.placements, run.estimate.roles
     found.append("placement by role, each rank:")
-    for role in (role for role in role_placement.ROLES if sizes.get(role)):
+    for role in (role for role in ROLES if sizes.get(role)):
         found.append(f"  {role}: {_text(ranks[0][role], sizes[role])}")
         found += [
             f"    rank {rank}: {_text(placements[role], sizes[role])}"
@@ -55,11 +55,13 @@ def _of_process(run: Resolved) -> str:
 def notes(run: Resolved) -> list[str]:
     """What was said about placement and changes nothing here. No error: in a sweep, the same keys hold for every policy."""
     numa, sizes = run.config.numa, run.estimate.roles
+    strategy = STRATEGIES.get(numa.strategy.name)
+    budgeted = strategy is not None and strategy.has_budgets
     found = [
         f"numa.{key}={getattr(numa, key):g} changes nothing with numa={numa.name}, which has no budget; cxl_aware, striped and "
         "optimal have"
         for key in ("local_budget_gib", "cxl_budget_gib")
-        if getattr(numa, key) and numa.strategy.name not in ("cxl_aware", "striped", "optimal")
+        if getattr(numa, key) and not budgeted
     ]
     absent = [role for role in numa.roles.placements() if not sizes.get(role)]
     if absent:
@@ -96,7 +98,7 @@ def modelled_s(run: Resolved) -> dict[str, float]:
             for node, share in of.items():
                 into[node] = into.get(node, 0.0) + share / len(ranks)
     total = {role: len(ranks) * size for role, size in sizes.items()}
-    return cost_model.step_s(total, shares, known, len(ranks), streams=role_placement.streams(run))
+    return cost_model.step_s(total, shares, known, len(ranks), streams=streams(run))
 
 
 @cache

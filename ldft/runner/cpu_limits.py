@@ -19,7 +19,7 @@ from pathlib import Path
 from ldft import _native
 from ldft.memory.limits import CGROUPS, PROC
 from ldft.memory.topology import SYSFS, parse_list
-from ldft.preflight import host_estimate, role_placement
+from ldft.preflight import host_estimate, strategies
 from ldft.preflight.selection import Selection
 from ldft.runner import core_binding
 
@@ -123,7 +123,7 @@ def warnings(run: Selection, have: Cpus | None = None) -> list[str]:
 
 def _update_bytes(run: Selection) -> float:
     """Bytes that the CPU's update of all ranks moves; 0 where the device updates."""
-    accesses = role_placement.streams(run)["optimizer", "cpu"]
+    accesses = strategies.streams(run)["optimizer", "cpu"]
     sizes = host_estimate.host_bytes(run.config)
     if "momentum" not in sizes:
         return 0.0

@@ -13,7 +13,7 @@ import torch
 from hydra.errors import ConfigCompositionException
 
 from ldft.config import Config, columns, from_dict, to_dict
-from ldft.preflight.role_placement import ROLES
+from ldft.preflight.strategies import ROLES
 from ldft.training import model
 from tests.config.key_effects import (
     SMALL,

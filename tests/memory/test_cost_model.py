@@ -12,7 +12,7 @@ import pytest
 
 from ldft.memory import cost_model
 from ldft.memory.cost_model import Bandwidths, DoesNotFit, shares_of, step_s, stream_s
-from ldft.preflight.role_placement import greedy
+from ldft.preflight.strategies import greedy
 from multirun_analysis import published as published_tables
 
 GIB = 2**30

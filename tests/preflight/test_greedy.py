@@ -8,7 +8,8 @@ import pytest
 
 from ldft.memory.cost_model import DoesNotFit, shares_of
 from ldft.memory.topology import Node, Topology
-from ldft.preflight.role_placement import greedy, placement_of
+from ldft.preflight.role_placement import placement_of
+from ldft.preflight.strategies import greedy
 
 GIB = 2**30
 

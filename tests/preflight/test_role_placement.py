@@ -8,13 +8,14 @@ from dataclasses import fields, replace
 import pytest
 
 from ldft.config import Config
-from ldft.config.numa import NumaKind, RoleConfig, RolesConfig
+from ldft.config.numa import NumaKind, NumaStrategy, RoleConfig, RolesConfig
 from ldft.memory.policy import Placement, PlacementError
 from ldft.memory.topology import Node, Topology
 from ldft.preflight.resolved import resolve
-from ldft.preflight.role_placement import ROLES, stripes_of_process
+from ldft.preflight.role_placement import stripes_of_process
 from ldft.preflight.selection import select
-from tests.conftest import compose
+from ldft.preflight.strategies import ROLES, STRATEGIES
+from tests.conftest import compose, options
 
 FOUR = Topology(
     nodes=tuple(Node(id=id, cpus=(), total_bytes=1 << 30, distances={id: 10}) for id in range(4)),
@@ -100,3 +101,8 @@ def test_stripes_stand_in_for_weights_where_the_kernel_has_none_and_there_is_som
     assert rest("numa=weighted_0_3", "offload=none", "checkpointing=gpu") is None
     able = replace(FOUR, weights={0: 2, 1: 1, 2: 1, 3: 4})
     assert stripes_of_process(select(compose("launch.device=cpu", "numa=weighted_0_3"), topology=able)) is None
+
+
+def test_every_strategy_has_its_entry_and_its_option() -> None:
+    names = {strategy.name for strategy in NumaStrategy} - {"none"}
+    assert names == STRATEGIES.keys() and names <= set(options("numa"))

@@ -15,8 +15,8 @@ from ldft.memory.policy import Placement, PlacementError
 from ldft.memory.topology import Node, Topology
 from ldft.preflight import fit, host_estimate, placement_text
 from ldft.preflight.resolved import resolve
-from ldft.preflight.role_placement import ROLES, streams
 from ldft.preflight.selection import select
+from ldft.preflight.strategies import ROLES, streams
 from tests.conftest import compose
 
 GIB = 2**30

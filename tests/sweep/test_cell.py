@@ -20,9 +20,10 @@ from ldft import results
 from ldft.config import Config, Rerun, run_id
 from ldft.errors import CombinationError
 from ldft.preflight import fit
+from ldft.preflight.resolved import Resolved
 from ldft.results import attempt, schema, store
 from ldft.results.history import History
-from ldft.runner import checks, final_status, node_memory, parent, signals
+from ldft.runner import checks, final_status, measured, node_memory, parent, signals
 from ldft.sweep import cell
 from ldft.sweep.cell import Do
 from tests.synthetic import config, leave, row
@@ -77,13 +78,13 @@ def test_rerun_says_which_cells_run_again(tmp_path, rerun, again, merged) -> Non
 def test_a_refusal_for_memory_is_judged_anew_and_leaves_a_row_only_where_that_changes(tmp_path, monkeypatch) -> None:
     free_gib = 3
 
-    def refuse(config: Config) -> None:
-        if free_gib < 99 and not config.force:
+    def refuse(of: Resolved) -> None:
+        if free_gib < 99 and not of.config.force:
             raise fit.DoesNotFitError(f"99 GiB expected, {free_gib} GiB free", "less")
 
     monkeypatch.setattr(fit, "check", refuse)
     monkeypatch.setattr(parent, "_run_ranks", lambda *given: ([], final_status.Verdict("timeout"), 0.0))
-    monkeypatch.setattr(parent, "_measured", lambda *given: {})
+    monkeypatch.setattr(measured, "columns", lambda *given: {})
     monkeypatch.setattr(node_memory, "columns", lambda *given: {})
 
     def sweep(**values: Any) -> tuple[Do, str, int]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from ldft import environment
-from ldft.config import Config, Device
+from ldft.config import AttentionKind, Config, Device
 from ldft.errors import CombinationError, ConfigError
 from ldft.preflight import attention
 from ldft.training import data, model
 from ldft.training.attention_kernels import cudnn
-from tests.conftest import compose
+from tests.conftest import compose, options
 
 PLAIN = ("model=nano", "model.vocab_size=64")
 HEADS_128, HEADS_256 = ("model=llama3_8b",), ("model=llama3_8b", "model.head_dim=256")
@@ -236,3 +236,9 @@ def test_of_torchs_reasons_only_those_of_cudnn_are_given() -> None:
     assert cudnn._reason(attend) == "one; two"
     said = []
     assert cudnn._reason(attend) == "torch gives no reason"
+
+
+def test_every_kind_has_its_spec_and_its_option() -> None:
+    kinds = set(AttentionKind) - {AttentionKind.auto}
+    assert kinds == attention.SPECS.keys()
+    assert {kind.name for kind in AttentionKind} == set(options("attention"))

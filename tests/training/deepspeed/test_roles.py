@@ -15,7 +15,7 @@ import pytest
 from ldft.config import from_dict, to_dict
 from ldft.memory.topology import read_topology
 from ldft.preflight import host_estimate
-from ldft.preflight.role_placement import ROLES
+from ldft.preflight.strategies import ROLES
 from ldft.training.deepspeed.operators import cache_dir
 from tests.conftest import IN_CI, Done, compose, deepspeed_has_cpu_lion
 
