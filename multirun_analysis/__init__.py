@@ -12,6 +12,7 @@ In Python or a notebook:
 Reading rows is ldft.results; nothing here imports torch.
 """
 
+from multirun_analysis import traces
 from multirun_analysis.comparison import compare, diff
 from multirun_analysis.rows import load
 from multirun_analysis.tidy import cells, memory_by_node, memory_by_role, pareto, phases, placement, predicted
@@ -27,4 +28,5 @@ __all__ = [
     "phases",
     "placement",
     "predicted",
+    "traces",
 ]

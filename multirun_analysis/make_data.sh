@@ -41,7 +41,7 @@ count=$(find results -name row.parquet | wc -l)
 rm -rf "$DATA"
 for row in $(cd results && find . -name row.parquet); do
   mkdir -p "$DATA/$(dirname "$row")"
-  cp "results/$row" "$DATA/$row"
+  cp "results/$row" "results/$(dirname "$row")/trace.parquet" "$DATA/$(dirname "$row")/"
 done
 cd "$DATA/../.."
 "$PYTHON" -m multirun_analysis.notebooks

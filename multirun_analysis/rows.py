@@ -55,6 +55,7 @@ def load(path: str | Path) -> pd.DataFrame:
     sample_tokens_per_s      array: throughput of each iteration after warm-up
     forward_median_s, backward_median_s, step_median_s    medians after warm-up
     peak_vram_gib            largest peak_vram_allocated_gib of any rank; NaN without a GPU
+    trace_file               the run's trace, where it is there: `traces.read(row)` reads it; null otherwise
 
     Raises ResultsError where `path` is not a folder. A folder without rows gives an empty frame with all columns.
     """
@@ -63,7 +64,9 @@ def load(path: str | Path) -> pd.DataFrame:
         raise ResultsError(f"{folder} is not a folder; name the results.dir of a run or sweep")
     frame = results.read(folder)
     frame = frame.sort_values(["started_at", "run_id", "attempt"], kind="stable", ignore_index=True)
-    return _derived(_with_defaults(frame))
+    traces = [folder / name if isinstance(name, str) else None for name in frame["trace_path"]]
+    files = [str(path) if path is not None and path.is_file() else None for path in traces]
+    return _derived(_with_defaults(frame)).assign(trace_file=pd.Series(files, index=frame.index, dtype="object"))
 
 
 def config_keys(frame: pd.DataFrame) -> list[str]:

@@ -99,3 +99,14 @@ def test_scaling_sets_each_number_of_ranks_beside_the_fewest(tmp_path: Path) -> 
     rate = float(together[4]) / 2
     assert float(together[5]) == pytest.approx(rate, abs=1)
     assert float(together[6]) == pytest.approx(rate / float(alone[4]), rel=0.02)
+
+
+@long
+def test_the_benchmark_of_the_trace_runs_with_and_without_it(tmp_path: Path) -> None:
+    out = tmp_path / "monitor.parquet"
+    command = [sys.executable, FOLDER / "monitor.py", out, "--rounds", "1", "--interval", "0.5"]
+    command += ["model=nano", "seq_len.tokens=64", "train.iterations=3", "train.warmup_iterations=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    records = pq.read_table(out).to_pylist()
+    assert [(record["interval_s"], record["samples"] > 0) for record in records] == [(0.0, False), (0.5, True)]
+    assert "tokens/s with samples over without, by round: " in done.stdout

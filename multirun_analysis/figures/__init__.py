@@ -16,6 +16,7 @@ from multirun_analysis.figures.memory import (
     placement,
     predicted,
 )
+from multirun_analysis.figures.over_time import devices_over_time, memory_over_time
 from multirun_analysis.figures.speed import groups_to_compare, phases, speedup, throughput
 
 FIGURES = {
@@ -27,13 +28,17 @@ FIGURES = {
     "memory_by_role": memory_by_role,
     "placement": placement,
     "predicted": predicted,
+    "memory_over_time": memory_over_time,
+    "devices_over_time": devices_over_time,
 }
 
 __all__ = [
     "FIGURES",
+    "devices_over_time",
     "groups_to_compare",
     "memory_by_node",
     "memory_by_role",
+    "memory_over_time",
     "peak_memory",
     "phases",
     "placement",

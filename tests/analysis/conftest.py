@@ -13,6 +13,8 @@ import pytest
 
 from ldft.config import Config, run_id
 from ldft.config.root import flatten
+from ldft.monitor import trace
+from ldft.monitor.samples import Sample
 from ldft.results import schema
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -39,9 +41,11 @@ class Rows:
         config: Callable[[Config], None] | None = None,
         newer: dict[str, tuple[pa.DataType, Any]] | None = None,
         without: tuple[str, ...] = (),
+        samples: list[Sample] | None = None,
         **columns: Any,
     ) -> Path:
-        """Add a row. `newer` adds columns that today's schema lacks, `without` leaves columns out as an older one would."""
+        """Add a row. `newer` adds columns that today's schema lacks, `without` leaves columns out as an older one would;
+        `samples` are its trace."""
         built = Config()
         built.model.name, built.seq_len.tokens, built.numa.name, built.train.seed = model, tokens, policy, seed
         if config:
@@ -78,6 +82,10 @@ class Rows:
         row |= {name: value for name, (_, value) in (newer or {}).items()}
         path = self.folder / row["run_id"] / f"attempt-{attempt}" / schema.ROW_FILE
         path.parent.mkdir(parents=True)
+        if samples is not None:
+            row["trace_path"] = str(path.parent.relative_to(self.folder) / trace.TRACE_FILE)
+            with (self.folder / row["trace_path"]).open("wb") as file:
+                trace.write(samples, file, {})
         chosen = pa.schema(fields)
         pq.write_table(pa.Table.from_pylist([{name: row[name] for name in chosen.names}], schema=chosen), path)
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ldft.config import Config
 from multirun_analysis import load, style
 from multirun_analysis.figures import FIGURES, groups_to_compare, speedup, write_all
 from tests.analysis.conftest import Rows, node, role
+from tests.synthetic_samples import whole_run
 
 LENGTHS = (4096, 8192, 16384)
 
@@ -65,6 +67,7 @@ def df(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
                     roles=placed if ok else None,
                     predicted_host_gib=2.2 * gib,
                     predicted_vram_gib=gib,
+                    samples=whole_run(random.Random(0)) if ok and gib == 16 else None,
                 )
     return load(rows.folder)
 

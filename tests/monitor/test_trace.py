@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from ldft.monitor import trace
-from ldft.monitor.samples import DeviceUse, NodeUse, RankUse, RoleUse, RunUse, Sample
+from ldft.monitor.samples import Sample
 from ldft.monitor.trace import TRACE_FILE, Recorder
 from ldft.results import schema
 from ldft.runner import parent
+from tests.synthetic_samples import machine
 
 PHASES = ["start", "imports", "operators", "rendezvous", "model", "checkpoint_buffers", "engine", "train", "teardown"]
-GIB = 1 << 30
 
 
 def by_rank_and_role(entries: list[dict]) -> dict[tuple[int, str], int]:
@@ -78,64 +78,6 @@ def test_interval_zero_leaves_no_trace(ldft) -> None:
     assert done.row.status == "ok" and pd.isna(done.row.trace_path)
     assert list(done.results_dir.rglob("*trace*")) == []
     assert schema.schema().field("trace_path").metadata[b"description"].startswith(b"trace.parquet")
-
-
-def machine(noise: random.Random, number: int, ranks: int = 2, num_nodes: int = 4) -> Sample:
-    """A sample such as a machine with four nodes and two GPUs gives: everything that varies there varies here."""
-    sizes = {"compute_weights": 2, "compute_gradients": 2, "activations": 3}
-    names = ("master_weights", "master_gradients", "momentum", "variance", *sizes)
-    used = []
-    for rank in range(ranks):
-        roles = [
-            RoleUse(role=name, node=node, size=sizes.get(name, 4) * GIB + 4096 * rank + node)
-            for name in names
-            for node in range(num_nodes)
-        ]
-        device = DeviceUse(
-            vram_used=60 * GIB + noise.randrange(8 * GIB),
-            vram_total=80 * GIB,
-            utilisation_percent=noise.randrange(101),
-            pcie_rx_kb_per_s=noise.randrange(55_000_000),
-            pcie_tx_kb_per_s=noise.randrange(55_000_000),
-        )
-        memory = tuple((node, 40 * GIB + noise.randrange(64 << 20)) for node in range(num_nodes))
-        used.append(
-            RankUse(
-                rank=rank,
-                pid=1000 + rank,
-                phase="train",
-                cores_busy=8 * noise.random(),
-                memory=memory,
-                memory_age_s=5 * noise.random(),
-                roles=tuple(roles),
-                pinned=100 * GIB,
-                device=device,
-            )
-        )
-    nodes = [
-        NodeUse(
-            node=node,
-            total=256 * GIB,
-            free=100 * GIB - number * 100_000 + noise.randrange(64 << 20),
-            page_cache=20 * GIB + number * 100_000 + noise.randrange(16 << 20),
-            huge_total=0,
-            huge_free=0,
-        )
-        for node in range(num_nodes)
-    ]
-    run = RunUse(
-        folder="results/0123456789ab/attempt-1",
-        user="somebody",
-        title="",
-        phase="train",
-        phase_text="training",
-        iteration=number // 30,
-        iterations=1000,
-        tokens_per_s=1000.0,
-        ranks=tuple(used),
-        forbidden=False,
-    )
-    return Sample(time=1.7e9 + number + 0.01 * noise.random(), nodes=tuple(nodes), runs=(run,))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,83 @@
+"""Traces of runs (trace.parquet beside a row) as tidy tables: host memory by node and by role, and devices, over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ldft.errors import ResultsError
+
+
+def traced(df: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose trace is there, those with the most host memory first."""
+    return df[df["trace_file"].notna()].sort_values("peak_host_gib", ascending=False, kind="stable", na_position="last")
+
+
+def read(row: pd.Series) -> pd.DataFrame:
+    """A row's trace, one line a sample, with `elapsed_s` since the first. Raises ResultsError where it cannot be read."""
+    path = Path(row["trace_file"])
+    try:
+        frame: pd.DataFrame = pq.read_table(path).to_pandas()
+    except (OSError, pa.ArrowException) as error:
+        raise ResultsError(f"cannot read {path}: {' '.join(str(error).split())}; run the cell again") from error
+    return frame.assign(elapsed_s=(frame["time"] - frame["time"].iloc[0]).dt.total_seconds())
+
+
+def _entries(trace: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The entries of a list column, one line each, with the sample's time, phase and iteration."""
+    head = ("elapsed_s", "phase", "iteration")
+    found: list[dict[str, Any]] = []
+    for sample in trace.to_dict("records"):
+        found += [{name: sample[name] for name in head} | entry for entry in sample[column]]
+    return pd.DataFrame(
+        found, columns=[*head, *dict.fromkeys(name for one in found for name in one if name not in head)]
+    )
+
+
+def _read_then(trace: pd.DataFrame) -> pd.DataFrame:
+    """The samples for which memory was read (between two of them it is not known), and the last one, which has the last reading."""
+    known = trace[trace["memory"].map(len) > 0]
+    return known[(known["memory_age_s"] == 0) | (known.index == known.index.max())]
+
+
+def memory_by_node(trace: pd.DataFrame) -> pd.DataFrame:
+    """GiB of the ranks' processes on each node, summed over ranks: one line a reading, one column a node; index elapsed_s."""
+    entries = _entries(_read_then(trace), "memory")
+    if entries.empty:
+        return pd.DataFrame(index=pd.Index([], name="elapsed_s"))
+    return entries.pivot_table(index="elapsed_s", columns="node", values="mib", aggfunc="sum", fill_value=0) / 1024
+
+
+def memory_by_role(trace: pd.DataFrame) -> pd.DataFrame:
+    """The same by role, all nodes together: one column a role, and `other`, what else is in the processes."""
+    readings = _read_then(trace)
+    total = memory_by_node(trace).sum(axis=1)
+    entries = _entries(readings, "roles")
+    if entries.empty:
+        return pd.DataFrame({"other": total})
+    roles = entries.pivot_table(index="elapsed_s", columns="role", values="bytes", aggfunc="sum", fill_value=0) / 2**30
+    roles = roles.reindex(total.index, fill_value=0.0)
+    # Below zero by what is allocated between the reports of the ranks and the reading of their memory.
+    return roles.assign(other=(total - roles.sum(axis=1)).clip(lower=0))
+
+
+def devices(trace: pd.DataFrame) -> pd.DataFrame:
+    """GPUs, one line a sample and rank: vram_used_gib, vram_total_gib, utilisation_percent, PCIe rates in GB/s."""
+    entries = _entries(trace, "devices")
+    if entries.empty:
+        return entries
+    sizes = {f"vram_{name}_gib": entries[f"vram_{name}_mib"] / 1024 for name in ("used", "total")}
+    rates = {f"pcie_{name}_gb_per_s": entries[f"pcie_{name}_mb_per_s"] / 1000 for name in ("rx", "tx")}
+    head = entries[["elapsed_s", "phase", "iteration", "rank", "utilisation_percent"]]
+    return head.assign(**sizes, **rates)
+
+
+def phases(trace: pd.DataFrame) -> pd.DataFrame:
+    """phase, begin_s, end_s: from the first sample of each phase to that of the next."""
+    first = trace.groupby("phase", sort=False)["elapsed_s"].first()
+    ends = [*first.iloc[1:], trace["elapsed_s"].iloc[-1]]
+    return pd.DataFrame({"phase": first.index, "begin_s": first.to_numpy(), "end_s": ends})
