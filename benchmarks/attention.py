@@ -25,7 +25,8 @@ from transformers import AttentionInterface
 from ldft import environment
 from ldft.config import AttentionKind, Config, Device
 from ldft.errors import ConfigError
-from ldft.training import attention, cudnn_attention
+from ldft.preflight import attention
+from ldft.training.attention_kernels import cudnn
 
 HEADS, HEAD_DIM = 32, 128
 
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="the first is warm-up (default 7)")
     parser.add_argument("--out", type=Path, default=Path("attention.parquet"))
     arguments = parser.parse_args()
-    cudnn_attention.register()
+    cudnn.register()
     available = kinds()
     for why in available.values():
         if why:

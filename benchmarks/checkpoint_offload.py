@@ -4,7 +4,7 @@
 
 A shape is model:layers:tokens, micro-batch 1, bf16, random weights and tokens, the whole model in device memory. Modes:
     gpu        torch's non-reentrant checkpoint: inputs stay on the device. The base of all ratios.
-    cpu        ours: ldft/training/checkpointing.py.
+    cpu        ours: ldft/training/checkpointing/checkpointing.py.
     gpu+attention, cpu+attention    ours, and attention is not computed again: its output waits beside the layer inputs.
     seed       the seed's way: benchmarks/seed_checkpointing.py.
     deepspeed  DeepSpeed's get_checkpoint_hidden_states_offloading_ctx_manager (0.19.6 and later).
@@ -33,14 +33,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.checkpoint import checkpoint
 
-from ldft import composition, environment
+from ldft import environment
+from ldft.cli import composition
 from ldft.config import Config, from_dict
-from ldft.memory import estimate
-from ldft.training import liger, model
-from ldft.training.checkpointing import Checkpointing, DeviceInputs, decoder_layers
-from ldft.training.host_inputs import HostInputs
-from ldft.training.host_outputs import HostOutputs
-from ldft.training.kept_attention import DeviceOutputs, KeptAttention
+from ldft.preflight import host_estimate, liger
+from ldft.training import model
+from ldft.training.checkpointing.attention_outputs import HostOutputs
+from ldft.training.checkpointing.checkpointing import Checkpointing, DeviceInputs, decoder_layers
+from ldft.training.checkpointing.keep_attention import DeviceOutputs, KeptAttention
+from ldft.training.checkpointing.layer_inputs import HostInputs
 
 MODES = ("gpu", "cpu", "gpu+attention", "cpu+attention", "seed", "deepspeed")
 _CHUNK = 4096
@@ -66,7 +67,7 @@ class Subject:
         self.layers = decoder_layers(self.network)
         vocabulary = config.model.vocab_size
         self.tokens = torch.randint(vocabulary, (1, config.seq_len.tokens), device=device)
-        self.input_bytes = estimate.layer_input_bytes(config)
+        self.input_bytes = host_estimate.layer_input_bytes(config)
         self._kept: dict[str, Any] = {}
 
     def loss(self) -> torch.Tensor:
@@ -112,7 +113,7 @@ class Subject:
         return self._once("cpu", lambda: HostInputs(len(self.layers), self.input_bytes, self.device, pin=pin))
 
     def _outputs(self) -> HostOutputs:
-        size, pin = estimate.attention_output_bytes(self.config), self.device.type == "cuda"
+        size, pin = host_estimate.attention_output_bytes(self.config), self.device.type == "cuda"
         return self._once("cpu+attention", lambda: HostOutputs(len(self.layers), 1, size, self.device, pin=pin))
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:

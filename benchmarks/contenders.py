@@ -20,13 +20,15 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from ldft import checks, composition, environment, results
-from ldft.binding import cores_of_ranks
+from ldft import environment, results
+from ldft.cli import composition
 from ldft.config import Config, from_dict, to_dict
 from ldft.environment import CONF_DIR
-from ldft.runner import tokens_per_iteration
-from ldft.training import deepspeed_config
-from ldft.training.operators import cache_dir
+from ldft.preflight import deepspeed_config
+from ldft.runner import checks
+from ldft.runner.core_binding import cores_of_ranks
+from ldft.runner.measured import tokens_per_iteration
+from ldft.training.deepspeed.operators import cache_dir
 
 PEER = Path(__file__).with_name("plain_deepspeed.py")
 Settings = dict[str, Any]

@@ -27,10 +27,14 @@ import pyarrow.parquet as pq
 import torch
 from hydra import compose, initialize_config_dir
 
-from ldft import composition, environment
+from ldft import environment
+from ldft.cli import composition
 from ldft.config import AttentionKind, Config, Device, from_dict
 from ldft.errors import ConfigError
-from ldft.training import attention, checkpointing, data, deepspeed_config, engine, liger, model
+from ldft.preflight import attention, deepspeed_config, liger
+from ldft.training import data, liger_kernels, model
+from ldft.training.checkpointing import checkpointing
+from ldft.training.deepspeed import engine
 
 ALLOWED = 1e-2
 
@@ -78,7 +82,7 @@ def train(overrides: list[str]) -> dict[str, Any]:
         losses.append(loss.detach())
     result = {
         "attention": network.config._attn_implementation,
-        "liger_modules": liger.count_modules(network),
+        "liger_modules": liger_kernels.count_modules(network),
         "data": config.data.kind.name,
         "loss": torch.stack(losses).float().tolist(),
         "seconds": time.perf_counter() - begin,

@@ -25,7 +25,7 @@ from contenders import CONTENDERS, Setting, config_of, run, surroundings
 from training import counted, outcome, save
 
 from ldft import environment
-from ldft.trace import TRACE_FILE
+from ldft.monitor.trace import TRACE_FILE
 
 # The most that a sample a second may cost, as a part of tokens/s.
 LIMIT = 0.005

@@ -24,10 +24,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldft import results, rows
+from ldft import results
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
-from ldft.history import History
+from ldft.results import schema, store
+from ldft.results.history import History
 
 STATUSES = ["ok"] * 14 + ["error", "timeout", "oom_device", "oom_host", "skipped", "invalid"]
 
@@ -41,7 +42,7 @@ def synthetic_row(seed: int) -> dict[str, Any]:
     status = draw.choice(STATUSES)
     times = [draw.uniform(1, 2) for _ in range(5 if status == "ok" else 2)]
     values: dict[str, Any] = {}
-    for field in results.schema():
+    for field in schema.schema():
         if field.name.startswith("cfg."):
             continue
         if pa.types.is_floating(field.type):
@@ -83,13 +84,13 @@ def timed(what: str, work: Callable[[], Any], limit_s: float | None = None) -> A
 
 def write(folder: Path, first: int, last: int) -> None:
     """Loose rows, as runs leave them but without waiting for the disk each time."""
-    schema = results.schema()
+    every = schema.schema()
     for seed in range(first, last):
         values = synthetic_row(seed)
         attempt_dir = folder / values["run_id"] / "attempt-1"
         attempt_dir.mkdir(parents=True)
-        table = pa.Table.from_pylist([{name: values.get(name) for name in schema.names}], schema=schema)
-        pq.write_table(table, attempt_dir / results.ROW_FILE)
+        table = pa.Table.from_pylist([{name: values.get(name) for name in every.names}], schema=every)
+        pq.write_table(table, attempt_dir / schema.ROW_FILE)
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def main() -> None:
         "--uncompacted", action="store_true", help="also read all of them from one file a row (a minute)"
     )
     arguments = parser.parse_args()
-    print(f"{arguments.rows} rows of {len(results.schema())} columns; {platform.processor() or platform.machine()}, "
+    print(f"{arguments.rows} rows of {len(schema.schema())} columns; {platform.processor() or platform.machine()}, "
           f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, pyarrow {pa.__version__}")  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="ldft-scale-") as name:
         folder = Path(name)
@@ -108,14 +109,14 @@ def main() -> None:
         timed("write the rows, a file each", lambda: write(folder, 0, compacted))
         if arguments.uncompacted:
             timed("read them before any compaction", lambda: results.read(folder))
-        timed(f"compact {compacted} rows", lambda: rows.compact(folder))
+        timed(f"compact {compacted} rows", lambda: store.compact(folder))
         write(folder, compacted, arguments.rows)
         frame = timed(f"read all, {arguments.loose} of them loose", lambda: results.read(folder), limit_s=5)
         assert len(frame) == arguments.rows and frame["run_id"].is_unique
         history = History(folder)
         timed("a sweep's first look at the folder", history.refresh)
         timed("each later look", history.refresh)
-        size = sum(path.stat().st_size for path in rows.merged_files(folder)) / arguments.rows
+        size = sum(path.stat().st_size for path in store.merged_files(folder)) / arguments.rows
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"{size:.0f} bytes a compacted row; peak memory of this process {peak:.1f} GiB")
 

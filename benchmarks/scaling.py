@@ -22,8 +22,8 @@ from contenders import CONTENDERS, Setting, config_of, run, surroundings
 from training import counted, outcome, save
 
 from ldft import environment
-from ldft.binding import physical_cores
 from ldft.memory.topology import SYSFS
+from ldft.runner.core_binding import physical_cores
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import sys
 def main() -> int:
     """Entry point of `ldft` and `python -m ldft`; returns the exit code."""
     try:
-        from ldft.cli import main as run
+        from ldft.cli.command import main as run
     except ImportError as error:
         if "_native" not in str(error):
             raise

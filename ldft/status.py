@@ -1,92 +1,10 @@
-"""`python -m ldft.status [RESULTS_DIR]`: where a sweep stands, also one that runs elsewhere or has ended. Reads files only."""
+"""`python -m ldft.status [RESULTS_DIR]`: where a sweep stands (how: sweep/status.py)."""
 
 from __future__ import annotations
 
 import sys
-import time
-from pathlib import Path
 
-from ldft import attempt
-from ldft.arguments import Parser
-from ldft.errors import LdftError
-from ldft.history import History
-from ldft.plan import Cell, Plan, load_plans
-from ldft.sweep_view import Clock, at_work, columns, measured, report_lines
-
-
-def _line(one: Cell, history: History) -> tuple[list[str], bool]:
-    """Label, status and figures of a cell; whether it is still to come, or at work."""
-    number = max([history.latest_number(one.run_id), *attempt.numbers(history.results_dir, one.run_id)])
-    row = history.row(one.run_id, number)
-    if row:
-        words = measured(row)
-        return [one.label, row["status"], " ".join(words)], False
-    folder = attempt.folder_of(history.results_dir, one.run_id, number)
-    if not number:
-        return [one.label, "to come", ""], True
-    if not attempt.is_alive(folder):
-        return [one.label, "broken off", "its process is gone; the sweep's command runs it again"], True
-    started = attempt.read_json(folder / "started.json")
-    doing = at_work(attempt.rank_report(folder, 0), one.tokens_per_iteration)
-    return [one.label, "running", f"{doing}, on {started['host']} pid {started['pid']}"], True
-
-
-def lines(plan: Plan, history: History) -> list[str]:
-    """The plan, cell by cell, then what a sweep shows at its end and the time left."""
-    clock = Clock()
-    table, to_come = [], []
-    for index, one in enumerate(plan.cells):
-        clock.add(one, history.row(one.run_id, history.latest_number(one.run_id)))
-        line, open_ = _line(one, history)
-        table.append([f"[{index + 1}/{len(plan.cells)}]", *line])
-        if open_:
-            to_come.append(one)
-    began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(plan.started_at))
-    text = [f"sweep {plan.name}, begun {began} on {plan.host}", *columns(table), *report_lines(plan, history)]
-    left = clock.left(to_come)
-    return [*text, f"ldft: {left}"] if left else text
-
-
-def main() -> int:
-    """Returns the exit code: 0, 2 where the folder or the sweep does not exist, 1 where it cannot be read."""
-    parser = Parser(prog="python -m ldft.status", description="Show where a sweep stands.")
-    parser.add_argument("results_dir", nargs="?", default="results", help="default: results")
-    parser.add_argument("--sweep", help="its name; default: the one that was begun last")
-    parser.add_argument("--watch", action="store_true", help="show it again every two seconds, until Ctrl-C")
-    arguments = parser.parse_args()
-    folder = Path(arguments.results_dir)
-    if not folder.is_dir():
-        print(f"ldft: {folder} is not a folder; name the results.dir of a sweep", file=sys.stderr)
-        return 2
-    history = History(folder)
-    try:
-        while True:
-            history.refresh()
-            plans = [plan for plan in load_plans(folder) if arguments.sweep in (None, plan.name)]
-            if not plans:
-                print(
-                    f"ldft: {folder} holds no sweep{f' {arguments.sweep}' if arguments.sweep else ''}", file=sys.stderr
-                )
-                return 2
-            text = lines(plans[0], history)
-            if arguments.watch:
-                print("\x1b[2J\x1b[H", end="")
-            print("\n".join(text))
-            for path, problem in history.unreadable.items():
-                print(f"ldft: skipped unreadable {path}: {problem}")
-            others = [plan.name for plan in plans[1:]]
-            if others:
-                print(f"ldft: further sweeps here (--sweep): {', '.join(dict.fromkeys(others))}")
-            if not arguments.watch:
-                return 0
-            sys.stdout.flush()
-            time.sleep(2)
-    except LdftError as error:
-        print(f"ldft: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
+from ldft.sweep.status import main
 
 if __name__ == "__main__":
     sys.exit(main())

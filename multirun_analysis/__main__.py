@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ldft.arguments import Parser
 from ldft.errors import LdftError
+from ldft.terminal import Parser
 
 _EPILOG = "python -m multirun_analysis diff A B shows what changed between two folders."
 

@@ -7,7 +7,7 @@ from functools import cache
 import pandas as pd
 import yaml
 
-from ldft import composition
+from ldft.cli import composition
 from ldft.config import from_dict
 from ldft.config.root import flatten
 from ldft.environment import CONF_DIR

@@ -13,7 +13,7 @@ from ldft import results
 from ldft.config import Config
 from ldft.config.root import flatten
 from ldft.errors import ResultsError
-from ldft.fit import DoesNotFitError
+from ldft.preflight.fit import DoesNotFitError
 from multirun_analysis import options
 from multirun_analysis.labels import text
 

@@ -1,4 +1,4 @@
-"""Write ldft/training/deepspeed_keys.json: every config key that the installed DeepSpeed knows, with its type where it says one.
+"""Write ldft/preflight/deepspeed_keys.json: every config key that the installed DeepSpeed knows, with its type where it says one.
 
     python scripts/deepspeed_keys.py            # write the file
     python scripts/deepspeed_keys.py --check    # fail where the file differs from the installed release
@@ -21,7 +21,7 @@ from deepspeed.runtime import config as ds_config
 from deepspeed.runtime import constants
 from pydantic import BaseModel
 
-FILE = Path(__file__).resolve().parent.parent / "ldft" / "training" / "deepspeed_keys.json"
+FILE = Path(__file__).resolve().parent.parent / "ldft" / "preflight" / "deepspeed_keys.json"
 
 # Sections that are pydantic models.
 MODELS = {

@@ -19,7 +19,7 @@ for version in ${*:-0.19.5 newest}; do
     # Before everything else on the path; its operators are its own, too.
     export PYTHONPATH="$here/packages" TORCH_EXTENSIONS_DIR="$here/ops"
     echo "deepspeed $($python -c 'from importlib import metadata; print(metadata.version("deepspeed"))'):"
-    CI=true $python -m pytest -q -p no:cacheprovider tests/memory/test_roles.py tests/training/test_host_optimizer.py || failed=1
+    CI=true $python -m pytest -q -p no:cacheprovider tests/training/deepspeed/test_roles.py tests/training/optimizers/test_host_optimizer.py || failed=1
     unset PYTHONPATH TORCH_EXTENSIONS_DIR
     echo "deepspeed $version: $(($(date +%s) - start)) s"
 done

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from ldft import results, trace
 from ldft.config import columns as config_columns
+from ldft.monitor import trace
+from ldft.results import schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Errors whose first argument is the dotted key, and those that are a sentence alone.
@@ -23,7 +24,7 @@ KEYED = {"ConfigError", "CombinationError", "PlacementError", "NumaCallError"}
 PLAIN = {"HostMemoryError", "ResultsError"}
 
 
-def column_table(columns: list[results.Column]) -> str:
+def column_table(columns: list[schema.Column]) -> str:
     """Columns of the row, or of the trace, as a markdown table."""
     lines = ["| column | type | unit | meaning |", "| --- | --- | --- | --- |"]
     for column in columns:
@@ -155,7 +156,7 @@ def _replace(text: str, mark: str, fill: Callable[[str], str]) -> str:
 
 def filled(text: str) -> str:
     """A document with its generated parts as they should be."""
-    text = _replace(text, "columns", lambda _: column_table(results.all_columns()))
+    text = _replace(text, "columns", lambda _: column_table(schema.all_columns()))
     text = _replace(text, "trace", lambda _: column_table(trace.COLUMNS))
     text = _replace(text, "messages", lambda _: message_table())
     return _replace(text, "availability", _availability)

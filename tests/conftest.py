@@ -16,7 +16,8 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from ldft import composition, results
+from ldft import results
+from ldft.cli import composition
 from ldft.config import Config, Precision, from_dict
 from ldft.environment import CONF_DIR
 

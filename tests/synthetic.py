@@ -6,15 +6,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldft import attempt, results
-from ldft.config import Config, Device, run_id, series_id
+from ldft.config import Config, Device, Precision, run_id, series_id
 from ldft.config.root import flatten
+from ldft.results import attempt, schema, store
 
 
 def config(**values: Any) -> Config:
     """A resolved config; values by dotted key, with __ for the dot."""
     made = Config()
-    made.launch.device = Device.cpu
+    made.launch.device, made.train.precision = Device.cpu, Precision.bf16
     for key, value in values.items():
         *path, last = key.split("__")
         part: Any = made
@@ -44,5 +44,5 @@ def leave(results_dir: Path, of: Config, number: int = 1, status: str = "ok", **
     folder = attempt.folder_of(results_dir, run_id(of), number)
     folder.mkdir(parents=True)
     attempt.write_json(folder / "started.json", attempt.owner())
-    results.write_row(row(of, number, status, **values), folder / results.ROW_FILE)
+    store.write_row(row(of, number, status, **values), folder / schema.ROW_FILE)
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from ldft.samples import DeviceUse, NodeUse, RankUse, RoleUse, RunUse, Sample
+from ldft.monitor.samples import DeviceUse, NodeUse, RankUse, RoleUse, RunUse, Sample
 
 GIB = 1 << 30
 PREPARING = ("start", "imports", "operators", "model", "engine")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ldft.binding import physical_cores
 from ldft.config import Device
 from ldft.environment import PACKAGE_DIR
-from ldft.training import deepspeed_config
+from ldft.preflight import deepspeed_config
+from ldft.runner.core_binding import physical_cores
 from tests.conftest import long
 
 FOLDER = PACKAGE_DIR.parent / "benchmarks"

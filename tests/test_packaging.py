@@ -88,7 +88,7 @@ def test_the_parent_never_imports_torch(command, tmp_path) -> None:
     )
     assert done.returncode == 0, done.stdout
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
-    assert {"hydra", "ldft.runner", "pyarrow.parquet"} <= imported, "the list of imports was not read"
+    assert {"hydra", "ldft.runner.parent", "pyarrow.parquet"} <= imported, "the list of imports was not read"
     assert not imported & {"torch", "deepspeed", "transformers"}
 
 

@@ -1,4 +1,4 @@
-"""ldft's sweeper, where Hydra looks for plugins. Plans with ldft.plan, runs with ldft.sweep, launches with the chosen launcher."""
+"""ldft's sweeper, where Hydra looks for plugins. Plans (sweep/plan.py), runs (sweep/loop.py), launches with the chosen launcher."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class LdftSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Plan all cells, then run them. The exit code goes to ldft.cli, which Hydra's own return path does not reach."""
-        from ldft import cli, plan, sweep
+        from ldft.cli import command
+        from ldft.sweep import loop, plan
 
         assert self._context is not None
 
@@ -71,4 +72,4 @@ class LdftSweeper(Sweeper):
         here = isinstance(launcher, BasicLauncher)
         planned = plan.make(plan.grid(fixed, points), self._compose, swept, time.time(), elsewhere=not here)
         elsewhere = None if here else lambda cells: launcher.launch(cells, initial_job_idx=0)
-        cli.exit_codes.append(sweep.Sweep(planned, elsewhere).run())
+        command.exit_codes.append(loop.Sweep(planned, elsewhere).run())

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 from ldft.errors import ConfigError
-from ldft.memory import hardware
+from ldft.memory import bandwidths
 from ldft.memory.policy import Placement
 
 
@@ -144,4 +144,4 @@ class NumaConfig:
         if both:
             raise ConfigError("numa.cxl_nodes", f"node {both[0]} is in numa.local_nodes, too; name each node once")
         if self.bandwidth:
-            hardware.parse(self.bandwidth, hardware.KEY)
+            bandwidths.parse(self.bandwidth, bandwidths.KEY)

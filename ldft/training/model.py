@@ -26,7 +26,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.training import attention, construction, cudnn_attention, families, liger, repeated_heads, weights
+from ldft.preflight import attention, families, liger
+from ldft.training import liger_kernels, pretrained
+from ldft.training.attention_kernels import cudnn, repeated_heads
+from ldft.training.deepspeed import arena_hooks, layout
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -94,7 +97,7 @@ def build(
     partitioned = config.offload.stage == 3
     kind = attention.choose(config)
     if kind is AttentionKind.sdpa_cudnn:
-        cudnn_attention.register()
+        cudnn.register()
     repeats = attention.repeats_heads(config, kind)
     if repeats:
         repeated_heads.register()
@@ -106,16 +109,16 @@ def build(
     construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
     host: AbstractContextManager[None] = nullcontext()
     if arenas is not None and config.offload.parameters is OffloadDevice.cpu:
-        host = construction.weights(arenas, _parts(architecture, config.launch.num_ranks), dtype)
+        host = arena_hooks.weights(arenas, _parts(architecture, config.launch.num_ranks), dtype)
     with host, construct, no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=implementation)
     model.tie_weights()
-    pretrained = config.model.weights is Weights.pretrained
-    initialize(model, config.train.seed, partitioned=partitioned, only_buffers=pretrained)
-    if pretrained:
-        weights.load(model, config.model, partitioned=partitioned)
+    from_files = config.model.weights is Weights.pretrained
+    initialize(model, config.train.seed, partitioned=partitioned, only_buffers=from_files)
+    if from_files:
+        pretrained.load(model, config.model, partitioned=partitioned)
     if liger.wanted(config):
-        liger.apply(model)
+        liger_kernels.apply(model)
     if config.lora.rank:
         from ldft.training import lora  # peft takes a second to import
 
@@ -172,7 +175,5 @@ def initialize(model: PreTrainedModel, seed: int, *, partitioned: bool, only_buf
 def num_parameters(model: PreTrainedModel, *, trainable: bool = False) -> int:
     """Parameters of the model, shared ones once, also where ZeRO-3 has split them."""
     return sum(
-        getattr(parameter, "ds_numel", parameter.numel())
-        for parameter in model.parameters()
-        if parameter.requires_grad or not trainable
+        layout.whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad or not trainable
     )

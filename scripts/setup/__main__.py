@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from ldft.progress import seconds
+from ldft.terminal import seconds
 from scripts.setup import failure, needs
 from scripts.setup.environment import ROOT, Environment, requirements
 from scripts.setup.jobs import Bytecode, Creation, Job, Native, Packages

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ldft import results, trace
 from ldft.config import Config, run_id
 from ldft.config.root import flatten
-from ldft.samples import Sample
+from ldft.monitor import trace
+from ldft.monitor.samples import Sample
+from ldft.results import schema
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -51,7 +52,7 @@ class Rows:
             config(built)
         times = [9.0, 9.0, *(iteration_s or [1.0, 1.0, 1.0])] if status == "ok" else None
         self._count += 1
-        row: dict[str, Any] = {name: None for name in results.schema().names}
+        row: dict[str, Any] = {name: None for name in schema.schema().names}
         row |= {f"cfg.{key}": value for key, value in flatten(built).items()}
         row |= {
             "run_id": run_id(built),
@@ -76,17 +77,17 @@ class Rows:
                 row[f"{phase}_s"] = [part * time for time in times]
             row["peak_host_gib"] = 2.0
         row |= columns
-        fields = [field for field in results.schema() if field.name not in without]
+        fields = [field for field in schema.schema() if field.name not in without]
         fields += [pa.field(name, kind) for name, (kind, _) in (newer or {}).items()]
         row |= {name: value for name, (_, value) in (newer or {}).items()}
-        path = self.folder / row["run_id"] / f"attempt-{attempt}" / results.ROW_FILE
+        path = self.folder / row["run_id"] / f"attempt-{attempt}" / schema.ROW_FILE
         path.parent.mkdir(parents=True)
         if samples is not None:
             row["trace_path"] = str(path.parent.relative_to(self.folder) / trace.TRACE_FILE)
             with (self.folder / row["trace_path"]).open("wb") as file:
                 trace.write(samples, file, {})
-        schema = pa.schema(fields)
-        pq.write_table(pa.Table.from_pylist([{name: row[name] for name in schema.names}], schema=schema), path)
+        chosen = pa.schema(fields)
+        pq.write_table(pa.Table.from_pylist([{name: row[name] for name in chosen.names}], schema=chosen), path)
         return path
 
 

@@ -14,7 +14,7 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from ldft import composition
+from ldft.cli import composition
 from ldft.config import Device, from_dict
 from ldft.config import columns as config_columns
 from ldft.environment import CONF_DIR

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ldft import results, trace
 from ldft.config import columns
+from ldft.monitor import trace
+from ldft.results import schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DOCS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -28,7 +29,7 @@ def test_generated_parts_are_current(path: Path) -> None:
 
 def test_every_column_is_documented_with_its_meaning() -> None:
     text = (REPOSITORY / "docs" / "columns.md").read_text()
-    for column in [*results.all_columns(), *trace.COLUMNS]:
+    for column in [*schema.all_columns(), *trace.COLUMNS]:
         assert f"| `{column.name}` |" in text and column.description in text
 
 

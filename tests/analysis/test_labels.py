@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 
-from ldft import composition
+from ldft.cli import composition
 from ldft.config import Config, OffloadDevice
 from ldft.config.root import flatten
 from multirun_analysis import cells, compare, load

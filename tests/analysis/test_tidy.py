@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from ldft import results
 from ldft.errors import ResultsError
+from ldft.results import schema
 from multirun_analysis import cells, compare, load, memory_by_node, memory_by_role, pareto, phases, placement, predicted
 from tests.analysis.conftest import node, role
 
@@ -142,7 +142,7 @@ def test_an_empty_folder_gives_every_column_and_no_row(tmp_path) -> None:
     df = load(tmp_path)
     assert df.empty and {"model", "policy", "variant", "seq_len_tokens", "ok"} <= set(df.columns)
     assert cells(df).empty and pareto(df, "peak_host_gib", "tokens_per_s").empty
-    assert set(results.schema().names) <= set(df.columns)
+    assert set(schema.schema().names) <= set(df.columns)
 
 
 def test_a_path_that_is_no_folder_is_one_line() -> None:

@@ -9,9 +9,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ldft import trace
 from ldft.errors import ResultsError
-from ldft.samples import Sample
+from ldft.monitor import trace
+from ldft.monitor.samples import Sample
 from multirun_analysis import load, traces
 from multirun_analysis.__main__ import main
 from multirun_analysis.figures import devices_over_time, memory_over_time

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,232 +11,38 @@ import huggingface_hub
 import pytest
 import torch
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
 
-from ldft import cell, dry_run, environment, fit, launch, nodes, plan, results, runner, trace
-from ldft.config import Config, Device, columns, from_dict, run_id, series_id, to_dict
-from ldft.errors import ConfigError
-from ldft.history import History
-from ldft.launch import RankExit
-from ldft.memory import placing, strategies
-from ldft.memory.limits import Free
-from ldft.memory.strategies import ROLES
-from ldft.memory.topology import Node, Topology
-from ldft.training import checkpointing, data, deepspeed_config, liger, model, schedule, shards
+from ldft.config import Config, columns, from_dict, to_dict
+from ldft.preflight.strategies import ROLES
+from ldft.training import model
+from tests.config.key_effects import (
+    SMALL,
+    adapters,
+    allocations,
+    architecture,
+    assigned,
+    attention_that_runs,
+    batches,
+    built_model,
+    decision,
+    deepspeed,
+    deepspeed_on_cuda,
+    fitting,
+    fitting_the_gpu,
+    learning_rates,
+    loaded_weights,
+    placement,
+    planned,
+    printed,
+    refusal,
+    run,
+    strategy,
+    traced,
+    uses_liger,
+    waiting_inputs,
+    weights_folder,
+)
 from tests.conftest import compose
-
-SMALL = ("model=nano", "model.vocab_size=64", "seq_len.tokens=8", "launch.device=cpu")
-
-
-def deepspeed(config: Config) -> Any:
-    return deepspeed_config.build(config)
-
-
-def deepspeed_on_cuda(config: Config) -> Any:
-    config.launch.device = Device.cuda
-    return deepspeed_config.build(config)
-
-
-def architecture(config: Config) -> Any:
-    return model.hf_config(config.model).to_dict()
-
-
-def built_model(config: Config) -> Any:
-    config.offload.stage = 0
-    network = model.build(config, {}, torch.device("cpu"))
-    return next(network.parameters()).detach().sum().item(), network.dtype
-
-
-def waiting_inputs(config: Config) -> Any:
-    """Bytes that wait in host memory, and how often the first layer runs in one step."""
-    config.offload.stage = 0
-    network = model.build(config, {}, torch.device("cpu"))
-    installed = checkpointing.install(config, network, torch.device("cpu"))
-    runs: list[int] = []
-    network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    tokens = data.batch(config, 0, 0, 0)
-    network(input_ids=tokens, labels=tokens).loss.backward()
-    return sum(tensor.nbytes for tensor in installed.host_tensors()) if installed else None, len(runs)
-
-
-def attention_that_runs(config: Config) -> Any:
-    config.offload.stage = 0
-    return model.build(config, {}, torch.device("cpu")).config._attn_implementation
-
-
-def uses_liger(config: Config) -> Any:
-    config.launch.device = Device.cuda
-    return liger.wanted(config)
-
-
-def adapters(config: Config) -> Any:
-    """Trainable parameters by name, scales and dropout."""
-    config.offload.stage = 0
-    network = model.build(config, {}, torch.device("cpu"))
-    layers = [module for module in network.modules() if hasattr(module, "lora_A")]
-    sizes = {name: parameter.shape for name, parameter in network.named_parameters() if parameter.requires_grad}
-    return sizes, [(layer.scaling, str(layer.lora_dropout)) for layer in layers]
-
-
-def batches(config: Config) -> Any:
-    return [data.batch(config, iteration, 0, 0).tolist() for iteration in range(2)]
-
-
-def learning_rates(config: Config) -> Any:
-    return [schedule.factor(config, update) for update in range(config.train.iterations)]
-
-
-def weights_folder(config: Config) -> Any:
-    return str(shards.folder(config.model, fetch=True))
-
-
-def loaded_weights(config: Config) -> Any:
-    config.offload.stage = 0
-    return next(model.build(config, {}, torch.device("cpu")).parameters()).detach().sum().item()
-
-
-class Fake(dict):
-    """Stands for the rank processes: notes how they would be started, and ends them well."""
-
-    def __call__(self, folder: Path, num_ranks: int, device: str) -> Fake:
-        self.update(folder=str(folder.parents[1]), num_ranks=num_ranks, device=device)
-        for rank in range(num_ranks):
-            (folder / f"rank-{rank}.json").write_text('{"iteration_s": [1.0, 1.0, 1.0, 1.0, 2.0], "init": {}, '
-                                                      '"model_tflop_dense": 1, "model_tflop_attention": 1}')  # fmt: skip
-        self.exits, self.pids = [RankExit(rank, 0, None, 0.0, False) for rank in range(num_ranks)], []
-        self.by_rank: dict[int, int] = {}
-        return self
-
-    def __enter__(self) -> Fake:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-
-def run(config: Config) -> Any:
-    """What a run gives its ranks and says in its row, without them."""
-    with pytest.MonkeyPatch.context() as patch:
-        fake = Fake()
-        patch.setattr(launch, "Ranks", fake)
-        patch.setattr(environment, "gpus", lambda: ("a GPU", "a GPU"))
-        patch.setattr(environment, "driver", lambda: None)
-        patch.setattr(environment, "gpu_memory_gib", lambda: 80.0)
-        patch.setattr(environment, "compute_capability", lambda: (9, 0))
-        patch.setattr(launch, "wait", lambda ranks, timeout_s, tick: fake.update(timeout_s=timeout_s) or True)
-        row = runner.run(config).row
-    names = (
-        "system",
-        "repeat",
-        "sweep",
-        "warmup_iterations",
-        "tokens_per_iteration",
-        "iteration_median_s",
-        "cfg.numa.name",
-        "cfg.model.name",
-    )
-    return dict(fake) | {name: row[name] for name in names}
-
-
-def traced(config: Config) -> Any:
-    """Whether a run leaves a trace; this process stands for a rank."""
-    folder = Path(config.results.dir) / "run" / "attempt-1"
-    folder.mkdir(parents=True, exist_ok=True)
-    recorder = trace.Recorder(folder, config.monitor.interval_s)
-    with recorder.sampling([os.getpid()]):
-        pass
-    return recorder.write()[0] is not None
-
-
-def refusal(config: Config) -> Any:
-    try:
-        config.validate()
-    except ConfigError as error:
-        return str(error)
-    return "valid"
-
-
-def placement(config: Config) -> Any:
-    return config.numa.placement
-
-
-def assigned(config: Config) -> Any:
-    """Placement by role on a machine of two nodes."""
-    nodes = tuple(Node(id=id, cpus=(0,), total_bytes=1 << 30, distances={0: 10, 1: 20}) for id in (0, 1))
-    return strategies.assign(config, Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1)))
-
-
-def strategy(config: Config) -> Any:
-    """Placement by role of two ranks on a machine with two nodes of local memory and two of CXL; or the line that refuses it."""
-    config.launch.num_ranks = 2
-    nodes = tuple(
-        Node(id=id, cpus=(id,) * (id < 2), total_bytes=4 << 30, distances={n: 10 for n in range(4)}) for id in range(4)
-    )
-    machine = Topology(nodes=nodes, gpus={}, weights={}, weights_auto=None, allowed=(0, 1, 2, 3))
-    return strategies.assign(config, machine)
-
-
-def allocations(config: Config) -> Any:
-    """What every allocation of a rank follows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placing, "settings", placing.Settings())
-        nodes.settle(config)
-        return placing.settings
-
-
-def planned(config: Config) -> Any:
-    """Seeds and repetitions of the cells that a sweep over three seeds would run with this config."""
-    cells = [[f"train.seed={seed}"] for seed in range(3)]
-    own = [f"sweep.{name}={getattr(config.sweep, name)}" for name in ("repeats", "budget", "budget_seed")]
-    of = plan.make(cells, lambda overrides: OmegaConf.structured(compose(*SMALL, *own, *overrides)), set(), 1.0)
-    return [(of.configs[one.run_id].train.seed, one.repeat) for one in of.cells]
-
-
-def decision(config: Config) -> Any:
-    """What becomes of a cell that a row answers, or whose shorter sister ran out of memory, both of an earlier sweep."""
-    folder = Path(config.results.dir)
-    shorter = copy.deepcopy(config)
-    shorter.seq_len.tokens -= 1
-    for one, status in ((config, "error"), (shorter, "oom_host")):
-        name = run_id(one)
-        (folder / name / "attempt-1").mkdir(parents=True, exist_ok=True)
-        times = {"started_at": datetime(2026, 1, 1, tzinfo=UTC), "series_id": series_id(one)}
-        row = {"run_id": name, "attempt": 1, "status": status, "cfg.seq_len.tokens": one.seq_len.tokens, **times}
-        results.write_row(row, folder / name / "attempt-1" / "row.parquet")
-    longer = copy.deepcopy(config)
-    longer.seq_len.tokens += 1
-    return [cell.decide(one, History(folder)).do for one in (config, longer)]
-
-
-def fitting(config: Config) -> Any:
-    """What becomes of a run that has a KiB of free memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "free_memory", lambda capacity: Free(bytes=1024, limit="MemAvailable"))
-        try:
-            fit.check(config)
-        except ConfigError as error:
-            return str(error)
-    return "runs"
-
-
-def fitting_the_gpu(config: Config) -> Any:
-    """What becomes of a run on GPUs of 80 GiB."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(environment, "gpu_memory_gib", lambda: 80.0)
-        patch.setattr(fit, "free_memory", lambda capacity: Free(bytes=1 << 40, limit="MemAvailable"))
-        try:
-            fit.check(config)
-        except ConfigError as error:
-            return str(error)
-    return "runs"
-
-
-def printed(config: Config) -> Any:
-    return config.dry_run and dry_run.describe(config)
-
 
 BANDWIDTH = "{node0:{cpu:200},node1:{cpu:200},node2:{cpu:50},node3:{cpu:50}}"
 # key -> (what it is changed to, where that must show, what else is set before and after). A new key without an entry fails the

@@ -15,7 +15,7 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from ldft import composition
+from ldft.cli import composition
 from ldft.config import Device, from_dict
 from ldft.config.root import flatten
 from ldft.environment import CONF_DIR
@@ -206,8 +206,8 @@ def test_version_is_ours(tmp_path: Path) -> None:
 
 def test_the_parent_imports_neither_torch_nor_what_brings_it(tmp_path: Path) -> None:
     code = (
-        "import sys; from ldft import cli, dry_run; from ldft.training import deepspeed_config, schedule, shards, text\n"
-        "sys.argv = ['ldft', 'model=llama3_8b', 'dry_run=true']; assert cli.main() == 0\n"
+        "import sys; from ldft.cli import command; from ldft.training import safetensors_index, schedule, text\n"
+        "sys.argv = ['ldft', 'model=llama3_8b', 'dry_run=true']; assert command.main() == 0\n"
         "print([name for name in ('torch', 'transformers', 'deepspeed', 'pandas') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)

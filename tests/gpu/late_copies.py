@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ldft.training.lanes import CudaLanes, Lane
+from ldft.training.checkpointing.copies import CudaLanes, Lane
 
 POISON = 0xFF  # as bytes of a float: NaN
 SLEEP = 2_000_000  # cycles, about a millisecond

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ldft.config import AttentionKind, Config, Device
 from ldft.errors import ConfigError
-from ldft.training import attention
+from ldft.preflight import attention
+from ldft.preflight.selection import select
 from tests.conftest import compose
 
 
@@ -52,11 +53,11 @@ def process_group(folder: Path) -> Iterator[None]:
     import deepspeed
     import torch
 
-    from ldft.training import operators
+    from ldft.training.deepspeed import operators
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    operators.load(cuda_config(), say=print)
+    operators.load(select(cuda_config()), say=print)
     deepspeed.init_distributed(
         "nccl", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=0, world_size=1, verbose=False
     )

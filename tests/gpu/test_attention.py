@@ -11,7 +11,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from ldft.errors import ConfigError
-from ldft.training import attention, cudnn_attention, model, repeated_heads
+from ldft.preflight import attention
+from ldft.training import model
+from ldft.training.attention_kernels import cudnn, repeated_heads
 from tests.gpu.machine import allocated, cuda_config, kinds
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -32,7 +34,7 @@ KINDS = (
 
 def run(kind: str, tensors: list[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
     """Output (batch, tokens, heads, head_dim) and the gradients of query, key and value."""
-    cudnn_attention.register()
+    cudnn.register()
     query, key, value = (tensor.detach().requires_grad_() for tensor in tensors)
     module = SimpleNamespace(
         num_key_value_groups=query.shape[1] // key.shape[1],
@@ -111,7 +113,7 @@ def test_the_kernel_that_runs_is_the_one_asked_for_also_when_recomputed(kind: st
     module = SimpleNamespace(
         num_key_value_groups=4, is_causal=True, training=True, config=SimpleNamespace(_attn_implementation=kind)
     )
-    cudnn_attention.register()
+    cudnn.register()
 
     def layer(*inputs: torch.Tensor) -> torch.Tensor:
         return AttentionInterface()[kind](module, *inputs, None, scaling=128**-0.5)[0]

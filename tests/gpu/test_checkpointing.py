@@ -15,9 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ldft import results
 from ldft.training import model
-from ldft.training.checkpointing import Checkpointing, DeviceInputs
-from ldft.training.host_inputs import HostInputs
-from ldft.training.lanes import CudaLanes
+from ldft.training.checkpointing.checkpointing import Checkpointing, DeviceInputs
+from ldft.training.checkpointing.copies import CudaLanes
+from ldft.training.checkpointing.layer_inputs import HostInputs
 from tests.conftest import compose
 from tests.gpu.late_copies import POISON, SLEEP, SlowLanes, difference, gradients, tolerance
 from tests.gpu.machine import allocated

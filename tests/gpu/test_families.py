@@ -9,7 +9,8 @@ import torch
 
 from ldft.config import Config
 from ldft.config.checkpointing import CheckpointingMode
-from ldft.training import checkpointing, data, model
+from ldft.training import data, model
+from ldft.training.checkpointing import checkpointing
 from tests.gpu.machine import cuda_config, kinds
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -10,13 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from ldft.config import Config
 from ldft.errors import ConfigError
-from ldft.memory import estimate
+from ldft.preflight import host_estimate
 from ldft.training import model
-from ldft.training.checkpointing import Checkpointing, DeviceInputs
-from ldft.training.host_inputs import HostInputs
-from ldft.training.host_outputs import HostOutputs
-from ldft.training.kept_attention import DeviceOutputs, KeptAttention
-from ldft.training.lanes import CudaLanes
+from ldft.training.checkpointing.attention_outputs import HostOutputs
+from ldft.training.checkpointing.checkpointing import Checkpointing, DeviceInputs
+from ldft.training.checkpointing.copies import CudaLanes
+from ldft.training.checkpointing.keep_attention import DeviceOutputs, KeptAttention
+from ldft.training.checkpointing.layer_inputs import HostInputs
 from tests.gpu.late_copies import POISON, SlowLanes, difference, gradients, tolerance
 from tests.gpu.machine import allocated, cuda_config, kinds
 
@@ -50,12 +50,12 @@ def config_of(kind: str, *overrides: str) -> Config:
 
 
 def inputs(config: Config, every: int, lanes: CudaLanes | None) -> HostInputs:
-    size = estimate.layer_input_bytes(config)
+    size = host_estimate.layer_input_bytes(config)
     return HostInputs(-(-LAYERS // every), size, device(), pin=True, lanes=lanes)
 
 
 def outputs(config: Config, every: int, lanes: CudaLanes | None) -> HostOutputs:
-    size = estimate.attention_output_bytes(config)
+    size = host_estimate.attention_output_bytes(config)
     return HostOutputs(-(-LAYERS // every), every, size, device(), pin=True, lanes=lanes)
 
 
@@ -120,7 +120,7 @@ def test_memory_beyond_that_of_inputs_in_host_memory() -> None:
     config = config_of("sdpa_cudnn", "seq_len.tokens=32768")
     network = model.build(config, {}, device())
     tokens = torch.randint(512, (1, 32768), device="cuda")
-    out, size = estimate.attention_output_bytes(config), estimate.layer_input_bytes(config)
+    out, size = host_estimate.attention_output_bytes(config), host_estimate.layer_input_bytes(config)
     peaks = {}
     for name, store in (("cpu", None), ("host", outputs(config, 1, None)), ("device", DeviceOutputs())):
         Checkpointing(network, inputs(config, 1, None), attention=KeptAttention(store) if store else None)

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ldft.training import data, deepspeed_config, engine, host_memory, liger, model
+from ldft.preflight import deepspeed_config, liger
+from ldft.preflight.resolved import resolve
+from ldft.training import data, liger_kernels, model
+from ldft.training.deepspeed import engine, role_memory
 from tests.gpu.machine import allocated, cuda_config, process_group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -27,7 +30,7 @@ def results(*overrides: str) -> tuple[float, dict[str, torch.Tensor], int]:
     output.loss.backward()
     assert (output.logits is None) == (config.kernels.liger is True)
     gradients = {name: p.grad.float() for name, p in network.named_parameters()}
-    return output.loss.item(), gradients, liger.count_modules(network)
+    return output.loss.item(), gradients, liger_kernels.count_modules(network)
 
 
 @pytest.mark.parametrize("family", liger.FAMILIES)
@@ -83,7 +86,7 @@ def test_trains_under_deepspeed_as_the_stock_model(group: None, overrides: tuple
         beside = (f"optimizer.learning_rate={rate}", "data=repeat", "memory.pinning=none", f"kernels.liger={used}")
         config = cuda_config("model=nano", *SMALL, *overrides, *beside)
         settings = deepspeed_config.build(config)
-        arenas = host_memory.arenas_of(config, settings, 0)
+        arenas = role_memory.arenas_of(resolve(config, deepspeed=settings), 0)
         network = model.build(config, settings, CUDA, arenas)
         built = engine.build(config, network, settings, arenas)
         losses.append([])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.memory.test_roles import NANO, PARAMETERS, config_json, run_cases
+from tests.training.deepspeed.test_roles import NANO, PARAMETERS, config_json, run_cases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 DMA = ("param_groups_fp16_flat_cpu_memory[0]", "fp32_partitioned_groups_flat[0].grad", "grad_partitions_flat_buffer")

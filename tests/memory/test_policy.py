@@ -133,7 +133,7 @@ def test_importing_policy_topology_and_probe_is_light():
     code = """
 import json, sys, time
 start = time.perf_counter()
-import ldft.memory.limits, ldft.memory.placing, ldft.memory.policy, ldft.memory.probe, ldft.memory.weights
+import ldft.memory.kernel_weights, ldft.memory.limits, ldft.memory.placing, ldft.memory.policy, ldft.memory.probe
 print(json.dumps([[m for m in ("torch", "numpy", "hydra", "omegaconf") if m in sys.modules], time.perf_counter() - start]))
 """
     heavy, seconds = in_fresh_process(code)

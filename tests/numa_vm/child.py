@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 
+from ldft.memory.kernel_weights import kernel_weights, restore_kernel_weights
 from ldft.memory.policy import Placement, process_policy, set_process_policy
-from ldft.memory.weights import kernel_weights, restore_kernel_weights
 
 PAGE = 4096
 MAPPINGS: list[mmap.mmap] = []  # kept until the end

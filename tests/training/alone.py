@@ -22,13 +22,16 @@ def stock(folder: Path) -> None:
     import torch
 
     from ldft.config import from_dict
-    from ldft.training import data, deepspeed_config, model, operators, zero_sizes
+    from ldft.preflight import deepspeed_config, zero_buckets
+    from ldft.preflight.selection import select
+    from ldft.training import data, model
+    from ldft.training.deepspeed import operators
 
     config = from_dict(json.loads((folder / "config.json").read_text()))
     config.optimizer.fused_step = False
-    operators.load(config, say=print)
+    operators.load(select(config), say=print)
     settings = deepspeed_config.build(config)
-    for name in zero_sizes.sizes(config):
+    for name in zero_buckets.sizes(config):
         del settings["zero_optimization"][name]
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=0, world_size=1
@@ -46,7 +49,7 @@ def stock(folder: Path) -> None:
 
 
 def skip_step() -> None:
-    from ldft.training.host_optimizer import HostOptimizer
+    from ldft.training.optimizers.host_optimizer import HostOptimizer
 
     real, calls = HostOptimizer.update, []
 
@@ -70,13 +73,13 @@ def local_gradients() -> None:
 
 def use_liger() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-    from ldft.training import liger, model
+    from ldft.training import liger_kernels, model
 
     real = model.build
 
     def build(*arguments: object) -> object:
         network = real(*arguments)
-        liger.bind_loss(network)
+        liger_kernels.bind_loss(network)
         return network
 
     model.build = build
@@ -120,7 +123,7 @@ if __name__ == "__main__":
         {"skip_step": skip_step, "local_gradients": local_gradients, "liger": use_liger, "frozen": frozen}[
             sys.argv[2]
         ]()
-        from ldft import worker
+        from ldft.runner import worker
 
         os.environ["PYTHONUNBUFFERED"] = "1"
         sys.exit(worker.main())

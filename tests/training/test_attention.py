@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from ldft import environment
-from ldft.config import Config, Device
+from ldft.config import AttentionKind, Config, Device
 from ldft.errors import CombinationError, ConfigError
-from ldft.training import attention, cudnn_attention, data, model
-from tests.conftest import compose
+from ldft.preflight import attention
+from ldft.training import data, model
+from ldft.training.attention_kernels import cudnn
+from tests.conftest import compose, options
 
 PLAIN = ("model=nano", "model.vocab_size=64")
 HEADS_128, HEADS_256 = ("model=llama3_8b",), ("model=llama3_8b", "model.head_dim=256")
@@ -151,7 +153,7 @@ def test_cudnn_gets_what_sdpa_gets_and_no_mask_for_a_full_causal_batch(machine, 
             return real(*arguments, **named)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
-    monkeypatch.setattr(cudnn_attention, "can_use_cudnn_attention", lambda parameters: True)
+    monkeypatch.setattr(cudnn, "can_use_cudnn_attention", lambda parameters: True)
     logits = network(input_ids=tokens).logits
     for call in calls:
         assert call["enable_gqa"] and call["is_causal"] == (not window)
@@ -229,8 +231,14 @@ def test_of_torchs_reasons_only_those_of_cudnn_are_given() -> None:
             warnings.warn(text, stacklevel=1)
         raise RuntimeError("No available kernel.  Aborting execution.")
 
-    assert cudnn_attention._reason(attend) == "one; two"
+    assert cudnn._reason(attend) == "one; two"
     said = said[3:]
-    assert cudnn_attention._reason(attend) == "one; two"
+    assert cudnn._reason(attend) == "one; two"
     said = []
-    assert cudnn_attention._reason(attend) == "torch gives no reason"
+    assert cudnn._reason(attend) == "torch gives no reason"
+
+
+def test_every_kind_has_its_spec_and_its_option() -> None:
+    kinds = set(AttentionKind) - {AttentionKind.auto}
+    assert kinds == attention.SPECS.keys()
+    assert {kind.name for kind in AttentionKind} == set(options("attention"))

@@ -37,7 +37,7 @@ def alone(config_json: str, folder: Path, what: str, ranks: int = 1) -> list[flo
     """Losses of rank processes started by hand (tests/training/alone.py)."""
     folder.mkdir()
     (folder / "config.json").write_text(config_json)
-    from ldft.training.operators import cache_dir
+    from ldft.training.deepspeed.operators import cache_dir
 
     with tempfile.TemporaryDirectory() as rendezvous:
         processes = []

@@ -13,7 +13,9 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIB
 from ldft.config import AttentionKind, Config, Device, OffloadDevice, Precision, SeqLenConfig
 from ldft.config.checkpointing import CheckpointingMode
 from ldft.errors import ConfigError
-from ldft.training import attention, checkpointing, data, model
+from ldft.preflight import attention
+from ldft.training import data, model
+from ldft.training.checkpointing import checkpointing
 from tests.conftest import compose
 from tests.training.test_models import reduced
 
@@ -56,7 +58,9 @@ def test_every_attention_and_checkpointing_gives_the_same(name: str) -> None:
 
 
 def test_flash_attention_is_wired_as_transformers_wants_it() -> None:
-    for kind, (package, _, capability) in attention._PACKAGES.items():
+    for kind, package, capability in (
+        (kind, spec.package, spec.least_capability) for kind, spec in attention.SPECS.items() if spec.package
+    ):
         assert kind.name in AttentionInterface().valid_keys()
         version = int(kind.name[-1])
         wanted = FLASH_ATTENTION_COMPATIBILITY_MATRIX[version]

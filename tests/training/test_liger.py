@@ -10,7 +10,8 @@ import torch
 
 from ldft.config import Config, Device
 from ldft.errors import CombinationError, ConfigError
-from ldft.training import liger, model
+from ldft.preflight import liger
+from ldft.training import liger_kernels, model
 from tests.conftest import compose
 from tests.training.test_equality import alone, run_once  # noqa: F401
 
@@ -41,12 +42,12 @@ def test_every_family_is_patched_and_no_other_model_is(family: str) -> None:
     network, other = build(*beside), build(*beside, "train.seed=1")
     source = vars(sys.modules[type(network).__module__])
     before = dict(source)
-    assert liger.count_modules(network) == 0
-    assert liger.apply(network) == liger.count_modules(network) == PATCHED[family]
-    assert source == before and liger.count_modules(other) == 0
+    assert liger_kernels.count_modules(network) == 0
+    assert liger_kernels.apply(network) == liger_kernels.count_modules(network) == PATCHED[family]
+    assert source == before and liger_kernels.count_modules(other) == 0
     tokens = torch.arange(48)[None]
     assert other(input_ids=tokens, labels=tokens).logits is not None
-    assert liger.count_modules(build(*beside)) == 0
+    assert liger_kernels.count_modules(build(*beside)) == 0
 
 
 def test_used_on_cuda_where_the_family_is_supported_and_refused_in_one_line_elsewhere(monkeypatch) -> None:

@@ -12,8 +12,9 @@ import torch
 from ldft.config import Config, Device, from_dict, to_dict
 from ldft.config.checkpointing import CheckpointingMode
 from ldft.errors import ConfigError
-from ldft.memory import shapes
-from ldft.training import checkpointing, data, flops, model
+from ldft.preflight import parameter_counts
+from ldft.training import data, flops, model
+from ldft.training.checkpointing import checkpointing
 from tests.conftest import compose
 from tests.training.test_equality import BASE, alone, relative_error, run_once  # noqa: F401
 
@@ -75,7 +76,7 @@ def test_the_row_counts_what_is_trained(run_once, reference: list[float]) -> Non
     network = model.build(config_of("offload=none"), {}, CPU)
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    assert shapes.total(shapes.trained_sizes(config_of())) == trained
+    assert parameter_counts.total(parameter_counts.trained_sizes(config_of())) == trained
     assert (row.parameters, row.trainable_parameters) == (frozen + trained, trained)
     assert trained == 2 * 8 * (2 * 64 + 2 * (64 + 32) + 2 * 64 + 3 * (64 + config_of().model.intermediate_size))
     assert relative_error(row.loss, reference) < 1e-5

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from ldft.config import Config, Device, ModelConfig, OffloadDevice, Precision, SeqLenConfig
-from ldft.memory import shapes
+from ldft.preflight import parameter_counts
 from ldft.training import data, flops, model
 from tests.conftest import compose, options
 
@@ -45,7 +45,7 @@ def test_full_depth_has_the_published_count_and_architecture(name: str) -> None:
         assert count == meta_count(independent)
         for key, value in published.items():
             assert getattr(built, key) == value, key
-    assert shapes.num_parameters(config) == count
+    assert parameter_counts.num_parameters(config) == count
 
 
 def reduced(published: ModelConfig) -> ModelConfig:
@@ -65,7 +65,7 @@ def test_trains_at_reduced_depth(name: str) -> None:
     config.offload.stage = 0
     config.offload.parameters = config.offload.optimizer = OffloadDevice.none
     network = model.build(config, {}, torch.device("cpu"))
-    assert shapes.num_parameters(config.model) == model.num_parameters(network)
+    assert parameter_counts.num_parameters(config.model) == model.num_parameters(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     tokens = data.batch(config, 0, 0, 0)
     losses = []

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from ldft.config import Config, Device
 from ldft.errors import ConfigError
-from ldft.training import deepspeed_config, model, operators, shards
+from ldft.preflight import deepspeed_config
+from ldft.preflight.selection import select
+from ldft.training import model, safetensors_index
+from ldft.training.deepspeed import operators
 from tests.conftest import compose
 
 CPU = torch.device("cpu")
@@ -60,7 +63,7 @@ def process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     # ninja lies beside Python; loading an operator sets the folder of extensions for good.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(operators.cache_dir()))
-    operators.load(config_of("offload=none"), say=lambda text: None)
+    operators.load(select(config_of("offload=none")), say=lambda text: None)
     deepspeed.init_distributed(
         dist_backend="gloo",
         auto_mpi_discovery=False,
@@ -126,11 +129,11 @@ def test_a_file_cut_short_is_refused_at_any_length(saved: tuple[Path, dict[str, 
     folder, _ = saved
     file = min(folder.glob("*.safetensors"))
     content = file.read_bytes()
-    shards.index(folder)
+    safetensors_index.index(folder)
     for length in (0, 4, 8, 40, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:length])
         with pytest.raises(ConfigError, match=r"model.path: .*damaged or cut short"):
-            shards.index(folder)
+            safetensors_index.index(folder)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_the_hub_is_asked_for_the_published_name(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     config = compose("model=llama3_8b", "model.weights=pretrained")
     with pytest.raises(ConfigError, match=r"model.weights: cannot fetch meta-llama/Llama-3.1-8B .*model.path"):
-        shards.folder(config.model, fetch=True)
+        safetensors_index.folder(config.model, fetch=True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

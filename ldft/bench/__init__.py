@@ -1,0 +1,1 @@
+"""`python -m ldft.bench`: what this machine can do."""

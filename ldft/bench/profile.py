@@ -1,0 +1,66 @@
+"""A machine's profile: the bandwidths by node that numa=optimal and the modelled times read, from the rows of a measurement."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+from ldft.bench.nodes import COPIES, NodeSet
+from ldft.memory.limits import free_memory, free_on_node
+from ldft.memory.topology import Topology
+
+# An array of this size is larger than the caches of most machines, and four of them are Adam's.
+_LEAST, _MOST = 64 << 20, 1 << 30
+
+
+def make(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What later runs read: by node Adam's rate and that of copies, all processes together; as link the best that one gets."""
+    by_node: dict[str, dict[str, float]] = {}
+    link: dict[str, float] = {}
+    largest = max((row["array_bytes"] for row in rows), default=0)
+    for row in rows:
+        name = {"adam": "cpu"}.get(row["kernel"], row["kernel"])
+        if row["array_bytes"] != largest or "," in row["nodes"] or name not in ("cpu", *COPIES):
+            continue
+        together = [
+            other["gb_per_s"]
+            for other in rows
+            if all(other[key] == row[key] for key in ("kernel", "nodes", "weights", "processes", "array_bytes"))
+        ]
+        entry = by_node.setdefault(f"node{row['nodes']}", {})
+        entry[name] = round(max(entry.get(name, 0.0), sum(together)), 3)
+        if name in COPIES:
+            link[name] = round(max(link.get(name, 0.0), row["gb_per_s"]), 3)
+    bandwidth: dict[str, Any] = dict(by_node)
+    if link:
+        bandwidth["link"] = link
+    return {
+        "host": socket.gethostname(),
+        "measured_at": rows[0]["measured_at"] if rows else None,
+        "bandwidth": bandwidth,
+    }
+
+
+def default_size(topology: Topology) -> int:
+    """Bytes of an array: well above the caches, and four of them a sixteenth of what the smallest node has free."""
+    free = min([free_on_node(node) or free_memory().bytes for node in topology.memory_nodes] + [free_memory().bytes])
+    wanted = min(_MOST, max(4 * _LEAST, 16 * len(os.sched_getaffinity(0)) << 20))
+    return max(1 << 20, min(wanted, free // 64) >> 20 << 20)
+
+
+def least_size(default: int) -> int:
+    """Bytes of an array from which rates are those of memory, not of caches; where memory is too small for that, the default."""
+    return min(default, max(_LEAST, 2 * len(os.sched_getaffinity(0)) << 20))
+
+
+def lacks(kernels: list[str], sets: list[NodeSet], topology: Topology, size: int, least: int) -> str:
+    """What these measurements lack of a profile, and how to get it; empty for nothing. A profile replaces the one before, so it
+    takes Adam on every node."""
+    if "adam" not in kernels:
+        return "a profile takes the kernel adam"
+    if missing := set(topology.memory_nodes) - {node_set.nodes[0] for node_set in sets if len(node_set.nodes) == 1}:
+        return f"a profile takes every node by itself; leave out --nodes, or name {min(missing)} too"
+    if size < least:
+        return f"arrays of {size / 2**20:.2f} MiB may lie in caches; for a profile measure with --sizes {-(-least >> 20)}M or more"
+    return ""

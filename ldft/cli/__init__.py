@@ -1,0 +1,1 @@
+"""The command line: composing the config, running what it says."""

@@ -1,0 +1,134 @@
+"""The command line: Hydra composes the config, the runner runs it, errors of a user's making become one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from ldft.cli import composition
+from ldft.config import from_dict
+from ldft.environment import CONF_DIR
+from ldft.errors import ConfigError, InternalError, LdftError, ResultsError
+from ldft.results.history import History
+from ldft.runner import parent
+from ldft.runner.summary import summary
+from ldft.sweep import cell
+
+composition.register()
+
+exit_codes: list[int] = []
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+def _task(tree: DictConfig) -> None:
+    """One cell. Returns and never raises: Hydra would add lines of its own, and end a sweep's loop."""
+    try:
+        exit_codes.append(_cell(tree))
+    except Exception as error:
+        exit_codes.append(_report(error))
+
+
+def _cell(tree: DictConfig) -> int:
+    config = from_dict(tree)
+    if config.dry_run:
+        from ldft.runner import dry_run
+
+        print(dry_run.describe(config), flush=True)
+        return 0
+    if config.sweep.started_at:
+        # A cell of a sweep, on a machine where a launcher put it; the sweep reads what became of it from its row.
+        cell.run(config, History(parent.prepare(config)))
+        return 0
+    config.sweep.validate()
+    outcome = parent.run(config)
+    print(summary(outcome, config), flush=True)
+    if outcome.status == "invalid":
+        _say(outcome.row["error_message"])
+    return outcome.exit_code
+
+
+def _say(line: str) -> None:
+    print(f"ldft: {line}", file=sys.stderr, flush=True)
+
+
+def _keep_traceback() -> Path:
+    """Write the traceback of the current exception, here or where that is not allowed, in the folder for temporary files."""
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        if os.access(folder, os.W_OK):
+            break
+    log = folder / "ldft-internal-error.log"
+    log.write_text(traceback.format_exc())
+    return log
+
+
+def _overrides() -> list[str]:
+    return [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+
+
+def _options_first(arguments: list[str]) -> list[str]:
+    """The same arguments as Hydra's parser takes them: it wants all overrides in one place. Raises ConfigError, one line, where it
+    would print its usage."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError("command line", f"{message}; see python -m ldft --help")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    known, further = parser.parse_known_intermixed_args(arguments)
+    if unknown := [argument for argument in further if argument.startswith("-")]:
+        refuse(f"there is no option {unknown[0]}")
+    overrides = [*known.overrides, *further]
+    return [argument for argument in arguments if argument not in overrides] + overrides
+
+
+def _at_home(override: str) -> str:
+    """key=~/folder with the home folder in full: shells leave that to us, and Hydra's grammar has no such value."""
+    key, equals, value = override.partition("=")
+    return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else override
+
+
+def _report(error: Exception) -> int:
+    """Say an error in one line; returns the exit code. What is of no own type is a bug of ours and keeps its traceback."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        _say(composition.one_line(error, _overrides()))
+        return 2
+    if isinstance(error, yaml.YAMLError):
+        _say(composition.bad_yaml(error))
+        return 2
+    if isinstance(error, LdftError):
+        _say(str(error))
+        return 1 if isinstance(error, ResultsError) else 2
+    log = error.log if isinstance(error, InternalError) else _keep_traceback()
+    _say(f"internal error: this is a bug in ldft; traceback in {log}")
+    return 1
+
+
+def main() -> int:
+    """Entry point of `ldft` and `python -m ldft`; returns the exit code."""
+    # Composition errors are to reach us instead of Hydra's own printer.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    exit_codes.clear()
+    if "--version" in sys.argv[1:]:  # Hydra's parser would say its own
+        print(f"ldft {metadata.version('ldft')}")
+        return 0
+    try:
+        sys.argv = [sys.argv[0], *map(_at_home, _options_first(sys.argv[1:]))]
+        composition.check_overrides(_overrides())
+        _task()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _report(error)
+    return max(exit_codes, default=0)

@@ -1,0 +1,81 @@
+"""Bandwidths of a machine: given by hand, or measured once by `python -m ldft.bench nodes` and found again by its name.
+
+Both in the same form, GB/s (1e9 bytes per second):
+
+    {node0: {cpu: 278, h2d: 55.6, d2h: 55.5}, node3: {cpu: 69, h2d: 53.5, d2h: 37.2}, link: {h2d: 55.6, d2h: 55.5}}
+
+cpu is what an optimizer step gets, h2d and d2h what copies to and from GPUs get; without a GPU those are left out, and count as
+cpu. Without link, the best node's copies are what a link carries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldft.errors import ConfigError
+from ldft.memory.cost_model import Bandwidths
+
+GB = 1e9
+KEY = "numa.bandwidth"
+_FORM = "{node0:{cpu:278,h2d:55,d2h:55},node3:{cpu:69,h2d:53,d2h:37}}, GB/s"
+
+
+def profile_path(host: str | None = None) -> Path:
+    """Where the profile of a machine lies, by default this one's."""
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return folder / "ldft" / "hardware" / f"{host or socket.gethostname()}.json"
+
+
+def save(profile: Mapping[str, Any], path: Path) -> None:
+    """Write a profile, whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(profile, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def bandwidths(given: Mapping[str, Any]) -> Bandwidths | None:
+    """What `numa.bandwidth` says, else this machine's profile; None without either. Raises ConfigError."""
+    if given:
+        return parse(given, KEY)
+    path = profile_path()
+    try:
+        return parse(json.loads(path.read_text())["bandwidth"], f"{KEY}: {path}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            KEY, f"the profile {path} cannot be read; measure again with python -m ldft.bench nodes"
+        ) from None
+
+
+def parse(given: Mapping[str, Any], key: str) -> Bandwidths:
+    """Bandwidths of the form above. Raises ConfigError, which names what is wrong in it."""
+    rates: dict[str, dict[int, float]] = {"cpu": {}, "h2d": {}, "d2h": {}}
+    for name, entry in given.items():
+        if not isinstance(entry, Mapping) or (name != "link" and not name.removeprefix("node").isdigit()):
+            raise ConfigError(key, f"{name}: {entry!r} is no node; write {_FORM}")
+        for engine, value in entry.items():
+            if engine not in rates or isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ConfigError(key, f"{name}.{engine}: {value!r}; write cpu, h2d and d2h above 0, as in {_FORM}")
+        if name == "link":
+            continue
+        if "cpu" not in entry:
+            raise ConfigError(key, f"{name} has no cpu; write {_FORM}")
+        for engine, by_node in rates.items():
+            by_node[int(name.removeprefix("node"))] = GB * float(entry.get(engine, entry["cpu"]))
+    if not rates["cpu"]:
+        raise ConfigError(key, f"no node is in it; write {_FORM}")
+    link = given.get("link", {})
+    return Bandwidths(
+        cpu=rates["cpu"],
+        h2d=rates["h2d"],
+        d2h=rates["d2h"],
+        link_h2d=GB * float(link["h2d"]) if "h2d" in link else max(rates["h2d"].values()),
+        link_d2h=GB * float(link["d2h"]) if "d2h" in link else max(rates["d2h"].values()),
+    )

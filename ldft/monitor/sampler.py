@@ -1,0 +1,270 @@
+"""Takes samples of runs at work, from outside their processes: for the live monitor, and for the trace of a run.
+
+What is quick (reports of the ranks, CPU time, memory of the nodes) is read for every sample. What is not (numa_maps of a process,
+for which the kernel walks its page tables; PCIe counters of NVML) is read as often as a small part of one core allows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldft.memory.probe import process_memory
+from ldft.memory.topology import SYSFS, node_meminfo, parse_list, read_meminfo
+from ldft.monitor.gpu_use import Gpus
+from ldft.monitor.processes import Run, rank_of, stat, ticks_of_family, user_of
+from ldft.monitor.samples import DeviceUse, NodeUse, RankUse, RoleUse, RunUse, Sample
+
+# Of one core, for each kind of reading that is not quick. With the quick ones all stays under 1% at a sample a second.
+SHARE = 0.003
+# The same while the ranks of a run prepare: nothing is timed then, and memory grows fast.
+SHARE_WHILE_PREPARING = 0.05
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class Pace:
+    """A reading that is made as often as its cost allows."""
+
+    def __init__(self) -> None:
+        self._began = -math.inf
+        self._cost_s = 0.0
+
+    def is_due(self, share: float) -> bool:
+        """Whether a reading that costs what the last one did would take at most `share` of a core."""
+        return time.monotonic() >= self._began + self._cost_s / share
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around the reading, all of it in this thread."""
+        self._began, before = time.monotonic(), time.thread_time()
+        yield
+        self._cost_s = time.thread_time() - before
+
+
+@dataclass(slots=True)
+class _Process:
+    """What is remembered of a rank's process from sample to sample."""
+
+    start: int
+    rank: int | None = None
+    ticks: int | None = None
+    """CPU time at the last sample, which was at `sampled`."""
+    sampled: float = 0.0
+    memory: tuple[tuple[int, int], ...] | None = None
+    read: float = 0.0
+    forbidden: bool = False
+    pcie: tuple[int | None, int | None] = (None, None)
+    reported: dict[str, Any] = field(default_factory=dict)
+    roles: tuple[RoleUse, ...] = ()
+    """Made of `reported`: the same object from sample to sample, so that a trace of many samples stays small in memory."""
+
+
+class Reports:
+    """JSON files of an attempt, read again only when they were written again."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, int, int], dict[str, Any]]] = {}
+        self.forbidden: set[Path] = set()
+        """Those that may not be read."""
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """The file's content; empty where there is none yet, or where it may not be read."""
+        try:
+            found = path.stat()
+            key = (found.st_ino, found.st_mtime_ns, found.st_size)
+            known = self._known.get(path)
+            if known is None or known[0] != key:
+                known = self._known[path] = (key, json.loads(path.read_text()))
+        except FileNotFoundError:
+            return {}
+        except PermissionError:
+            self.forbidden.add(path)
+            return {}
+        return known[1]
+
+    def forget_others(self, folders: set[Path]) -> None:
+        """Keep only what lies in these folders."""
+        self._known = {path: known for path, known in self._known.items() if path.parent in folders}
+        self.forbidden = {path for path in self.forbidden if path.parent in folders}
+
+
+def nodes(sysfs: Path = SYSFS) -> tuple[NodeUse, ...]:
+    """Every NUMA node of the machine that has memory; one node 0 where the kernel has no nodes."""
+    try:
+        online = parse_list((sysfs / "devices/system/node/online").read_text())
+    except FileNotFoundError:
+        return (_node(0, read_meminfo()),)
+    return tuple(node for id in online if (node := _node(id, node_meminfo(id, sysfs))).total)
+
+
+def _node(id: int, fields: dict[str, int]) -> NodeUse:
+    return NodeUse(
+        node=id,
+        total=fields.get("MemTotal", 0),
+        free=fields.get("MemFree", 0),
+        # The machine's own meminfo calls it otherwise.
+        page_cache=fields.get("FilePages", fields.get("Cached", 0)),
+        huge_total=fields.get("HugePages_Total", 0) * _HUGE,
+        huge_free=fields.get("HugePages_Free", 0) * _HUGE,
+    )
+
+
+_HUGE = read_meminfo().get("Hugepagesize", 0)
+
+
+class Sampler:
+    """Samples the same runs again and again."""
+
+    def __init__(self, share_while_preparing: float = SHARE) -> None:
+        """share_while_preparing: of one core, that each kind of slow reading may take while no rank trains."""
+        self._memory_pace, self._pcie_pace = Pace(), Pace()
+        self._share_while_preparing = share_while_preparing
+        self._processes: dict[int, _Process] = {}
+        self._reports = Reports()
+        self._gpus = Gpus()
+
+    def sample(self, runs: Sequence[Run]) -> Sample:
+        """The machine and these runs now. Runs and ranks that have ended are left out."""
+        now = time.time()
+        self._follow(runs)
+        reports = {run.folder: self._reports_of(run) for run in runs}
+        trains = any(report.get("phase") == "train" for by_pid in reports.values() for report in by_pid.values())
+        share = SHARE if trains else self._share_while_preparing
+        if self._memory_pace.is_due(share):
+            with self._memory_pace.reading():
+                for pid, process in self._processes.items():
+                    _read_memory(pid, process, now)
+        if self._pcie_pace.is_due(share):
+            with self._pcie_pace.reading():
+                for by_pid in reports.values():
+                    for pid, report in by_pid.items():
+                        if "gpu_uuid" in report:
+                            self._processes[pid].pcie = self._gpus.pcie_kb_per_s(report["gpu_uuid"])
+        used = (self._run(run, reports[run.folder], now) for run in runs)
+        return Sample(time=now, nodes=nodes(), runs=tuple(run for run in used if run is not None))
+
+    def _follow(self, runs: Sequence[Run]) -> None:
+        """Begin to remember processes that are new, and forget those that are gone or no longer asked for."""
+        before, self._processes = self._processes, {}
+        for pid in (pid for run in runs for pid in run.pids):
+            known = stat(pid)
+            if known is None:
+                continue
+            process = before.get(pid)
+            if process is None or process.start != known.start:
+                process = _Process(start=known.start)
+            if process.rank is None:
+                process.rank = rank_of(pid)
+            self._processes[pid] = process
+        self._reports.forget_others({run.folder for run in runs})
+
+    def _reports_of(self, run: Run) -> dict[int, dict[str, Any]]:
+        """Process -> what it has reported, of those that are there."""
+        num_ranks = self._reports.read(run.folder / "config.json").get("launch", {}).get("num_ranks", 0)
+        reports = [self._reports.read(run.folder / f"rank-{rank}.json") for rank in range(num_ranks)]
+        found: dict[int, dict[str, Any]] = {}
+        for pid in run.pids:
+            if (process := self._processes.get(pid)) is None:
+                continue
+            if process.rank is None:  # another user's, but the reports may be there for all to read
+                process.rank = next((rank for rank, said in enumerate(reports) if said.get("pid") == pid), None)
+            known = process.rank is not None and process.rank < num_ranks
+            found[pid] = reports[process.rank] if known and process.rank is not None else {}
+        return found
+
+    def _run(self, run: Run, reports: dict[int, dict[str, Any]], now: float) -> RunUse | None:
+        ranks = [use for pid in reports if (use := self._rank(pid, reports[pid], now)) is not None]
+        user = user_of(ranks[0].pid) if ranks else None
+        if user is None:
+            return None
+        ranks.sort(key=lambda one: (one.rank is None, one.rank, one.pid))
+        config = self._reports.read(run.folder / "config.json")
+        first = self._reports.read(run.folder / "rank-0.json") if config else {}
+        times = first.get("iteration_s", [])
+        tokens = _tokens_per_iteration(config) if config else 0
+        closed = any(path.parent == run.folder for path in self._reports.forbidden)
+        return RunUse(
+            folder=str(run.folder),
+            user=user,
+            title=_title(config) if config else "",
+            phase=first.get("phase", "start"),
+            phase_text=first.get("phase_text", "" if closed else "starting Python"),
+            iteration=len(times),
+            iterations=config["train"]["iterations"] if config else None,
+            tokens_per_s=tokens / times[-1] if times else None,
+            ranks=tuple(ranks),
+            forbidden=closed or any(self._processes[one.pid].forbidden for one in ranks),
+        )
+
+    def _rank(self, pid: int, report: dict[str, Any], now: float) -> RankUse | None:
+        process = self._processes[pid]
+        ticks = ticks_of_family(pid)
+        if ticks is None:
+            return None
+        busy = None
+        if process.ticks is not None:
+            busy = max(0, ticks - process.ticks) / _TICKS_PER_S / max(now - process.sampled, 1e-3)
+        process.ticks, process.sampled = ticks, now
+        if process.reported != (memory := report.get("role_memory", {})):
+            process.reported, process.roles = memory, _roles(memory)
+        return RankUse(
+            rank=process.rank,
+            pid=pid,
+            phase=report.get("phase", "start"),
+            cores_busy=busy,
+            memory=process.memory,
+            memory_age_s=now - process.read if process.memory is not None else 0.0,
+            roles=process.roles,
+            pinned=report.get("pinned_bytes"),
+            device=self._device(report["gpu_uuid"], process) if "gpu_uuid" in report else None,
+        )
+
+    def _device(self, uuid: str, process: _Process) -> DeviceUse:
+        used, total = self._gpus.memory(uuid)
+        received, sent = process.pcie
+        return DeviceUse(
+            vram_used=used,
+            vram_total=total,
+            utilisation_percent=self._gpus.utilisation_percent(uuid),
+            pcie_rx_kb_per_s=received,
+            pcie_tx_kb_per_s=sent,
+        )
+
+
+def _read_memory(pid: int, process: _Process, now: float) -> None:
+    if process.forbidden:
+        return
+    table = process_memory(pid)
+    if table.pids:
+        process.memory = tuple((id, node.total) for id, node in sorted(table.nodes.items()))
+        process.read = now
+    else:  # it has ended, or is another user's
+        process.forbidden = stat(pid) is not None
+
+
+def _roles(memory: dict[str, Any]) -> tuple[RoleUse, ...]:
+    """What a rank has reported of its tensors with a role."""
+    found = []
+    for role, said in memory.items():
+        by_node = said["nodes"] or {"-1": said["bytes"]}  # -1: pages without memory, as in what is swapped out
+        found += [
+            RoleUse(role=role, node=int(node) if int(node) >= 0 else None, size=size) for node, size in by_node.items()
+        ]
+    return tuple(found)
+
+
+def _tokens_per_iteration(config: dict[str, Any]) -> int:
+    train = config["train"]
+    sequences = train["micro_batch_size"] * train["gradient_accumulation_steps"] * config["launch"]["num_ranks"]
+    return int(sequences * config["seq_len"]["tokens"])
+
+
+def _title(config: dict[str, Any]) -> str:
+    return f"{config['model']['name']}, {config['seq_len']['tokens']} tokens, numa={config['numa']['name']}"

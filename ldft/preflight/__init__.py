@@ -1,0 +1,1 @@
+"""All that is decided about a run before a rank starts. Nothing here imports torch."""

@@ -1,0 +1,165 @@
+"""The DeepSpeed config, from ours. Every value that changes numerics, memory or overlap is written out: DeepSpeed's own defaults
+move between releases (0.19.6 and later clip at 1.0 when the key is absent). Without torch: the parent prints it in a dry run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ldft.config import Config, Device, OffloadDevice, Precision
+from ldft.config.memory import Pinning
+from ldft.errors import CombinationError
+from ldft.preflight import deepspeed_keys, deepspeed_managed, zero_buckets
+
+
+def pins(config: Config) -> bool:
+    """Whether DeepSpeed is told to pin offloaded tensors. Those in arenas of ours are pinned, or not, by us."""
+    return config.launch.device is Device.cuda and config.memory.pinning is Pinning.torch
+
+
+def uses_arenas(config: Config, settings: dict[str, Any]) -> bool:
+    """Whether offloaded tensors lie in arenas of ldft."""
+    return config.memory.pinning is not Pinning.torch and deepspeed_managed.moved_by(settings) is None
+
+
+def fuses_step(config: Config, settings: dict[str, Any]) -> bool:
+    """Whether ldft's own kernel updates the offloaded weights. Raises CombinationError where it is asked for and cannot."""
+    asked = config.optimizer.fused_step
+    obstacle = None if asked is False else _unfused(config, settings)
+    if asked and obstacle:
+        raise CombinationError("optimizer.fused_step", f"true: {obstacle}; use false, or leave it at null")
+    return asked is not False and obstacle is None
+
+
+def _unfused(config: Config, settings: dict[str, Any]) -> str | None:
+    """Why only DeepSpeed's own optimizers will do."""
+    if config.offload.optimizer is not OffloadDevice.cpu:
+        return f"works in host memory only, and offload.optimizer is {config.offload.optimizer.name}"
+    if kind := deepspeed_managed.moved_by(settings):
+        return f"DeepSpeed updates by itself with {kind}"
+    if (ratio := settings["zero_optimization"]["offload_optimizer"].get("ratio", 1.0)) != 1.0:
+        return f"a ratio of {ratio:g} has DeepSpeed update the rest on the GPU"
+    for section in ("bf16", "fp16"):
+        for name in ("master_weights_and_grads", "optimizer_states"):
+            if settings[section].get(f"{section}_{name}"):
+                return f"works in fp32, and offload.deepspeed has {section}.{section}_{name}"
+    if settings.get("torch_autocast", {}).get("enabled"):
+        return "torch_autocast scales gradients in passes of its own"
+    if settings.get("zero_force_ds_cpu_optimizer"):
+        return "offload.deepspeed has zero_force_ds_cpu_optimizer"
+    further = settings["optimizer"]["params"].keys() - {"lr", "weight_decay", "betas", "eps"}
+    if further:
+        return f"has no {', '.join(sorted(further))}, which offload.deepspeed sets for DeepSpeed's"
+    return None
+
+
+def build(config: Config) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets: ldft's choices, then the user's file, then the user's keys.
+
+    Raises ConfigError where the user's keys are unknown to DeepSpeed, of another type, or ldft's own, and where roles are to be
+    placed that DeepSpeed moves itself.
+    """
+    settings = _chosen(config)
+    owned = dict(deepspeed_keys.flat(settings))
+    for name in ("offload_param", "offload_optimizer"):
+        owned[f"zero_optimization.{name}.pin_memory"] = config.memory.pinning is not Pinning.none
+    file = config.offload.deepspeed_file
+    layers = [(config.offload.deepspeed, "offload.deepspeed")]
+    if file:
+        path = Path(file).expanduser()
+        layers.insert(0, (deepspeed_keys.read_file(path), f"offload.deepspeed_file: {path.name}"))
+    for values, origin in layers:
+        values = deepspeed_keys.cleaned(values, origin)
+        deepspeed_keys.check_owned(values, owned, origin)
+        merge(settings, _without_owned(values))
+    deepspeed_managed.check(config, settings)
+    if fuses_step(config, settings):
+        settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    kind = deepspeed_managed.moved_by(settings)
+    if kind and config.numa.by_role:
+        raise CombinationError(
+            "numa.scope",
+            f"roles cannot be placed with {kind}, where DeepSpeed moves them; use a policy of scope process",
+        )
+    if kind and config.memory.pinning is Pinning.exact:
+        # What no arena can hold is pinned as stock DeepSpeed pins it.
+        for name in ("offload_param", "offload_optimizer"):
+            if "pin_memory" in settings["zero_optimization"][name]:
+                settings["zero_optimization"][name]["pin_memory"] = config.launch.device is Device.cuda
+    return settings
+
+
+def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
+    """Take over `values` into `into`, section by section."""
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def _without_owned(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    return {
+        name: _without_owned(value, f"{path}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if f"{path}{name}" not in deepspeed_keys.OWNED
+    }
+
+
+def _chosen(config: Config) -> dict[str, Any]:
+    """The config without anything of the user's."""
+    train, optimizer, offload = config.train, config.optimizer, config.offload
+    zero: dict[str, Any] = {
+        "stage": offload.stage,
+        "overlap_comm": offload.stage == 3,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 500_000_000,
+        "allgather_partitions": True,
+        "allgather_bucket_size": 500_000_000,
+        "round_robin_gradients": False,
+        "offload_param": {"device": offload.parameters.name},
+        "offload_optimizer": {"device": offload.optimizer.name},
+    }
+    if offload.stage == 3:
+        zero |= zero_buckets.sizes(config)
+    if offload.parameters is not OffloadDevice.none:
+        zero["offload_param"] |= {"pin_memory": pins(config)}
+    if offload.optimizer is not OffloadDevice.none:
+        zero["offload_optimizer"] |= {"pin_memory": pins(config), "ratio": 1.0}
+    if offload.parameters is OffloadDevice.nvme:
+        zero["offload_param"] |= {"nvme_path": offload.nvme_path, **deepspeed_managed.nvme_sizes(config)}
+    if offload.optimizer is OffloadDevice.nvme:
+        pipelined = {"pipeline_read": False, "pipeline_write": False, "fast_init": False}
+        zero["offload_optimizer"] |= {"nvme_path": offload.nvme_path, "buffer_count": 4, **pipelined}
+    lion = optimizer.name == "lion"
+    parameters: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "betas": list(optimizer.betas),
+    }
+    if not lion:
+        parameters["eps"] = optimizer.eps
+    if offload.optimizer is OffloadDevice.none and not lion:
+        # torch's own fused kernel: as fast as DeepSpeed's, and nothing to compile.
+        parameters |= {"torch_adam": True, "fused": True}
+    fp16: dict[str, Any] = {"enabled": train.precision is Precision.fp16, "loss_scale": train.loss_scale}
+    if train.precision is Precision.fp16:
+        fp16 |= {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+    return {
+        "train_batch_size": train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "gradient_clipping": optimizer.gradient_clipping,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "bf16": {"enabled": train.precision is Precision.bf16},
+        "fp16": fp16,
+        "data_types": {"grad_accum_dtype": train.precision.name},
+        "optimizer": {"type": "Lion" if lion else "AdamW", "params": parameters},
+        # Off the host, lion is ldft's own (device_lion.py), which DeepSpeed has not heard of.
+        "zero_allow_untested_optimizer": lion and offload.optimizer is OffloadDevice.none,
+        "zero_optimization": zero,
+    }

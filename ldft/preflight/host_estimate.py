@@ -1,0 +1,144 @@
+"""Expected bytes in host memory by formula, before anything runs. Without torch. VRAM: device_estimate.py.
+
+What stock DeepSpeed (0.19, read in its source) keeps for each trained parameter that a rank holds, with the optimizer on the host:
+
+    master_weights, master_gradients    4 B each, fp32
+    momentum, variance                  4 B each, fp32; Lion has no variance
+    compute_gradients                   ZeRO-3: in compute precision, also with one accumulation step
+                                        ZeRO-2: one largest parameter, and with accumulation every parameter that the rank
+                                        has a part of, whole: its share and, at most about, another largest one
+    compute_weights                     ZeRO-3 with parameters on the host: in compute precision, frozen ones too
+                                        ZeRO-2: the updated weights on their way to the device
+
+ZeRO-3 pads each parameter to a multiple of the ranks; ZeRO-1 and 2 pad all of them together to a multiple of twice the ranks.
+Sub-groups are not padded.
+"""
+
+from __future__ import annotations
+
+from ldft.config import Config, Device, OffloadDevice, Precision
+from ldft.config.checkpointing import CheckpointingMode, KeepAttention
+from ldft.preflight import deepspeed_config, device_estimate, parameter_counts
+from ldft.preflight.selection import Selection
+
+# Interpreter, libraries and, on CUDA, its context, less file pages: measured peaks of runs whose tensors are few
+# (benchmarks/results/fp16-llama3_1b-2k-h200.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.44 GiB without a GPU).
+_PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.44 * 2**30)}
+
+
+def host_bytes(config: Config) -> dict[str, int]:
+    """Bytes of one rank in host memory by role, the same for every rank; roles that stay on the device are missing."""
+    offload, ranks = config.offload, config.launch.num_ranks
+    width = parameter_counts.width(config)
+    trained, frozen = parameter_counts.trained_sizes(config), parameter_counts.frozen_sizes(config)
+    roles: dict[str, int] = {}
+    if offload.optimizer is OffloadDevice.cpu:
+        if offload.stage == 3:
+            share = parameter_counts.split(trained, ranks)
+            roles["compute_gradients"] = width * share
+        else:
+            whole = parameter_counts.total(trained)
+            share = -(-whole // (2 * ranks)) * 2
+            accumulates = config.train.gradient_accumulation_steps > 1
+            waiting = min(whole, share + max(trained)) if accumulates else 0
+            roles["compute_gradients"] = width * (max(trained) + waiting)
+            roles["compute_weights"] = width * share
+        roles |= {name: 4 * share for name in ("master_weights", "master_gradients", "momentum", "variance")}
+        if config.optimizer.name == "lion":
+            del roles["variance"]
+    elif offload.optimizer is OffloadDevice.nvme:
+        roles["compute_gradients"] = width * parameter_counts.split(trained, ranks)
+    if offload.parameters is OffloadDevice.cpu:
+        roles["compute_weights"] = width * (
+            parameter_counts.split(trained, ranks) + parameter_counts.split(frozen, ranks)
+        )
+    if checkpoint_bytes(config):
+        roles["activations"] = checkpoint_bytes(config)
+    return roles
+
+
+def layer_input_bytes(config: Config) -> int:
+    """Bytes of one decoder layer's input, of one micro-batch."""
+    return device_estimate.hidden_bytes(config)
+
+
+def attention_output_bytes(config: Config) -> int:
+    """Bytes of what attention returns in one decoder layer, of one micro-batch."""
+    return device_estimate.attention_bytes(config)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes that wait in one rank's host memory for the backward pass: layer inputs of all groups but the last, and outputs of
+    attention in all layers of these groups."""
+    settings = config.checkpointing
+    groups = max(settings.groups(config.model.num_layers) - 1, 0)
+    inputs = groups if settings.mode is CheckpointingMode.cpu else 0
+    outputs = groups * settings.every if settings.keep_attention is KeepAttention.host else 0
+    return inputs * device_estimate.hidden_bytes(config) + outputs * device_estimate.attention_bytes(config)
+
+
+def other_bytes(run: Selection, device: device_estimate.Parts) -> dict[str, int]:
+    """Bytes of one rank in host memory beside the roles, by what they are for. device: the peak of the device part."""
+    config = run.config
+    parts = {"process": _PROCESS[config.launch.device]}
+    if deepspeed_config.pins(config) and config.offload.optimizer is OffloadDevice.cpu:
+        parts["torch's pinned allocator"] = _rounding(run)
+    if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
+        parts["swap buffers"] = _swap_buffers(run)
+    if (
+        config.train.precision is Precision.fp16
+        and "compute_gradients" in host_bytes(config)
+        and config.offload.stage == 3
+        and not run.fused_step
+    ):
+        # DeepSpeed's update looks for infinities in all gradients at once: their magnitudes, 2 B each, and a flag of 1 B.
+        trained = parameter_counts.trained_sizes(config)
+        parts["overflow check"] = 3 * parameter_counts.split(trained, config.launch.num_ranks)
+    if config.launch.device is Device.cpu:
+        parts["device part"] = sum(device.values())
+    return parts
+
+
+def _swap_buffers(run: Selection) -> int:
+    """Buffers in front of swap files: so many of a weight, and of a sub-group in fp32, and one for its gradients."""
+    config, zero = run.config, run.zero
+    parameters, optimizer, size = zero["offload_param"], zero["offload_optimizer"], 0
+    if config.offload.parameters is OffloadDevice.nvme:
+        width = parameter_counts.width(config)
+        size += width * parameters["buffer_count"] * parameters["buffer_size"]
+    if config.offload.optimizer is OffloadDevice.nvme:
+        # A sub-group is as many parameters as reach its size, and at least one.
+        largest = -(-max(parameter_counts.trained_sizes(config)) // config.launch.num_ranks)
+        size += 4 * (optimizer["buffer_count"] + 1) * max(largest, *_sub_groups(config, zero["sub_group_size"]))
+    return size
+
+
+def _rounding(run: Selection) -> int:
+    """What torch's pinned allocator adds: each block becomes a power of two, and the weights, pinned one by one before
+    DeepSpeed moves them into one block, stay in its cache."""
+    config, zero = run.config, run.zero
+    roles, ranks = host_bytes(config), config.launch.num_ranks
+    width = parameter_counts.width(config)
+    blocks = [roles["compute_gradients"], roles.get("compute_weights", 0)]
+    blocks += [4 * part for part in _sub_groups(config, zero.get("sub_group_size", 1 << 62))]
+    added = sum(_power_of_two(block) - block for block in blocks)
+    if config.offload.parameters is OffloadDevice.cpu:
+        sizes = parameter_counts.trained_sizes(config) + parameter_counts.frozen_sizes(config)
+        added += sum(_power_of_two(width * -(-size // ranks)) * count for size, count in sizes.items())
+    return added
+
+
+def _sub_groups(config: Config, size: int) -> list[int]:
+    """Elements of the sub-groups that DeepSpeed makes: as many parameters as reach `size`, about, since their order is left out."""
+    share = parameter_counts.split(parameter_counts.trained_sizes(config), config.launch.num_ranks)
+    if config.offload.stage < 3 or size >= share:
+        return [share]
+    if size == 0:
+        sizes = parameter_counts.trained_sizes(config).elements()
+        return [-(-one // config.launch.num_ranks) for one in sizes]
+    whole = share // size
+    return [size] * whole + ([share - whole * size] if share > whole * size else [])
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size > 0 else 0

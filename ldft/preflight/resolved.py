@@ -1,0 +1,70 @@
+"""A run, fully decided before anything starts: what it is made of, where each role of tensors goes, and what it will need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ldft.config import Config
+from ldft.memory.policy import Placement
+from ldft.memory.topology import Topology
+from ldft.preflight import device_estimate, host_estimate, role_placement
+from ldft.preflight.selection import Selection, select
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Expected bytes of one rank."""
+
+    roles: Mapping[str, int]
+    """In host memory, by role."""
+    others: Mapping[str, int]
+    """In host memory beside the roles, by what they are for."""
+    moments: Mapping[str, device_estimate.Parts]
+    """In device memory, by moment of an iteration and then by what they are for."""
+    num_ranks: int
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak in host memory of all ranks together."""
+        return self.num_ranks * (sum(self.roles.values()) + sum(self.others.values()))
+
+    @property
+    def peak(self) -> str:
+        """The moment of the peak in device memory."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def device(self) -> device_estimate.Parts:
+        """In device memory at their peak, by what they are for."""
+        return self.moments[self.peak]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved(Selection):
+    """Made once a process and passed on."""
+
+    placements: tuple[Mapping[str, Placement], ...]
+    """Role -> placement, for each rank."""
+    stripes: Placement | None
+    """The process's weighted placement where stripes stand in for the kernel's weights."""
+    estimate: Estimate
+
+
+def resolve(config: Config, *, topology: Topology | None = None, deepspeed: dict[str, Any] | None = None) -> Resolved:
+    """All of it at once; arguments and errors as of `select` and `complete`."""
+    return complete(select(config, topology=topology, deepspeed=deepspeed))
+
+
+def complete(run: Selection) -> Resolved:
+    """Add placements and estimate. Raises PlacementError where the machine or the budgets do not hold them."""
+    moments = device_estimate.moments(run)
+    roles = host_estimate.host_bytes(run.config)
+    others = host_estimate.other_bytes(run, device_estimate.peak_of(moments))
+    return Resolved(
+        **{field.name: getattr(run, field.name) for field in fields(Selection)},
+        placements=tuple(role_placement.assign(run, roles, others)),
+        stripes=role_placement.stripes_of_process(run),
+        estimate=Estimate(roles=roles, others=others, moments=moments, num_ranks=run.config.launch.num_ranks),
+    )

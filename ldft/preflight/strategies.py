@@ -1,0 +1,174 @@
+"""Strategies of placement: each turns the sizes of the roles, sets of nodes and their budgets into weights by role and node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from ldft.errors import ConfigError
+from ldft.memory import bandwidths, cost_model
+from ldft.memory.cost_model import DoesNotFit, reduced
+from ldft.memory.topology import format_list
+from ldft.preflight.selection import Selection
+
+if TYPE_CHECKING:
+    from ldft.config import Config
+
+ROLES = (
+    "master_weights",
+    "master_gradients",
+    "momentum",
+    "variance",
+    "compute_weights",
+    "compute_gradients",
+    "activations",
+)
+# Most latency-critical first: what the optimizer step streams most of, then what the GPU alone touches (the paper's order).
+PRIORITY = (
+    "momentum",
+    "variance",
+    "master_gradients",
+    "master_weights",
+    "compute_weights",
+    "activations",
+    "compute_gradients",
+)
+# Touched by copies alone: what the strategy striped gives each rank a CXL node of its own for.
+ALTERNATING = ("activations", "compute_gradients")
+# The allocator's largest weight: the finest split.
+_FINEST = 1 << 20
+
+Weights = dict[str, dict[int, int]]
+"""Role -> node -> integer weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a strategy decides about."""
+
+    run: Selection
+    sizes: dict[str, float]
+    """Bytes of all ranks by role, of the roles that are placed by weights."""
+    local: tuple[int, ...]
+    cxl: tuple[int, ...]
+    budgets: dict[tuple[int, ...], float]
+    """Bytes that single nodes and the two sets may hold."""
+    in_turns: float
+    """Bytes of the roles that go to the CXL nodes in turns."""
+
+
+class Needs(Enum):
+    """Which nodes a strategy cannot do without."""
+
+    any = 0
+    several_nodes = 1
+    cxl = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    weights: Callable[[Task], Weights]
+    """Raises DoesNotFit where the budgets do not hold the roles."""
+    needs: Needs = Needs.any
+    has_budgets: bool = False
+    """Whether numa.local_budget_gib and numa.cxl_budget_gib change anything."""
+    in_turns: tuple[str, ...] = ()
+    """Roles that are not placed by weights: each rank's go to a CXL node of its own, in turns."""
+
+
+def greedy(
+    sizes: Mapping[str, float],
+    local: Sequence[int],
+    cxl: Sequence[int],
+    local_budget: float,
+    cxl_budget: float = float("inf"),
+) -> Weights:
+    """The paper's placement: by PRIORITY into local memory until its budget is full, the rest into CXL; evenly within a set.
+
+    The role that does not fit as a whole is split: what is left of the budget locally, not a byte more (to one part in 2^20 over
+    the sizes of both sets, and never above). sizes and budgets in bytes, all ranks together. Raises DoesNotFit where the CXL
+    budget is exceeded.
+    """
+    weights: Weights = {}
+    left, beyond = local_budget, 0.0
+    for role in sorted(sizes, key=_rank):
+        size = sizes[role]
+        share = min(1.0, left / size) if size > 0 and cxl else 1.0
+        # Those of each node of a set are the same, so that a set of several is even; none is above _FINEST.
+        scale = max(1, len(local)) * max(1, len(cxl))
+        parts = _FINEST // scale
+        near = int(share * parts)
+        far = parts - near
+        of = dict.fromkeys(local, near * scale // max(1, len(local)))
+        of |= dict.fromkeys(cxl, far * scale // max(1, len(cxl)))
+        weights[role] = reduced(of)
+        left = left - size if far == 0 else 0.0
+        beyond += size * far / parts
+    if beyond > cxl_budget or left < 0:
+        raise DoesNotFit(
+            f"the roles need {sum(sizes.values()) / 2**30:.1f} GiB, the budgets give {(local_budget + cxl_budget) / 2**30:.1f} GiB"
+        )
+    return weights
+
+
+def _rank(role: str) -> int:
+    return PRIORITY.index(role) if role in PRIORITY else len(PRIORITY)
+
+
+def streams(run: Selection) -> cost_model.Streams:
+    """A step's traffic, by who updates and how many micro-batches it takes."""
+    # Under ZeRO-1/2 ldft's kernel is one pass of DeepSpeed's three.
+    once = cost_model.FUSED if run.fused_step and run.config.offload.stage == 3 else cost_model.STOCK
+    return cost_model.accumulated(once, run.config.train.gradient_accumulation_steps)
+
+
+def _bandwidths(config: Config, nodes: tuple[int, ...]) -> cost_model.Bandwidths:
+    """Those of the nodes that roles may go to. Raises ConfigError where they are not known."""
+    known = bandwidths.bandwidths(config.numa.bandwidth)
+    if known is None:
+        raise ConfigError(
+            bandwidths.KEY,
+            "numa.strategy=optimal needs bandwidths by node, and this machine has no profile; measure them with "
+            "python -m ldft.bench nodes, or give numa.bandwidth",
+        )
+    missing = [node for node in nodes if node not in known.cpu]
+    if missing:
+        raise ConfigError(
+            bandwidths.KEY,
+            f"node {missing[0]} is not in it (nodes: {format_list(known.nodes())}); measure again, or give it",
+        )
+    return known.of(nodes)
+
+
+def _even_room(nodes: tuple[int, ...], budgets: Mapping[tuple[int, ...], float]) -> float:
+    """Bytes that can be spread evenly over a set: as much on each as the smallest takes, within the set's budget."""
+    if not nodes:
+        return 0.0
+    return min(len(nodes) * min(budgets[(node,)] for node in nodes), budgets.get(nodes, float("inf")))
+
+
+def _evenly(nodes: tuple[int, ...]) -> Weights:
+    return {role: dict.fromkeys(nodes, 1) for role in ROLES}
+
+
+def _greedily(task: Task) -> Weights:
+    room = _even_room(task.local, task.budgets), _even_room(task.cxl, task.budgets) - task.in_turns
+    return greedy(task.sizes, task.local, task.cxl, *room)
+
+
+def _optimally(task: Task) -> Weights:
+    config = task.run.config
+    known = _bandwidths(config, task.local + task.cxl)
+    return cost_model.solve(task.sizes, known, task.budgets, config.launch.num_ranks, streams=streams(task.run))
+
+
+# By the members of NumaStrategy (ldft/config/numa.py), none left out.
+STRATEGIES = {
+    "local_only": Strategy(lambda task: _evenly(task.local)),
+    "naive_interleaving": Strategy(lambda task: _evenly(task.local + task.cxl), Needs.several_nodes),
+    "cxl_aware": Strategy(_greedily, Needs.cxl, has_budgets=True),
+    "striped": Strategy(_greedily, Needs.cxl, has_budgets=True, in_turns=ALTERNATING),
+    "optimal": Strategy(_optimally, Needs.several_nodes, has_budgets=True),
+}

@@ -1,0 +1,169 @@
+"""The row's columns: name, type, unit and description of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from ldft.config import columns as config_columns
+
+SCHEMA_VERSION = 1
+ROW_FILE = "row.parquet"
+
+
+Source = Literal["parent", "first", "sum", "each"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    name: str
+    type: pa.DataType
+    unit: str
+    description: str
+    source: Source = "parent"
+    """Who fills it: the parent; or the ranks, whose reports say it under the same name: the first rank's value, the sum over ranks, or
+    a list with each rank's."""
+
+
+_TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
+_INTS, _FLOATS = pa.list_(_INT), pa.list_(_FLOAT)
+_NODES = pa.list_(
+    pa.struct(
+        [
+            ("host", _TEXT),
+            ("node", _INT),
+            ("huge_gib", _FLOAT),
+            ("heap_gib", _FLOAT),
+            ("stack_gib", _FLOAT),
+            ("private_gib", _FLOAT),
+            ("total_gib", _FLOAT),
+        ]
+    )
+)
+_SHARES = pa.list_(
+    pa.struct([("host", _TEXT), ("node", _INT), ("added_gib", _FLOAT), ("share", _FLOAT), ("requested_share", _FLOAT)])
+)
+_ROLES = pa.list_(
+    pa.struct(
+        [
+            ("host", _TEXT),
+            ("rank", _INT),
+            ("role", _TEXT),
+            ("bytes", _INT),
+            ("node", _INT),
+            ("share", _FLOAT),
+            ("requested_share", _FLOAT),
+        ]
+    )
+)
+
+# Columns are added, never renamed or retyped. The README's table is generated from this list.
+MEASURED = [
+    Column("run_id", _TEXT, "", "names what is measured: hash of the resolved config"),
+    Column("attempt", _INT, "", "1 for the first try at this run_id in this results folder"),
+    Column("series_id", _TEXT, "", "run_id without the sequence length: rows of one series differ in nothing else"),
+    Column("sweep", _TEXT, "", "name of the sweep that ran it; null for a single run"),
+    Column("repeat", _INT, "", "which repetition of the same measurement, from 1"),
+    Column("system", _TEXT, "", "the user's name for the machine"),
+    Column("started_at", pa.timestamp("us", tz="UTC"), "UTC", "when the parent claimed the attempt"),
+    Column("duration_s", _FLOAT, "s", "from the claim to the row"),
+    Column("parent_s", _FLOAT, "s", "the parent's own part of that: without the time it waited for the ranks"),
+    Column("hosts", pa.list_(_TEXT), "", "machines that ran ranks"),
+    Column("device_type", _TEXT, "", "cuda or cpu"),
+    Column("status", _TEXT, "", "ok, invalid, skipped, oom_device, oom_host, timeout, interrupted, error"),
+    Column("exit_code", _INT, "", "exit code of the first rank that failed; null when a signal ended it"),
+    Column("signal", _TEXT, "", "signal that ended the first rank that failed, e.g. SIGSEGV"),
+    Column("error_type", _TEXT, "", "exception type, where there was one"),
+    Column("error_message", _TEXT, "", "one line"),
+    Column("log_path", _TEXT, "", "log of the rank that failed, else of rank 0; relative to the results folder"),
+    Column("trace_path", _TEXT, "", "trace.parquet, memory and devices over the run; relative to the results folder; null with monitor.interval_s=0, or where it could not be written (see notes)"),
+    Column("config_json", _TEXT, "", "the resolved config, exactly"),
+    Column("deepspeed_config_json", _TEXT, "", "the effective DeepSpeed config", source="first"),
+    Column("parameters", _INT, "", "parameters of the model", source="first"),
+    Column("trainable_parameters", _INT, "", "parameters that the optimizer updates", source="first"),
+    Column("attention", _TEXT, "", "attention implementation that ran", source="first"),
+    Column("liger_modules", _INT, "", "modules that run Liger's kernels; 0 without Liger", source="first"),
+    Column("fused_step", pa.bool_(), "", "ldft's kernel updated the offloaded weights; false: another one, or nothing is offloaded", source="first"),
+    Column("iteration_s", _FLOATS, "s", "each iteration, barrier to barrier, slowest rank; the first warmup ones included", source="first"),
+    Column("forward_s", _FLOATS, "s", "forward part of each iteration, on that rank", source="first"),
+    Column("backward_s", _FLOATS, "s", "backward part", source="first"),
+    Column("step_s", _FLOATS, "s", "optimizer part", source="first"),
+    Column("warmup_iterations", _INT, "", "leading samples that count in no median"),
+    Column("iteration_median_s", _FLOAT, "s", "median of iteration_s after warm-up"),
+    Column("loss", _FLOATS, "", "loss of each iteration, mean over ranks and accumulation steps", source="first"),
+    Column("learning_rate", _FLOATS, "", "learning rate of each iteration's update", source="first"),
+    Column("skipped_updates", _INTS, "", "updates left out in each iteration, as fp16 gradients overflowed at their loss scale", source="first"),
+    Column("tokens_per_iteration", _INT, "tokens", "over all ranks and accumulation steps"),
+    Column("tokens_per_s", _FLOAT, "tokens/s", "tokens_per_iteration / iteration_median_s, all ranks together"),
+    Column("model_tflop_dense", _FLOAT, "TFLOP", "model FLOPs of an iteration in matrix products with weights", source="first"),
+    Column("model_tflop_attention", _FLOAT, "TFLOP", "model FLOPs of an iteration in causal attention", source="first"),
+    Column("model_tflops_per_s", _FLOAT, "TFLOP/s", "model FLOPs over iteration_median_s, per rank; recomputation not counted"),
+    Column("mfu", _FLOAT, "", "model_tflops_per_s over the device's dense peak; null where the peak is not known"),
+    Column("peak_vram_allocated_gib", _FLOATS, "GiB", "torch's peak of allocated device memory, per rank", source="each"),
+    Column("peak_vram_reserved_gib", _FLOATS, "GiB", "torch's peak of reserved device memory, per rank", source="each"),
+    Column("peak_host_gib", _FLOAT, "GiB", "sum over ranks of peak resident memory less file pages", source="sum"),
+    Column("peak_rss_gib", _FLOATS, "GiB", "peak resident memory of each rank as wait4 reports it, file pages included"),
+    Column("predicted_host_gib", _FLOAT, "GiB", "peak_host_gib as estimated before the run"),
+    Column("predicted_host_json", _TEXT, "GiB", "its parts for each rank: roles of offloaded tensors, the process, ..."),
+    Column("predicted_vram_gib", _FLOAT, "GiB", "peak_vram_allocated_gib of each rank as estimated before the run; null on the CPU"),
+    Column("predicted_vram_json", _TEXT, "GiB", "its parts at the moment of the peak"),
+    Column("modelled_traffic_s", _FLOAT, "s", "a step's traffic to host memory by the cost model; null where bandwidths are not known"),
+    Column("checkpoint_host_gib", _FLOAT, "GiB", "host memory in which layer inputs wait for backward, all ranks together", source="sum"),
+    Column("notes", pa.list_(_TEXT), "", "what sets the figures apart from those of other rows, e.g. another algorithm, keys without effect, a loss that diverged, updates left out"),
+    Column("pinned", pa.bool_(), "", "whether offloaded tensors that DMA touches were pinned", source="first"),
+    Column("init_s", _FLOAT, "s", "from the start of rank 0's interpreter to the first iteration", source="first"),
+    Column("init_imports_s", _FLOAT, "s", "part of init_s: importing torch, transformers and DeepSpeed", source="first"),
+    Column("init_operators_s", _FLOAT, "s", "part of init_s: compiling or loading DeepSpeed's operators", source="first"),
+    Column("init_rendezvous_s", _FLOAT, "s", "part of init_s: process group", source="first"),
+    Column("init_model_s", _FLOAT, "s", "part of init_s: building and initialising the model", source="first"),
+    Column("init_checkpoint_buffers_s", _FLOAT, "s", "part of init_s: host memory for layer inputs", source="first"),
+    Column("init_engine_s", _FLOAT, "s", "part of init_s: deepspeed.initialize", source="first"),
+    Column("init_placement_s", _FLOAT, "s", "part of init_s, within the parts above: placing, verifying and pinning arenas", source="first"),
+    Column("init_first_touch_s", _FLOAT, "s", "part of init_s, within the parts above: first touch of every page of the arenas", source="first"),
+    Column("nodes", _NODES, "GiB", "resident memory by NUMA node and kind, sum over ranks, after the last iteration"),
+    Column("numa_policy", _TEXT, "", "policy of the ranks: the one asked for, or, with numa=default, the caller's"),
+    Column("numa_shares", _SHARES, "", "memory that the ranks added after the policy was set (file pages left out), by node, with the share asked for (null: left open)"),
+    Column("numa_passed_over", _INT, "", "allocations during the run that were meant for a node asked for and went elsewhere, since it had no free memory; of the whole machine"),
+    Column("khugepaged_gib", _FLOAT, "GiB", "memory that the kernel merged into huge pages during the run, each on the node that had most of it; of the whole machine"),
+    Column("numa_mechanism", _TEXT, "", "who spread pages as asked: kernel (one policy a range), or stripes (a policy each); null with numa=default"),
+    Column("roles", _ROLES, "bytes", "offloaded tensors by role, rank and node after the last iteration (move_pages): bytes of the role on the rank, the node's share of them (null: not verified, see notes), the share asked for (null: left open)"),
+    Column("numa_kernel_weights_json", _TEXT, "", "the kernel's weights for weighted interleave during the run, by node; null before Linux 6.9"),
+    Column("git_commit", _TEXT, "", "commit of the package's source, where it is a git checkout"),
+    Column("git_dirty", pa.bool_(), "", "whether that checkout had uncommitted changes"),
+    Column("source_hash", _TEXT, "", "hash of the package's Python files and of the config tree"),
+    Column("versions", pa.map_(_TEXT, _TEXT), "", "Python and the packages that matter"),
+    Column("kernel", _TEXT, "", "kernel release"),
+    Column("cpu", _TEXT, "", "CPU model"),
+    Column("num_cores", _INT, "", "cores this run was allowed"),
+    Column("host_memory_gib", _FLOAT, "GiB", "MemTotal"),
+    Column("gpus", pa.list_(_TEXT), "", "GPU models of the machine"),
+    Column("driver", _TEXT, "", "NVIDIA driver"),
+    Column("topology_json", _TEXT, "", "NUMA nodes: cores, memory, distances"),
+]  # fmt: skip
+
+_CONFIG_TYPES = {
+    str: _TEXT,
+    int: _INT,
+    float: _FLOAT,
+    bool: pa.bool_(),
+    list[float]: _FLOATS,
+    list[int]: pa.list_(_INT),
+    list[str]: pa.list_(_TEXT),
+}
+
+
+def all_columns() -> list[Column]:
+    """Every column of a row: the measured ones, then `cfg.<dotted key>` for each config key."""
+    return MEASURED + [
+        Column(f"cfg.{key}", _CONFIG_TYPES[kind], "", f"config key {key}") for key, kind in config_columns()
+    ]
+
+
+def schema() -> pa.Schema:
+    """The row's schema; unit and description are field metadata."""
+    return pa.schema(
+        [pa.field(c.name, c.type, metadata={"unit": c.unit, "description": c.description}) for c in all_columns()],
+        metadata={"ldft.schema_version": str(SCHEMA_VERSION)},
+    )

@@ -1,0 +1,1 @@
+"""One run: checks, processes, status, row. The parent imports no torch."""

@@ -1,0 +1,115 @@
+"""What this machine allows. Runs only where the cell runs; raises ConfigError with one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ldft import environment
+from ldft.config import Config, DataKind, Device, Precision, Weights
+from ldft.errors import ConfigError
+from ldft.memory.topology import read_topology
+from ldft.preflight import families, parameter_counts, resolved
+from ldft.preflight.resolved import Resolved
+from ldft.preflight.selection import Selection
+from ldft.runner import cpu_limits, swap_files
+from ldft.training import safetensors_index, text
+
+
+def resolve(config: Config) -> None:
+    """Replace launch.device=auto and train.precision=auto by what fits this machine, and note in `asked` that they were auto."""
+    if config.launch.device is Device.auto:
+        config.asked["launch.device"] = Device.auto.name
+        config.launch.device = Device.cuda if environment.gpus() else Device.cpu
+    if config.train.precision is Precision.auto:
+        config.asked["train.precision"] = Precision.auto.name
+        config.train.precision, _ = _native_precision(config.launch.device)
+
+
+def _native_precision(device: Device) -> tuple[Precision, str]:
+    """What train.precision=auto stands for on this machine, and why."""
+    if device is Device.cpu:
+        if environment.native_bf16():
+            return Precision.bf16, "this CPU has bf16 instructions"
+        return Precision.fp32, "this CPU has no bf16 instructions"
+    lowest = environment.compute_capability()
+    if lowest is None or environment.gpus_are_assumed():
+        return Precision.bf16, "no GPU is here; one from Ampere on is assumed"
+    if lowest >= (8, 0):
+        return Precision.bf16, f"compute capability {lowest[0]}.{lowest[1]}"
+    which = Precision.fp16 if lowest >= (7, 0) else Precision.fp32
+    return which, f"compute capability {lowest[0]}.{lowest[1]}; bf16 needs 8.0"
+
+
+def resolution(config: Config) -> str | None:
+    """One line on what the keys that were auto have been resolved to; None where none was."""
+    if not config.asked:
+        return None
+    chosen = {"launch.device": config.launch.device.name, "train.precision": config.train.precision.name}
+    text = ", ".join(f"{key}={chosen[key]}" for key in config.asked)
+    because = f"; {_native_precision(config.launch.device)[1]}" if "train.precision" in config.asked else ""
+    return f"{text} (auto{because})"
+
+
+def warnings(run: Selection) -> list[str]:
+    """What runs as asked, at a price that the user should know. Empty for a machine that is not here."""
+    if environment.gpus_are_assumed():
+        return []
+    config, found = run.config, cpu_limits.warnings(run)
+    if (
+        config.launch.device is Device.cpu
+        and config.train.precision is Precision.bf16
+        and not environment.native_bf16()
+    ):
+        found.append(
+            "train.precision=bf16: this CPU has no bf16 instructions; matrix products take about 50 times as long as in fp32 with "
+            "AVX2, 3 times with AVX-512 (benchmarks/cpu_precision.py); train.precision=fp32 or auto avoids it"
+        )
+    return found
+
+
+def check_machine(config: Config) -> Resolved:
+    """The run, decided. Raises ConfigError where the config asks for what this machine does not have."""
+    topology = read_topology()
+    config.numa.placement.resolve(topology, "numa")
+    gpus = environment.gpus()
+    if config.launch.device is Device.cuda:
+        if not gpus:
+            raise ConfigError("launch.device", "cuda: no NVIDIA GPU is visible here; use launch.device=cpu")
+        if config.launch.num_ranks > len(gpus):
+            raise ConfigError(
+                "launch.num_ranks",
+                f"{config.launch.num_ranks} ranks need as many GPUs, {len(gpus)} visible; use 1 to {len(gpus)}",
+            )
+
+        lowest = environment.compute_capability()
+        if config.train.precision is Precision.bf16 and lowest is not None and lowest < (8, 0):
+            raise ConfigError(
+                "train.precision",
+                f"bf16 needs a GPU of compute capability 8.0 (Ampere) or newer, here is {lowest[0]}.{lowest[1]}; use fp16",
+            )
+    families.check(config.model, families.causal())
+    parameter_counts.check_adapted(config)
+    return resolved.resolve(config, topology=topology)
+
+
+def check_inputs(run: Selection, *, fetch: bool) -> None:
+    """Raise ConfigError where a file that the config names cannot be used. fetch: bring weights from the hub if need be."""
+    config = run.config
+    swap_files.check(config, run.deepspeed)
+    if config.model.weights is Weights.pretrained and (fetch or config.model.path):
+        safetensors_index.index(safetensors_index.folder(config.model, fetch=fetch))
+    if config.data.kind is DataKind.text:
+        text.check(config.data, config.model.vocab_size)
+
+
+def check_results_dir(folder: Path) -> None:
+    """Create the results folder; raise ConfigError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "results.dir", f"cannot create {folder} ({error.strerror}); choose a folder you can write"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError("results.dir", f"cannot write in {folder}; choose a folder you can write")

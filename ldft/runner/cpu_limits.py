@@ -1,0 +1,143 @@
+"""How much of the machine's CPUs this process may use, and what too few of them cost. Without torch.
+
+Schedulers and containers often give one or two cores where nobody asked for more: SLURM through the CPU affinity, containers
+through a CPU quota, which the affinity does not show. The CPU update then takes minutes instead of seconds, and nothing else says
+why.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import time
+from ctypes import addressof, c_char
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ldft import _native
+from ldft.memory.limits import CGROUPS, PROC
+from ldft.memory.topology import SYSFS, parse_list
+from ldft.preflight import host_estimate, strategies
+from ldft.preflight.selection import Selection
+from ldft.runner import core_binding
+
+# A shorter update is not worth a warning where cores are merely few.
+_WORTH_A_WARNING_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cpus:
+    """What this process may use."""
+
+    cores: int
+    """Physical cores in its affinity."""
+    quota: float | None
+    """CPU time a second that its tightest cgroup allows, in CPUs; None: no limit."""
+    machine: int
+    """Physical cores of the machine that are online."""
+
+    @property
+    def usable(self) -> float:
+        """Cores' worth of CPU time."""
+        return self.cores if self.quota is None else min(float(self.cores), self.quota)
+
+
+def cpus(proc: Path = PROC, cgroups: Path = CGROUPS, sysfs: Path = SYSFS) -> Cpus:
+    """This process's share of the machine's CPUs."""
+    online = sysfs / "devices/system/cpu/online"
+    every = frozenset(parse_list(online.read_text()) if online.is_file() else range(os.cpu_count() or 1))
+    return Cpus(
+        cores=len(core_binding.physical_cores(frozenset(os.sched_getaffinity(0)), sysfs)),
+        quota=quota(proc, cgroups),
+        machine=len(core_binding.physical_cores(every, sysfs)),
+    )
+
+
+def quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> float | None:
+    """CPUs that the tightest cgroup of this process allows, of version 1 or 2; None: no limit."""
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    found: list[float] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root = cgroups if (cgroups / "cgroup.controllers").exists() else cgroups / "unified"
+        elif "cpu" in controllers.split(","):
+            root = next((cgroups / name for name in (controllers, "cpu") if (cgroups / name).is_dir()), cgroups / "cpu")
+        else:
+            continue
+        # Every ancestor limits too. In a container the path may be the host's, of which only the end is visible here.
+        folder = root / path.strip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(root):
+                break
+            if (limit := _limit(place)) is not None:
+                found.append(limit)
+    return min(found, default=None)
+
+
+def _limit(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").exists():
+            most, period = (folder / "cpu.max").read_text().split()
+        else:
+            most, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return None if most in ("max", "-1") else int(most) / int(period)
+    except (OSError, ValueError):  # no such controller here
+        return None
+
+
+def threads(cores: list[int], num_ranks: int, quota: float | None) -> int:
+    """Threads of a rank that is bound to these CPUs: more than a quota lets run at once would only wait for one another."""
+    return len(cores) if quota is None else max(1, min(len(cores), math.floor(quota / num_ranks)))
+
+
+def warnings(run: Selection, have: Cpus | None = None) -> list[str]:
+    """A warning, with the expected time of the update, where ranks share cores or may use less than half of the machine's."""
+    config, have = run.config, have or cpus()
+    bytes_ = _update_bytes(run)
+    short = have.usable < max(config.launch.num_ranks, have.cores)
+    few = 2 * have.usable <= have.machine
+    if not bytes_ or not (short or few):
+        return []
+    seconds = bytes_ / (have.usable * _core_bytes_per_s())
+    if seconds < _WORTH_A_WARNING_S and not short:
+        return []
+    ranks = config.launch.num_ranks
+    who = "1 rank has" if ranks == 1 else f"{ranks} ranks share"
+    if have.quota is not None and have.quota < have.cores:
+        limit = f" of this machine's {have.machine} (the CPU quota of its container or cgroup)"
+    elif have.cores < have.machine:
+        limit = f" of this machine's {have.machine} (its CPU affinity, as SLURM's --cpus-per-task or taskset sets it)"
+    else:
+        limit = ""
+    return [
+        f"{who} {have.usable:g} CPU cores{limit}; the update is expected to take {seconds:.2g} s an iteration, by the speed of one "
+        "core, measured just now; allow more cores, or use fewer ranks"
+    ]
+
+
+def _update_bytes(run: Selection) -> float:
+    """Bytes that the CPU's update of all ranks moves; 0 where the device updates."""
+    accesses = strategies.streams(run)["optimizer", "cpu"]
+    sizes = host_estimate.host_bytes(run.config)
+    if "momentum" not in sizes:
+        return 0.0
+    return float(run.config.launch.num_ranks * sum(size * accesses.get(role, 0) for role, size in sizes.items()))
+
+
+@cache
+def _core_bytes_per_s(count: int = 1 << 22) -> float:
+    """What the native AdamW moves on one core, from memory: 28 bytes a parameter, over `count` of them."""
+    arrays = [mmap.mmap(-1, 4 * count) for _ in range(4)]
+    weights, gradients, momentum, variance = (addressof(c_char.from_buffer(array)) for array in arrays)
+    best = math.inf
+    for _ in range(3):  # the first touches the memory
+        started = time.perf_counter()
+        _native.adamw(weights, gradients, momentum, variance, 0, count, 1.0, 0.9, 0.95, 1e-8, 1.0, -1e-4, 0.0, 1)
+        best = min(best, time.perf_counter() - started)
+    return 28 * count / best

@@ -1,0 +1,173 @@
+"""What would run, without running it: of one run processes, DeepSpeed config, expected bytes and files, of a sweep's cells a
+line each. Writes nothing, imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from ldft import environment
+from ldft.config import Config, DataKind, Device, OffloadDevice, Weights, run_id
+from ldft.errors import CombinationError, ConfigError
+from ldft.preflight import deepspeed_managed, fit, parameter_counts, placement_text
+from ldft.preflight.placement_text import gib
+from ldft.preflight.resolved import Resolved
+from ldft.runner import checks, cpu_limits, parent
+from ldft.runner.core_binding import cores_of_ranks
+
+_LIST_RANKS = 4
+
+
+def describe(config: Config) -> str:
+    """The text that a dry run prints. Raises ConfigError where the run would be invalid."""
+    with _machine(config):
+        return _describe(config)
+
+
+def _machine(config: Config) -> AbstractContextManager[None]:
+    """The machine of the question: this one, or one with GPUs where launch.device=cuda is asked for on a machine without."""
+    checks.resolve(config)
+    if config.launch.device is Device.cuda and not environment.gpus():
+        return environment.assumed_gpus(config.launch.num_ranks, config.memory.vram_gib or None)
+    return nullcontext()
+
+
+def _describe(config: Config) -> str:
+    run = _check(config)
+    lines = ["ldft: dry run: nothing is started or written", *_what(run), *_processes(config)]
+    lines += [
+        *(f"warning: {warning}" for warning in checks.warnings(run)),
+        *(f"note: {note}" for note in [*deepspeed_managed.notes(config, run.deepspeed), *placement_text.notes(run)]),
+        *_bytes(run),
+        *placement_text.lines(run),
+        *_files(config),
+        "DeepSpeed config:",
+        json.dumps(run.deepspeed, indent=2),
+    ]
+    return "\n".join(lines)
+
+
+def _check(config: Config) -> Resolved:
+    config.validate()
+    run = checks.check_machine(config)
+    checks.check_inputs(run, fetch=False)
+    return run
+
+
+def summarize(config: Config) -> tuple[str, str]:
+    """One cell of a sweep: what would become of it (`fits`, `does not fit`, `skipped`, `invalid`), and the line that says so."""
+    try:
+        with _machine(config):
+            run = _check(config)
+            fit.check(run)
+    except fit.DoesNotFitError as error:
+        return "does not fit", f"does not fit: {error.shortage}"
+    except CombinationError as error:
+        return "skipped", f"skipped: {error}"
+    except ConfigError as error:
+        return "invalid", f"invalid: {error}"
+    device = f", VRAM {gib(sum(run.estimate.device.values()))} each" * (config.launch.device is Device.cuda)
+    return "fits", f"fits: host {gib(run.estimate.host_bytes)}{device}"
+
+
+def _what(run: Resolved) -> list[str]:
+    config = run.config
+    model, train = config.model, config.train
+    exact = "" if model.family in parameter_counts.FAMILIES else "about "
+    weights = f"pretrained, from {model.path or 'the hub: ' + model.hf_id}"
+    if model.weights is Weights.random:
+        weights = f"random, train.seed={train.seed}"
+    sequences = train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks
+    data = f"{config.data.kind.name}{f', {config.data.path}' if config.data.kind is DataKind.text else ''}"
+    parameters = f"{exact}{parameter_counts.num_parameters(model):,} parameters"
+    return [
+        f"model: {model.name}, {model.family}, {model.num_layers} layers, {parameters}",
+        f"weights: {weights}; data: {data}",
+        f"attention: {run.attention.name}; Liger Kernel: {'yes' if run.liger else 'no'}; {_trained(config)}",
+        f"update: {config.optimizer.name}, {_updated_by(run)}",
+        f"iteration: {sequences} sequences of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} tokens, "
+        f"{train.iterations} iterations of which {train.warmup_iterations} warm-up, {train.precision.name}",
+    ]
+
+
+def _updated_by(run: Resolved) -> str:
+    config = run.config
+    if run.fused_step:
+        return "by ldft's fused step in host memory"
+    if config.offload.optimizer is OffloadDevice.none:
+        return "on the device" if config.launch.device is Device.cuda else "in host memory in the device's place"
+    return "by DeepSpeed's own step in host memory"
+
+
+def _trained(config: Config) -> str:
+    if not config.lora.rank:
+        return "every weight is trained"
+    return f"LoRA of rank {config.lora.rank} trains {parameter_counts.total(parameter_counts.trained_sizes(config)):,} parameters"
+
+
+def _processes(config: Config) -> list[str]:
+    ranks, device = config.launch.num_ranks, config.launch.device.name
+    resolved = checks.resolution(config)
+    command = shlex.join([Path(sys.executable).name, "-m", "ldft.worker", "<attempt>"])
+    lines = [f"resolved: {resolved}"] if resolved else []
+    lines.append(f"processes: {ranks} x {command} on {device}")
+    if environment.gpus_are_assumed():
+        return lines
+    quota = cpu_limits.quota()
+    for rank, cores in enumerate(cores_of_ranks(ranks, device)[:_LIST_RANKS]):
+        threads = cpu_limits.threads(cores, ranks, quota)
+        lines.append(f"  rank {rank}: {len(cores)} cores ({_ranges(cores)}), OMP_NUM_THREADS={threads}")
+    if ranks > _LIST_RANKS:
+        lines.append(f"  and {ranks - _LIST_RANKS} more")
+    return lines
+
+
+def _ranges(cores: list[int]) -> str:
+    parts: list[list[int]] = []
+    for core in cores:
+        if parts and core == parts[-1][-1] + 1:
+            parts[-1].append(core)
+        else:
+            parts.append([core])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
+
+
+def _bytes(run: Resolved) -> list[str]:
+    config, estimate = run.config, run.estimate
+    ranks = config.launch.num_ranks
+    lines = [f"expected host memory, all ranks: {gib(estimate.host_bytes)}"]
+    lines += [f"  {part}: {gib(ranks * value)}" for part, value in {**estimate.roles, **estimate.others}.items()]
+    where = "VRAM" if config.launch.device is Device.cuda else "host memory in the device's place"
+    lines.append(f"expected {where}, each rank: {gib(sum(estimate.device.values()))}, at its peak ({estimate.peak})")
+    lines += [f"  {part}: {gib(value)}" for part, value in estimate.device.items()]
+    free, vram_gib = fit.available(config), fit.device_gib(config)
+    size = f" of {vram_gib:.1f} GiB" if vram_gib else ""
+    if environment.gpus_are_assumed():
+        unknown = "" if vram_gib else ", of unknown size: memory.vram_gib=80, say, holds the estimate against it"
+        lines.append(
+            f"a machine that is not here: {gib(free.bytes)} of host memory by {free.limit}; "
+            f"GPUs: {config.launch.num_ranks}{size}, assumed to be Hopper{unknown}"
+        )
+    else:
+        lines.append(
+            f"this machine: {environment.host_memory_gib():.1f} GiB of host memory, {gib(free.bytes)} free by {free.limit}; "
+            f"GPUs: {len(environment.gpus())}{size}"
+        )
+    try:
+        fit.examine(run)
+    except fit.DoesNotFitError as error:
+        lines.append(
+            f"does not fit here, and force=true tries: {error.shortage}"
+            if config.force
+            else f"does not fit here: {error}"
+        )
+    return lines
+
+
+def _files(config: Config) -> list[str]:
+    folder = parent.results_dir(config) / run_id(config) / "attempt-<n>"
+    return [f"files: {folder}/", "  config.json deepspeed.json started.json rank-<r>.json worker-<r>.log row.parquet"]

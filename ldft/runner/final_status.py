@@ -1,0 +1,96 @@
+"""The status of a run, from evidence: how the ranks ended, what they reported, what the kernel counted, what we did ourselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldft.runner.launch import RankExit
+
+OOM_DEVICE, OOM_HOST = "oom_device", "oom_host"
+
+
+@dataclass(slots=True)
+class Verdict:
+    status: str
+    rank: int = 0
+    """The rank that the verdict is about; its log is the one to read."""
+    exit_code: int | None = 0
+    signal: str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+
+
+def oom_kills() -> int:
+    """Processes that the kernel killed for memory so far: in our memory cgroup (v2 or v1), else on the whole machine.
+
+    0 where the kernel, or a container, shows neither.
+    """
+    for line in _lines(Path("/proc/self/cgroup")):
+        hierarchy, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            counter = Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control")
+        elif hierarchy == "0" and not controllers:
+            counter = Path(f"/sys/fs/cgroup{path}/memory.events")
+        else:
+            continue
+        if counter.is_file():
+            return _field(counter, "oom_kill")
+    return _field(Path("/proc/vmstat"), "oom_kill")
+
+
+def _field(path: Path, name: str) -> int:
+    return next((int(line.split()[1]) for line in _lines(path) if line.split()[0] == name), 0)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def judge(
+    exits: list[RankExit],
+    reports: list[dict[str, Any]],
+    *,
+    timed_out_s: float,
+    interrupted: str | None,
+    new_oom_kills: int,
+) -> Verdict:
+    """Decide the status.
+
+    exits: in the order in which the ranks ended. reports: the ranks' last partial results, by rank (empty where there is none).
+    timed_out_s: the limit that passed, 0 for none. interrupted: name of the signal that we got, if any. new_oom_kills: growth of
+    `oom_kills()` during the run.
+    """
+    if interrupted:
+        return Verdict("interrupted", exit_code=None, signal=interrupted, error_message=f"{interrupted} to ldft")
+    if timed_out_s:
+        passed = f"launch.timeout_s={timed_out_s:g} passed; raise it, or use 0 for no limit"
+        return Verdict("timeout", exit_code=None, error_message=passed)
+    failed = [ended for ended in exits if ended.exit_code != 0 and not ended.ended_by_us]
+    if not failed:
+        return Verdict("ok")
+    # The cause, not its echo: a rank whose peer died ends with an exception of the transport or aborts, sometimes first.
+    signalled = next((ended for ended in failed if ended.signal not in (None, "SIGABRT")), None)
+    reported = next((ended for ended in failed if reports[ended.rank].get("error_type")), None)
+    ended = signalled or reported or failed[0]
+    report = reports[ended.rank]
+    verdict = Verdict("error", ended.rank, ended.exit_code, ended.signal)
+    verdict.error_type, verdict.error_message = report.get("error_type"), report.get("error_message")
+    phase = report.get("phase", "start")
+    if ended.signal == "SIGKILL" and new_oom_kills > 0:
+        verdict.status = OOM_HOST
+        verdict.error_message = f"rank {ended.rank} was killed for host memory by the kernel during {phase}"
+    elif ended.signal in ("SIGTERM", "SIGINT"):
+        verdict.status = "interrupted"
+        verdict.error_message = f"rank {ended.rank} was told to stop ({ended.signal}) during {phase}"
+    elif ended.signal:
+        verdict.error_message = f"rank {ended.rank} died of {ended.signal} during {phase}"
+    elif report.get("error_kind"):
+        verdict.status = report["error_kind"]
+    elif verdict.error_message is None:
+        verdict.error_message = f"rank {ended.rank} ended with exit code {ended.exit_code} during {phase}"
+    return verdict

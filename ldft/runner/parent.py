@@ -1,0 +1,248 @@
+"""The parent: one config -> one run in fresh processes -> a status and one row. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ldft import environment
+from ldft.config import Config, run_id, series_id, to_dict
+from ldft.config.root import flatten
+from ldft.errors import CombinationError, ConfigError, InternalError, ResultsError
+from ldft.memory.kernel_weights import kernel_weights, restore_kernel_weights
+from ldft.monitor.trace import TRACE_FILE, Recorder
+from ldft.preflight import deepspeed_managed, fit, placement_text
+from ldft.preflight.resolved import Resolved
+from ldft.results import attempt, schema, store
+from ldft.runner import checks, final_status, launch, measured, node_memory, signals, swap_files
+from ldft.terminal import Progress
+from ldft.training.deepspeed import operators
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a run."""
+
+    status: str
+    row: dict[str, Any]
+    row_path: Path
+    num_said: int = 0
+    """Notes of the row that were shown before the ranks started."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 ok or skipped, 2 invalid input, 130 interrupted, 1 everything else."""
+        return {"ok": 0, "skipped": 0, "invalid": 2, "interrupted": 130}.get(self.status, 1)
+
+
+def run(
+    config: Config,
+    claimed: tuple[Path, int] | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> Outcome:
+    """Run one config. Returns the outcome, whatever it is; raises only ConfigError for a results folder that cannot be
+    used, ResultsError for a row that cannot be written, and bugs.
+
+    claimed: the attempt's folder and number, where the caller has claimed it. show: called about ten times a second with what
+    rank 0 has so far; without it the terminal shows a line of progress.
+    """
+    results_dir = prepare(config)
+    folder, number = claimed or attempt.claim(results_dir, run_id(config))
+    num_said = 0
+    with signals.noting(), _row(config, folder, number) as row:
+        row |= environment.describe()
+        with signals.raising(), attempt.beating(folder):  # fetching weights takes as long as it takes
+            ready, warnings = _prepare(config, row)
+        if show is None:
+            num_said = _announce(config, warnings, row["notes"])
+        with _trace(config, folder, row) as recorder:
+            if show:
+                exits, decision, waited_s = _run_ranks(ready, folder, show, recorder)
+            else:
+                train = config.train
+                with Progress(
+                    train.iterations, train.warmup_iterations, measured.tokens_per_iteration(config)
+                ) as progress:
+                    exits, decision, waited_s = _run_ranks(ready, folder, progress.show, recorder)
+        reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
+        row |= node_memory.columns(reports, row["hosts"][0])
+        row |= measured.columns(config, exits, reports) | _judged(decision, folder, results_dir)
+        row["notes"] += measured.warnings(row) + node_memory.notes(row)
+        row["parent_s"] = -waited_s  # to which _row adds the whole
+    return Outcome(row["status"], row, folder / schema.ROW_FILE, num_said)
+
+
+def _announce(config: Config, warnings: list[str], notes: list[str]) -> int:
+    """Show what the user should know before waiting: what auto was resolved to, and notes. Returns how many notes were shown."""
+    if resolved := checks.resolution(config):
+        print(f"ldft: {resolved}")
+    for note in notes:
+        print(f"ldft: {'warning' if note in warnings else 'note'}: {note}")
+    sys.stdout.flush()
+    return len(notes)
+
+
+def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
+    """All that comes before the ranks: fills the row with what is expected. Returns the run, decided, and those of the row's notes
+    that are warnings. Raises ConfigError where the ranks are not to start."""
+    config.validate()
+    ready = checks.check_machine(config)
+    swap_files.prepare(config, ready.deepspeed)
+    checks.check_inputs(ready, fetch=True)
+    operators.prepare_cache(ready)
+    row |= fit.predictions(ready)
+    fit.check(ready)
+    restore_kernel_weights()  # what a run that died may have left
+    warnings = checks.warnings(ready)
+    row["notes"] = [*warnings, *deepspeed_managed.notes(config, ready.deepspeed), *placement_text.notes(ready)]
+    return ready, warnings
+
+
+def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str) -> Outcome:
+    """Leave a row that says why this cell of a sweep was not run."""
+    folder, number = claimed
+    with _row(config, folder, number) as row:
+        row |= environment.describe() | {"status": "skipped", "error_type": error_type, "error_message": reason}
+    return Outcome("skipped", row, folder / schema.ROW_FILE)
+
+
+def prepare(config: Config) -> Path:
+    """Settle what the run's identity needs from this machine. Returns the results folder, made and writable."""
+    checks.check_results_dir(results_dir(config))
+    checks.resolve(config)
+    return results_dir(config)
+
+
+def results_dir(config: Config) -> Path:
+    """The results folder, which need not exist yet. Raises ConfigError where none is named."""
+    if not config.results.dir.strip():
+        raise ConfigError("results.dir", "empty; name a folder, e.g. results")
+    return Path(config.results.dir).expanduser().absolute()
+
+
+@contextmanager
+def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
+    """The row of an attempt, to be filled in the context; it is written in any case, a refusal or a bug in it."""
+    started = time.time()
+    row: dict[str, Any] = {
+        "run_id": run_id(config),
+        "attempt": number,
+        "series_id": series_id(config),
+        "sweep": config.sweep.name or None,
+        "repeat": config.repeat,
+        "system": config.system,
+        "started_at": datetime.fromtimestamp(started, UTC),
+        "hosts": [socket.gethostname()],
+        "device_type": config.launch.device.name,
+        "status": "error",
+        "warmup_iterations": config.train.warmup_iterations,
+        "tokens_per_iteration": measured.tokens_per_iteration(config),
+    }
+    try:
+        row["config_json"] = json.dumps(to_dict(config))
+        row |= {f"cfg.{key}": value for key, value in flatten(config).items()}
+        attempt.write_json(folder / "config.json", to_dict(config))
+        yield row
+    except ConfigError as error:
+        status = "skipped" if isinstance(error, CombinationError) and config.sweep.started_at else "invalid"
+        row |= {"status": status, "error_type": type(error).__name__, "error_message": str(error)}
+    except signals.Stopped as told:
+        row |= {"status": "interrupted", "signal": told.name, "error_message": f"{told.name} to ldft"}
+    except Exception as error:
+        log = folder / "internal-error.log"
+        log.write_text(traceback.format_exc())
+        row |= {"error_type": type(error).__name__, "error_message": f"internal error: {error}"}
+        row["log_path"] = str(log.relative_to(folder.parents[1]))
+        raise InternalError(log) from error
+    except BaseException as error:
+        row |= {"error_type": type(error).__name__, "error_message": f"ended by {type(error).__name__}"}
+        raise
+    finally:
+        row["duration_s"] = time.time() - started
+        row["parent_s"] = row["duration_s"] + row.get("parent_s", 0.0)
+        _write(row, folder)
+
+
+def _write(row: dict[str, Any], folder: Path) -> None:
+    """Write the row. Where the disk has no room for it, the trace gives way. Raises ResultsError."""
+    try:
+        store.write_row(row, folder / schema.ROW_FILE)
+    except ResultsError:
+        if not row.get("trace_path"):
+            raise
+        (folder / TRACE_FILE).unlink()
+        row["trace_path"] = None
+        row["notes"] = [*(row.get("notes") or []), "no trace: it was removed to make room for the row"]
+        store.write_row(row, folder / schema.ROW_FILE)
+
+
+@contextmanager
+def _trace(config: Config, folder: Path, row: dict[str, Any]) -> Iterator[Recorder]:
+    """What takes the samples of a run; the trace is written in any case, and the row says where it is or why there is none."""
+    recorder = Recorder(folder, config.monitor.interval_s)
+    try:
+        yield recorder
+    finally:
+        path, notes = recorder.write()
+        row["trace_path"] = str(path.relative_to(folder.parents[1])) if path else None
+        row["notes"] = [*row["notes"], *notes]
+
+
+def _run_ranks(
+    ready: Resolved, folder: Path, show: Callable[[dict[str, Any]], None], recorder: Recorder
+) -> tuple[list[launch.RankExit], final_status.Verdict, float]:
+    """Start the ranks, wait for them, and say how it went and how long they were waited for."""
+    config = ready.config
+    # What the parent has decided the ranks do: they do not read a user's DeepSpeed file again.
+    attempt.write_json(folder / attempt.DEEPSPEED, ready.deepspeed)
+    kills_before = final_status.oom_kills()
+    exits: list[launch.RankExit] = []
+    interrupted, in_time = None, True
+    last_beat = wait_start = time.monotonic()
+
+    def tick() -> None:
+        nonlocal last_beat
+        show(attempt.rank_report(folder, 0))
+        if time.monotonic() - last_beat > attempt.HEARTBEAT_S:
+            last_beat = time.monotonic()
+            attempt.beat(folder)
+
+    try:
+        with (
+            signals.noting(),
+            nullcontext() if ready.stripes else kernel_weights(config.numa.placement),
+            swap_files.folder(config, ready.deepspeed),
+            launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
+        ):
+            exits = ranks.exits
+            wait_start = time.monotonic()
+            with recorder.sampling(ranks.by_rank.values()), signals.raising():
+                in_time = launch.wait(ranks, config.launch.timeout_s, tick)
+    except signals.Stopped as told:
+        interrupted = told.name
+    waited_s = time.monotonic() - wait_start
+    reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
+    kills = final_status.oom_kills() - kills_before
+    passed_s = 0.0 if in_time else config.launch.timeout_s
+    decision = final_status.judge(exits, reports, timed_out_s=passed_s, interrupted=interrupted, new_oom_kills=kills)
+    return exits, decision, waited_s
+
+
+def _judged(decision: final_status.Verdict, folder: Path, results_dir: Path) -> dict[str, Any]:
+    return {
+        "status": decision.status,
+        "exit_code": decision.exit_code,
+        "signal": decision.signal,
+        "error_type": decision.error_type,
+        "error_message": decision.error_message,
+        "log_path": str((folder / f"worker-{decision.rank}.log").relative_to(results_dir)),
+    }

@@ -1,0 +1,206 @@
+"""One rank, in an interpreter of its own: `python -m ldft.worker ATTEMPT_DIR`, started by the parent with the rank variables set.
+
+Reports by rewriting rank-<r>.json after each phase and iteration, so that a death at any moment leaves what was reached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ldft.config import from_dict
+from ldft.config.memory import Pinning
+from ldft.errors import ConfigError
+from ldft.memory.probe import MemoryTable
+from ldft.preflight.resolved import complete
+from ldft.preflight.selection import Selection, select
+from ldft.results import attempt
+from ldft.runner import node_memory, swap_files
+from ldft.runner.final_status import OOM_DEVICE, OOM_HOST
+
+
+class _Report:
+    """What this rank has so far."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
+        self._path = folder / f"rank-{rank}.json"
+        self._values: dict[str, Any] = {"init": {}}
+        self._phase_start: float | None = None
+        self._phase_name = ""
+
+    def put(self, **values: Any) -> None:
+        self._values |= values
+        attempt.write_json(self._path, self._values)
+
+    def phase(self, name: str, text: str) -> None:
+        """End the phase before, whose duration goes into the row as init_<name>_s, and begin another."""
+        now = time.monotonic()
+        if self._phase_start is not None:
+            self._values["init"][f"init_{self._phase_name}_s"] = now - self._phase_start
+        self._phase_start, self._phase_name = now, name
+        self.put(phase=name, phase_text=text)
+
+    def train(self, interpreter_start: float, parts_s: dict[str, float]) -> None:
+        self.phase("train", "training")
+        self._phase_start = None
+        self._values["init"] |= parts_s | {"init_s": time.time() - interpreter_start}
+        self.put()
+
+
+def _kind_of(error: BaseException) -> str | None:
+    """oom_device or oom_host, where the exception says so."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return OOM_DEVICE
+    # torch's CPU allocator raises a bare RuntimeError that quotes the system's text.
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return OOM_HOST
+    return None
+
+
+def _peak_host_gib() -> float:
+    """Peak resident memory of this process less its file pages, and of processes it has started less what they share."""
+    kib = 0
+    for tasks in Path("/proc/self/task").glob("*/children"):
+        for child in tasks.read_text().split():
+            kib += _peak_kib(Path("/proc", child, "status"), ("RssFile", "RssShmem"))
+    return (kib + _peak_kib(Path("/proc/self/status"), ("RssFile",))) / 2**20
+
+
+def _peak_kib(status: Path, without: tuple[str, ...]) -> int:
+    try:
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    except OSError:  # a child that has just ended
+        return 0
+    kib = {name: int(fields[name].split()[0]) for name in ("VmHWM", *without) if name in fields}
+    return kib.pop("VmHWM", 0) - sum(kib.values())
+
+
+def _train(selection: Selection, report: _Report, rank: int, interpreter_start: float, first: MemoryTable) -> None:
+    config = selection.config
+    report.phase("imports", "importing torch, transformers and DeepSpeed")
+    import deepspeed
+    import torch
+
+    from ldft.training import cuda_build, flops, liger_kernels, loop, model, snapshot
+    from ldft.training.checkpointing import checkpointing
+    from ldft.training.deepspeed import engine as engines
+    from ldft.training.deepspeed import operators, role_memory
+
+    device_type = config.launch.device.name
+    device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        cuda_build.check(device)
+        report.put(gpu_uuid=str(torch.cuda.get_device_properties(device).uuid))
+
+    report.phase("operators", "loading DeepSpeed's operators")
+    operators.load(selection, say=lambda text: report.put(phase_text=text))
+
+    report.phase("rendezvous", "waiting for all ranks")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device_type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        init_method=f"file://{os.environ['LDFT_RENDEZVOUS_DIR']}/store",
+        rank=rank,
+        world_size=config.launch.num_ranks,
+        verbose=False,
+    )
+
+    report.phase("model", f"building {config.model.name}")
+    run = complete(selection)
+    settings = swap_files.placed(run.deepspeed)
+    engines.check(settings)
+    arenas = role_memory.arenas_of(run, rank)
+    network = model.build(config, settings, device, arenas)
+    tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
+    dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
+    name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
+    report.put(
+        deepspeed_config_json=json.dumps(settings),
+        parameters=model.num_parameters(network),
+        trainable_parameters=model.num_parameters(network, trainable=True),
+        attention=network.config._attn_implementation,
+        liger_modules=liger_kernels.count_modules(network),
+        fused_step=run.fused_step,
+        model_tflop_dense=dense,
+        model_tflop_attention=attention,
+        peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
+        **role_memory.at_work(role_memory.so_far(arenas, [])),
+    )
+
+    report.phase("checkpoint_buffers", "allocating host memory for layer inputs")
+    pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
+    placement = arenas.placement_of("activations") if arenas else None
+    inputs = checkpointing.install(config, network, device, placement, pin=pin)
+    activations = inputs.host_tensors() if inputs else []
+    report.put(
+        checkpoint_host_gib=sum(t.nbytes for t in activations) / 2**30,
+        **role_memory.at_work(role_memory.so_far(arenas, activations)),
+    )
+
+    report.phase("engine", "initialising DeepSpeed")
+    engine = engines.build(config, network, settings, arenas)
+    if arenas is not None:
+        arenas.of("activations").blocks = activations
+    report.put(
+        pinned=role_memory.pinned(run, arenas),
+        role_addresses=role_memory.addresses(role_memory.tensors(engine, activations)),
+        **role_memory.at_work(role_memory.tensors(engine, activations)),
+    )
+
+    def put(samples: loop.Samples) -> None:
+        if len(samples.iteration_s) == 1:  # some of DeepSpeed's buffers are made in its first iteration
+            report.put(**role_memory.at_work(role_memory.tensors(engine, activations)))
+        report.put(**dataclasses.asdict(samples), **_memory(device))
+
+    report.train(interpreter_start, role_memory.seconds(arenas))
+    loop.run(
+        config,
+        engine,
+        device,
+        put,
+        lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
+    )
+    report.put(**node_memory.end(first), **role_memory.report(role_memory.tensors(engine, activations), arenas))
+    report.phase("teardown", "ending")
+    engine.destroy()
+    torch.distributed.destroy_process_group()
+
+
+def _memory(device: Any) -> dict[str, float]:
+    import torch
+
+    values = {"peak_host_gib": _peak_host_gib()}
+    if device.type == "cuda":
+        values["peak_vram_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        values["peak_vram_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    return values
+
+
+def main() -> int:
+    interpreter_start = time.time()
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    config = from_dict(attempt.read_json(folder / "config.json"))
+    report = _Report(folder, rank)
+    try:
+        # Before anything imports numpy or torch: a policy is of a thread and those it starts, and only of pages to come.
+        selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)
+        first, policy = node_memory.begin(selection)
+        report.put(pid=os.getpid(), **policy)
+        _train(selection, report, rank, interpreter_start, first)
+    except BaseException as error:
+        traceback.print_exc()
+        kind = "invalid" if isinstance(error, ConfigError) else _kind_of(error)
+        text = " ".join(str(error).split())[:500]
+        report.put(error_type=type(error).__name__, error_message=text or type(error).__name__, error_kind=kind)
+        return 1
+    return 0

@@ -1,0 +1,1 @@
+"""Many cells: planning them, deciding about each, running and showing them."""

@@ -1,0 +1,133 @@
+"""A sweep: runs the cells of a plan one after the other, whatever becomes of each.
+
+What has been done is told by the rows alone, so that a sweep that died is continued by the same command, and two may work in
+one results folder.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ldft.errors import LdftError, ResultsError
+from ldft.results import store
+from ldft.results.history import History, Row
+from ldft.runner import checks, parent, signals
+from ldft.sweep import cell
+from ldft.sweep.plan import Cell, Plan
+from ldft.sweep.view import View
+
+# Reading a loose row costs milliseconds: more than this many are merged.
+_COMPACT_AT = 200
+
+
+class Sweep:
+    """Runs a plan, cell by cell in this process, which starts each cell's own; or by a launcher that takes them elsewhere."""
+
+    def __init__(self, plan: Plan, launch_elsewhere: Callable[[list[list[str]]], None] | None = None) -> None:
+        self._plan = plan
+        self._launch_elsewhere = launch_elsewhere
+        self._results_dir = parent.results_dir(plan.configs[plan.cells[0].run_id])
+        self._history = History(self._results_dir)
+        self._view = View(plan, self._results_dir)
+        self._bugs: list[BaseException] = []
+        self._sources: tuple[Any, ...] | None = None
+        self._can_compact = True
+
+    def run(self) -> int:
+        """Run every cell that needs it. Returns the exit code: 0 all ok or skipped, 1 not so, 130 interrupted.
+
+        Raises ResultsError where a row cannot be written: no further cell could leave one.
+        """
+        if self._plan.configs[self._plan.cells[0].run_id].dry_run:
+            return self._dry_run()
+        checks.check_results_dir(self._results_dir)
+        self._plan.save(self._results_dir)
+        self._history.refresh()
+        todo = [
+            (index, one)
+            for index, one in enumerate(self._plan.cells)
+            if not cell.has_row(self._plan.configs[one.run_id], self._history)
+        ]
+        self._view.start(self._history, len(todo), elsewhere=self._launch_elsewhere is not None)
+        if self._launch_elsewhere and todo:
+            self._launch_elsewhere([one.overrides for _, one in todo])
+        else:
+            with signals.noting(), self._view.live():
+                left = [(index, one) for index, one in todo if self._cell(index, one) is cell.Do.leave]
+                for index, one in left:  # whoever had them may have died since
+                    self._cell(index, one)
+        self._history.refresh()
+        self._compact()
+        if self._bugs:
+            raise self._bugs[0]
+        return self._view.end(self._history, signals.noted())
+
+    def _dry_run(self) -> int:
+        """A line a cell: what it would take, or why it would not run, and whether it has a row already."""
+        from ldft.runner import dry_run
+
+        if self._results_dir.is_dir():
+            self._history.refresh()
+        total, counts = len(self._plan.cells), Counter[str]()
+        print(f"ldft: dry run: {total} cells of {self._plan.name}, nothing is started or written")
+        for index, one in enumerate(self._plan.cells, 1):
+            config = self._plan.configs[one.run_id]
+            what, line = dry_run.summarize(config)
+            counts[what] += 1
+            if cell.has_row(config, self._history):
+                counts["has a row"] += 1
+                line += "; has a row already"
+            print(f"[{index}/{total}] {one.label}: {line}", flush=True)
+        print("ldft: " + ", ".join(f"{what} {count}" for what, count in counts.items()))
+        return 2 if counts["invalid"] else 0
+
+    def _cell(self, index: int, one: Cell) -> cell.Do | None:
+        """Do what the cell needs. None where it came to nothing."""
+        if signals.noted():
+            return None
+        self._view.begin(index, one)
+        done = None
+        with self._bug_kept(one):
+            done = cell.run(self._plan.configs[one.run_id], self._history, self._view.show)
+        if done is None:
+            return None
+        self._view.finish(index, one, done)
+        if done.row and done.do is cell.Do.run:
+            self._warn_of_changes(done.row)
+        self._compact()
+        return done.do
+
+    @contextmanager
+    def _bug_kept(self, one: Cell) -> Iterator[None]:
+        """A bug of ldft in one cell, which has its row, is not to cost the others theirs; `run` raises it at the end."""
+        try:
+            yield
+        except LdftError:  # of the results folder: no cell could leave a row
+            raise
+        except Exception as error:
+            self._view.say(f"ldft: internal error in {one.label}: {type(error).__name__}: {error}")
+            self._bugs.append(error)
+
+    def _compact(self) -> None:
+        if not self._can_compact or self._history.num_loose() < _COMPACT_AT:
+            return
+        try:
+            store.compact(self._results_dir)
+        except (ResultsError, OSError) as error:  # rows are as good in files of their own
+            self._can_compact = False
+            self._view.say(f"ldft: warning: {error}")
+
+    def _warn_of_changes(self, row: Row) -> None:
+        sources = (row.get("git_commit"), row.get("source_hash"))
+        if self._sources and sources != self._sources:
+            (commit, source), (new_commit, new_source) = self._sources, sources
+            what = (
+                f"commit {commit} -> {new_commit}" if commit != new_commit else f"source hash {source} -> {new_source}"
+            )
+            self._view.say(
+                f"ldft: warning: code or config changed during the sweep ({what}): cells before and after may not compare"
+            )
+        self._sources = sources

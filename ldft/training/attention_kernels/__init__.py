@@ -1,0 +1,1 @@
+"""Attention that transformers does not bring along, a file a kernel."""

@@ -1,0 +1,98 @@
+"""Copies beside the computation: one lane from the device to the host, one back.
+
+A copy begins once all work given to the compute stream so far is done. So whoever makes the compute stream wait for a copy
+before it frees or overwrites the source, and before it reads the target, is safe; no allocator has to be told of any stream.
+
+What waits in host memory gets it in one arena, or few, cut into equal slots.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+
+from ldft.memory.allocator import REGISTER_CHUNK, allocate
+from ldft.memory.policy import HostMemoryError, Placement
+
+ALIGNMENT = 64
+
+
+class Lane(IntEnum):
+    """Each direction has a copy engine of its own."""
+
+    to_host = 0
+    to_device = 1
+
+
+class Lanes(Protocol):
+    def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> Any:
+        """Begin a copy, behind everything that the compute stream was given so far; returns its end, for `wait`."""
+
+    def wait(self, end: Any) -> None:
+        """What the compute stream is given from here on comes after that end."""
+
+
+class CudaLanes:
+    """Two side streams. The compute stream is the calling thread's current one; autograd gives its threads that of the forward."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams = [torch.cuda.Stream(device) for _ in Lane]
+
+    def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+        stream = self._streams[lane]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+        return stream.record_event()
+
+    def wait(self, end: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(end)
+
+
+class NoLanes:
+    """A device without streams: a copy is done when the call returns."""
+
+    def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def wait(self, end: None) -> None:
+        pass
+
+
+def lanes_of(device: torch.device) -> Lanes:
+    return CudaLanes(device) if device.type == "cuda" else NoLanes()
+
+
+def arenas(
+    count: int, bytes_each: int, placement: Placement | None, *, pin: bool, what: str, less: str
+) -> list[torch.Tensor]:
+    """Tensors of bytes whose rows are the slots, `count` in all; empty if none are needed.
+
+    placement: None: wherever the process allocates. what: waits there. less: what takes less, beside a shorter seq_len. Raises
+    HostMemoryError, one line with both.
+    """
+    stride = aligned(bytes_each)
+    # A copy must lie within one registration.
+    most = max(1, REGISTER_CHUNK // stride) if pin else max(1, count)
+    made = []
+    try:
+        for first in range(0, count, most):
+            shape = (min(most, count - first), stride)
+            made.append(allocate(shape, torch.uint8, placement or Placement(), pin=pin))
+    except HostMemoryError as error:
+        raise HostMemoryError(
+            f"{what}, {count * stride / 2**30:.2f} GiB, in host memory: {error}; a shorter seq_len{less} takes less"
+        ) from error
+    return made
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory, flat."""
+    return tensor.view(-1).view(torch.uint8)

@@ -1,0 +1,60 @@
+"""The DeepSpeed engine around a model."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import deepspeed
+import pydantic
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from transformers import PreTrainedModel
+
+from ldft.config import Config, OffloadDevice
+from ldft.errors import ConfigError
+from ldft.memory.arenas import Arenas
+from ldft.preflight import deepspeed_config
+from ldft.training import schedule
+from ldft.training.deepspeed import arena_hooks, audit, fused_step, rebinding, roles
+from ldft.training.optimizers.device_lion import DeviceLion
+from ldft.training.optimizers.host_optimizer import HostAdamW, HostLion
+
+
+def check(settings: dict[str, Any]) -> None:
+    """Raise ConfigError where DeepSpeed refuses a value. Needs the process group."""
+    try:
+        DeepSpeedConfig(settings)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError("offload.deepspeed", f"DeepSpeed refuses {key}={first['input']!r}: {first['msg']}") from error
+    except (DeepSpeedConfigError, AssertionError, ValueError) as error:
+        raise ConfigError("offload.deepspeed", f"DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+
+
+def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], arenas: Arenas | None) -> Any:
+    """The engine, with the learning rate's schedule; its `get_lr()` is that of the next update.
+
+    With arenas, every offloaded tensor lies in that of its role, the moments too. Raises HostMemoryError and AuditError.
+    """
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own, fused = None, deepspeed_config.fuses_step(config, settings)
+    if fused:
+        own = (HostLion if config.optimizer.name == "lion" else HostAdamW)(trainable, **settings["optimizer"]["params"])
+    elif config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
+        own = DeviceLion(trainable, **settings["optimizer"]["params"])
+    with arena_hooks.engine(arenas) if arenas is not None else nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
+        )
+    if fused:
+        fused_step.install(engine)
+    if arenas is not None:
+        rebinding.settle(engine, arenas)
+        audit.check([*roles.tensors(engine)], arenas)
+    return engine

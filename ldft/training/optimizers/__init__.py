@@ -1,0 +1,1 @@
+"""ldft's own optimizers."""

@@ -1,0 +1,206 @@
+"""Every way to fail, provoked from outside: a row that says so, no orphan, no half-written file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from ldft import results
+from ldft.runner import final_status
+
+# More iterations than any test waits for.
+ENDLESS = ("train.iterations=100000", "train.warmup_iterations=1")
+
+
+class Running:
+    """A `python -m ldft` that is at work, and its processes."""
+
+    def __init__(self, command: list[str], folder: Path, **options: object) -> None:
+        self.results_dir = folder / "results"
+        self.process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        )
+        self.family: list[psutil.Process] = []
+
+    def report(self, rank: int = 0) -> dict:
+        files = list(self.results_dir.glob(f"*/attempt-1/rank-{rank}.json"))
+        return json.loads(files[0].read_text()) if files else {}
+
+    def wait_for(self, iterations: int, timeout_s: float = 240) -> None:
+        """Until rank 0 has that many iterations; remembers every process of the run."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.report().get("iteration_s", [])) < iterations:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.process.communicate()[0]
+            time.sleep(0.05)
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        return [p for p in self.family if "ldft.worker" in p.cmdline()]
+
+    def end(self) -> tuple[int, str]:
+        out = self.process.communicate(timeout=60)[0]
+        return self.process.returncode, out
+
+    def assert_nothing_left(self, within_s: float = 10) -> None:
+        _gone, alive = psutil.wait_procs(self.family, timeout=within_s)
+        assert not alive, f"orphans: {[p.cmdline() for p in alive]}"
+        for path in self.results_dir.rglob("*"):
+            assert not path.name.endswith(".tmp"), path
+            if path.suffix == ".json":
+                json.loads(path.read_text())
+            if path.suffix == ".parquet":
+                pq.read_table(path)
+
+
+@pytest.fixture
+def start(tmp_path: Path, command: Callable[..., list[str]]) -> Iterator[Callable[..., Running]]:
+    runs = []
+
+    def begin(*overrides: str, **options: object) -> Running:
+        runs.append(Running(command(*overrides), tmp_path, **options))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.process.kill()
+
+
+def only_row(folder: Path):
+    rows = results.read(folder)
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def trace_of(folder: Path, row) -> list[dict[str, Any]]:
+    """The samples that a run has left."""
+    samples = pq.read_table(folder / row.trace_path).to_pylist()
+    assert samples and all(sample["nodes"] for sample in samples)
+    return samples
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, "error"), (signal.SIGSEGV, "error"), (signal.SIGTERM, "interrupted")]
+)
+def test_a_signal_to_one_of_two_ranks_ends_the_run_with_a_row(start, number, status) -> None:
+    run = start(*ENDLESS, "launch.num_ranks=2")
+    run.wait_for(iterations=6)
+    victim = next(p for p in run.ranks() if p.environ()["RANK"] == "1")
+    victim.send_signal(number)
+    exit_code, out = run.end()
+    row = only_row(run.results_dir)
+    assert (row.status, row.signal) == (status, number.name), out
+    assert exit_code == {"error": 1, "interrupted": 130}[status]
+    assert row.log_path.endswith("worker-1.log") and "rank 1" in row.error_message
+    # What was reached before is kept.
+    assert len(row.iteration_s) >= 6 and row.init_s > 0 and row.init_engine_s > 0
+    samples = trace_of(run.results_dir, row)
+    assert samples[-1]["phase"] == "train" and {entry["rank"] for s in samples for entry in s["memory"]} == {0, 1}
+    assert "Traceback" not in out
+    run.assert_nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_ldft_ends_its_ranks_and_leaves_a_row(start, number) -> None:
+    run = start(*ENDLESS)
+    run.wait_for(iterations=2)
+    run.process.send_signal(number)
+    exit_code, out = run.end()
+    row = only_row(run.results_dir)
+    assert (row.status, row.signal, exit_code) == ("interrupted", number.name, 130), out
+    assert len(row.iteration_s) >= 2 and trace_of(run.results_dir, row)[-1]["phase"] == "train"
+    assert "Traceback" not in out
+    run.assert_nothing_left()
+
+
+def test_killing_ldft_leaves_no_orphan_and_nothing_half_written(start) -> None:
+    run = start(*ENDLESS, "launch.num_ranks=2")
+    run.wait_for(iterations=2)
+    first, _ = run.ranks()
+    rendezvous = Path(first.environ()["LDFT_RENDEZVOUS_DIR"])
+    run.process.kill()
+    run.process.wait()
+    run.assert_nothing_left()
+    assert results.read(run.results_dir).empty and not list(run.results_dir.rglob("*trace*"))
+    assert not rendezvous.exists()
+
+
+def test_a_timeout_is_a_row_with_what_was_reached(ldft) -> None:
+    done = ldft(*ENDLESS, "launch.timeout_s=20")
+    assert done.exit_code == 1
+    assert done.row.status == "timeout"
+    assert done.row.error_message.startswith("launch.timeout_s=20 passed; raise it")
+    assert len(done.row.iteration_s) > 0, "20 s should reach the first iteration"
+    assert trace_of(done.results_dir, done.row)[-1]["iteration"] > 0
+
+
+def test_an_exception_in_a_rank_is_an_error_with_its_type_and_log(ldft, tmp_path) -> None:
+    (tmp_path / "operators" / ".ldft.lock").mkdir(parents=True)  # a folder where a file should be
+    done = ldft("optimizer.fused_step=false", env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "operators")})
+    row = done.row
+    assert (done.exit_code, row.status, row.exit_code) == (1, "error", 1)
+    assert row.error_type == "IsADirectoryError" and trace_of(done.results_dir, row)
+    assert "Traceback" in (done.results_dir / row.log_path).read_text()
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def memory_group() -> Path | None:
+    """A new memory cgroup below our own, v1 or v2, where we may make one."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        hierarchy, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root = Path(f"/sys/fs/cgroup/memory{path}")
+        elif hierarchy == "0" and Path("/sys/fs/cgroup/cgroup.controllers").exists():
+            root = Path(f"/sys/fs/cgroup{path}")
+        else:
+            continue
+        group = root / f"ldft-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            return None
+        if (group / "memory.limit_in_bytes").exists() or (group / "memory.max").exists():
+            return group
+        group.rmdir()
+    return None
+
+
+@pytest.mark.parametrize("hidden", [("/proc/vmstat",), ("/proc/self/cgroup",), ("/proc/vmstat", "/proc/self/cgroup")])
+def test_a_container_that_hides_the_kernels_counts_has_none(monkeypatch, hidden) -> None:
+    read, is_file = Path.read_text, Path.is_file
+
+    def only_some(self: Path, *arguments: Any, **options: Any) -> str:
+        if str(self) in hidden:
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", only_some)
+    monkeypatch.setattr(Path, "is_file", lambda self: "/sys/fs/cgroup" not in str(self) and is_file(self))
+    assert final_status.oom_kills() >= 0
+    assert "/proc/vmstat" not in hidden or final_status.oom_kills() == 0
+
+
+def test_the_kernel_killing_a_rank_for_memory_is_oom_host(start) -> None:
+    group = memory_group()
+    if group is None:
+        pytest.skip("needs a memory cgroup that this user may make (run as root, outside a locked-down container)")
+    limit = next(p for p in (group / "memory.limit_in_bytes", group / "memory.max") if p.exists())
+    limit.write_text(str(350 << 20))  # Python and torch alone take more
+    try:
+        run = start("force=true", preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
+        exit_code, out = run.end()
+        row = only_row(run.results_dir)
+        assert (exit_code, row.status, row.signal) == (1, "oom_host", "SIGKILL"), out
+        assert re.search("host memory", row.error_message)
+    finally:
+        group.rmdir()
