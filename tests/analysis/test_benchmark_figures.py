@@ -207,6 +207,18 @@ def test_cost_of_the_tool() -> None:
     assert f"{rates['ldft']:.0f} tokens/s, the plain script {rates['plain']:.0f}: {ratio}" in PAGE
 
 
+def test_cost_of_the_trace() -> None:
+    for where, count, said in (("in-gpu", 58, "In GPU memory"), ("offload", 20, "With full offload")):
+        times: dict[int, dict[float, float]] = {}
+        for row in rows(f"monitor-llama3_1b-8k-{where}-h100"):
+            assert len(counted(row, "iteration_s")) == count
+            times.setdefault(row["round"], {})[row["interval_s"]] = median(row, "iteration_s")
+        ratios = [both[0.0] / both[1.0] for both in times.values() if len(both) == 2]
+        assert f"{said}, {count} iterations a run: {', '.join(f'{ratio:.3f}' for ratio in ratios)}." in PAGE
+        if where == "in-gpu":
+            assert f"The median is {statistics.median(ratios):.4f}: no cost" in PAGE
+
+
 def test_arithmetic_limit() -> None:
     row = rows("training-llama3_3b-32k-offload-h200")[0]
     tflop_per_token = (row["model_tflop_dense"] + row["model_tflop_attention"]) / row["tokens_per_iteration"]
