@@ -37,7 +37,8 @@ from ldft import environment
 from ldft.cli import composition
 from ldft.config import Config, from_dict
 from ldft.preflight import host_estimate, liger
-from ldft.training import model
+from ldft.runner import checks
+from ldft.training import loop, model
 from ldft.training.checkpointing.attention_outputs import HostOutputs
 from ldft.training.checkpointing.checkpointing import Checkpointing, DeviceInputs, decoder_layers
 from ldft.training.checkpointing.keep_attention import DeviceOutputs, KeptAttention
@@ -53,7 +54,9 @@ def config_of(shape: str, device: str) -> Config:
     composition.register()
     overrides = [f"model={name}", f"model.num_layers={layers}", f"seq_len.tokens={tokens}", f"launch.device={device}"]
     with initialize_config_dir(version_base="1.3", config_dir=str(environment.CONF_DIR)):
-        return from_dict(compose("config", overrides=[*overrides, "offload=none", "checkpointing=none"]))
+        config = from_dict(compose("config", overrides=[*overrides, "offload=none", "checkpointing=none"]))
+    checks.resolve(config)  # train.precision=auto
+    return config
 
 
 class Subject:
@@ -168,29 +171,19 @@ def _deepspeed() -> Any:
     return get_checkpoint_hidden_states_offloading_ctx_manager(max_cpu_buffer_pool_count=256)
 
 
-class _Clock:
-    """Marks on the compute stream; on a CPU, wall time."""
+class _Clock(loop.Clock):
+    """The loop's, waiting for the device before the first mark and after the last."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-        if self._cuda:
+        super().__init__(device)
+        if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-
-    def mark(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
 
     def differences_s(self) -> list[float]:
         if self._cuda:
             torch.cuda.synchronize()
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        return [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs]
+        return super().differences_s()
 
 
 def run(shape: str, modes: list[str], rounds: int, device: torch.device) -> list[dict[str, Any]]:

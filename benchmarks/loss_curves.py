@@ -32,6 +32,7 @@ from ldft.cli import composition
 from ldft.config import AttentionKind, Config, Device, from_dict
 from ldft.errors import ConfigError
 from ldft.preflight import attention, deepspeed_config, liger
+from ldft.runner import checks
 from ldft.training import data, liger_kernels, model
 from ldft.training.checkpointing import checkpointing
 from ldft.training.deepspeed import engine
@@ -45,6 +46,7 @@ def config_of(overrides: list[str]) -> Config:
     with initialize_config_dir(version_base="1.3", config_dir=str(environment.CONF_DIR)):
         config = from_dict(compose("config", overrides=overrides))
     config.launch.device = Device.cuda
+    checks.resolve(config)  # train.precision=auto
     return config
 
 

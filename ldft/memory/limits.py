@@ -74,16 +74,18 @@ def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
             limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        # Every ancestor limits too. In a container the path may be that of the host, of which only the end is visible
-        # here.
-        folder = root / path.strip("/")
-        for place in (folder, *folder.parents):
-            if not place.is_relative_to(root):
-                break
-            room = _room(place, limit, used, prefix)
-            if room is not None:
-                left.append(room)
+        rooms = (_room(folder, limit, used, prefix) for folder in with_ancestors(root, path))
+        left += [room for room in rooms if room is not None]
     return min(left, default=None)
+
+
+def with_ancestors(root: Path, path: str) -> list[Path]:
+    """Folders of a cgroup and of all that it is in, up to the root: each of them limits.
+
+    In a container the path may be that of the host, of which only the end is visible here.
+    """
+    folder = root / path.strip("/")
+    return [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
 
 
 def _room(folder: Path, limit: str, used: str, prefix: str) -> int | None:

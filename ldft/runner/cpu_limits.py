@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from ldft import _native
-from ldft.memory.limits import CGROUPS, PROC
+from ldft.memory.limits import CGROUPS, PROC, with_ancestors
 from ldft.memory.topology import SYSFS, parse_list
 from ldft.preflight import host_estimate, strategies
 from ldft.preflight.selection import Selection
@@ -70,13 +70,7 @@ def quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> float | None:
             root = next((cgroups / name for name in (controllers, "cpu") if (cgroups / name).is_dir()), cgroups / "cpu")
         else:
             continue
-        # Every ancestor limits too. In a container the path may be the host's, of which only the end is visible here.
-        folder = root / path.strip("/")
-        for place in (folder, *folder.parents):
-            if not place.is_relative_to(root):
-                break
-            if (limit := _limit(place)) is not None:
-                found.append(limit)
+        found += [limit for folder in with_ancestors(root, path) if (limit := _limit(folder)) is not None]
     return min(found, default=None)
 
 

@@ -34,7 +34,11 @@ def summary(outcome: Outcome, config: Config) -> str:
     lines.append(f"ldft: {what}: {outcome.status} in {seconds(row['duration_s'])}")
     if outcome.status != "ok":
         if outcome.status != "invalid":  # that line goes to stderr
-            unexpected = outcome.status == "error" and row.get("error_type") not in (None, "AuditError")
+            unexpected = outcome.status == "error" and row.get("error_type") not in (
+                None,
+                "AuditError",
+                "UnknownLayoutError",
+            )
             bug = f"internal error: {row['error_type']}: " if unexpected else ""
             lines.append(f"ldft: {bug}{row.get('error_message') or outcome.status}")
         if row.get("log_path"):

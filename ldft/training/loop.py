@@ -34,7 +34,7 @@ class Samples:
     skipped_updates: list[int] = field(default_factory=list)
 
 
-class _Clock:
+class Clock:
     """Marks in the order of the device's work; differences in seconds once the device has been synchronised."""
 
     def __init__(self, device: torch.device) -> None:
@@ -77,7 +77,7 @@ def run(
     gc.disable()
     for iteration in range(config.train.iterations):
         batches = [data.batch(config, iteration, step, rank).to(device) for step in range(steps)]
-        clock = _Clock(device)
+        clock = Clock(device)
         losses = []
         learning_rate, skipped = float(engine.get_lr()[0]), engine.skipped_steps
         _settle(device)

@@ -67,7 +67,7 @@ class HostOutputs:
         """The memory that outputs wait in, for an audit by role."""
         return self._arenas
 
-    def keep(self, group: int, position: int, outputs: Outputs) -> Kept:
+    def keep(self, group: int, position: int, outputs: Outputs) -> KeptOutputs:
         """Take what one call of attention returned, in the forward pass."""
         self._release_left()
         if (group, position) == (0, 0):
@@ -77,7 +77,7 @@ class HostOutputs:
         if position >= self._every:
             raise RuntimeError("checkpointing: a layer calls attention twice; use checkpointing.keep_attention=none")
         held = Held(outputs)
-        kept = Kept(self, (group, position), self._forward)
+        kept = KeptOutputs(self, (group, position), self._forward)
         if group == self._groups - 1:
             kept.stayed = held
             self._sizes[kept.key] = 0
@@ -88,7 +88,7 @@ class HostOutputs:
         self._leaving.append((held, self._send(kept, sources)))
         return kept
 
-    def _send(self, kept: Kept, sources: list[torch.Tensor]) -> list[Any]:
+    def _send(self, kept: KeptOutputs, sources: list[torch.Tensor]) -> list[Any]:
         """Begin the copies into a slot. Returns what must stay until they have ended: sources and ends."""
         slot, number = self._slot(kept.key), self._number(kept.key)
         self._owner[number] = -1
@@ -118,7 +118,7 @@ class HostOutputs:
                 self._lanes.wait(end)
             held.check()
 
-    def restore(self, kept: Kept) -> Outputs:
+    def restore(self, kept: KeptOutputs) -> Outputs:
         """All that the call returned, on the device, in the backward pass; the next to be asked for sets out."""
         outputs = kept.stayed.restore() if kept.stayed else self._arrived(kept)
         after = self._after(kept.key)
@@ -131,7 +131,7 @@ class HostOutputs:
         group, position = key
         return (group, position + 1) if (group, position + 1) in self._sizes else (group - 1, 0)
 
-    def _arrived(self, kept: Kept) -> Outputs:
+    def _arrived(self, kept: KeptOutputs) -> Outputs:
         buffer, end = self._bring(kept.key, kept.forward)
         self._lanes.wait(end)
         self._coming = None
@@ -172,7 +172,7 @@ class HostOutputs:
 
 
 @dataclass(slots=True)
-class Kept:
+class KeptOutputs:
     """What one call of attention returned: each large tensor as the layout of what waits in the slot, the rest as it is."""
 
     owner: HostOutputs

@@ -39,7 +39,7 @@ from ldft.training.checkpointing.keep_attention import DeviceOutputs, KeptAttent
 from ldft.training.checkpointing.layer_inputs import HostInputs
 
 
-class Waiting(Protocol):
+class WaitingInput(Protocol):
     """One input that waits for its backward pass."""
 
     def restore(self) -> torch.Tensor:
@@ -49,7 +49,7 @@ class Waiting(Protocol):
 class Keeper(Protocol):
     """Keeps the inputs of groups."""
 
-    def keep(self, group: int, hidden_states: torch.Tensor) -> Waiting:
+    def keep(self, group: int, hidden_states: torch.Tensor) -> WaitingInput:
         """Take the input of a group in the forward pass; groups come in order, and 0 begins a new forward pass."""
 
     def host_tensors(self) -> list[torch.Tensor]:
@@ -66,7 +66,7 @@ class DeviceInputs:
         def restore(self) -> torch.Tensor:
             return self._states.detach().requires_grad_(self._requires_grad)
 
-    def keep(self, group: int, hidden_states: torch.Tensor) -> Waiting:
+    def keep(self, group: int, hidden_states: torch.Tensor) -> WaitingInput:
         return self._Held(hidden_states)
 
     def host_tensors(self) -> list[torch.Tensor]:

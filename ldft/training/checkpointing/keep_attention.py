@@ -38,7 +38,7 @@ Outputs = tuple[Any, ...]
 """What an attention operator returns: tensors, and numbers or None where it has no tensor."""
 
 
-class Waiting(Protocol):
+class WaitingOutputs(Protocol):
     """What one call of attention returned, waiting for its backward pass."""
 
     def restore(self) -> Outputs:
@@ -48,7 +48,7 @@ class Waiting(Protocol):
 class Store(Protocol):
     """Keeps what attention returns."""
 
-    def keep(self, group: int, position: int, outputs: Outputs) -> Waiting:
+    def keep(self, group: int, position: int, outputs: Outputs) -> WaitingOutputs:
         """Take what the call at `position` of a group returned; both come in order, and 0, 0 begins a new forward pass."""
 
     def end(self, group: int) -> None:
@@ -80,7 +80,7 @@ class Held:
 class DeviceOutputs:
     """Outputs stay on the device."""
 
-    def keep(self, group: int, position: int, outputs: Outputs) -> Waiting:
+    def keep(self, group: int, position: int, outputs: Outputs) -> WaitingOutputs:
         return Held(outputs)
 
     def end(self, group: int) -> None:
@@ -105,7 +105,7 @@ class KeptAttention:
 class _Call:
     """One call of attention: which operator, what waits, and the random state that it left."""
 
-    def __init__(self, operator: str, device: torch.device, waiting: Waiting) -> None:
+    def __init__(self, operator: str, device: torch.device, waiting: WaitingOutputs) -> None:
         self.operator, self._device, self._waiting = operator, device, waiting
         self._random = _random_state(device)
 

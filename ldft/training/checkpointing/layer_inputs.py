@@ -74,14 +74,14 @@ class HostInputs:
         self._arenas = arenas(groups - 1, bytes_each, placement, pin=pin, what=what, less=less)
         self._slots = [_Slot(row) for arena in self._arenas for row in arena]
         self._buffers: list[_Buffer | None] = [None, None]
-        self._leaving: tuple[Kept, torch.Tensor, Any] | None = None
+        self._leaving: tuple[KeptInput, torch.Tensor, Any] | None = None
         self._forward = 0
 
     def host_tensors(self) -> list[torch.Tensor]:
         """The memory that inputs wait in, for an audit by role."""
         return self._arenas
 
-    def keep(self, group: int, hidden_states: torch.Tensor) -> Kept:
+    def keep(self, group: int, hidden_states: torch.Tensor) -> KeptInput:
         """Take the input of a group, in the forward pass; groups come in order."""
         self._release_left()
         if group == 0:
@@ -89,7 +89,7 @@ class HostInputs:
             self._drop_buffers()
         # Of a strided input a contiguous copy leaves; it is the copy that must stay until it has.
         source = hidden_states.detach() if hidden_states.is_contiguous() else hidden_states.detach().contiguous()
-        kept = Kept(self, group, self._forward, hidden_states.requires_grad, source._version)
+        kept = KeptInput(self, group, self._forward, hidden_states.requires_grad, source._version)
         if group == len(self._slots):
             kept.stayed = source
             return kept
@@ -114,7 +114,7 @@ class HostInputs:
             self._lanes.wait(end)
             kept.check(source)
 
-    def restore(self, kept: Kept) -> torch.Tensor:
+    def restore(self, kept: KeptInput) -> torch.Tensor:
         """The input on the device again, in the backward pass; the one before it sets out."""
         if kept.stayed is None:
             states = self._arrived(kept.group, kept.forward)
@@ -161,7 +161,7 @@ class HostInputs:
 
 
 @dataclass(slots=True)
-class Kept:
+class KeptInput:
     """One input that waits."""
 
     owner: HostInputs

@@ -16,7 +16,7 @@ from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
 from ldft.preflight import deepspeed_config
 from ldft.training import schedule
-from ldft.training.deepspeed import arena_hooks, audit, fused_step, rebinding, roles
+from ldft.training.deepspeed import arena_hooks, audit, fused_step, layout, rebinding, roles
 from ldft.training.optimizers.device_lion import DeviceLion
 from ldft.training.optimizers.host_optimizer import HostAdamW, HostLion
 
@@ -52,6 +52,7 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], aren
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
         )
+    layout.require_known_layout(engine.optimizer)
     if fused:
         fused_step.install(engine)
     if arenas is not None:

@@ -15,14 +15,14 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.lion import DeepSpeedCPULion
 
+from ldft.training.deepspeed import layout
+
 # Touched by the device's copy engines; the optimizer's own tensors are not. (ZeRO-1/2 of stock DeepSpeed pin master weights too,
 # but copy them through a 16-bit buffer.)
 DMA_ROLES = ("compute_weights", "master_gradients", "compute_gradients", "activations")
 # What the optimizers keep, under their own names. Lion's second moment, which stock DeepSpeed allocates, is never used.
 MOMENTS = {"exp_avg": "momentum", "exp_avg_sq": "variance"}
 _MOMENTS_OF = {DeepSpeedCPUAdam: ("exp_avg", "exp_avg_sq"), DeepSpeedCPULion: ("exp_avg",)}  # ours say it themselves
-# Private to the class that it is named after, hence the prefix.
-_GRADIENT_VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 ACCUMULATED = "grad_partitions_flat_buffer"
 
 
@@ -59,9 +59,9 @@ class RoleTensor:
 def tensors(engine: Any) -> Iterator[RoleTensor]:
     """Every tensor in host memory that has a role, owners before their views."""
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+    if layout.is_stage_3(optimizer):
         yield from _stage_3(engine.module, optimizer)
-    elif hasattr(optimizer, "single_partition_of_fp32_groups") and optimizer.cpu_offload:
+    elif layout.is_stage_1_or_2(optimizer) and optimizer.cpu_offload:
         yield from _stage_1_and_2(optimizer)
 
 
@@ -110,7 +110,7 @@ def _stage_3(module: torch.nn.Module, optimizer: Any) -> Iterator[RoleTensor]:
         if optimizer.subgroup_to_device[i] == "cpu":
             yield from _updated(optimizer, master_name(i), master)
     yield RoleTensor("compute_gradients", ACCUMULATED, optimizer.grad_partitions_flat_buffer)
-    for i, part in getattr(optimizer, _GRADIENT_VIEWS, {}).items():
+    for i, part in getattr(optimizer, layout.GRADIENT_VIEWS, {}).items():
         yield RoleTensor("compute_gradients", f"param_id_to_grad_partition[{i}]", part, owner=False)
 
 

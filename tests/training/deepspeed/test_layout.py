@@ -1,0 +1,65 @@
+"""A DeepSpeed that renamed something is refused in one line, before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldft.preflight.resolved import resolve
+from ldft.training import model
+from ldft.training.deepspeed import engine, layout, role_memory
+from tests.conftest import compose
+from tests.training.test_pretrained import process_group  # noqa: F401
+
+ENGINES = {
+    "stage 3": (("offload=full",), layout.STAGE_3 + layout.STAGE_3_PARAMETERS + layout.STAGE_3_OPTIMIZER),
+    "stage 2": (("offload=optimizer",), layout.STAGE_1_AND_2 + layout.STAGE_1_AND_2_OPTIMIZER),
+}
+
+
+@contextmanager
+def optimizer(*overrides: str) -> Iterator[Any]:
+    """The optimizer of a live engine."""
+    run = resolve(compose("model=nano", "launch.device=cpu", "train.precision=bf16", *overrides))
+    arenas = role_memory.arenas_of(run, 0)
+    network = model.build(run.config, run.deepspeed, torch.device("cpu"), arenas)
+    built = engine.build(run.config, network, run.deepspeed, arenas)
+    yield built.optimizer
+    built.destroy()
+
+
+def without(gone: str) -> Callable[[Any, str], Any]:
+    """An object's lookup of attributes, as if `gone` had been renamed."""
+
+    def look_up(self: Any, name: str) -> Any:
+        if name == gone:
+            raise AttributeError(name)
+        return object.__getattribute__(self, name)
+
+    return look_up
+
+
+def test_this_deepspeed_is_known_and_each_name_that_is_renamed_is_told(
+    process_group: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for overrides, names in ENGINES.values():
+        with optimizer(*overrides) as of:
+            layout.require_known_layout(of)
+            assert layout.names(of) == names
+            for name in names:
+                with monkeypatch.context() as patch, pytest.raises(layout.UnknownLayoutError) as told:
+                    patch.setattr(type(of), "__getattribute__", without(name), raising=False)
+                    layout.require_known_layout(of)
+                line = str(told.value)
+                assert f"{type(of).__name__}.{name}, " in line and layout.TESTED in line and "\n" not in line
+
+
+def test_the_document_of_upgrades_exists_and_names_the_file() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "upgrading_deepspeed.md").read_text()
+    assert "ldft/training/deepspeed/layout.py" in text and layout.TESTED in text
