@@ -22,8 +22,8 @@ from ldft.preflight import deepspeed_config, device_estimate, parameter_counts
 from ldft.preflight.selection import Selection
 
 # Interpreter, libraries and, on CUDA, its context, less file pages: measured peaks of runs whose tensors are few
-# (benchmarks/results/fp16-llama3_1b-2k-h200.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.44 GiB without a GPU).
-_PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.44 * 2**30)}
+# (benchmarks/results/fp16-llama3_1b-2k-h200.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.33 to 0.41 GiB without a GPU).
+_PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.36 * 2**30)}
 
 
 def host_bytes(config: Config) -> dict[str, int]:
