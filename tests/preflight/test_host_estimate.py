@@ -90,7 +90,7 @@ def test_host_bytes_are_what_two_ranks_of_deepspeed_hold(tmp_path: Path) -> None
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [subprocess.Popen(line, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
     try:
-        said = [process.communicate(timeout=280)[0] for process in ranks]
+        said = [process.communicate(timeout=560)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
