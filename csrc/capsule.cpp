@@ -39,23 +39,23 @@ struct Owner {
   DLManagedTensor managed;
 };
 
-// Runs on whatever thread drops the last reference, with or without the GIL. Memory without a before_release needs no
-// Python.
+// Runs on the thread that drops the last reference, with or without the GIL. Memory without a before_release does not
+// need Python.
 void drop(DLManagedTensor* managed) {
   auto* owner = static_cast<Owner*>(managed->manager);
   if (owner->before_release != nullptr) {
     if (owner->region->inherited()) {
-      owner->region->release();  // hidden from us: only forgotten
+      owner->region->release();  // hidden from this process: only forget it
     } else if (exiting || !Py_IsInitialized()) {
       owner->region->abandon();
     } else {
       const PyGILState_STATE state = PyGILState_Ensure();
-      PyObject *type, *value, *trace;  // we may run while an exception is on its way
+      PyObject *type, *value, *trace;  // this may run while an exception is propagating
       PyErr_Fetch(&type, &value, &trace);
       PyObject* result =
           PyObject_CallFunction(owner->before_release, "K", static_cast<unsigned long long>(owner->region->address()));
       if (result == nullptr) {
-        // Still registered, perhaps: memory that a device may write to must not go to anyone else.
+        // The memory may still be registered: a device could write to it, so it must not be reused.
         PyErr_WriteUnraisable(owner->before_release);
         owner->region->abandon();
       }
@@ -65,7 +65,7 @@ void drop(DLManagedTensor* managed) {
       PyGILState_Release(state);
     }
   }
-  delete owner;  // and with it the region
+  delete owner;  // also deletes the region
 }
 
 void drop_unused(PyObject* capsule) {

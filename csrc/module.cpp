@@ -1,4 +1,4 @@
-// Python bindings of the native code. Addresses and sizes are plain integers; whatever takes time runs without the GIL.
+// Python bindings of the native code. Addresses and sizes are plain integers; long operations run without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
@@ -34,14 +34,14 @@ std::vector<ldft::Range> ranges_of(const std::vector<RangeTuple>& tuples) {
   return ranges;
 }
 
-// What Python holds of a region until a capsule takes it over.
+// Python's handle of a region until a capsule takes it over.
 struct Handle {
   std::unique_ptr<ldft::Region> region;
   ldft::Region& get() const {
     if (!region) throw std::runtime_error("the region was released or handed over");
     return *region;
   }
-  // Ranges from Python must lie inside: native code is about to write there.
+  // Ranges from Python must lie inside the region: native code is about to write there.
   std::vector<ldft::Range> inside(const std::vector<RangeTuple>& tuples) const {
     auto ranges = ranges_of(tuples);
     for (const auto& range : ranges) {
@@ -109,8 +109,7 @@ void lion(std::uintptr_t weights, std::uintptr_t gradients, std::uintptr_t momen
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.doc() =
-      "Host memory by direct system calls: reserve, place, touch, verify, release. Errors of the kernel are OSError.";
+  m.doc() = "Host memory by direct system calls: reserve, place, touch, verify, release. Kernel errors raise OSError.";
   nb::register_exception_translator([](const std::exception_ptr& error, void*) {
     try {
       std::rethrow_exception(error);
@@ -124,11 +123,11 @@ NB_MODULE(_native, m) {
   m.def("page_size", &ldft::page_size, "Bytes of a base page.");
   m.def("huge_page_size", &ldft::huge_page_size, "Bytes of a transparent huge page; 0 where there are none for us.");
   m.def("nodes_of_pages", &ldft::nodes_of_pages, "address"_a, "bytes"_a, no_gil(),
-        "Node of each page of a range, by move_pages(2); -1 where a page has none yet.");
+        "Node of each page of a range, by move_pages(2); -1 for a page without memory yet.");
   m.def("thread_policy", &ldft::thread_policy,
         "(policy with flags, nodes) of the calling thread, by get_mempolicy(2).");
   m.def("set_thread_policy", &ldft::set_thread_policy, "policy"_a, "nodes"_a,
-        "Set the calling thread's policy, and that of threads it starts later, by set_mempolicy(2).");
+        "Set the calling thread's policy, and that of threads that it starts later, by set_mempolicy(2).");
   m.def("apportion", &ldft::apportion, "pages"_a, "weights"_a, "Divide pages by weights, exact to one page.");
   m.def("stripe_bytes", &ldft::stripe_bytes, "bytes"_a, "unit"_a, "max_ranges"_a,
         "Bytes of a stripe: unit doubled until max_ranges suffice.");
@@ -147,12 +146,11 @@ NB_MODULE(_native, m) {
   m.def("adamw", &adamw, "weights"_a, "gradients"_a, "momentum"_a, "variance"_a, "rounded"_a, "count"_a,
         "gradient_factor"_a, "beta1"_a, "beta2"_a, "epsilon"_a, "inverse_bias2"_a, "step"_a, "decay"_a, "threads"_a,
         no_gil(),
-        "AdamW on fp32 arrays at these addresses; the new weights also to `rounded`, as bf16, unless that is 0.");
+        "AdamW on fp32 arrays at these addresses; also writes the new weights to `rounded` as bf16, unless it is 0.");
   m.def("lion", &lion, "weights"_a, "gradients"_a, "momentum"_a, "rounded"_a, "count"_a, "gradient_factor"_a, "beta1"_a,
         "beta2"_a, "rate"_a, "weight_decay"_a, "threads"_a, no_gil(), "Lion, likewise.");
 
-  nb::class_<Handle>(m, "Region",
-                     "Reserved memory, given back when released or dropped, unless a capsule takes it over.")
+  nb::class_<Handle>(m, "Region", "Reserved memory, freed when released or dropped, unless a capsule takes it over.")
       .def(
           "__init__",
           [](Handle* self, std::size_t bytes, bool huge) {
@@ -183,8 +181,8 @@ NB_MODULE(_native, m) {
           "ranges"_a, no_gil(), "Move pages that are elsewhere than their range wants, as far as there is room.")
       .def(
           "hide_from_children", [](Handle& self) { self.get().hide_from_children(); },
-          "Leave it out of forked children.")
+          "Do not map it in forked children.")
       .def("capsule", &capsule, "before_release"_a.none(),
-           "Hand the memory over to a DLPack capsule of uint8. before_release(address) is called before it goes back.")
+           "Hand the memory over to a DLPack capsule of uint8. before_release(address) is called before it is freed.")
       .def("release", [](Handle& self) { self.region.reset(); }, no_gil(), "Give it back now.");
 }

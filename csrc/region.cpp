@@ -20,13 +20,13 @@ namespace {
 
 std::atomic<std::size_t> live_regions{0}, live_bytes{0}, live_ranges{0};
 std::mutex starts_mutex;
-std::set<std::uintptr_t>& starts() {  // never destroyed: regions may be released while the process ends
+std::set<std::uintptr_t>& starts() {  // never destroyed: regions may be released while the process exits
   static auto* set = new std::set<std::uintptr_t>;
   return *set;
 }
-std::atomic<unsigned> generation{0};  // forks between the first process and this one
+std::atomic<unsigned> generation{0};  // number of forks from the first process to this one
 
-// Children of fork count one generation more, and find the mutex free. fork(2) by any library passes here; a bare
+// A forked child increments the generation and gets an unlocked mutex. A fork(2) by any library runs this; a bare
 // clone(2) does not.
 void watch_forks() {
   static const int registered = pthread_atfork([] { starts_mutex.lock(); }, [] { starts_mutex.unlock(); },
@@ -37,7 +37,7 @@ void watch_forks() {
   if (registered != 0) throw std::system_error(registered, std::generic_category(), "pthread_atfork");
 }
 
-// Freeing goes page by page, like touching: above this size several threads are faster than one.
+// The kernel frees page by page: above this size several threads are faster than one.
 constexpr std::size_t kParallelRelease = std::size_t{256} << 20;
 
 }  // namespace
@@ -55,7 +55,7 @@ std::size_t huge_page_size() {
       if (std::fscanf(file, "%llu", &bytes) != 1) bytes = 0;
       std::fclose(file);
     }
-    // A power of two above the page, or we do not understand it and do without.
+    // Use it only if it is a power of two above the page size, as expected.
     return bytes > page_size() && (bytes & (bytes - 1)) == 0 ? static_cast<std::size_t>(bytes) : std::size_t{0};
   }();
   return size;
@@ -67,18 +67,18 @@ Region::Region(std::size_t bytes, bool huge) {
   const std::size_t unit = huge ? huge_page_size() : 0;
   if (bytes == 0 || bytes > SIZE_MAX / 2) throw std::system_error(EINVAL, std::generic_category(), "size of a region");
   bytes_ = (bytes + page - 1) / page * page;
-  // A range that no huge page fits in is not worth aligning.
+  // Do not align a range that is smaller than a huge page.
   const std::size_t align = unit != 0 && bytes_ >= unit ? unit : page;
   const std::size_t length = bytes_ + align - page;
   void* mapped = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
   const auto start = reinterpret_cast<std::uintptr_t>(mapped);
   address_ = (start + align - 1) / align * align;
-  // What was reserved only for the alignment goes back at once, so that bytes() is all that is reserved.
+  // Free the excess reserved for alignment at once, so that bytes() is all that is reserved.
   if (address_ > start) munmap(mapped, address_ - start);
   const std::uintptr_t end = address_ + bytes_;
   if (start + length > end) munmap(reinterpret_cast<void*>(end), start + length - end);
-  // The other way round too: where the machine gives every process huge pages, a region without them has to say so.
+  // Also needed to opt out: if the machine gives every process huge pages, a region must refuse them explicitly.
   const int advice = align > page ? MADV_HUGEPAGE : MADV_NOHUGEPAGE;
   try {
     const std::lock_guard<std::mutex> lock(starts_mutex);
@@ -124,7 +124,7 @@ void Region::release() noexcept {
   const std::uintptr_t address = address_;
   const std::size_t bytes = bytes_;
   if (address == 0) return;
-  // Forgotten first: as soon as it is unmapped, another thread's region may start at the same address.
+  // Forget it first: once it is unmapped, another thread's region may start at the same address.
   abandon();
   if (hidden_ && inherited()) return;
   if (bytes >= kParallelRelease) discard(address, bytes);

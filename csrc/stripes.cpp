@@ -27,7 +27,7 @@ std::vector<std::size_t> apportion(std::size_t pages, const std::vector<std::uin
   std::size_t given = 0;
   const auto remainder = [&](std::size_t i) { return static_cast<std::uint64_t>(pages % sum) * weights[i] % sum; };
   for (std::size_t i = 0; i < weights.size(); ++i) {
-    // pages * weight without overflow: whole cycles first, then the part of a cycle.
+    // pages * weight without overflow: whole cycles first, then the partial cycle.
     share[i] = pages / sum * weights[i] + pages % sum * weights[i] / sum;
     given += share[i];
     order[i] = i;
@@ -45,7 +45,7 @@ std::size_t stripe_bytes(std::size_t bytes, std::size_t unit, std::size_t max_ra
 }
 
 // Every node first gets its exact number of pages, then as many whole stripes as fit in that number. The whole stripes
-// are mixed; what is left of each node's pages, less than a stripe each, follows at the end as one piece a node. So
+// are mixed; the rest of each node's pages, less than a stripe, follows at the end as one piece per node. So
 // shares are exact to one page whatever the stripe, and the stripe decides only how fine the mixture is.
 //
 // The order of the stripes is Tijdeman's solution of the chairman assignment problem (R. Tijdeman, "The chairman
@@ -53,9 +53,9 @@ std::size_t stripe_bytes(std::size_t bytes, std::size_t unit, std::size_t max_ra
 // stripe. Plain "largest deficit first" does not promise that for three or more nodes.
 std::vector<Range> make_stripes(std::size_t bytes, std::size_t page, std::size_t stripe, const std::vector<int>& nodes,
                                 const std::vector<std::uint64_t>& weights) {
-  if (nodes.empty() || nodes.size() != weights.size()) throw std::invalid_argument("one weight a node is needed");
+  if (nodes.empty() || nodes.size() != weights.size()) throw std::invalid_argument("one weight per node is needed");
   if (page == 0 || bytes % page != 0 || stripe < page || stripe % page != 0)
-    throw std::invalid_argument("not whole pages");
+    throw std::invalid_argument("not a whole number of pages");
   const std::vector<std::size_t> pages = apportion(bytes / page, weights);
   const std::size_t n = nodes.size();
   std::vector<std::int64_t> quota(n), used(n, 0);

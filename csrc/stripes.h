@@ -1,4 +1,4 @@
-// How a range of pages is divided among NUMA nodes by weight, without any help of the kernel.
+// Divides a range of pages among NUMA nodes by weight, without help from the kernel.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace ldft {
 
-// `bytes` bytes from `offset` on, wanted on `node`.
+// `bytes` bytes from `offset` on, requested on `node`.
 struct Range {
   std::size_t offset;
   std::size_t bytes;

@@ -14,7 +14,7 @@
 namespace ldft {
 namespace {
 
-constexpr int kMaxNodes = 1024;  // the most that any kernel is configured for (CONFIG_NODES_SHIFT is at most 10)
+constexpr int kMaxNodes = 1024;  // the largest configurable number (CONFIG_NODES_SHIFT is at most 10)
 constexpr int kBits = 8 * sizeof(unsigned long);
 using NodeMask = std::array<unsigned long, kMaxNodes / kBits>;
 
@@ -84,9 +84,9 @@ void query_pages(void** pages, std::size_t count, int* nodes) {
 void move_pages_to(void** pages, std::size_t count, const int* targets) {
   constexpr int kMove = 1 << 1;  // MPOL_MF_MOVE: pages that only this process maps
   std::vector<int> status(count);
-  // A full target is answered by ENOMEM or by a count of pages that stayed: no error of ours, the caller looks again.
-  // The kernel asks for the exact node here (__GFP_THISNODE), so it reclaims page cache there but never starts the OOM
-  // killer.
+  // If a target is full, the kernel returns ENOMEM or a count of pages not moved: not an error, the caller checks
+  // again. The kernel allocates on exactly this node (__GFP_THISNODE), so it reclaims page cache there but never starts
+  // the OOM killer.
   if (syscall(SYS_move_pages, 0, count, pages, targets, status.data(), kMove) < 0 && errno != ENOMEM &&
       errno != EBUSY) {
     fail("move_pages");
@@ -126,7 +126,7 @@ std::vector<int> nodes_of_pages(std::uintptr_t address, std::size_t bytes) {
   const std::uintptr_t first = address / page * page;
   const std::size_t count = bytes == 0 ? 0 : (address + bytes - first + page - 1) / page;
   std::vector<int> nodes(count);
-  // The kernel copies pointers and answers in small batches anyway; a bounded one here keeps our own memory small.
+  // The kernel copies pointers and answers in small batches anyway; a bounded batch here keeps memory use small.
   constexpr std::size_t kBatch = 1 << 16;
   std::vector<void*> pages(std::min(count, kBatch));
   for (std::size_t done = 0; done < count; done += kBatch) {

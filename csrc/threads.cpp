@@ -11,7 +11,7 @@ namespace ldft {
 
 void run_threads(std::size_t count, std::size_t own, const std::function<void(std::size_t)>& work) {
   std::vector<std::thread> started;
-  // Signals are for the program's own threads.
+  // Leave signals to the program's own threads.
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -20,7 +20,7 @@ void run_threads(std::size_t count, std::size_t own, const std::function<void(st
     for (std::size_t t = 0; t < count; ++t) {
       if (t != own) started.emplace_back([&work, t] { work(t); });
     }
-  } catch (const std::exception&) {  // a limit on processes or memory: those that started do all of it
+  } catch (const std::exception&) {  // a limit on processes or memory: the threads already started do all the work
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   if (own < count) {

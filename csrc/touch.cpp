@@ -18,11 +18,11 @@
 namespace ldft {
 namespace {
 
-// Small enough that the last pieces end together, large enough that handing them out costs nothing: of touching, a huge
-// page of the most common size, 0.2 ms; of what takes less time a byte, more.
+// Small enough that the last pieces end together, large enough that handing them out costs nothing: for touching, a
+// huge page of the most common size (0.2 ms); for work that takes less time per byte, more.
 constexpr std::size_t kTouchPiece = std::size_t{2} << 20;
 constexpr std::size_t kPiece = std::size_t{8} << 20;
-// Starting a thread takes about as long as clearing this much.
+// Starting a thread takes about as long as clearing this many bytes.
 constexpr std::size_t kWorthAThread = std::size_t{2} << 20;
 
 struct Piece {
@@ -41,7 +41,8 @@ std::vector<Piece> cut(std::uintptr_t base, const std::vector<Range>& ranges, st
   return pieces;
 }
 
-// A thread that cannot be bound (CPU taken offline, or out of our cpuset) works where it is: slower, and as correct.
+// A thread that cannot be bound (CPU taken offline, or outside the cpuset) works where it is: slower, but equally
+// correct.
 void run_on(const std::vector<int>& cpus) {
   if (cpus.empty()) return;
   const int highest = *std::max_element(cpus.begin(), cpus.end());
@@ -64,11 +65,11 @@ struct Queue {
 };
 
 // Calls work(thread, piece) for every piece of every group, of at most `size` bytes, and returns when all is done.
-// Throws what the first failing call threw. When threads cannot be started, fewer do the work, down to the calling one.
+// Throws what the first failing call threw. If threads cannot be started, fewer do the work, down to the calling one.
 using Work = std::function<void(std::size_t, const Piece&)>;
 void share_out(std::uintptr_t base, const std::vector<Group>& groups, std::size_t size, const Work& work) {
   std::vector<std::unique_ptr<Queue>> queues;
-  std::vector<std::size_t> home;  // of each thread: its group
+  std::vector<std::size_t> home;  // the group of each thread
   for (std::size_t g = 0; g < groups.size(); ++g) {
     queues.push_back(std::make_unique<Queue>());
     queues[g]->pieces = cut(base, groups[g].ranges, size);
@@ -90,8 +91,8 @@ void share_out(std::uintptr_t base, const std::vector<Group>& groups, std::size_
       if (!failure) failure = std::current_exception();
     }
   };
-  // The caller is one of the threads where it runs on a CPU of theirs already: waiting for them, it would only be woken
-  // last. It does all where there is too little for threads: placement is by policy, wherever the touching CPU is.
+  // If the caller already runs on one of their CPUs, it is one of the threads: a waiting caller would only be woken
+  // last. It does everything if there is too little work for threads: the policy decides placement, not the CPU.
   std::size_t own = 0;
   while (home.size() > 1 && own < home.size() && !may_run_here(groups[home[own]].cpus)) ++own;
   const std::thread::id caller = std::this_thread::get_id();
@@ -125,7 +126,7 @@ Census census(std::uintptr_t base, const std::vector<Range>& ranges, std::size_t
   threads = std::max<std::size_t>(1, std::min(threads, total(ranges) / kPiece));
   std::vector<Census> parts(threads);
   share_out(base, {Group{ranges, {}, threads}}, kPiece, [&](std::size_t thread, const Piece& piece) {
-    // Every page is asked for, or stands behind the first of the huge page that it is part of.
+    // Query every page, or of a huge page only the first base page, which represents the rest.
     std::vector<void*> pages;
     std::vector<std::size_t> counts;
     const auto ask = [&](std::uintptr_t from, std::uintptr_t to, std::size_t step) {
@@ -183,7 +184,7 @@ void bring_home(std::uintptr_t base, const std::vector<Range>& ranges) {
     if (pages.empty()) continue;
     const std::vector<int> targets(pages.size(), piece.node);
     move_pages_to(pages.data(), pages.size(), targets.data());
-    // Moved pages are at home, and split ones may be gone; if all are where they were, the node is full.
+    // Moved pages are on their node, split ones may be gone. If no page changed, the node is full.
     const std::vector<int> now = nodes_of_pages(piece.address, piece.bytes);
     const auto stayed =
         std::count_if(now.begin(), now.end(), [&](int node) { return node >= 0 && node != piece.node; });
@@ -197,7 +198,7 @@ void discard(std::uintptr_t address, std::size_t bytes) noexcept {
     share_out(address, {Group{{{0, bytes, -1}}, {}, threads}}, kPiece, [](std::size_t, const Piece& piece) {
       madvise(reinterpret_cast<void*>(piece.address), piece.bytes, MADV_DONTNEED);
     });
-  } catch (const std::exception&) {  // no memory for the lists: munmap does it all
+  } catch (const std::exception&) {  // no memory for the lists: munmap frees everything
   }
 }
 

@@ -12,9 +12,9 @@
 namespace ldft {
 namespace {
 
-// Elements that a thread takes at a time. Small enough that the last ones end together.
+// Elements that a thread takes at a time. Small enough that the last pieces end together.
 constexpr std::size_t kPiece = std::size_t{1} << 17;
-// Within a piece: what fits into the nearest cache, so that weights are rounded before they leave it.
+// Block within a piece: fits into the nearest cache, so that weights are rounded before they leave it.
 constexpr std::size_t kBlock = std::size_t{1} << 10;
 
 LDFT_INLINE void update_block(const AdamW& rule, const Partition& all, std::size_t from, std::size_t count) {
@@ -58,7 +58,7 @@ LDFT_INLINE void round_block(const float* __restrict from, std::uint16_t* __rest
     std::uint32_t bits;
     std::memcpy(&bits, from + i, sizeof bits);
     const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;  // rounding could make an infinity of it
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;  // rounding could turn it into an infinity
     to[i] = static_cast<std::uint16_t>(is_nan ? 0x7fc0 : rounded);
   }
 }
@@ -72,8 +72,8 @@ LDFT_INLINE void update_piece(const Rule& rule, const Partition& all, std::size_
   }
 }
 
-// The loops above are plain; the compiler makes vector code of them for each of these CPUs. The module is built for any
-// CPU of its architecture, so the one for this machine is chosen here.
+// The loops above are plain; the compiler vectorises them for each of these CPUs. The module is built for any CPU of
+// its architecture, so the version for this machine is chosen here.
 template <typename Rule>
 using Piece = void (*)(const Rule&, const Partition&, std::size_t, std::size_t);
 

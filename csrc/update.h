@@ -6,7 +6,7 @@
 
 namespace ldft {
 
-// fp32 arrays of one partition, and where its weights go rounded to bf16 (nearest, ties to even); null for nowhere.
+// fp32 arrays of one partition, and the destination of its weights rounded to bf16 (nearest, ties to even), or null.
 // They must not overlap.
 struct Partition {
   float* weights;
@@ -17,7 +17,7 @@ struct Partition {
   std::size_t count;
 };
 
-// What AdamW is to every element alike. Each gradient g is first multiplied by gradient_factor (unscaling and
+// AdamW's parameters, the same for every element. Each gradient g is first multiplied by gradient_factor (unscaling and
 // clipping).
 //   m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
 //   w = w + decay w + step m / (inverse_bias2 sqrt(v) + epsilon)
@@ -27,12 +27,12 @@ struct AdamW {
 };
 
 //   w = (1 - rate * weight decay) w - rate sign(beta1 m + (1 - beta1) g)        m = beta2 m + (1 - beta2) g
-// where zero has a sign, as in CPULion: a weight without gradient and momentum moves by the rate.
+// where the sign of zero is not 0, as in CPULion: a weight without gradient and momentum still moves by the rate.
 struct Lion {
   float gradient_factor, beta1, beta2, rate, weight_decay;
 };
 
-// Update all of a partition with up to `threads` threads, of which the caller is one. Roundings are those of
+// Update a whole partition with up to `threads` threads, including the caller. Roundings are those of
 // DeepSpeed's CPUAdam and CPULion on a CPU with FMA: results are equal bit for bit.
 void update(const AdamW& rule, const Partition& partition, std::size_t threads);
 void update(const Lion& rule, const Partition& partition, std::size_t threads);

@@ -1,4 +1,4 @@
-"""What a run ran on: source, versions, CPU, GPU, kernel, NUMA nodes. Read by the parent, without torch."""
+"""The environment of a run: source, versions, CPU, GPU, kernel, NUMA nodes. Read by the parent, without torch."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE_DIR = Path(__file__).resolve().parent
-# A wheel carries the tree inside the package; a checkout has it beside the package.
+# A wheel has the config tree inside the package; a checkout has it beside the package.
 CONF_DIR = PACKAGE_DIR / "conf" if (PACKAGE_DIR / "conf").is_dir() else PACKAGE_DIR.parent / "conf"
 
-# What runs, beside the package itself.
+# The packages whose versions are recorded, besides ldft.
 _SOURCES = ("conf", "csrc", "hydra_plugins", "benchmarks")
 _PACKAGES = ("ldft", "torch", "deepspeed", "transformers", "hydra-core", "omegaconf", "pyarrow", "numpy",
              "liger-kernel", "peft", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")  # fmt: skip
 
-# CPU flags that say that bf16 products are native: x86's, and Arm's.
+# CPU flags for native bf16 matrix products, on x86 and Arm.
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-# Limits of oneDNN below its first instruction set with bf16 products.
+# Values of ONEDNN_MAX_CPU_ISA below the first instruction set with bf16 products.
 _WITHOUT_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
 
 
 @dataclass(frozen=True, slots=True)
 class _Assumed:
-    """GPUs that are not here."""
+    """GPUs that are assumed, not present."""
 
     count: int
     memory_gib: float | None
@@ -45,8 +45,8 @@ ASSUMED_CAPABILITY = (9, 0)
 
 @contextmanager
 def assumed_gpus(count: int, memory_gib: float | None) -> Iterator[None]:
-    """Answer, within the context, as a machine of `count` Hopper GPUs would (compute capability 9.0), each of `memory_gib` GiB;
-    None is an unknown size. For dry runs of a machine that is not here."""
+    """Within the context, report `count` Hopper GPUs (compute capability 9.0), each with `memory_gib` GiB (None: unknown). For dry
+    runs for another machine."""
     token = _assumed.set(_Assumed(count, memory_gib))
     try:
         yield
@@ -55,12 +55,12 @@ def assumed_gpus(count: int, memory_gib: float | None) -> Iterator[None]:
 
 
 def gpus_are_assumed() -> bool:
-    """Whether the GPUs that are told of are not here."""
+    """Whether the reported GPUs are assumed, not present."""
     return _assumed.get() is not None
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """The lowest CUDA compute capability among the GPUs that CUDA would show; None without one."""
+    """The lowest CUDA compute capability among the GPUs visible to CUDA; None without a GPU."""
     if _assumed.get():
         return ASSUMED_CAPABILITY
     import pynvml
@@ -69,10 +69,10 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether torch computes bf16 matrix products on this CPU with instructions of its own. Without them they are converted one
-    number at a time: benchmarks/cpu_precision.py measures what that costs.
+    """Whether torch computes bf16 matrix products with native instructions on this CPU. Without them, torch converts the numbers
+    one by one: benchmarks/cpu_precision.py measures the cost.
 
-    oneDNN, which does the products, can be told to leave instructions alone (ONEDNN_MAX_CPU_ISA): then they do not count.
+    ONEDNN_MAX_CPU_ISA can keep oneDNN, which computes the products, from using instructions: those do not count.
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     if limit.upper() in _WITHOUT_BF16:
@@ -86,7 +86,7 @@ def native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def gpu_memory_gib() -> float | None:
-    """Memory of the smallest GPU that CUDA would show, GiB; None without one."""
+    """Memory of the smallest GPU visible to CUDA, GiB; None without a GPU."""
     if assumed := _assumed.get():
         return assumed.memory_gib
     import pynvml
@@ -95,7 +95,7 @@ def gpu_memory_gib() -> float | None:
 
 
 def gpus() -> tuple[str, ...]:
-    """Models of the GPUs that CUDA would show, in its order; empty without a driver."""
+    """Models of the GPUs visible to CUDA, in CUDA's order; empty without a driver."""
     if assumed := _assumed.get():
         return ("assumed Hopper GPU",) * assumed.count
     return _models()
@@ -109,7 +109,7 @@ def _models() -> tuple[str, ...]:
 
 
 def gpu_addresses() -> tuple[str, ...]:
-    """PCI addresses, as sysfs writes them, of the GPUs that CUDA would show, in its order."""
+    """PCI addresses, in sysfs's form, of the GPUs visible to CUDA, in CUDA's order."""
     import pynvml
 
     found = []
@@ -121,7 +121,7 @@ def gpu_addresses() -> tuple[str, ...]:
 
 @cache
 def _visible() -> tuple[Any, ...]:
-    """NVML's handles of the GPUs, or slices of GPUs (MIG), that CUDA would show: CUDA_VISIBLE_DEVICES is honoured."""
+    """NVML handles of the GPUs or MIG slices visible to CUDA, according to CUDA_VISIBLE_DEVICES."""
     import pynvml
 
     try:
@@ -142,7 +142,7 @@ def _visible() -> tuple[Any, ...]:
 
 
 def _of_uuid(uuid: str, every: list[Any]) -> list[Any]:
-    """The GPU or slice of that UUID, which may be cut short where it names a GPU; empty where there is none."""
+    """The GPU or MIG slice with this UUID (for a GPU, a unique prefix is enough); empty if there is none."""
     import pynvml
 
     if uuid.startswith("GPU-"):
@@ -154,7 +154,7 @@ def _of_uuid(uuid: str, every: list[Any]) -> list[Any]:
 
 
 def _whole(gpu: Any) -> Any:
-    """The GPU of a slice; a whole one is its own."""
+    """The GPU to which a MIG slice belongs; a whole GPU is returned unchanged."""
     import pynvml
 
     try:
@@ -183,13 +183,13 @@ def _git(*arguments: str) -> str | None:
 
 
 def source_commit() -> tuple[str | None, bool | None]:
-    """Commit of the package's source and whether it was edited since; (None, None) where that is not known. Other files of the
-    checkout, such as results, count for nothing.
+    """Commit of the package's source and whether the source was edited since; (None, None) if unknown. Other files in the
+    checkout, such as results, are ignored.
 
-    A copy that travels without its history (a wheel, a folder sent to another machine) may carry them in `ldft/commit.json`,
-    as `python -m ldft.environment` writes it: commit, and the hash of the source at that commit.
+    A copy without git history (a wheel, a folder sent to another machine) may have them in `ldft/commit.json`, written by
+    `python -m ldft.environment`: the commit, and the hash of the source at that commit.
     """
-    # A package that is installed inside somebody else's checkout is not part of it.
+    # A package installed inside another project's checkout is not part of that checkout.
     if _git("ls-files", "--error-unmatch", __file__) is not None and (commit := _git("rev-parse", "HEAD")):
         return commit, bool(_git("status", "--porcelain", "--", ".", *(f"../{folder}" for folder in _SOURCES)))
     stamp = PACKAGE_DIR / "commit.json"
@@ -200,12 +200,12 @@ def source_commit() -> tuple[str | None, bool | None]:
 
 
 def source_hash() -> str:
-    """Twelve hex digits over the package's Python files and the config tree: tells rows of edited code apart."""
+    """Twelve hex digits, a hash of the package's Python files and the config tree: distinguishes rows of edited code."""
     digest = hashlib.sha256()
     for root, pattern in ((PACKAGE_DIR, "*.py"), (CONF_DIR, "*.yaml")):
         for path in sorted(root.rglob(pattern)):
             name = path.relative_to(root)
-            if name.parts[0] != "local":  # a machine's own defaults are in the config columns
+            if name.parts[0] != "local":  # this machine's own defaults; the config columns have them
                 digest.update(str(name).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -218,7 +218,7 @@ def _cpu_model() -> str:
 
 
 def host_memory_gib() -> float:
-    """MemTotal. Some virtual machines show little at the start and grow as memory is touched."""
+    """MemTotal, GiB. Some virtual machines report little at first and grow as memory is touched."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemTotal:"):
             return int(line.split()[1]) / 2**20

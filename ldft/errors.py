@@ -1,4 +1,4 @@
-"""The errors that become one line on screen. Anything else is a bug: it keeps its traceback and says "internal error"."""
+"""The errors that are printed as one line. Any other exception is a bug: its traceback is saved and "internal error" is printed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 
 class LdftError(Exception):
-    """Base of every error that a user can cause and mend; its text is one complete line."""
+    """Base of all errors that a user can cause and fix; its text is one complete line."""
 
 
 class ConfigError(LdftError):
-    """A config value is wrong, here or on this machine. The line names the dotted key, the value, what is allowed, the fix."""
+    """A config value is wrong, in general or on this machine. The line gives the dotted key, the value, what is allowed, the
+    fix."""
 
     def __init__(self, key: str, problem: str) -> None:
         self.key = key
@@ -18,11 +19,12 @@ class ConfigError(LdftError):
 
 
 class CombinationError(ConfigError):
-    """Each value is right, together they make no sense. Invalid in a single run; a sweep's grid may hold such cells: skipped."""
+    """Values that are valid alone but not together. Status invalid in a single run; a sweep's grid may contain such cells:
+    skipped."""
 
 
 class InternalError(Exception):
-    """A bug of ours, met within an attempt; its traceback is in the attempt's log already."""
+    """A bug in ldft that an attempt hit; its traceback is already in the attempt's log."""
 
     def __init__(self, log: Path) -> None:
         self.log = log

@@ -1,4 +1,4 @@
-"""`python -m ldft.status [RESULTS_DIR]`: where a sweep stands (how: sweep/status.py)."""
+"""`python -m ldft.status [RESULTS_DIR]`: progress of a sweep (implemented in sweep/status.py)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The terminal: arguments that are refused in one line, and what is shown while a run works: one live line on a terminal, one line
-an event otherwise."""
+"""Terminal output: one-line argument errors, and the progress of a run (one live line on a terminal, otherwise one line per
+event)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 
 def seconds(value: float) -> str:
-    """A duration as people write it: 4.2s, 1m42s, 1h12m."""
+    """A duration in short form: 4.2s, 1m42s, 1h12m."""
     if value < 60:
         return f"{value:.1f}s"
     if value < 3600:
@@ -19,7 +19,7 @@ def seconds(value: float) -> str:
 
 
 def length(tokens: int) -> str:
-    """A sequence length as its option is called: 4k, 1m; any other is a plain number."""
+    """A sequence length as the name of its option: 4k, 1m; any other length as a plain number."""
     for unit, size in (("m", 2**20), ("k", 2**10)):
         if tokens % size == 0:
             return f"{tokens // size}{unit}"
@@ -27,7 +27,7 @@ def length(tokens: int) -> str:
 
 
 class Progress:
-    """Shows a rank's partial results as they come. A context: leaving it ends the live line."""
+    """Shows a rank's partial results as they arrive. A context manager: leaving it ends the live line."""
 
     def __init__(self, iterations: int, warmup_iterations: int, tokens_per_iteration: int) -> None:
         self._iterations, self._warmup, self._tokens = iterations, warmup_iterations, tokens_per_iteration
@@ -42,7 +42,7 @@ class Progress:
         return text + (f", {seconds(left)} left" if left else "")
 
     def show(self, report: dict[str, Any]) -> None:
-        """Show the newest partial result; one without a phase means that the rank is still starting."""
+        """Show the newest partial results; if they have no phase, the rank is still starting."""
         report = {"phase": "start", "phase_text": "starting Python"} | report
         times = report.get("iteration_s", [])
         if not self._terminal:
@@ -66,7 +66,7 @@ class Progress:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as all of ldft's are. Subcommands take the class of their parser, so they do the same."""
+    """argparse with one-line errors, like all of ldft's. Subcommands use their parser's class, so theirs are one line too."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ldft: {message.removeprefix('argument ')}; see {self.prog} --help\n")

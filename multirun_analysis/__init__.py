@@ -1,4 +1,4 @@
-"""From rows to answers: load the rows of a results folder, compare, summarise and draw them.
+"""Analyse rows: load the rows of a results folder; compare, summarise and plot them.
 
     python -m multirun_analysis results/          tables on the terminal, figures in results/figures/
     python -m multirun_analysis diff a/ b/        what changed between two folders
@@ -9,7 +9,7 @@ In Python or a notebook:
     df = load("results")
     compare(df, by="numa", baseline="local_only")
 
-Reading rows is ldft.results; nothing here imports torch.
+ldft.results reads the rows; nothing here imports torch.
 """
 
 from multirun_analysis import traces

@@ -20,25 +20,28 @@ def _summary_parser() -> Parser:
     )
     parser.add_argument("folder", nargs="?", default="results", type=Path, help="results.dir of the runs (results)")
     parser.add_argument("--out", type=Path, help="folder for the figures (FOLDER/figures)")
-    parser.add_argument("--by", help="config group or key to compare, e.g. offload (every one in which rows differ)")
-    parser.add_argument("--baseline", help="option that the others are compared with (local_only, bind_0 or default)")
-    parser.add_argument("--no-figures", action="store_true", help="only the tables")
-    parser.add_argument("--all", action="store_true", help="every line of every table")
+    parser.add_argument(
+        "--by", help="config group or key to compare, e.g. offload (default: all that differ among the rows)"
+    )
+    parser.add_argument("--baseline", help="option to compare the others with (default: local_only, bind_0 or default)")
+    parser.add_argument("--no-figures", action="store_true", help="print the tables only")
+    parser.add_argument("--all", action="store_true", help="print every line of every table")
     return parser
 
 
 def _diff_parser() -> Parser:
     parser = Parser(
-        prog="python -m multirun_analysis diff", description="What changed from one results folder to another."
+        prog="python -m multirun_analysis diff", description="Show what changed from one results folder to another."
     )
     parser.add_argument("a", type=Path, help="results folder before")
     parser.add_argument("b", type=Path, help="results folder after")
-    parser.add_argument("--all", action="store_true", help="every line of the table")
+    parser.add_argument("--all", action="store_true", help="print every line of the table")
     return parser
 
 
 def _console() -> Console:
-    # A file or a pipe gets whole lines: a table folded to 80 columns cannot be searched. Messages may hold brackets: no markup.
+    # Do not wrap lines in a file or pipe: a table wrapped at 80 columns cannot be searched. No markup, since messages may have
+    # brackets.
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 
@@ -49,11 +52,11 @@ def _summarise(arguments: argparse.Namespace) -> int:
     df = load(arguments.folder)
     console = _console()
     if df.empty:
-        console.print(f"no rows in {arguments.folder}; python -m ldft writes one a run", soft_wrap=True)
+        console.print(f"no rows in {arguments.folder}; python -m ldft writes one per run", soft_wrap=True)
         return 0
     groups = [arguments.by] if arguments.by else figures.groups_to_compare(df)
     if arguments.baseline:
-        groups = groups[:1]  # a baseline is an option of one group
+        groups = groups[:1]  # a baseline belongs to one group
     terminal.summarise(df, groups, arguments.baseline, arguments.all, console)
     if not arguments.no_figures:
         out = arguments.out or arguments.folder / "figures"
@@ -75,7 +78,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line where the folder, the group or the baseline does not exist."""
+    """Returns exit code 0, or 2 after printing one line if the folder, the group or the baseline does not exist."""
     words = sys.argv[1:] if argv is None else argv
     try:
         if words[:1] == ["diff"]:

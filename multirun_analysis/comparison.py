@@ -1,17 +1,18 @@
 """Ratios with confidence: options of one config group against a baseline, and one results folder against another.
 
 The statistic. The speed of a run is tokens_per_iteration over the median of its iteration times after warm-up; a speed-up
-is the ratio of two such speeds (of their geometric means where a cell has several runs). Its confidence interval is
-computed on logarithms, from two sources of noise, and the wider one counts:
+is the ratio of two such speeds (of their geometric means if a cell has several runs). Its confidence interval is
+computed on logarithms from two sources of noise; the wider interval is used:
 
 - iterations: the standard error of a run's median is taken as sqrt(pi/2) * s / sqrt(n), with s the standard deviation of
-  the run's n log samples (sqrt(pi/2) is the loss of a median against a mean under normal noise; an outlier widens s and
-  so the interval). Degrees of freedom by Welch and Satterthwaite.
-- runs, where both sides have two or more: the pooled standard deviation of the runs' log medians, Student's t. Two runs
-  a side give wide intervals (t = 4.3 at 95%), three are far better (2.8).
+  the run's n log samples (sqrt(pi/2) is the efficiency loss of a median against a mean under normal noise; an outlier widens
+  s and so the interval). Degrees of freedom by Welch and Satterthwaite.
+- runs, if both sides have two or more: the pooled standard deviation of the runs' log medians, Student's t. Two runs per
+  side give wide intervals (t = 4.3 at 95%), three much narrower ones (2.8).
 
-One run a side says nothing about differences from run to run (placement, clocks, neighbours): the column `basis` then
-reads `iterations`. Each interval holds for itself: of 20 comparisons without a difference about one "differs" at 95%.
+One run per side says nothing about differences between runs (placement, clocks, neighbours): the column `basis` then
+reads `iterations`. There is no correction for multiple comparisons: of 20 comparisons without a real difference, about
+one "differs" at 95%.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from multirun_analysis.labels import text
 from multirun_analysis.rows import cell_keys, live, option_label, relabel
 
 CONFIDENCE = 0.95
-# The policy that others are measured against, where the rows have it.
+# The baseline policy, if the rows have it.
 _BASELINES = ("local_only", "bind_0", "default")
 _MEDIAN_LOSS = math.sqrt(math.pi / 2)
 
 
 def speed_ratio(runs: list[np.ndarray], baseline: list[np.ndarray], confidence: float = CONFIDENCE) -> dict[str, Any]:
-    """Ratio of the speeds of two cells, each given as one array of samples (tokens/s) a run.
+    """Ratio of the speeds of two cells, each given as one array of samples (tokens/s) per run.
 
-    Returns speedup, low, high, basis (`iterations`, `runs`, or `none` where one sample allows no interval).
+    Returns speedup, low, high, basis (`iterations`, `runs`, or `none` if there is one sample only, hence no interval).
     """
     given = [[samples for samples in side if len(samples)] for side in (runs, baseline)]
     if not all(given):
         return {"speedup": math.nan, "low": math.nan, "high": math.nan, "basis": "none"}
-    # The median is that of times: of an even number of samples the median speed would be another one.
+    # Take the median of times, not of speeds: with an even number of samples they differ.
     medians = [np.array([-np.log(np.median(1 / run)) for run in side]) for side in given]
     sides = [[np.log(run) for run in side] for side in given]
     centre = float(medians[0].mean() - medians[1].mean())
@@ -64,7 +65,7 @@ def _t(confidence: float, degrees: float) -> float:
 
 
 def _iterations_width(sides: list[list[np.ndarray]], confidence: float) -> float | None:
-    """Half-width of the interval from the noise of iterations; None where a run has one sample."""
+    """Half-width of the interval from the noise of iterations; None if a run has one sample."""
     if any(len(run) < 2 for side in sides for run in side):
         return None
     terms = [
@@ -78,7 +79,7 @@ def _iterations_width(sides: list[list[np.ndarray]], confidence: float) -> float
 
 
 def _runs_width(medians: list[np.ndarray], confidence: float) -> float | None:
-    """Half-width of the interval from the differences among runs; None where a side has one run."""
+    """Half-width of the interval from the differences between runs; None if a side has one run."""
     if any(len(side) < 2 for side in medians):
         return None
     degrees = sum(len(side) - 1 for side in medians)
@@ -96,7 +97,7 @@ def verdict(ratio: dict[str, Any]) -> str:
 
 
 def default_baseline(df: pd.DataFrame, by: str) -> str:
-    """The option that others are compared with: a DRAM-only or the default policy, else the one with most ok rows."""
+    """The baseline option: a DRAM-only or the default policy, else the option with most ok rows."""
     labels = option_label(df, by)
     if by == "numa":
         for name in _BASELINES:
@@ -107,12 +108,12 @@ def default_baseline(df: pd.DataFrame, by: str) -> str:
 
 
 def _matched_on(df: pd.DataFrame, by: str) -> pd.Series:
-    """One text a row that equals another row's when the two differ in nothing but `by`."""
+    """One string per row, equal for rows that differ in nothing but `by`."""
     keys = [key for key in cell_keys(df) if key != by and not key.startswith(by + ".")]
     parts = [df[f"cfg.{key}"].map(text) for key in keys]
     parts.append(df["machine"])
     if by != "numa":
-        parts.append(option_label(df, "numa"))  # an inherited policy is in no config key
+        parts.append(option_label(df, "numa"))  # no config key records an inherited policy
     joined = pd.Series("", index=df.index, dtype=object)
     for part in parts:
         joined = joined + "\x1f" + part.astype(object)
@@ -127,9 +128,9 @@ def compare(
     Columns: machine, model, seq_len_tokens, policy, variant (of the cell), option, baseline, runs, baseline_runs,
     speedup (tokens/s over the baseline's tokens/s), low, high (its confidence interval; the statistic is described at the
     top of this module), basis, verdict (faster, slower, no difference found, no confidence, or what failed).
-    Cells whose counterpart was never run are left out; cells that failed on either side stay, with a verdict that says so.
+    Cells whose counterpart was never run are left out; cells that failed on either side stay, with the failure as verdict.
 
-    Raises ResultsError when no row has `baseline`, naming what there is.
+    Raises ResultsError that lists the options if no row has `baseline`.
     """
     columns = ["machine", "model", "seq_len_tokens", "policy", "variant", "option", "baseline"]
     columns += ["runs", "baseline_runs", "speedup", "low", "high", "basis", "verdict"]
@@ -169,9 +170,9 @@ def _versus(rows: pd.DataFrame, base: pd.DataFrame, confidence: float) -> dict[s
 
 
 def diff(a: pd.DataFrame, b: pd.DataFrame, confidence: float = CONFIDENCE) -> pd.DataFrame:
-    """What changed from rows `a` to rows `b`, one line a cell that either has.
+    """What changed from rows `a` to rows `b`, one line per cell in either.
 
-    Columns: the cell, status_a, status_b (`absent` where it was not run), tokens_per_s_a, tokens_per_s_b, speedup of b over
+    Columns: the cell, status_a, status_b (`absent` if it was not run), tokens_per_s_a, tokens_per_s_b, speedup of b over
     a with low and high (as in `compare`), peak_host_gib_a and _b, peak_vram_gib_a and _b, change: faster, slower,
     no difference found, `ok -> timeout`, only in a, only in b, failed in both.
     The machine is part of a cell: the same cell on another machine is another cell.
@@ -183,7 +184,7 @@ def diff(a: pd.DataFrame, b: pd.DataFrame, confidence: float = CONFIDENCE) -> pd
     both = live(both)
     if both.empty:
         return pd.DataFrame(columns=columns)
-    both = relabel(both)  # labels were made within each folder; cells are named over both
+    both = relabel(both)  # labels were computed within each folder; recompute them over both
     found = []
     for _, group in both.groupby(_matched_on(both, "none"), sort=False):
         line: dict[str, Any] = {name: group.iloc[0][name] for name in columns[:5]}

@@ -1,4 +1,4 @@
-"""A config value as text."""
+"""Config values as labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def text(value: Any) -> str:
-    """A config value as a label. Unset is what leaves a choice to ldft, e.g. `kernels.liger`."""
+    """A config value as a label. An unset value leaves the choice to ldft, e.g. `kernels.liger`."""
     if value is None:
         return "auto"
     if isinstance(value, list | tuple | np.ndarray):

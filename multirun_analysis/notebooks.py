@@ -1,6 +1,6 @@
-"""Execute the notebooks in place: `python -m multirun_analysis.notebooks`. Outputs are committed, so that a forge shows them.
+"""Execute the notebooks in place: `python -m multirun_analysis.notebooks`. Outputs are committed so that code hosts display them.
 
-What differs from machine to machine or from run to run (times, the kernel's name and version) is removed.
+Metadata that differs between machines or runs (times, the kernel's name and version) is removed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _METADATA = {
 
 
 def execute(name: str, results: Path | None = None, timeout_s: int = 300) -> nbformat.NotebookNode:
-    """The executed notebook; with `results`, its variable RESULTS names that folder instead of the committed data.
+    """The executed notebook; `results` sets its variable RESULTS to that folder in place of the committed data.
 
-    Raises nbclient's CellExecutionError where a cell fails.
+    Raises nbclient's CellExecutionError if a cell fails.
     """
     notebook = nbformat.read(FOLDER / name, as_version=4)
     if results is not None:
         first = next(cell for cell in notebook.cells if cell.cell_type == "code")
         line = next(line for line in first.source.splitlines() if line.startswith("RESULTS = "))
         first.source = first.source.replace(line, f"RESULTS = {str(results)!r}")
-    # Executed where it lies, by this very interpreter, whatever kernel the user's Jupyter knows.
+    # Executed in the notebook's folder by this interpreter, whatever kernels the user's Jupyter has.
     client = NotebookClient(
         notebook, timeout=timeout_s, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
     )

@@ -1,4 +1,4 @@
-"""The options of config groups, as rows hold them: `offload=full` is stage 3 with parameters and optimizer on the CPU."""
+"""The options of config groups by their values in rows: `offload=full` is stage 3 with parameters and optimizer on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from multirun_analysis.labels import text
 
 @cache
 def values_of(group: str) -> dict[str, dict[str, str]]:
-    """Option -> {key: value as a label}, for every key that any option of the group sets; empty for what is no group of options."""
+    """Option -> {key: value as a label}, for every key that any option of the group sets; empty if `group` has no options."""
     known = composition.groups().get(group, [])
     files = {name: yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) or {} for name in known}
     keys = [f"{group}.{key}" for key in dict.fromkeys(key for values in files.values() for key in values)]
@@ -25,7 +25,7 @@ def values_of(group: str) -> dict[str, dict[str, str]]:
 
 
 def names(texts: pd.DataFrame, group: str) -> pd.Series:
-    """The option that each row's keys agree with, in all that options of the group set; empty where none does."""
+    """The option that matches each row in all keys that options of the group set; empty if none matches."""
     found = pd.Series("", index=texts.index, dtype=object)
     for option, values in values_of(group).items():
         if values and set(values) <= set(texts):

@@ -1,4 +1,4 @@
-"""Rows of a results folder as one tidy DataFrame: the row's columns as they are, and a few derived ones with units."""
+"""Rows of a results folder as one tidy DataFrame: the row's columns unchanged, and a few derived ones with units."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldft.preflight.fit import DoesNotFitError
 from multirun_analysis import options
 from multirun_analysis.labels import text
 
-# Keys that say where results go, how long to wait, how often to measure or look, or which try this is: rows that differ in
+# Keys that do not change what is measured (where results go, time limits, sampling intervals, repetition): rows that differ in
 # nothing else measure the same thing.
 SAME_CELL = (
     "results",
@@ -33,31 +33,31 @@ SAME_CELL = (
     "train.warmup_iterations",
     "train.seed",
 )
-# These have columns of their own.
+# These have their own columns.
 _NAMED = ("model", "numa", "seq_len", "launch.device")
 
-# What a failed cell says in a figure.
+# Labels of failed cells in figures.
 FAILURE_LABELS = {"oom_device": "OOM", "oom_host": "host OOM"}
 
 
 def load(path: str | Path) -> pd.DataFrame:
-    """Every row of a results folder, oldest first, failed rows included; one row an attempt.
+    """Every row of a results folder, oldest first, including failed rows; one row per attempt.
 
     Besides the columns of ldft.results (units in their names):
 
-    model, policy, machine   short labels; `model` and `policy` name overridden keys, too (`tiny num_layers=1`)
-    variant                  the remaining config keys that differ among the rows, `key=value`; empty where none does
-    seq_len_tokens           tokens of a sequence
+    model, policy, machine   short labels; `model` and `policy` include overridden keys (`tiny num_layers=1`)
+    variant                  the remaining config keys that differ among the rows, `key=value`; empty if none differ
+    seq_len_tokens           tokens per sequence
     ok                       status is ok
-    superseded               a later attempt of the same run_id is ok: this failure is history
-    apart                    refused for a value that no other row has, a mistyped one for example: in no label and no cell
+    superseded               a later attempt of the same run_id is ok, so this failure no longer counts
+    apart                    refused for a value that no other row has, e.g. a mistyped one: excluded from labels and cells
     failure                  label of a failed row (`OOM`, `timeout`, ...), empty for an ok one
     sample_tokens_per_s      array: throughput of each iteration after warm-up
     forward_median_s, backward_median_s, step_median_s    medians after warm-up
     peak_vram_gib            largest peak_vram_allocated_gib of any rank; NaN without a GPU
-    trace_file               the run's trace, where it is there: `traces.read(row)` reads it; null otherwise
+    trace_file               the run's trace if it exists, else null; `traces.read(row)` reads it
 
-    Raises ResultsError where `path` is not a folder. A folder without rows gives an empty frame with all columns.
+    Raises ResultsError if `path` is not a folder. A folder without rows gives an empty frame with all columns.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -70,7 +70,7 @@ def load(path: str | Path) -> pd.DataFrame:
 
 
 def config_keys(frame: pd.DataFrame) -> list[str]:
-    """Config keys (without `cfg.`) that rows carry."""
+    """Config keys (without `cfg.`) in the rows."""
     return [name.removeprefix("cfg.") for name in frame.columns if name.startswith("cfg.")]
 
 
@@ -79,15 +79,15 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
 
 
 def cell_keys(frame: pd.DataFrame) -> list[str]:
-    """Config keys that tell what is measured: rows that agree in all of them are repeats of one cell."""
+    """Config keys that determine what is measured: rows that agree in all of them are repeats of one cell."""
     return [key for key in config_keys(frame) if not _under(key, SAME_CELL)]
 
 
 def _with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
-    """Fill config keys that older rows lack with today's default: the run behaved so before the key existed.
+    """Fill config keys that older rows lack with today's default: runs behaved that way before the key existed.
 
-    (A key whose meaning changes raises the identity version of ldft.config instead, and an unset key of a current row
-    is null on purpose only where its default is.)
+    (If a key's meaning changes, ldft.config's identity version is increased instead. In a current row a key is null on
+    purpose only if its default is null.)
     """
     defaults = flatten(Config())
     columns: dict[str, pd.Series] = {}
@@ -98,19 +98,19 @@ def _with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
         columns[f"cfg.{key}"] = column.where(
             ~missing, pd.Series([default] * len(frame), index=frame.index, dtype=object)
         )
-    # Put together at once: column by column, a frame of so many falls to pieces, and pandas warns.
+    # Build the frame at once: adding many columns one by one fragments it, and pandas warns.
     filled = pd.DataFrame(columns, index=frame.index)
     return pd.concat([frame.drop(columns=filled.columns), filled], axis=1)[list(frame.columns)]
 
 
 def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
-    """What distinguishes the options of one config group (`numa`, `offload`) or key among these rows, as text.
+    """Labels that distinguish the options of one config group (`numa`, `offload`) or key among these rows.
 
-    A group with a `name` key, or with options of its own, is labelled by name or option, plus the keys in which rows of one name
-    differ; any other group, and rows that agree with no option, by the keys that differ at all.
+    A group with a `name` key or with options is labelled by name or option, plus the keys in which rows of one name differ; other
+    groups, and rows that match no option, by all keys that differ.
     """
     keys = [key for key in config_keys(frame) if _under(key, (group,))]
-    # Seeds and counts in a group (`train.seed`) make no option, unless they are asked for by name.
+    # Seeds and counts in a group (`train.seed`) do not distinguish options, unless requested by name.
     keys = [key for key in keys if key == group or _under(group, SAME_CELL) or not _under(key, SAME_CELL)]
     if not keys:
         raise ResultsError(f"no config group or key '{group}' in these rows; use one of {_groups(frame)}")
@@ -132,12 +132,12 @@ def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
 
 
 def option_name(group: str, option: str) -> str:
-    """An option as people write it: `cxl_aware`, `checkpointing=gpu every=2`, `micro_batch_size=4`."""
+    """An option for display: `cxl_aware`, `checkpointing=gpu every=2`, `micro_batch_size=4`."""
     return option if group == "numa" or "=" in option.split(" ")[0] else f"{group}={option}"
 
 
 def _inherited(frame: pd.DataFrame, names: pd.Series) -> pd.Series:
-    """Policy names, where `default` says what the caller's policy was: `numactl ... python -m ldft` is no default."""
+    """Policy names, where `default` also names the caller's policy: `numactl ... python -m ldft` does not run with the default."""
     if "numa_policy" not in frame.columns:
         return names
     caller = frame["numa_policy"].astype(object)
@@ -157,7 +157,8 @@ def _groups(frame: pd.DataFrame) -> str:
 
 
 def _variant(frame: pd.DataFrame) -> pd.Series:
-    """Options and cell keys that differ and have no column of their own; of those that differ together only the first is named."""
+    """Options and cell keys that differ and have no separate column; of keys that always differ together, only the first is
+    named."""
     label = pd.Series("", index=frame.index, dtype=object)
     seen: list[pd.Series] = []
     grouped: set[str] = set()
@@ -169,7 +170,7 @@ def _variant(frame: pd.DataFrame) -> pd.Series:
             grouped.add(group)
             values = option_label(frame, group).map(partial(option_name, group))
         else:
-            # `optimizer.name` says enough as `optimizer`, `launch.num_ranks` as `num_ranks`.
+            # Shorten `optimizer.name` to `optimizer` and `launch.num_ranks` to `num_ranks`.
             values = key.removesuffix(".name").rpartition(".")[2] + "=" + frame[f"cfg.{key}"].map(text)
         codes = pd.Series(pd.factorize(values)[0], index=frame.index)
         if codes.nunique() < 2 or any(codes.equals(other) for other in seen):
@@ -180,7 +181,7 @@ def _variant(frame: pd.DataFrame) -> pd.Series:
 
 
 def _apart(frame: pd.DataFrame) -> pd.Series:
-    """Rows that were refused, not for memory, with a value in a cell key that no row which was not refused has."""
+    """Marks rows refused for a reason other than memory, with a cell-key value that occurs in no accepted row."""
     refused = (frame["status"] == "invalid") & (frame["error_type"] != DoesNotFitError.__name__)
     found = pd.Series(False, index=frame.index)
     for key in cell_keys(frame) if (~refused).any() else ():
@@ -190,18 +191,18 @@ def _apart(frame: pd.DataFrame) -> pd.Series:
 
 
 def relabel(frame: pd.DataFrame) -> pd.DataFrame:
-    """Name model, policy and variant by what differs among exactly these rows (again, for rows of two folders put together)."""
+    """Label model, policy and variant by what differs among exactly these rows; call it again after joining rows of two folders."""
     return frame.assign(model=option_label(frame, "model"), policy=option_label(frame, "numa"), variant=_variant(frame))
 
 
 def _labelled(frame: pd.DataFrame, apart: pd.Series) -> pd.DataFrame:
-    """With labels by what differs among the rows that are not apart, which have none."""
+    """The frame with labels by what differs among the rows that are not apart; rows apart get no labels."""
     labels = relabel(frame[~apart])[["model", "policy", "variant"]].reindex(frame.index, fill_value="")
     return pd.concat([frame, labels], axis=1)
 
 
 def live(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows that stand for cells: without failures that were made good later, and without those apart."""
+    """The rows that represent cells: without superseded failures, and without rows apart."""
     return frame[~frame["superseded"] & ~frame["apart"]]
 
 
@@ -213,7 +214,7 @@ def _machine(row: pd.Series) -> str:
 
 
 def after_warmup(row: pd.Series, name: str) -> np.ndarray:
-    """A list column's samples after warm-up; empty where there are none."""
+    """A list column's samples after warm-up; empty if there are none."""
     values = row[name]
     if values is None or (isinstance(values, float) and np.isnan(values)):
         return np.empty(0)
@@ -225,7 +226,7 @@ def _median(values: np.ndarray) -> float:
 
 
 def _peak(values: Any) -> float:
-    """The largest of a list column; NaN where it is null, empty or zero (a CPU run reports no device memory)."""
+    """The largest value of a list column; NaN if it is null, empty or zero (a CPU run reports no device memory)."""
     peak = max(values, default=0.0) if isinstance(values, np.ndarray | list) else 0.0
     return float(peak) if peak > 0 else float("nan")
 

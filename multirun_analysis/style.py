@@ -1,4 +1,4 @@
-"""How every figure looks: sizes, colours, markers, length axes, and files that come out the same from the same rows."""
+"""Common style of all figures: sizes, colours, markers, length axes, and reproducible files from the same rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# Colours of Paul Tol's "muted" scheme (distinct under the common colour blindnesses) and black. A marker of its own
-# tells policies apart in grey, too. The same policy looks the same in every figure.
+# Colours of Paul Tol's "muted" scheme (distinct with common colour blindness) and black. Each policy has its own
+# marker, so that policies are distinct in greyscale too, and looks the same in every figure.
 POLICIES = {
     "default": ("#000000", "o"),
     "bind_0": ("#332288", "s"),
@@ -28,7 +28,7 @@ POLICIES = {
     "striped": ("#44AA99", "p"),
     "optimal": ("#D55E00", "*"),
 }
-# For what is not a policy (Okabe and Ito's scheme).
+# For everything except policies (Okabe and Ito's scheme).
 OTHERS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*"]
 LINES = ["-", "--", ":", "-."]
@@ -75,7 +75,7 @@ _RC: dict[str, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw in here; the caller's own matplotlib settings are left alone."""
+    """A context for drawing with this style; the caller's matplotlib settings stay unchanged."""
     with mpl.rc_context(_RC):
         yield
 
@@ -83,7 +83,7 @@ def styled() -> Iterator[None]:
 def policy_style(policy: str) -> tuple[str, str]:
     """(colour, marker) of a policy, by name alone. Overridden keys (`weighted_0_3 weights=[3,1]`) keep the colour."""
     name = policy.split(" ")[0]
-    known = POLICIES.get(name)  # a `default: ...` that was inherited from numactl is no default
+    known = POLICIES.get(name)  # `default: ...` inherited from numactl is not the default policy
     if known and name == policy:
         return known
     place = zlib.crc32(policy.encode())
@@ -106,7 +106,7 @@ def length(tokens: float) -> str:
 
 
 def number(value: float) -> str:
-    """A figure for a title or a bar: three significant digits, thousands as k."""
+    """A number for a title or a bar: three significant digits, thousands as k."""
     if abs(value) >= 99_950:
         return f"{value / 1000:.0f}k"
     if abs(value) >= 9_995:
@@ -117,7 +117,7 @@ def number(value: float) -> str:
 
 
 def length_axis(axes: Axes, lengths: list[int]) -> None:
-    """A log2 axis with a tick at each length that was run (every second one where they are many)."""
+    """A log2 axis with a tick at each length that was run (every second one if there are many)."""
     axes.set_xscale("log", base=2)
     ticks = sorted(set(lengths))
     while len(ticks) > 7:
@@ -135,6 +135,6 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     with styled():
         figure.savefig(paths[0], metadata={"Software": None})
-        figure.set_layout_engine("none")  # laid out once: the SVG is the same picture, and half the work
+        figure.set_layout_engine("none")  # the layout is computed once: the SVG is the same picture, at half the work
         figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
     return paths

@@ -14,12 +14,12 @@ from rich.table import Table
 from multirun_analysis import comparison, rows, tidy
 from multirun_analysis.style import length, number
 
-# A terminal shows these many lines of a table; the rest is a count.
+# Number of table lines shown on a terminal; the rest are only counted.
 MAX_LINES = 40
 
 
 def _cell_columns(table: pd.DataFrame) -> list[str]:
-    """The parts of a cell that differ; model and length always."""
+    """The columns of a cell that differ; always model and length."""
     return [name for name in tidy.CELL if name in ("model", "seq_len_tokens") or table[name].nunique() > 1]
 
 
@@ -52,7 +52,7 @@ def _headings(table: pd.DataFrame) -> dict[str, str]:
 
 
 def _with_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """Phases in one column, `12/70/18%`, and the range of throughputs."""
+    """The table with phases in one column, `12/70/18%`, and the range of throughputs."""
 
     def share(cell: Any) -> str:
         parts = [cell.forward_s / cell.iteration_s, cell.backward_s / cell.iteration_s, cell.step_s / cell.iteration_s]
@@ -74,14 +74,14 @@ def _with_shares(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(
     df: pd.DataFrame, groups: Sequence[str], baseline: str | None, everything: bool, console: Console
 ) -> None:
-    """Print what the rows say: counts, one line a cell, the front of speed against memory, speed-ups, failures."""
+    """Print a summary of the rows: counts, one line per cell, the front of speed against memory, speed-ups, failures."""
     limit = None if everything else MAX_LINES
-    # First of all: a group or baseline that does not exist is to be said before anything else.
+    # Compare first, so that a missing group or baseline is reported before anything is printed.
     comparisons = {group: comparison.compare(df, by=group, baseline=baseline) for group in groups}
     counts = ", ".join(f"{count} {status}" for status, count in df["status"].value_counts().items())
     console.print(f"{len(df)} rows: {counts}", soft_wrap=True)
     console.print(f"machine: {'; '.join(sorted(df['machine'].unique()))}", soft_wrap=True)
-    console.print(f"ldft at commit: {', '.join(rows.versions_of(df))} (+ is with uncommitted changes)", soft_wrap=True)
+    console.print(f"ldft at commit: {', '.join(rows.versions_of(df))} (+: with uncommitted changes)", soft_wrap=True)
     if df["source_hash"].nunique() > 1:
         console.print(f"note: the rows come from {df['source_hash'].nunique()} versions of the code", style="yellow")
     table = _with_shares(tidy.cells(df))
@@ -127,7 +127,7 @@ def _print_front(table: pd.DataFrame, console: Console, limit: int | None) -> No
     front = tidy.pareto(table, x=memory, y="tokens_per_s")
     if len(front) and len(front) < table["tokens_per_s"].notna().sum():
         heads = _headings(table) | {"tokens_per_s": "tokens/s", memory: "VRAM GiB" if "vram" in memory else "host GiB"}
-        title = "Best choices of each model and length: no other cell is both faster and smaller"
+        title = "Best choices for each model and length: no other cell is both faster and smaller"
         _print(console, title, front, heads, limit)
 
 
@@ -144,7 +144,7 @@ def _print_compared(compared: pd.DataFrame, by: str, console: Console, limit: in
         speedup=_three_digits(compared["speedup"]),
         interval=[_ratio(line.low, line.high) for line in compared.itertuples()],
     )
-    # The option says what the compared group's own column would say again.
+    # Drop the compared group's own column: it would repeat the option.
     heads = {name: head for name, head in _headings(compared).items() if name != {"numa": "policy"}.get(by)}
     heads |= {"option": by, "runs": "runs", "speedup": "speed-up", "interval": "95% interval", "basis": "basis"}
     heads |= {"verdict": f"against {compared['baseline'].iloc[0]}"}
@@ -152,7 +152,7 @@ def _print_compared(compared: pd.DataFrame, by: str, console: Console, limit: in
 
 
 def print_diff(table: pd.DataFrame, commits: tuple[list[str], list[str]], everything: bool, console: Console) -> None:
-    """Print what changed between two folders: one line a cell, then the counts."""
+    """Print what changed between two folders: one line per cell, then the counts."""
     for side, names in zip("ab", commits, strict=True):
         console.print(f"{side}: ldft at commit {', '.join(names) or 'unknown'}", soft_wrap=True)
     if table.empty:

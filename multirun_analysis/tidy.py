@@ -1,4 +1,4 @@
-"""Tidy tables out of loaded rows: cells, phases, memory by node and by role, placement, predictions, Pareto fronts."""
+"""Tidy tables from loaded rows: cells, phases, memory by node and by role, placement, predictions, Pareto fronts."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import pandas as pd
 from ldft.errors import ResultsError
 from multirun_analysis.rows import live
 
-# What a cell is: everything that was chosen, and the machine it ran on. The order is that of tables and figures.
+# The columns that define a cell: everything that was chosen, and the machine. In the order of tables and figures.
 CELL = ["machine", "model", "seq_len_tokens", "policy", "variant"]
 
-# A prediction's column and the measured one beside it.
+# Column of each prediction -> column of the measured value.
 PREDICTIONS = {"predicted_host_gib": "peak_host_gib", "predicted_vram_gib": "peak_vram_gib"}
 
 _PHASES = ("forward", "backward", "step")
 
 
 def cells(df: pd.DataFrame) -> pd.DataFrame:
-    """One line a cell (rows that differ only in repeat, seed, iterations or time limit are runs of one cell).
+    """One line per cell (rows that differ only in repeat, seed, iterations or time limit are runs of one cell).
 
-    runs, failed_runs            ok and failed attempts; superseded failures and rows apart count in neither
-    status, failure              ok when any run is; `failure` is empty, a label, or `OOM 1/3` when one run of three failed
+    runs, failed_runs            ok and failed attempts; neither counts superseded failures or rows apart
+    status, failure              ok if any run is ok; `failure` is empty, a label, or `OOM 1/3` when one run of three failed
     tokens_per_s                 median over runs of each run's tokens_per_s
     tokens_per_s_p10, _p90       10% and 90% quantile of the throughput of all iterations after warm-up
-    iteration_s, forward_s, ...  medians over runs of the medians after warm-up; other_s is what no phase covers
+    iteration_s, forward_s, ...  medians over runs of the medians after warm-up; other_s is the time outside all phases
     peak_host_gib, peak_vram_gib largest of any run
     """
     columns = [
@@ -57,7 +57,7 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
         "error_message",
         "log_path",
     ]
-    # A length below 1, for which a row was refused, has no place on an axis.
+    # Drop lengths below 1, for which rows were refused: they cannot be drawn on an axis.
     kept = live(df).loc[df["seq_len_tokens"] > 0, needed]
     found = [_cell(dict(zip(CELL, key, strict=True)), part) for key, part in kept.groupby(CELL, sort=True)]
     return pd.DataFrame(found, columns=columns)
@@ -96,9 +96,9 @@ def _cell(cell: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def phases(df: pd.DataFrame) -> pd.DataFrame:
-    """Seconds of an iteration by phase, one line a cell and phase (forward, backward, step, other), ok cells only.
+    """Seconds of an iteration by phase, one line per cell and phase (forward, backward, step, other), ok cells only.
 
-    `share` is the part of the iteration. Medians of phases need not sum to the median iteration: `other` is the rest,
+    `share` is the phase's fraction of the iteration. Medians of phases need not sum to the median iteration: `other` is the rest,
     and may be slightly negative.
     """
     wide = cells(df)
@@ -111,7 +111,8 @@ def phases(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def _entries(df: pd.DataFrame, column: str, fields: Sequence[str]) -> pd.DataFrame:
-    """The entries of a list<struct> column of ok rows, one line each, with the row's cell and run. Absent: no lines."""
+    """The entries of a list<struct> column of ok rows, one line each, with the row's cell and run. A missing column gives no
+    lines."""
     head = [*CELL, "run_id", "attempt"]
     found: list[dict[str, Any]] = []
     if column in df.columns:
@@ -123,7 +124,7 @@ def _entries(df: pd.DataFrame, column: str, fields: Sequence[str]) -> pd.DataFra
 
 
 def memory_by_node(df: pd.DataFrame) -> pd.DataFrame:
-    """Resident GiB by NUMA node after the last iteration, one line a run, host and node; ok runs that carry it."""
+    """Resident GiB by NUMA node after the last iteration, one line per run, host and node; ok runs with this data only."""
     kinds = ("huge_gib", "heap_gib", "stack_gib", "private_gib", "total_gib")
     return _entries(df, "nodes", ("host", "node", *kinds))
 
@@ -133,10 +134,10 @@ def _role_entries(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def memory_by_role(df: pd.DataFrame) -> pd.DataFrame:
-    """GiB of each tensor role on each node, one line a run, host, role and node, summed over ranks.
+    """GiB of each tensor role on each node, one line per run, host, role and node, summed over ranks.
 
-    `bytes` of the column `roles` are the role's on its rank, `share` the part of them that lies on the node. Where the kernel did
-    not let the run look there is no share, and no line.
+    In the column `roles`, `bytes` is the role's size on its rank and `share` the fraction of it on the node. If the kernel forbade
+    the query, there is no share and no line.
     """
     entries = _role_entries(df).dropna(subset=["share"])
     entries["gib"] = entries["bytes"].astype(float) * entries["share"].astype(float) / 2**30
@@ -145,9 +146,9 @@ def memory_by_role(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def placement(df: pd.DataFrame) -> pd.DataFrame:
-    """Share asked for and share found, one line a run, rank, role and node, with their difference.
+    """Requested and actual share, one line per run, rank, role and node, with their difference.
 
-    A policy of the whole process has one line a node, with the role `process`; what was left open has none.
+    A policy for the whole process has one line per node, with the role `process`; nodes without a requested share have none.
     """
     process = _entries(df, "numa_shares", ("host", "node", "added_gib", "share", "requested_share"))
     total = process.groupby(["run_id", "attempt", "host"])["added_gib"].transform("sum").astype(float)
@@ -162,7 +163,7 @@ def placement(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def predicted(df: pd.DataFrame) -> pd.DataFrame:
-    """Predicted memory beside measured, one line an ok run and quantity, with `ratio` = predicted / measured."""
+    """Predicted and measured memory, one line per ok run and quantity, with `ratio` = predicted / measured."""
     parts = []
     for prediction, measurement in PREDICTIONS.items():
         if prediction not in df.columns:
@@ -179,18 +180,18 @@ def predicted(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def larger_is_better(column: str) -> bool:
-    """Throughput, utilisation and lengths are to be large; seconds and bytes small."""
+    """Whether larger is better: True for throughput, utilisation and lengths, False for seconds and bytes."""
     return column.endswith(("_per_s", "mfu", "tokens", "speedup"))
 
 
 def pareto(
     df: pd.DataFrame, x: str, y: str, within: Sequence[str] = ("machine", "model", "seq_len_tokens")
 ) -> pd.DataFrame:
-    """The cells that no other cell of the same group beats in one of `x`, `y` without losing in the other.
+    """The Pareto front: cells that no other cell of the same group beats in one of `x`, `y` without losing in the other.
 
-    `df` holds rows (they are reduced to cells first) or cells. Columns in tokens/s, mfu and tokens are better when larger,
-    all others (seconds, GiB) when smaller. Cells that lack either value are left out; of equal cells all stay.
-    Raises ResultsError where a column does not exist.
+    df: rows (reduced to cells first) or cells. Columns in tokens/s, mfu and tokens are better when larger, all others (seconds,
+    GiB) when smaller. Cells that lack either value are left out; of equal cells, all stay.
+    Raises ResultsError if a column does not exist.
     """
     table = cells(df) if "superseded" in df.columns else df
     for name in (x, y, *within):

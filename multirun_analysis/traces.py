@@ -13,12 +13,12 @@ from ldft.errors import ResultsError
 
 
 def traced(df: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose trace is there, those with the most host memory first."""
+    """The rows whose trace exists, those with the most host memory first."""
     return df[df["trace_file"].notna()].sort_values("peak_host_gib", ascending=False, kind="stable", na_position="last")
 
 
 def read(row: pd.Series) -> pd.DataFrame:
-    """A row's trace, one line a sample, with `elapsed_s` since the first. Raises ResultsError where it cannot be read."""
+    """A row's trace, one line per sample, with `elapsed_s` since the first. Raises ResultsError if it cannot be read."""
     path = Path(row["trace_file"])
     try:
         frame: pd.DataFrame = pq.read_table(path).to_pandas()
@@ -39,13 +39,14 @@ def _entries(trace: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def _read_then(trace: pd.DataFrame) -> pd.DataFrame:
-    """The samples for which memory was read (between two of them it is not known), and the last one, which has the last reading."""
+    """The samples with a memory reading (between readings, memory is unknown), and the last sample, which repeats the last
+    reading."""
     known = trace[trace["memory"].map(len) > 0]
     return known[(known["memory_age_s"] == 0) | (known.index == known.index.max())]
 
 
 def memory_by_node(trace: pd.DataFrame) -> pd.DataFrame:
-    """GiB of the ranks' processes on each node, summed over ranks: one line a reading, one column a node; index elapsed_s."""
+    """GiB of the ranks' processes on each node, summed over ranks: one line per reading, one column per node; index elapsed_s."""
     entries = _entries(_read_then(trace), "memory")
     if entries.empty:
         return pd.DataFrame(index=pd.Index([], name="elapsed_s"))
@@ -53,7 +54,7 @@ def memory_by_node(trace: pd.DataFrame) -> pd.DataFrame:
 
 
 def memory_by_role(trace: pd.DataFrame) -> pd.DataFrame:
-    """The same by role, all nodes together: one column a role, and `other`, what else is in the processes."""
+    """The same by role, over all nodes: one column per role, and `other` for the rest of the processes' memory."""
     readings = _read_then(trace)
     total = memory_by_node(trace).sum(axis=1)
     entries = _entries(readings, "roles")
@@ -61,12 +62,12 @@ def memory_by_role(trace: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame({"other": total})
     roles = entries.pivot_table(index="elapsed_s", columns="role", values="bytes", aggfunc="sum", fill_value=0) / 2**30
     roles = roles.reindex(total.index, fill_value=0.0)
-    # Below zero by what is allocated between the reports of the ranks and the reading of their memory.
+    # Negative if memory is allocated between the ranks' reports and the reading of their memory.
     return roles.assign(other=(total - roles.sum(axis=1)).clip(lower=0))
 
 
 def devices(trace: pd.DataFrame) -> pd.DataFrame:
-    """GPUs, one line a sample and rank: vram_used_gib, vram_total_gib, utilisation_percent, PCIe rates in GB/s."""
+    """GPUs, one line per sample and rank: vram_used_gib, vram_total_gib, utilisation_percent, PCIe rates in GB/s."""
     entries = _entries(trace, "devices")
     if entries.empty:
         return entries
@@ -77,7 +78,7 @@ def devices(trace: pd.DataFrame) -> pd.DataFrame:
 
 
 def phases(trace: pd.DataFrame) -> pd.DataFrame:
-    """phase, begin_s, end_s: from the first sample of each phase to that of the next."""
+    """phase, begin_s, end_s: from the first sample of each phase to the first of the next."""
     first = trace.groupby("phase", sort=False)["elapsed_s"].first()
     ends = [*first.iloc[1:], trace["elapsed_s"].iloc[-1]]
     return pd.DataFrame({"phase": first.index, "begin_s": first.to_numpy(), "end_s": ends})

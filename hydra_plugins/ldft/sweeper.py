@@ -1,4 +1,4 @@
-"""ldft's sweeper, where Hydra looks for plugins. Plans (sweep/plan.py), runs (sweep/loop.py), launches with the chosen launcher."""
+"""ldft's Hydra sweeper plugin. Plans a sweep (sweep/plan.py) and runs it (sweep/loop.py), with the chosen launcher."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 
 
 class LdftSweeper(Sweeper):
-    """params: what hydra.sweeper.params means to Hydra's own sweeper: swept values by key, the grid.
+    """params: as for Hydra's own sweeper, hydra.sweeper.params: the grid, swept values by key.
 
-    points: sets of overrides that belong together, one or more cells each; they multiply with the grid.
+    points: sets of overrides that belong together, each one or more cells; they are combined with the whole grid.
     """
 
     def __init__(self, params: dict[str, Any], points: list[dict[str, Any]]) -> None:
@@ -36,7 +36,7 @@ class LdftSweeper(Sweeper):
         return tree
 
     def _choices(self, texts: list[str]) -> tuple[dict[str, list[str]], set[str]]:
-        """Override texts by key, and the keys that have several."""
+        """Override strings by key, and the keys with several."""
         assert self._context is not None
         choices, swept = {}, set()
         for override in OverridesParser.create(config_loader=self._context.config_loader).parse_overrides(texts):
@@ -51,7 +51,7 @@ class LdftSweeper(Sweeper):
         return choices, swept
 
     def sweep(self, arguments: list[str]) -> None:
-        """Plan all cells, then run them. The exit code goes to ldft.cli, which Hydra's own return path does not reach."""
+        """Plan all cells, then run them. Pass the exit code directly to ldft.cli, since Hydra does not return it."""
         from ldft.cli import command
         from ldft.sweep import loop, plan
 
@@ -67,8 +67,8 @@ class LdftSweeper(Sweeper):
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=self._context, task_function=self._task, config=self._config
         )
-        # Hydra's basic launcher runs jobs in this process, and so do we: it would compose each cell a second time, from
-        # whatever the yaml files hold by then, and it swallows errors.
+        # In place of Hydra's basic launcher, which also runs jobs in this process: it would compose each cell again, from the
+        # yaml files as they are by then, and it swallows errors.
         here = isinstance(launcher, BasicLauncher)
         planned = plan.make(plan.grid(fixed, points), self._compose, swept, time.time(), elsewhere=not here)
         elsewhere = None if here else lambda cells: launcher.launch(cells, initial_job_idx=0)

@@ -1,1 +1,1 @@
-"""`python -m ldft.bench`: what this machine can do."""
+"""`python -m ldft.bench`: measures this machine's memory bandwidths."""

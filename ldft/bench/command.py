@@ -1,4 +1,4 @@
-"""`python -m ldft.bench nodes`: its arguments, what is refused before anything is measured, and the files that it writes.
+"""`python -m ldft.bench nodes`: its arguments, the checks before any measurement, and the files that it writes.
 
 python -m ldft.bench nodes                                   measure this machine and save its profile for numa=optimal
 python -m ldft.bench nodes --rows streams.parquet --nodes 0 3 0,3 --weights 1:1 4:1 --sizes 64M 1G --processes 1 2
@@ -59,7 +59,7 @@ def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _check_sets(sets: list[NodeSet], weights: list[tuple[int, ...]], topology: Topology) -> None:
-    """Raise ConfigError for a node set that this machine does not have, and for a ratio that no node set takes."""
+    """Raise ConfigError for a node set that this machine does not have, and for a ratio that fits no node set."""
     for node_set in sets:
         try:
             node_set.placement.resolve(topology, "")
@@ -69,23 +69,23 @@ def _check_sets(sets: list[NodeSet], weights: list[tuple[int, ...]], topology: T
         if not any(node_set.weights == ratio for node_set in sets):
             raise ConfigError(
                 "--weights",
-                f"{':'.join(map(str, ratio))}: no node set takes it; name one of as many nodes, two at least, with --nodes",
+                f"{':'.join(map(str, ratio))}: fits no node set; with --nodes, name a set of as many nodes, at least two",
             )
 
 
 def _check_room(size: int, count: int) -> None:
-    """Raise ConfigError where all arrays together are more than the machine has."""
+    """Raise ConfigError if all arrays together exceed the machine's memory."""
     free = free_memory()
     if ARRAYS * size * count > free.bytes:
         raise ConfigError(
             "--sizes",
-            f"{size / 2**30:.2f} GiB: {ARRAYS} arrays of it in each of {processes(count)} are more than the "
+            f"{size / 2**30:.2f} GiB: {ARRAYS} arrays of this size in each of {processes(count)} exceed the "
             f"{free.bytes / 2**30:.2f} GiB free by {free.limit}; use {free.bytes // (ARRAYS * count) >> 20}M or less",
         )
 
 
 def _check_writable(key: str, path: Path) -> None:
-    """Raise ConfigError where a file cannot be written; makes its folder."""
+    """Raise ConfigError if a file cannot be written. Creates its folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -98,7 +98,7 @@ def _check_writable(key: str, path: Path) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m ldft.bench", description="Measure what this machine can do.")
+    parser = Parser(prog="python -m ldft.bench", description="Measure this machine's memory bandwidths.")
     nodes = parser.add_subparsers(dest="command", required=True).add_parser("nodes", help="bandwidth by NUMA node")
     nodes.add_argument(
         "--nodes", nargs="+", type=lambda t: _numbers(t, ","), help="node sets, e.g. 0 3 0,3; default: each node"
@@ -108,21 +108,23 @@ def _parser() -> Parser:
         nargs="+",
         type=lambda t: _numbers(t, ":"),
         default=[],
-        help="ratios for the sets of as many nodes, e.g. 1:1 4:1",
+        help="interleave ratios, used for sets of as many nodes, e.g. 1:1 4:1",
     )
     nodes.add_argument(
-        "--sizes", nargs="+", type=_size, help="bytes of an array, e.g. 64M 1G; default: what suits the machine"
+        "--sizes", nargs="+", type=_size, help="bytes per array, e.g. 64M 1G; default: chosen for this machine"
     )
-    nodes.add_argument("--processes", nargs="+", type=int, default=None, help="default: 1, and as many as GPUs")
+    nodes.add_argument(
+        "--processes", nargs="+", type=int, default=None, help="concurrent processes; default: 1, and one per GPU"
+    )
     nodes.add_argument("--kernels", nargs="+", choices=[*CPU_KERNELS, *COPIES], default=[*CPU_KERNELS, *COPIES])
-    nodes.add_argument("--repeats", type=int, default=7, help="timed repetitions, after two to warm up; default: 7")
-    nodes.add_argument("--rows", type=Path, metavar="OUT.parquet", help="also write every measurement as a row")
-    nodes.add_argument("--profile", type=Path, help="where the profile goes; default: where numa=optimal looks for it")
+    nodes.add_argument("--repeats", type=int, default=7, help="timed repetitions, after two warm-up ones; default: 7")
+    nodes.add_argument("--rows", type=Path, metavar="OUT.parquet", help="also write each measurement as a row")
+    nodes.add_argument("--profile", type=Path, help="file for the profile; default: where numa=optimal looks for it")
     return parser
 
 
 def main() -> int:
-    """Returns the exit code: 0, 1 when nothing could be measured or written, 2 for wrong input."""
+    """Returns the exit code: 0, or 1 if nothing could be measured or written, or 2 for invalid input."""
     from ldft import environment
 
     arguments = _parser().parse_args()
@@ -158,7 +160,7 @@ def main() -> int:
         if not rows:
             return 1
         if lacks:
-            print(f"ldft: profile: {path} is left as it was: {lacks}")
+            print(f"ldft: profile: {path} is unchanged: {lacks}")
         else:
             bandwidths.save(found, path)
             print(f"ldft: profile: {path}: {json.dumps(found['bandwidth'])}")

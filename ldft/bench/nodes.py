@@ -1,7 +1,7 @@
 """Bandwidth of CPU streams and GPU copies by NUMA node and node set.
 
-Each process is bound to cores of its own, as the ranks of a run are; its arrays lie on the nodes of the set, touched and verified.
-All processes of a measurement work at the same time. Rates are bytes over the median time, GB/s (1e9).
+Each process is bound to its own cores, like the ranks of a run; its arrays are on the nodes of the set, touched and verified. All
+processes of a measurement run concurrently. Rates are bytes over the median time, in GB/s (1e9).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ldft.memory.policy import Placement
 from ldft.runner.core_binding import cores_of_ranks
 
 CPU_KERNELS, COPIES = ("read", "write", "triad", "adam"), ("h2d", "d2h")
-# Bytes of traffic for each byte of one array. Adam reads weight, gradient and two moments and writes all but the gradient: 28 B a
-# parameter of 4 B. Cache lines that a plain store fetches first are not counted, as in STREAM.
+# Bytes of traffic per byte of one array. Adam reads weight, gradient and two moments and writes all but the gradient: 28 B per
+# 4 B parameter. Cache lines that a plain store fetches first are not counted, as in STREAM.
 TRAFFIC = {"read": 1, "write": 1, "triad": 3, "adam": 7, "h2d": 1, "d2h": 1}
-# That a process holds.
+# Number of arrays per process.
 ARRAYS = 4
 
 SCHEMA = pa.schema(
@@ -41,11 +41,15 @@ SCHEMA = pa.schema(
             "kernel", pa.string(), metadata={"description": "read, write, triad, adam: CPU; h2d, d2h: copies of a GPU"}
         ),
         pa.field("nodes", pa.string()),
-        pa.field("weights", pa.string(), metadata={"description": "pages a turn on each node; empty: one node"}),
-        pa.field("processes", pa.int64(), metadata={"description": "at work at the same time"}),
+        pa.field("weights", pa.string(), metadata={"description": "pages per turn on each node; empty: one node"}),
+        pa.field("processes", pa.int64(), metadata={"description": "number of concurrent processes"}),
         pa.field("process", pa.int64()),
-        pa.field("cores", pa.int64(), metadata={"description": "of this process"}),
-        pa.field("array_bytes", pa.int64(), metadata={"description": "of one array; adam has four, triad three"}),
+        pa.field("cores", pa.int64(), metadata={"description": "cores of this process"}),
+        pa.field(
+            "array_bytes",
+            pa.int64(),
+            metadata={"description": "bytes of one array; adam uses four arrays, triad three"},
+        ),
         pa.field("elements", pa.int64(), metadata={"description": "fp32 elements of an array: parameters, for adam"}),
         pa.field("traffic_bytes", pa.int64(), metadata={"description": "read and written in one repetition"}),
         pa.field("samples_s", pa.list_(pa.float64())),
@@ -57,7 +61,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class NodeSet:
-    """Nodes that arrays are spread over, and in which ratio."""
+    """The nodes over which arrays are spread, and the ratio."""
 
     nodes: tuple[int, ...]
     weights: tuple[int, ...] = ()
@@ -76,13 +80,13 @@ class NodeSet:
 
 
 class Workers:
-    """So many measuring processes that take the same commands at the same time."""
+    """`count` measuring processes that execute the same commands concurrently."""
 
     def __init__(self, count: int) -> None:
         self._processes: list[subprocess.Popen[str]] = []
         self.cores = [len(cores) for cores in cores_of_ranks(count)]
         for index, cores in enumerate(cores_of_ranks(count)):
-            # As ranks are started (runner/launch.py).
+            # Started like ranks (runner/launch.py).
             threads = {"OMP_NUM_THREADS": str(len(cores)), "OMP_PROC_BIND": "false", "DS_ACCELERATOR": "cpu"}
             self._processes.append(
                 subprocess.Popen(
@@ -110,7 +114,7 @@ class Workers:
         assert process.stdout
         line = process.stdout.readline()
         if not line:
-            raise LdftError(f"a measuring process ended with code {process.wait()}; what it said is above")
+            raise LdftError(f"a measuring process ended with code {process.wait()}; its output is above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -124,7 +128,7 @@ class Workers:
 
 @contextmanager
 def _workers(count: int) -> Iterator[Workers]:
-    """Measuring processes, ended at the end of the context."""
+    """Measuring processes, stopped when the context exits."""
     made = Workers(count)
     try:
         yield made
@@ -135,7 +139,8 @@ def _workers(count: int) -> Iterator[Workers]:
 def measure(
     sets: list[NodeSet], sizes: list[int], counts: list[int], kernels: list[str], repeats: int
 ) -> list[dict[str, Any]]:
-    """Rows of SCHEMA, one a process and measurement; a line on screen each. Node sets without room are left out with a line."""
+    """Rows of SCHEMA, one per process and measurement. Prints a line for each measurement, and for each node set left out for lack
+    of memory."""
     rows = []
     common = {"host": socket.gethostname(), "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     for count in counts:
@@ -143,7 +148,7 @@ def measure(
             here = [kernel for kernel in kernels if kernel not in COPIES or count <= group.gpus]
             if not here:
                 print(
-                    f"ldft: {processes(count)}: left out: copies ({', '.join(kernels)}) take a GPU a process, "
+                    f"ldft: {processes(count)}: left out: copies ({', '.join(kernels)}) need one GPU per process, "
                     f"{group.gpus or 'none'} visible",
                     flush=True,
                 )

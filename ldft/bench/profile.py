@@ -1,4 +1,4 @@
-"""A machine's profile: the bandwidths by node that numa=optimal and the modelled times read, from the rows of a measurement."""
+"""A machine's profile: bandwidths by node, computed from measured rows and read by numa=optimal and the cost model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ldft.bench.nodes import COPIES, NodeSet
 from ldft.memory.limits import free_memory, free_on_node
 from ldft.memory.topology import Topology
 
-# An array of this size is larger than the caches of most machines, and four of them are Adam's.
+# An array of this size exceeds the caches of most machines, and Adam uses four.
 _LEAST, _MOST = 64 << 20, 1 << 30
 
 
 def make(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What later runs read: by node Adam's rate and that of copies, all processes together; as link the best that one gets."""
+    """The profile: by node, the rates of Adam and of copies, summed over processes; as link, the best copy rates of one process."""
     by_node: dict[str, dict[str, float]] = {}
     link: dict[str, float] = {}
     largest = max((row["array_bytes"] for row in rows), default=0)
@@ -43,24 +43,24 @@ def make(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def default_size(topology: Topology) -> int:
-    """Bytes of an array: well above the caches, and four of them a sixteenth of what the smallest node has free."""
+    """Bytes per array: well above the caches, with four arrays taking a sixteenth of the smallest node's free memory."""
     free = min([free_on_node(node) or free_memory().bytes for node in topology.memory_nodes] + [free_memory().bytes])
     wanted = min(_MOST, max(4 * _LEAST, 16 * len(os.sched_getaffinity(0)) << 20))
     return max(1 << 20, min(wanted, free // 64) >> 20 << 20)
 
 
 def least_size(default: int) -> int:
-    """Bytes of an array from which rates are those of memory, not of caches; where memory is too small for that, the default."""
+    """Smallest array, in bytes, whose rates are those of memory and not of caches; the default if memory is too small for that."""
     return min(default, max(_LEAST, 2 * len(os.sched_getaffinity(0)) << 20))
 
 
 def lacks(kernels: list[str], sets: list[NodeSet], topology: Topology, size: int, least: int) -> str:
-    """What these measurements lack of a profile, and how to get it; empty for nothing. A profile replaces the one before, so it
-    takes Adam on every node."""
+    """What these measurements lack for a profile, and how to measure it; empty if nothing. A profile replaces the previous one, so
+    it needs Adam on every node."""
     if "adam" not in kernels:
-        return "a profile takes the kernel adam"
+        return "a profile needs the kernel adam"
     if missing := set(topology.memory_nodes) - {node_set.nodes[0] for node_set in sets if len(node_set.nodes) == 1}:
-        return f"a profile takes every node by itself; leave out --nodes, or name {min(missing)} too"
+        return f"a profile needs each node measured alone; leave out --nodes, or add {min(missing)}"
     if size < least:
-        return f"arrays of {size / 2**20:.2f} MiB may lie in caches; for a profile measure with --sizes {-(-least >> 20)}M or more"
+        return f"arrays of {size / 2**20:.2f} MiB may fit in caches; for a profile, measure with --sizes {-(-least >> 20)}M or more"
     return ""

@@ -1,9 +1,9 @@
-"""One process of `python -m ldft.bench`: holds memory on the nodes it is told and times streams over it.
+"""One process of `python -m ldft.bench`: holds memory on given nodes and times streams over it.
 
-    python -m ldft.bench.streams INDEX    commands as JSON lines on stdin, one answer a line on stdout
+    python -m ldft.bench.streams INDEX    commands as JSON lines on stdin, one answer per line on stdout
 
 Commands: {"do": "place", "placement": {...}, "bytes": n} allocates four arrays of n bytes; {"do": "time", "kernel": k, "bytes": n,
-"repeats": n} uses n bytes of each that the kernel needs. The end of stdin ends the process.
+"repeats": n} times kernel k over n bytes of each array that it needs. The process ends when stdin ends.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ldft.memory.allocator import allocate
 from ldft.memory.policy import NumaCallError, Placement
 from ldft.training.optimizers.host_optimizer import HostAdamW
 
-# Arrays that each kernel streams over; what traffic that makes, bench.TRAFFIC says.
+# Number of arrays that each kernel uses; TRAFFIC in nodes.py gives the resulting traffic.
 ARRAYS = {"read": 1, "write": 1, "triad": 3, "adam": 4, "h2d": 1, "d2h": 1}
 
 
 class Streams:
-    """The arrays and what is done with them."""
+    """The arrays, and the kernels that run over them."""
 
     def __init__(self, index: int) -> None:
         self._gpu = torch.device("cuda", index) if torch.cuda.is_available() else None
@@ -33,9 +33,9 @@ class Streams:
         self._on_gpu: torch.Tensor | None = None
 
     def place(self, placement: Placement, size: int) -> None:
-        """Four arrays of so many bytes. Raises HostMemoryError and PlacementError."""
-        self._arrays = []  # first: memory goes back before more is asked for
-        # One mapping an array: each is spread over the nodes in the same way.
+        """Allocate four arrays of `size` bytes. Raises HostMemoryError and PlacementError."""
+        self._arrays = []  # first, so that old memory is freed before more is allocated
+        # One mapping per array, so that each is spread over the nodes in the same way.
         pin = self._gpu is not None
         self._arrays = [allocate(size // 4, torch.float32, placement, pin=pin) for _ in range(max(ARRAYS.values()))]
         for number, array in enumerate(self._arrays):
@@ -44,7 +44,7 @@ class Streams:
             self._on_gpu = torch.empty(size // 4, dtype=torch.float32, device=self._gpu)
 
     def time(self, kernel: str, size: int, repeats: int) -> list[float]:
-        """Seconds of each repetition; warmed up before."""
+        """Seconds of each repetition, after warm-up."""
         arrays = [array[: size // 4] for array in self._arrays[: ARRAYS[kernel]]]
         if kernel in ("h2d", "d2h"):
             return self._copies(kernel, arrays[0], repeats)
@@ -67,7 +67,7 @@ class Streams:
         return lambda: self._adam(arrays)
 
     def _adam(self, arrays: list[torch.Tensor]) -> None:
-        """One AdamW step over weight, gradient and two moments, as training makes it."""
+        """One AdamW step over weight, gradient and two moments, as in training."""
         weight, gradient, mean, square = arrays
         optimizer = HostAdamW([weight], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
         optimizer.state[weight] = {"step": 0, "exp_avg": mean, "exp_avg_sq": square}
@@ -102,7 +102,7 @@ def main() -> int:
                 answer: dict[str, Any] = {}
             else:
                 answer = {"seconds": streams.time(asked["kernel"], asked["bytes"], asked["repeats"])}
-        except (MemoryError, NumaCallError) as error:  # HostMemoryError among them: this node set is left out
+        except (MemoryError, NumaCallError) as error:  # includes HostMemoryError: this node set is left out
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
     return 0

@@ -1,1 +1,1 @@
-"""The command line: composing the config, running what it says."""
+"""The command line: compose the config and run it."""

@@ -1,4 +1,4 @@
-"""The command line: Hydra composes the config, the runner runs it, errors of a user's making become one line."""
+"""The command line: Hydra composes the config, the runner runs it, and user errors are printed as one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ exit_codes: list[int] = []
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def _task(tree: DictConfig) -> None:
-    """One cell. Returns and never raises: Hydra would add lines of its own, and end a sweep's loop."""
+    """Run one cell. Never raises: Hydra would print extra lines and end the sweep's loop."""
     try:
         exit_codes.append(_cell(tree))
     except Exception as error:
@@ -48,7 +48,7 @@ def _cell(tree: DictConfig) -> int:
         print(dry_run.describe(config), flush=True)
         return 0
     if config.sweep.started_at:
-        # A cell of a sweep, on a machine where a launcher put it; the sweep reads what became of it from its row.
+        # A sweep cell that a launcher started on some machine; the sweep reads the result from the cell's row.
         cell.run(config, History(parent.prepare(config)))
         return 0
     config.sweep.validate()
@@ -64,7 +64,8 @@ def _say(line: str) -> None:
 
 
 def _keep_traceback() -> Path:
-    """Write the traceback of the current exception, here or where that is not allowed, in the folder for temporary files."""
+    """Write the current exception's traceback to this folder or, if it is not writable, to the temporary folder; return the
+    path."""
     for folder in (Path.cwd(), Path(tempfile.gettempdir())):
         if os.access(folder, os.W_OK):
             break
@@ -78,8 +79,8 @@ def _overrides() -> list[str]:
 
 
 def _options_first(arguments: list[str]) -> list[str]:
-    """The same arguments as Hydra's parser takes them: it wants all overrides in one place. Raises ConfigError, one line, where it
-    would print its usage."""
+    """The same arguments with all overrides in one place, as Hydra's parser requires. Raises ConfigError where that parser would
+    print its usage."""
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError("command line", f"{message}; see python -m ldft --help")
@@ -94,13 +95,14 @@ def _options_first(arguments: list[str]) -> list[str]:
 
 
 def _at_home(override: str) -> str:
-    """key=~/folder with the home folder in full: shells leave that to us, and Hydra's grammar has no such value."""
+    """Expand the home folder in key=~/folder: shells do not expand it there, and Hydra's grammar does not accept `~/`."""
     key, equals, value = override.partition("=")
     return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else override
 
 
 def _report(error: Exception) -> int:
-    """Say an error in one line; returns the exit code. What is of no own type is a bug of ours and keeps its traceback."""
+    """Print an error as one line and return the exit code. Exceptions that are not ldft's own are bugs: their traceback is
+    saved."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         _say(composition.one_line(error, _overrides()))
         return 2
@@ -117,10 +119,10 @@ def _report(error: Exception) -> int:
 
 def main() -> int:
     """Entry point of `ldft` and `python -m ldft`; returns the exit code."""
-    # Composition errors are to reach us instead of Hydra's own printer.
+    # Makes Hydra raise composition errors instead of printing them itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     exit_codes.clear()
-    if "--version" in sys.argv[1:]:  # Hydra's parser would say its own
+    if "--version" in sys.argv[1:]:  # Hydra's parser would print Hydra's version
         print(f"ldft {metadata.version('ldft')}")
         return 0
     try:

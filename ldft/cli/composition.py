@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors of composition as one line each: the key, the value, what is allowed, the fix."""
+"""Turns each composition error of Hydra and OmegaConf into one line: key, value, what is allowed, how to fix it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ldft.config.root import columns
 from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError
 
-# Sections whose keys are not ours to list: new ones need no plus sign.
+# Sections with open key sets, defined outside ldft: new keys need no plus sign.
 OPEN = ("offload.deepspeed", "model.extra", "model.rope_scaling", "numa.bandwidth")
-# The seed repository's names, and what people type for ours.
+# Names from the seed repository and other common names, with ldft's names for them.
 _OTHER_NAMES = {
     "model_name": "model", "num_layers": "model.num_layers", "hidden_size": "model.hidden_size",
     "num_gpus": "launch.num_ranks", "system_type": "system", "per_device_train_batch_size": "train.micro_batch_size",
@@ -33,12 +33,12 @@ _OTHER_NAMES = {
     "warmup_steps": "optimizer.schedule_warmup", "lora_dim": "lora.rank", "liger_kernel": "kernels.liger",
     "attn_implementation": "attention",
 }  # fmt: skip
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 @dataclass
 class _Sweeper:
-    """Hydra's way to a plugin is its class by name."""
+    """Hydra's config node for the sweeper: Hydra finds a plugin by its class name."""
 
     _target_: str = "hydra_plugins.ldft.sweeper.LdftSweeper"
     params: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class _Sweeper:
 
 
 def register() -> None:
-    """Store the typed schema for Hydra, with open sections left open, and the sweeper."""
+    """Register the typed schema (with open sections left open) and the sweeper with Hydra."""
     schema = OmegaConf.structured(Config)
     for path in OPEN:
         OmegaConf.set_struct(OmegaConf.select(schema, path), False)
@@ -55,7 +55,7 @@ def register() -> None:
 
 
 def groups() -> dict[str, list[str]]:
-    """Our config groups and their options, from the tree's files."""
+    """ldft's config groups and their options, from the files under conf/."""
     found = {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in CONF_DIR.iterdir()
@@ -65,7 +65,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def check_overrides(overrides: list[str]) -> None:
-    """Raise ConfigError for what Hydra answers with an error of no own type: a number where an option's name belongs."""
+    """Raise ConfigError for mistakes that Hydra reports only as a generic error, such as a number in place of an option's name."""
     known = groups()
     typed = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     if typed.get("lora.rank") == "0" and "none" not in typed.get("lora", "none").split(","):
@@ -85,7 +85,7 @@ def check_overrides(overrides: list[str]) -> None:
 
 
 def one_line(error: BaseException, overrides: list[str]) -> str:
-    """The line for an error of Hydra or OmegaConf; `overrides` is what the user typed."""
+    """The line for an error from Hydra or OmegaConf; `overrides`: as the user typed them."""
     text = str(error)
     file = re.match(r"In '([^']+)': ", text)
     if file and file[1] != "config" and (line := _of_file(file[1], text)):
@@ -109,10 +109,10 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
         return f"{path[1]}: '{value}' does not fit; give {_expected(path[1])}"
     if appended := re.search(r"To append to your default list use \+(\w+)=(\S+)", text):
         group, option = appended.groups()
-        return f"{group}: '{option}' is added to the config, with a plus sign; use +{group}={option}"
+        return f"{group}: '{option}' is not in the defaults list, so it needs a plus sign; use +{group}={option}"
     twice = re.match(r"Multiple values for (\w+)\. To override a value use 'override \w+: (.+)'", text)
     if twice:
-        return f"{twice[1]}: a config file chooses it once more; write '- override /{twice[1]}: {twice[2]}' in its defaults"
+        return f"{twice[1]}: a config file chooses it a second time; write '- override /{twice[1]}: {twice[2]}' in its defaults"
     ambiguous = re.search(r"Ambiguous value for argument '(.+)'", text)
     if ambiguous:
         key, _, value = ambiguous[1].partition("=")
@@ -122,9 +122,9 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
 
 
 def _of_file(file: str, text: str) -> str:
-    """The line for a mistake in a file of the tree, an option of the user's own or this machine's defaults; empty if unknown.
+    """The line for a mistake in a config file (an option that the user added, or this machine's defaults); empty if unknown.
 
-    file: group and option, as Hydra names it. text: Hydra's message.
+    file: group and option, as Hydra names them. text: Hydra's message.
     """
     folder = file.rpartition("/")[0]
     name = f"{file}.yaml"
@@ -132,7 +132,7 @@ def _of_file(file: str, text: str) -> str:
         name = str(CONF_DIR / name)
     path = re.search(r"full_key: (\S+)", text)
     if f"'{folder}' not in" in text or f"@{folder}." in text:
-        return f"{name}: its keys count as keys of {folder}; make '# @package _global_' its first line"
+        return f"{name}: Hydra reads its keys as keys of {folder}; make '# @package _global_' its first line"
     if relative := re.search(rf"'{folder}/(\w+)[/@]", text):
         return f"{name}: {relative[1]} has no slash; write '- override /{relative[1]}: <option>' in its defaults"
     if unknown := re.search(r"Could not override '(\w+)'", text):
@@ -153,15 +153,15 @@ def _of_file(file: str, text: str) -> str:
 
 
 def bad_yaml(error: yaml.YAMLError) -> str:
-    """The line for a file that is no YAML."""
+    """The line for a file that is not valid YAML."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None:
         return f"a config file is not YAML: {' '.join(str(error).split())}"
-    return f"{mark.name}, line {mark.line + 1}: not YAML ({problem}); mend it there"
+    return f"{mark.name}, line {mark.line + 1}: not YAML ({problem}); fix that line"
 
 
 def _typed(path: str, overrides: list[str]) -> tuple[str, bool]:
-    """What the user typed for a key, or else for the nearest that it lies in; and whether it was for the key itself."""
+    """The value that the user typed for a key, or else for its nearest parent; and whether it was for the key itself."""
     found = ("", "")
     for key, _, value in (override.lstrip("+~").partition("=") for override in overrides):
         if (path == key or path.startswith((f"{key}.", f"{key}["))) and len(key) >= len(found[0]):
@@ -256,7 +256,7 @@ def _expected(path: str) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(kind.__members__)}"
     if kind == list[str]:
-        return f"a list of texts, as in {path.split('[')[0]}=[a,b]"
+        return f"a list of strings, as in {path.split('[')[0]}=[a,b]"
     if kind == list[int]:
         return f"a list of whole numbers, as in {path.split('[')[0]}=[0,1]"
     if get_origin(kind) is list:

@@ -7,8 +7,8 @@ from enum import Enum
 
 
 class AttentionKind(Enum):
-    """auto: the fastest that machine and model support; sdpa: torch's choice; sdpa_cudnn: torch's SDPA on cuDNN alone;
-    flash_attention_2, _3, _4: the flash-attn packages; eager: plain matrix products."""
+    """auto: the fastest kernel that the machine and the model support; sdpa: torch's choice; sdpa_cudnn: torch's SDPA restricted to
+    cuDNN; flash_attention_2, _3, _4: the flash-attn packages; eager: plain matrix products."""
 
     auto = "auto"
     sdpa = "sdpa"
@@ -22,4 +22,4 @@ class AttentionKind(Enum):
 @dataclass(kw_only=True, slots=True)
 class AttentionConfig:
     kind: AttentionKind = AttentionKind.auto
-    """Implementation of attention; the row's column attention says which ran."""
+    """Attention implementation; the column `attention` records which one ran."""

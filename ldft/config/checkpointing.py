@@ -1,4 +1,4 @@
-"""Where the inputs of the decoder layers wait for the backward pass."""
+"""Where the inputs of the decoder layers are kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from ldft.errors import CombinationError, ConfigError
 
 
 class CheckpointingMode(Enum):
-    """cpu: recompute each layer, its input waits in host memory; gpu: it stays on the device; none: keep every activation."""
+    """cpu: recompute each layer from its input, kept in host memory; gpu: the same, kept on the device; none: keep every
+    activation."""
 
     cpu = "cpu"
     gpu = "gpu"
@@ -17,7 +18,7 @@ class CheckpointingMode(Enum):
 
 
 class KeepAttention(Enum):
-    """none: attention is computed again with its layer; device, host: its output waits there instead."""
+    """none: recompute attention with its layer; device, host: keep its output there instead."""
 
     none = "none"
     device = "device"
@@ -30,18 +31,18 @@ class CheckpointingConfig:
     """Gradient checkpointing of the decoder layers."""
 
     layers: int = -1
-    """How many layers, from the first on, are checkpointed; the others keep their activations on the device. -1: all."""
+    """Number of layers to checkpoint, counted from the first; the others keep their activations on the device. -1: all."""
 
     every: int = 1
-    """Keep the input of every k-th layer only; the backward pass recomputes so many layers at once. Fewer inputs, more
-    activations at a time."""
+    """k: keep the input of every k-th layer only; the backward pass recomputes k layers at once. A larger k stores fewer inputs
+    but holds more activations at a time."""
 
     keep_attention: KeepAttention = KeepAttention.none
-    """Where the output of attention waits for the backward pass, which then need not compute it again: as much memory as
-    layer inputs take."""
+    """Where to keep attention outputs so that the backward pass need not recompute them. Takes as much memory as the layer
+    inputs."""
 
     def validate(self, num_layers: int) -> None:
-        """Raise ConfigError where a value is wrong for a model of so many layers."""
+        """Raise ConfigError if a value is wrong for a model of `num_layers` layers."""
         if not -1 <= self.layers <= num_layers:
             raise ConfigError(
                 "checkpointing.layers",
@@ -62,16 +63,16 @@ class CheckpointingConfig:
         if self.keep_attention is not KeepAttention.none and self.recomputed(num_layers) == 0:
             raise CombinationError(
                 "checkpointing.keep_attention",
-                f"{self.keep_attention.name} needs layers that are checkpointed: checkpointing=cpu or gpu, and "
+                f"{self.keep_attention.name} needs checkpointed layers: checkpointing=cpu or gpu, and "
                 "checkpointing.layers other than 0; use none",
             )
 
     def recomputed(self, num_layers: int) -> int:
-        """How many of the layers are checkpointed."""
+        """Number of checkpointed layers."""
         if self.mode is CheckpointingMode.none:
             return 0
         return num_layers if self.layers == -1 else self.layers
 
     def groups(self, num_layers: int) -> int:
-        """Groups of layers that are recomputed at once; the last one may be smaller."""
+        """Number of layer groups, each recomputed at once; the last group may be smaller."""
         return -(-self.recomputed(num_layers) // self.every)

@@ -1,4 +1,4 @@
-"""What tokens the model sees."""
+"""The training tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ldft.errors import ConfigError
 
 
 class DataKind(Enum):
-    """random: fresh uniform tokens for each sample; zeros: token 0 everywhere; repeat: the first batch of `random`, again in
-    each iteration; text: data.path, by data.tokenizer."""
+    """random: fresh uniform tokens for each sample; zeros: token 0 everywhere; repeat: the first batch of `random` in every
+    iteration; text: data.path, tokenized by data.tokenizer."""
 
     random = "random"
     zeros = "zeros"
@@ -24,10 +24,10 @@ class DataConfig:
     """Source of the tokens."""
 
     path: str = ""
-    """data=text: a local .txt (one document), .jsonl (an object a line, its text under "text") or .parquet (column text)."""
+    """data=text: a local .txt (one document), .jsonl (one object per line, key "text") or .parquet (column text)."""
 
     tokenizer: str = ""
-    """data=text: a local folder with the tokenizer.json of the model."""
+    """data=text: a local folder with the model's tokenizer.json."""
 
     def validate(self) -> None:
         for key in ("path", "tokenizer"):

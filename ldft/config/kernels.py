@@ -1,4 +1,4 @@
-"""Fused GPU kernels in place of PyTorch's modules."""
+"""Fused GPU kernels that replace PyTorch's modules."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from dataclasses import dataclass
 @dataclass(kw_only=True, slots=True)
 class KernelsConfig:
     liger: bool | None = None
-    """Liger Kernel: fused norms, rotary embedding, MLP and loss, without logits of tokens x vocabulary. null: on CUDA where the
-    model's family is supported and liger-kernel is installed."""
+    """Liger Kernel: fused norms, rotary embedding, MLP and loss; the logits (tokens x vocabulary) are never stored. null: use it on
+    CUDA if it supports the model's family and liger-kernel is installed."""

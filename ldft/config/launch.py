@@ -1,4 +1,4 @@
-"""How many processes run, on what device, for how long at the most."""
+"""Number of worker processes, their device and their time limit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Device(Enum):
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
     num_ranks: int = 1
-    """Worker processes, one a GPU on cuda (the seed's NUM_GPUS)."""
+    """Worker processes; on cuda, one per GPU (the seed's NUM_GPUS)."""
 
     device: Device = Device.auto
     """Device type of every rank."""
 
     timeout_s: float = 0.0
-    """Seconds after which the ranks are ended and the row says timeout; 0 is no limit. Not part of the run's identity."""
+    """Seconds until the ranks are stopped and the row gets status timeout; 0: no limit. Not part of the run's identity."""
 
     def validate(self) -> None:
         if self.num_ranks < 1:

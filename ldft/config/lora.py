@@ -1,4 +1,4 @@
-"""Low-rank adapters: what is trained instead of the weights."""
+"""Low-rank adapters, trained instead of the weights."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ldft.errors import ConfigError
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
     rank: int = 0
-    """Rank of the adapters; 0 for none, every weight is trained then."""
+    """Rank of the adapters; 0: no adapters, train every weight."""
 
     alpha: float = 0.0
-    """An adapter's output is scaled by alpha / rank; 0 for twice the rank."""
+    """Adapter outputs are scaled by alpha / rank; 0: twice the rank."""
 
     dropout: float = 0.0
-    """Share of an adapter's inputs that is dropped in training."""
+    """Fraction of an adapter's inputs dropped in training."""
 
     target_modules: list[str] = field(default_factory=list)
-    """Names of the linear layers with adapters, e.g. [q_proj,v_proj]; empty for all of attention and MLP."""
+    """Names of the linear layers with adapters, e.g. [q_proj,v_proj]; empty: every linear layer of attention and MLP."""
 
     def validate(self) -> None:
         if self.rank < 0:
@@ -30,4 +30,4 @@ class LoraConfig:
             raise ConfigError("lora.dropout", f"{self.dropout:g} is out of range; use 0 to below 1")
         for key in ("alpha", "dropout", "target_modules"):
             if getattr(self, key) and not self.rank:
-                raise ConfigError(f"lora.{key}", f"{getattr(self, key)} has no use without adapters; use lora=r16")
+                raise ConfigError(f"lora.{key}", f"{getattr(self, key)} has no effect without adapters; use lora=r16")

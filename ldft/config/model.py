@@ -10,7 +10,7 @@ from ldft.errors import ConfigError
 
 
 class Weights(Enum):
-    """random: drawn from train.seed; pretrained: safetensors of a local folder (model.path) or of the hub (model.hf_id)."""
+    """random: drawn from train.seed; pretrained: safetensors from a local folder (model.path) or the hub (model.hf_id)."""
 
     random = "random"
     pretrained = "pretrained"
@@ -22,7 +22,7 @@ class ModelConfig:
     """Short name, kept in the row."""
 
     hf_id: str = ""
-    """Hugging Face hub id that the architecture was published under; empty for models of our own."""
+    """Hugging Face hub id under which the architecture was published; empty for ldft's own models."""
 
     family: str = "llama"
     """Architecture family: the `model_type` of transformers (llama, qwen2, mistral, gemma2, ...)."""
@@ -55,7 +55,7 @@ class ModelConfig:
     """Rows of the token embedding."""
 
     max_position_embeddings: int = 131072
-    """Longest sequence the model was published for, tokens. Longer ones run; what the model makes of them is another matter."""
+    """Longest sequence the model was published for, tokens. Longer sequences run, but output quality is not guaranteed."""
 
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
@@ -64,10 +64,10 @@ class ModelConfig:
     """transformers' rope scaling parameters (rope_type, factor, ...); empty for none."""
 
     sliding_window: int = 0
-    """How far back the layers that have a window look, tokens (which ones: the family's rule); 0 for no window."""
+    """Attention window, tokens, of the layers that have one (the family decides which); 0 for no window."""
 
     attention_softcap: float = 0.0
-    """Cap of tanh soft capping on attention scores; 0 for none. SDPA cannot do it."""
+    """Cap of tanh soft capping on attention scores; 0 for none. SDPA does not support it."""
 
     logit_softcap: float = 0.0
     """Cap of tanh soft capping on the output logits; 0 for none."""
@@ -76,7 +76,7 @@ class ModelConfig:
     """Whether the output projection is the token embedding."""
 
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further keys of the family's transformers config (norms, activation, scalars), passed through as they are."""
+    """Further keys of the family's transformers config (norms, activation, scalars), passed through unchanged."""
 
     def validate(self) -> None:
         for key in ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -92,7 +92,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(
                 "model.head_dim",
-                f"{self.head_dim} is odd, and rotary position embedding turns pairs; use an even number",
+                f"{self.head_dim} is odd, but rotary position embedding rotates pairs; use an even number",
             )
         for key in ("sliding_window", "attention_softcap", "logit_softcap"):
             if not getattr(self, key) >= 0:
@@ -100,6 +100,8 @@ class ModelConfig:
         if not self.rope_theta > 0:
             raise ConfigError("model.rope_theta", f"{self.rope_theta:g} is not positive; use the base of the family")
         if self.weights is Weights.pretrained and not self.path and not self.hf_id:
-            raise ConfigError("model.path", f"empty, and {self.name} is on no hub; name a folder with its safetensors")
+            raise ConfigError(
+                "model.path", f"empty, and {self.name} is not on the hub; name a folder with its safetensors"
+            )
         if self.weights is Weights.random and self.path:
             raise ConfigError("model.path", f"'{self.path}' is not read with model.weights=random; use pretrained")

@@ -1,4 +1,4 @@
-"""What is read while a run works."""
+"""Sampling of memory and devices during a run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from ldft.errors import ConfigError
 
-# A sample takes a few milliseconds; more than twenty a second would be seen in the run.
+# A sample takes a few milliseconds; more than twenty per second would slow the run measurably.
 _SHORTEST_S = 0.05
 
 
 @dataclass(kw_only=True, slots=True)
 class MonitorConfig:
     interval_s: float = 1.0
-    """Seconds from sample to sample of trace.parquet, memory over the run; 0: no trace. Not part of the run's identity."""
+    """Seconds between samples of trace.parquet (memory over the run); 0: no trace. Not part of the run's identity."""
 
     def validate(self) -> None:
-        """Raise ConfigError for what is wrong on any machine."""
+        """Raise ConfigError for values that are wrong on any machine."""
         if self.interval_s != 0 and self.interval_s < _SHORTEST_S:
             raise ConfigError(
                 "monitor.interval_s",

@@ -1,4 +1,4 @@
-"""The host-memory policy: on which NUMA nodes the run's bytes are put."""
+"""The host-memory policy: which NUMA nodes hold the run's memory."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class NumaKind(Enum):
 
 
 class NumaScope(Enum):
-    """process: all memory of the ranks, as numactl would place it. roles: each group of offloaded tensors by itself."""
+    """process: all memory of the ranks, as numactl would place it. roles: each group of offloaded tensors separately."""
 
     process = "process"
     roles = "roles"
 
 
 class NumaStrategy(Enum):
-    """none: roles go where numa.roles says. local_only: all of them into local memory. naive_interleaving: all of them evenly over
-    local memory and CXL. cxl_aware: by priority into local memory until its budget is full, the rest into CXL. striped: as
-    cxl_aware, but layer inputs and 16-bit gradients of rank r on the CXL nodes in turn. optimal: the fastest by the cost model."""
+    """none: place roles by numa.roles. local_only: all roles in local memory. naive_interleaving: all roles evenly over local
+    memory and CXL. cxl_aware: fill local memory by priority up to its budget, put the rest in CXL. striped: as cxl_aware, but
+    assign the ranks' layer inputs and 16-bit gradients to the CXL nodes in turn. optimal: the fastest by the cost model."""
 
     none = "none"
     local_only = "local_only"
@@ -43,18 +43,18 @@ class NumaStrategy(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class RoleConfig:
-    """Where the tensors of one role go; without anything they follow the rest of the policy."""
+    """Placement of one role's tensors; if nothing is set, they follow the rest of the policy."""
 
     kind: NumaKind = NumaKind.default
-    """How pages are spread; default follows from the rest: weights weight them, one node binds, several interleave."""
+    """How pages are spread. default: weighted_interleave if weights are given, bind for one node, interleave for several."""
     nodes: list[int] = field(default_factory=list)
     """Node numbers, e.g. [0,3]."""
     weights: list[int] = field(default_factory=list)
-    """Pages a turn on each of the nodes, in their order, e.g. [4,1]; weights of several roles may differ."""
+    """Pages per turn on each node, in the order of `nodes`, e.g. [4,1]; weights may differ between roles."""
 
     @property
     def placement(self) -> Placement | None:
-        """None where nothing was said about this role."""
+        """None if nothing is set for this role."""
         kind = self.kind.name
         if self.kind is NumaKind.default:
             if not self.nodes and not self.weights:
@@ -65,7 +65,7 @@ class RoleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RolesConfig:
-    """Placements of single roles. They hold on top of any option: what is said here wins for its role."""
+    """Placements of single roles; they override the chosen numa option."""
 
     master_weights: RoleConfig = field(default_factory=RoleConfig)
     """fp32 weights that the optimizer updates."""
@@ -76,14 +76,14 @@ class RolesConfig:
     variance: RoleConfig = field(default_factory=RoleConfig)
     """Second moment."""
     compute_weights: RoleConfig = field(default_factory=RoleConfig)
-    """Weights in compute precision, which the device fetches."""
+    """Weights in compute precision, fetched by the device."""
     compute_gradients: RoleConfig = field(default_factory=RoleConfig)
-    """Gradients in compute precision that wait for the update."""
+    """Gradients in compute precision, kept for the update."""
     activations: RoleConfig = field(default_factory=RoleConfig)
-    """Inputs of layers that wait for the backward pass."""
+    """Layer inputs kept for the backward pass."""
 
     def placements(self) -> dict[str, Placement]:
-        """Role -> placement, of those that something was said about."""
+        """Role -> placement, for the roles that have one."""
         asked = {f.name: getattr(self, f.name).placement for f in fields(self)}
         return {role: placement for role, placement in asked.items() if placement is not None}
 
@@ -93,42 +93,43 @@ class NumaConfig:
     name: str = "default"
     """Name of the policy; default inherits the caller's, so `numactl ... python -m ldft` works."""
     scope: NumaScope = NumaScope.process
-    """What the policy is about. Either way kind, nodes and weights are those of the process, for all that no role has."""
+    """What the policy applies to. In both scopes, kind, nodes and weights set the process policy, which covers memory without a
+    role-specific placement."""
     kind: NumaKind = NumaKind.default
     """How pages are spread over the nodes."""
     nodes: list[int] = field(default_factory=list)
-    """Node numbers, e.g. [0,3]; empty for default, and for the interleaves every node that has memory."""
+    """Node numbers, e.g. [0,3]; empty for kind default; for the interleaves, empty means every node with memory."""
     weights: list[int] = field(default_factory=list)
-    """Pages a turn on each of the nodes, in their order, e.g. [1,2]; weighted_interleave only, 1 to 255."""
+    """Pages per turn on each node, in the order of `nodes`, e.g. [1,2]; weighted_interleave only, 1 to 255."""
     roles: RolesConfig = field(default_factory=RolesConfig)
-    """Placements of single roles, on top of any option: numa.roles.momentum.nodes=[0,3] numa.roles.momentum.weights=[4,1]."""
+    """Placements of single roles, with any option: numa.roles.momentum.nodes=[0,3] numa.roles.momentum.weights=[4,1]."""
 
     strategy: NumaStrategy = NumaStrategy.none
-    """What places the roles that numa.roles says nothing about."""
+    """Places the roles that numa.roles does not set."""
     local_nodes: list[int] = field(default_factory=list)
-    """Nodes of local memory for the strategy; empty: those with CPUs."""
+    """Local-memory nodes for the strategy; empty: nodes with CPUs."""
     cxl_nodes: list[int] = field(default_factory=list)
-    """Nodes of CXL memory for the strategy; empty: those without CPUs."""
+    """CXL nodes for the strategy; empty: nodes without CPUs."""
     local_budget_gib: float = 0.0
-    """GiB that the roles of all ranks together may take of local memory; 0: what the nodes have, less the processes themselves."""
+    """Local memory that the roles may use, GiB, over all ranks; 0: what the nodes have, less the processes' own memory."""
     cxl_budget_gib: float = 0.0
-    """GiB that they may take of CXL memory; 0: what the nodes have."""
+    """CXL memory that the roles may use, GiB, over all ranks; 0: what the nodes have."""
     bandwidth: dict[str, Any] = field(default_factory=dict)
-    """Bandwidths by node for the strategy optimal, GB/s: {node0:{cpu:278,h2d:55,d2h:55},node3:{cpu:69,h2d:53,d2h:37}};
+    """Bandwidths by node for strategy optimal, GB/s: {node0:{cpu:278,h2d:55,d2h:55},node3:{cpu:69,h2d:53,d2h:37}};
     empty: the profile that `python -m ldft.bench nodes` saved."""
 
     @property
     def placement(self) -> Placement:
-        """The policy of the process."""
+        """The process policy."""
         return Placement(kind=self.kind.name, nodes=tuple(self.nodes), weights=tuple(self.weights))
 
     @property
     def by_role(self) -> bool:
-        """Whether any role has, or gets, a placement of its own."""
+        """Whether any role has its own placement, from numa.roles or a strategy."""
         return self.scope is NumaScope.roles or self.strategy is not NumaStrategy.none or bool(self.roles.placements())
 
     def validate(self) -> None:
-        """Raise ConfigError for what is wrong on any machine."""
+        """Raise ConfigError for values that are wrong on any machine."""
         self.placement.validate("numa")
         for role, placement in self.roles.placements().items():
             if placement.weights and not placement.nodes:
@@ -139,9 +140,11 @@ class NumaConfig:
             placement.validate(f"numa.roles.{role}")
         for key in ("local_budget_gib", "cxl_budget_gib"):
             if not getattr(self, key) >= 0:
-                raise ConfigError(f"numa.{key}", f"{getattr(self, key):g} is negative; use 0 for all there is, or GiB")
+                raise ConfigError(
+                    f"numa.{key}", f"{getattr(self, key):g} is negative; use 0 for all available memory, or GiB above 0"
+                )
         both = sorted(set(self.local_nodes) & set(self.cxl_nodes))
         if both:
-            raise ConfigError("numa.cxl_nodes", f"node {both[0]} is in numa.local_nodes, too; name each node once")
+            raise ConfigError("numa.cxl_nodes", f"node {both[0]} is also in numa.local_nodes; list each node once")
         if self.bandwidth:
             bandwidths.parse(self.bandwidth, bandwidths.KEY)

@@ -1,4 +1,4 @@
-"""The ZeRO stage and what lives in host memory between its uses."""
+"""The ZeRO stage, and which tensors are offloaded between uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldft.errors import CombinationError, ConfigError
 
 
 class OffloadDevice(Enum):
-    """Where a group of tensors waits between its uses: on the device, in host memory, in swap files on a disk."""
+    """Where a group of tensors is kept between uses. none: on the device; cpu: in host memory; nvme: in swap files on a disk."""
 
     none = "none"
     cpu = "cpu"
@@ -20,22 +20,23 @@ class OffloadDevice(Enum):
 @dataclass(kw_only=True, slots=True)
 class OffloadConfig:
     stage: int = 3
-    """ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and parameters are sharded over the ranks."""
+    """ZeRO stage, i.e. what is sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
 
     parameters: OffloadDevice = OffloadDevice.cpu
-    """Where 16-bit parameters wait (cpu and nvme need stage 3)."""
+    """Where 16-bit parameters are kept between uses (cpu and nvme need stage 3)."""
 
     optimizer: OffloadDevice = OffloadDevice.cpu
-    """Where master weights, gradients and moments live (cpu needs stage 1, 2 or 3; nvme needs 3)."""
+    """Where master weights, gradients and moments are kept (cpu needs stage 1, 2 or 3; nvme needs 3)."""
 
     nvme_path: str = ""
-    """Folder on a fast local disk for the swap files of nvme; a run's own files are removed at its end."""
+    """Folder on a fast local disk for nvme swap files; a run removes its own files when it ends."""
 
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Further keys of DeepSpeed's own config, by its names and nesting. They replace what ldft chooses and what the file says."""
+    """Further keys of DeepSpeed's own config, with its names and nesting. They override ldft's choices and
+    offload.deepspeed_file."""
 
     deepspeed_file: str = ""
-    """A DeepSpeed JSON file as base: its values replace what ldft chooses, other than by a key of its own."""
+    """A DeepSpeed JSON file as base: its values override ldft's choices, except those that have an ldft key."""
 
     def validate(self) -> None:
         if self.stage not in (0, 1, 2, 3):
@@ -59,5 +60,5 @@ class OffloadConfig:
         if self.nvme_path and not on_disk:
             raise CombinationError(
                 "offload.nvme_path",
-                f"'{self.nvme_path}' is not used: nothing is offloaded to nvme; use offload=nvme or leave it",
+                f"'{self.nvme_path}' is not used: nothing is offloaded to nvme; use offload=nvme or leave it out",
             )

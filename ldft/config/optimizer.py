@@ -1,4 +1,4 @@
-"""The optimizer and its numbers; the defaults are the seed repository's."""
+"""The optimizer and its hyperparameters; the defaults are the seed repository's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ldft.errors import ConfigError
 
 
 class Schedule(Enum):
-    """What becomes of the learning rate after its warm-up: it stays, falls to 0 in a line, or along half a cosine."""
+    """Learning rate after warm-up. constant: unchanged; linear: falls linearly to 0; cosine: falls to 0 along half a cosine."""
 
     constant = "constant"
     linear = "linear"
@@ -22,13 +22,13 @@ class OptimizerConfig:
     """Update rule: adamw or lion."""
 
     learning_rate: float = 1e-4
-    """Step size, at its largest."""
+    """Peak learning rate."""
 
     schedule: Schedule = Schedule.constant
-    """Course of the learning rate over train.iterations."""
+    """Learning-rate schedule over train.iterations."""
 
     schedule_warmup: int = 0
-    """Updates in which the learning rate rises in a line from 0 to optimizer.learning_rate."""
+    """Updates over which the learning rate rises linearly from 0 to optimizer.learning_rate."""
 
     weight_decay: float = 0.01
     """Decoupled weight decay, per step and unit of learning rate."""
@@ -37,14 +37,14 @@ class OptimizerConfig:
     """Decay rates of the first and second moment."""
 
     eps: float = 1e-8
-    """Added to the root of the second moment, which lion has not."""
+    """Added to the square root of the second moment; unused by lion, which has none."""
 
     gradient_clipping: float = 0.9
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
 
     fused_step: bool | None = None
-    """Offloaded weights are updated by ldft's kernel, in one pass over memory with unscaling, clipping and rounding; false: by
-    DeepSpeed's CPUAdam or CPULion between passes of torch. null: where all optimizer state is fp32 in host memory, and DeepSpeed
+    """true: ldft's kernel updates offloaded weights and unscales, clips and rounds in the same pass over memory; false: DeepSpeed's
+    CPUAdam or CPULion, with separate torch passes. null: true if all optimizer state is fp32 in host memory and DeepSpeed
     does not move it itself."""
 
     def validate(self) -> None:

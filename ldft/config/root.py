@@ -30,18 +30,18 @@ from ldft.config.sweep import Rerun, SweepConfig
 from ldft.config.train import Precision, TrainConfig
 from ldft.errors import CombinationError, ConfigError
 
-# Keys that say where results go, how long to wait, how often to look or what else runs, not what is measured.
+# Keys that do not change what is measured: where results go, time limits, sampling intervals, what else runs.
 _NOT_IDENTITY = (
     *("results", "launch.timeout_s", "memory.vram_gib", "monitor", "sweep", "rerun", "dry_run", "force", "asked"),
 )
-# Raised when a key's meaning changes, so that old and new results of one command line stay apart.
+# Increased when a key's meaning changes, so that old and new results of the same command line stay apart.
 _IDENTITY_VERSION = 1
 
 
 @dataclass(kw_only=True, slots=True)
 class ResultsConfig:
     dir: str = "results"
-    """Folder that receives one folder a run."""
+    """Folder that receives one folder per run."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,10 +64,10 @@ class Config:
 
     sweep: SweepConfig = field(default_factory=SweepConfig)
     rerun: Rerun = Rerun.missing
-    """Which cells of a sweep run again; a single run always runs."""
+    """Which cells of a sweep to run again; a single run always runs."""
 
     repeat: int = 1
-    """Which repetition of the same measurement this is; a sweep counts it up to sweep.repeats."""
+    """Number of this repetition of the same measurement; a sweep counts from 1 to sweep.repeats."""
 
     system: str = ""
     """A free name for the machine, kept in the row (the seed's SYSTEM_TYPE)."""
@@ -76,17 +76,17 @@ class Config:
     """Write torch's CUDA memory history of one iteration per rank beside the row (snapshot-<rank>.pickle)."""
 
     dry_run: bool = False
-    """Print what would run and end; nothing is started or written."""
+    """Print what would run, then exit; nothing is started or written."""
 
     force: bool = False
-    """Run also what does not fit this machine by the estimate."""
+    """Run even if the estimate says that the run does not fit this machine."""
 
     asked: dict[str, str] = field(default_factory=dict)
-    """Filled by ldft, not to be set: keys that were left to it, with what they said (auto). The keys themselves hold what it chose
-    on this machine, so that a run's identity is what it measured."""
+    """Filled in by ldft; do not set. Keys whose value was left to ldft (auto), with the value as given. The keys themselves hold
+    ldft's choice on this machine, so that a run's identity says what it measured."""
 
     def validate(self) -> None:
-        """Check values and combinations that need no look at the machine. Raises ConfigError."""
+        """Check values and combinations that do not depend on the machine. Raises ConfigError."""
         for key, value in flatten(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(key, f"{value} is not finite; use a number")
@@ -112,11 +112,12 @@ class Config:
             raise CombinationError("train.precision", "fp16 needs launch.device=cuda, not cpu; use bf16 or fp32")
         if self.numa.by_role and self.memory.pinning is Pinning.torch:
             raise CombinationError(
-                "memory.pinning", "torch leaves tensors where torch's allocator puts them; roles need exact or none"
+                "memory.pinning",
+                "torch's allocator decides where tensors go, so roles cannot be placed; use exact or none",
             )
         if self.snapshot and self.launch.device is Device.cpu:
             raise CombinationError(
-                "snapshot", "true needs launch.device=cuda, not cpu: torch keeps no history of host memory"
+                "snapshot", "true needs launch.device=cuda, not cpu: torch records no history of host memory"
             )
         if self.launch.device is Device.auto:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
@@ -125,12 +126,12 @@ class Config:
 
 
 def from_dict(values: DictConfig | dict[str, Any]) -> Config:
-    """The typed config of a composed or stored tree. Raises omegaconf's errors on an unknown key or a wrong type."""
+    """The typed config from a composed or stored tree. Raises OmegaConf's errors on an unknown key or a wrong type."""
     if isinstance(values, DictConfig):
-        # As plain data: from a typed tree, merging would take over what "+key=value" added to it.
+        # Convert to plain data first: merging a typed tree would accept the keys that "+key=value" added to it.
         values = OmegaConf.to_container(values, enum_to_str=True)  # type: ignore[assignment]
         if values.get("asked"):
-            raise ConfigError("asked", f"{values['asked']}: ldft fills it in; leave it out")
+            raise ConfigError("asked", f"{values['asked']}: ldft fills this key in; leave it out")
     tree = OmegaConf.merge(OmegaConf.structured(Config), values)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
@@ -138,7 +139,7 @@ def from_dict(values: DictConfig | dict[str, Any]) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain data (dicts, lists, scalars; enums by name), as JSON takes it."""
+    """Plain data that JSON can hold (dicts, lists, scalars; enums by name)."""
     return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
 
 
@@ -170,7 +171,7 @@ def columns(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, type]
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Every leaf value by dotted key, in the types that `columns` names."""
+    """Every leaf value by dotted key, with the types that `columns` gives."""
 
     def value_of(key: str) -> Any:
         value: Any = config
@@ -193,10 +194,10 @@ def _identity(config: Config, without: tuple[str, ...] = ()) -> str:
 
 
 def run_id(config: Config) -> str:
-    """Twelve hex digits that name what is measured: the same resolved config gives the same id."""
+    """Twelve hex digits that identify what is measured: the same resolved config gives the same id."""
     return _identity(config)
 
 
 def series_id(config: Config) -> str:
-    """The same without the sequence length: runs of one series differ in nothing else."""
+    """Like run_id, but without the sequence length: runs of one series differ in nothing else."""
     return _identity(config, without=("seq_len",))

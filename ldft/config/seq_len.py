@@ -10,7 +10,7 @@ from ldft.errors import ConfigError
 @dataclass(kw_only=True, slots=True)
 class SeqLenConfig:
     tokens: int = 1024
-    """Tokens of a sequence; any length of 2 or more by seq_len.tokens=."""
+    """Tokens per sequence; set any length of 2 or more with seq_len.tokens=."""
 
     def validate(self) -> None:
         if self.tokens < 2:

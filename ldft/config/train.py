@@ -1,4 +1,4 @@
-"""How much is trained and measured."""
+"""How much to train and measure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ldft.errors import ConfigError
 
 
 class Precision(Enum):
-    """Type of compute weights, gradients and activations. Master weights and moments are fp32. auto: the narrowest type that the
-    device computes natively and that trains without further care: bf16, on older GPUs fp16, else fp32."""
+    """Data type of compute weights, gradients and activations. Master weights and moments are fp32. auto: the narrowest type that
+    the device computes natively and that trains without tuning: bf16, on older GPUs fp16, else fp32."""
 
     auto = "auto"
     bf16 = "bf16"
@@ -21,26 +21,26 @@ class Precision(Enum):
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     micro_batch_size: int = 1
-    """Sequences a rank trains on at once."""
+    """Sequences per rank in each forward pass."""
 
     gradient_accumulation_steps: int = 1
     """Forward and backward passes before each update."""
 
     iterations: int = 5
-    """Updates, warm-up included."""
+    """Number of updates, including warm-up."""
 
     warmup_iterations: int = 2
-    """First iterations that are kept in the row but count in no median."""
+    """Number of first iterations that are kept in the row but excluded from medians."""
 
     precision: Precision = Precision.auto
-    """Compute precision; fp16 scales the loss. auto: bf16 on GPUs from Ampere on and on CPUs with bf16 instructions, fp16 on Volta
-    and Turing, fp32 elsewhere; the row has what it was resolved to."""
+    """Compute precision; fp16 scales the loss. auto: bf16 on Ampere and later GPUs and on CPUs with bf16 instructions, fp16 on
+    Volta and Turing, fp32 elsewhere; the row records the resolved value."""
 
     loss_scale: float = 0.0
-    """fp16 only: fixed factor on the loss; 0 finds one as it goes (offload.deepspeed.fp16 has the details)."""
+    """fp16 only: fixed loss scale; 0: dynamic loss scaling (tuned by offload.deepspeed.fp16)."""
 
     seed: int = 0
-    """Seed of weights and tokens."""
+    """Seed for weights and tokens."""
 
     def validate(self) -> None:
         for key in ("micro_batch_size", "gradient_accumulation_steps", "iterations"):
@@ -52,7 +52,7 @@ class TrainConfig:
             raise ConfigError(
                 "train.warmup_iterations",
                 f"{self.warmup_iterations} leaves none of train.iterations={self.iterations} to measure; "
-                "use fewer warm-ups or more iterations",
+                "use fewer warm-up iterations or a larger train.iterations",
             )
         if not self.loss_scale >= 0:
             raise ConfigError(
@@ -61,7 +61,7 @@ class TrainConfig:
         if self.loss_scale and self.precision is not Precision.fp16:
             raise ConfigError(
                 "train.loss_scale",
-                f"{self.loss_scale:g} has no use with train.precision={self.precision.name}; use fp16 or leave it at 0",
+                f"{self.loss_scale:g} has no effect with train.precision={self.precision.name}; use fp16 or leave it at 0",
             )
         if not 0 <= self.seed < 2**31:
             raise ConfigError("train.seed", f"{self.seed} is out of range; use 0 to {2**31 - 1}")

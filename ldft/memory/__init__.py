@@ -1,7 +1,6 @@
-"""Host memory: what the machine has (topology, limits), where to put things (policy, strategies), doing it (allocator, arenas), and
-looking (probe, audit).
+"""Host memory: what the machine has (topology, limits), where tensors go (policy, layout, cost_model), allocating them (placing,
+allocator, arenas), and checking the result (probe, drift).
 
-Only `roles` knows where DeepSpeed keeps its tensors; `estimate`, `vram` and `strategies` read the settings that it is given
-(`training.deepspeed_config`, which imports neither). Having tensors allocated in arenas, and moving them there, is `training`'s.
-`roles`, `audit`, `allocator` and `arenas` import torch; the rest does without. Nothing here knows of Hydra.
+From the rest of ldft these modules import only the errors and the native code. `allocator` and `arenas` import torch, the others do
+not. Nothing here depends on Hydra or DeepSpeed: `training` allocates DeepSpeed's tensors in the arenas.
 """

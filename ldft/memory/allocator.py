@@ -1,12 +1,11 @@
-"""Tensors in host memory that is where it was asked for, zero, and pinned on request. Native code in csrc/ does the
-work.
+"""Zeroed tensors in host memory on the requested NUMA nodes, pinned on request. Native code in csrc/ does the work.
 
-Reserve (whole pages, nothing more), set the policy, touch with many threads, verify with move_pages(2), then register with CUDA:
-registered pages can no longer move, so the order matters. Zeros cost nothing extra: the kernel clears a page before it
-hands it out, hence one write a page is the whole of touching.
+Reserve whole pages (no more), set the policy, touch with many threads, verify with move_pages(2), then register with CUDA: the
+order matters, since registered pages can no longer move. Zeros cost nothing extra: the kernel clears each page before handing it
+out, so touching needs only one write per page.
 
-After fork a child sees ordinary tensors copied on write; pinned ones are left out of it, and reading one there ends the
-child. At the end of the interpreter memory that is still registered is left to the kernel.
+After fork, a child sees unpinned tensors copy-on-write; pinned ones are not mapped in the child, and reading one crashes it. At
+interpreter exit, memory that is still registered is left to the kernel.
 """
 
 import atexit
@@ -24,16 +23,16 @@ from ldft.memory.placing import Report, place, settings
 from ldft.memory.policy import HostMemoryError, Placement, is_harmless, refused
 from ldft.memory.topology import Topology, read_topology
 
-# A copy that crosses from one registration into the next fails (cudaErrorInvalidValue, seen on an H200 with driver 580), so a
-# region is one registration wherever the driver can do it: one of 512 GiB or more fails (its page table passes 2^31 bytes).
-# Above this size a region is several, and a single copy must not cross a multiple of it.
+# A copy across two registrations fails (cudaErrorInvalidValue, seen on an H200 with driver 580), so register a region in one call
+# where the driver allows it: 512 GiB or more fails (the page table passes 2^31 bytes). A region above this size takes several
+# registrations, and no single copy may cross a multiple of this size.
 REGISTER_CHUNK = 256 << 30
 
 _reports: dict[int, Report] = {}
 _registered: dict[int, list[int]] = {}
 _machine: list[Topology] = []
 _warned = False
-# Exit handlers run before the interpreter takes anything apart, this one before torch's (imported above).
+# Exit handlers run before the interpreter is torn down, and this one before torch's (imported above).
 atexit.register(_native.note_exit)
 
 
@@ -46,17 +45,17 @@ def allocate(
     strict: bool = True,
     huge_pages: bool | None = None,
 ) -> torch.Tensor:
-    """A tensor of zeros on the CPU, contiguous, in memory of its own that is placed by `policy`.
+    """A contiguous CPU tensor of zeros in its own memory, placed by `policy`.
 
-    pin: register it with CUDA (the current device's context); without CUDA warn once and go on unpinned.
-    strict: raise HostMemoryError, with nothing left allocated, when a page is not where it was asked for. Not strict: such pages
-        are logged as one warning and counted in `report_of(tensor).spilled_pages`. Kind preferred always allows them,
-        default asks for nothing. An interleave by the kernel is exact to one page, with huge pages to one of those.
+    pin: register it with CUDA (in the current device's context); without CUDA, warn once and leave it unpinned.
+    strict: if a page is misplaced, free everything and raise HostMemoryError. If False, log one warning and count misplaced pages
+        in `report_of(tensor).spilled_pages`. Kind preferred always allows them; kind default requests no nodes. The kernel's
+        interleave is exact to one page, or to one huge page.
     huge_pages: overrides settings.huge_pages.
 
-    The memory lives as long as any view of the tensor. Raises PlacementError when the placement does not suit the
-    machine or what it needs is forbidden (NumaCallError), and HostMemoryError when memory is short: before touching it, as far as
-    the kernel's own figures can tell.
+    The memory lives as long as any view of the tensor. Raises PlacementError if the placement does not fit the machine or needs
+    a forbidden system call (NumaCallError), and HostMemoryError if memory is short: before touching it, where the kernel's own
+    figures show the shortage.
     """
     size = (shape,) if isinstance(shape, int) else tuple(shape)
     if any(length < 0 for length in size):
@@ -71,27 +70,26 @@ def allocate(
     region, report = place(placement, topology, needed, huge, strict)
     if pin:
         _register(region, report)
-    # From here on the capsule owns the memory, and after it the tensor's storage.
+    # From here on the capsule owns the memory; it passes ownership to the tensor's storage.
     address = region.address
     flat = torch.from_dlpack(region.capsule(_unregister if pin else None))
     _remember(address, report)
-    # Strides spelt out: quantised dtypes do not work them out themselves.
+    # Give the strides explicitly: torch does not derive them for quantised dtypes.
     strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
-    # The device spelt out: models are built under a default device, and this is called meanwhile.
+    # Give the device explicitly: this is called while models are built under another default device.
     return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, size, strides)
 
 
 def report_of(tensor: torch.Tensor) -> Report:
-    """The report on the memory that a tensor, or a view of one, lives in. Raises KeyError for memory that is not
-    ours."""
+    """The report on the memory that holds a tensor or a view of one. Raises KeyError for memory that `allocate` did not make."""
     address = tensor.untyped_storage().data_ptr()
     if not _native.is_live(address):
-        raise KeyError(f"no memory of ours at {address:#x}")
+        raise KeyError(f"ldft allocated no memory at {address:#x}")
     return _reports[address]
 
 
 def can_pin() -> bool:
-    """Whether memory can be pinned: torch sees a CUDA device. Warns, once a process, when it does not."""
+    """Whether memory can be pinned: torch sees a CUDA device. Warns once per process if it does not."""
     if torch.cuda.is_available():
         return True
     global _warned
@@ -102,11 +100,10 @@ def can_pin() -> bool:
 
 
 def pages_by_node(tensor: torch.Tensor) -> dict[int, int]:
-    """Node -> base pages of it that the tensor lies in, as move_pages(2) says now. Pages without memory yet are under
-    -1.
+    """Node -> number of the tensor's base pages on it, as move_pages(2) reports now. Pages not yet backed by memory count under -1.
 
-    Works for any CPU tensor. A view that skips elements counts from its first byte to its last. Raises NumaCallError where there
-    are several nodes and the kernel does not let us look.
+    Works for any CPU tensor. A view that skips elements counts from its first byte to its last. Raises NumaCallError if there
+    are several nodes and the kernel forbids the query.
     """
     if tensor.device.type != "cpu":
         raise ValueError(f"pages_by_node: the tensor is on {tensor.device}, not in host memory")
@@ -134,14 +131,14 @@ def pages_by_node(tensor: torch.Tensor) -> dict[int, int]:
 
 
 def _topology() -> Topology:
-    """Read once a process: nodes do not come and go under a run, and small tensors are allocated by the thousand."""
+    """The topology, read once per process: nodes do not change during a run, and thousands of small tensors are allocated."""
     if not _machine:
         _machine.append(read_topology())
     return _machine[0]
 
 
 def _remember(address: int, report: Report) -> None:
-    # Memory goes back without Python being told, so reports of the dead are swept out when they are the majority.
+    # Memory is freed without Python being told, so stale reports are removed once they are the majority.
     if len(_reports) > 64 + 2 * _native.usage()[0]:
         for dead in [a for a in _reports if not _native.is_live(a)]:
             del _reports[dead]
@@ -149,7 +146,7 @@ def _remember(address: int, report: Report) -> None:
 
 
 def _register(region: _native.Region, report: Report) -> None:
-    """Pin all of the region through torch's own binding of the CUDA runtime, or none of it."""
+    """Pin the whole region, or nothing, through torch's own binding of the CUDA runtime."""
     started = time.perf_counter()
     cudart: Any = torch.cuda.cudart()
     region.hide_from_children()
@@ -174,8 +171,7 @@ def _register(region: _native.Region, report: Report) -> None:
 
 
 def _unregister(address: int) -> None:
-    """Called when the last user of pinned memory is gone, before it goes back to the kernel. Raising here keeps it
-    mapped."""
+    """Called when the last user of pinned memory is gone, before it is returned to the kernel. Raising here keeps it mapped."""
     cudart: Any = torch.cuda.cudart()
     for start in _registered.pop(address):
         code = int(cudart.cudaHostUnregister(start))
@@ -184,6 +180,6 @@ def _unregister(address: int) -> None:
 
 
 def _clear_cuda_error() -> None:
-    """A failed call leaves its error for the next kernel launch to report; let a launch of ours take it."""
+    """Launch a kernel that consumes the error of a failed call, so that the caller's next launch does not report it."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")

@@ -1,7 +1,7 @@
-"""Arenas: all host memory of one role on one rank, placed and pinned as one, handed out in named slots.
+"""Arenas: all host memory of one role on one rank, placed and pinned together, handed out as named slots.
 
-A slot is a plain tensor in the arena's memory. Slots start on cache lines, as torch's own tensors do, and are remembered by name,
-so that what somebody has moved elsewhere can be brought back to where it was.
+A slot is a plain tensor in the arena's memory. Slots start on cache lines, as torch's own tensors do, and are kept by name, so that
+a tensor that DeepSpeed moved elsewhere can be returned to its slot.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """A slot to be made: its name, elements and type."""
+    """A requested slot: its name, number of elements and dtype."""
 
     name: str
     numel: int
@@ -34,8 +34,7 @@ class Want:
 
 @dataclass(kw_only=True, slots=True)
 class Arena:
-    """Memory of one role. Usually one block; more where a role grew after the first was made, or is larger than CUDA registers
-    at once."""
+    """Memory of one role. Usually one block; several if the role grew after the first, or exceeds what CUDA registers at once."""
 
     role: str
     placement: Placement
@@ -43,11 +42,11 @@ class Arena:
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
     blocks: list[torch.Tensor] = field(default_factory=list)
     spare: torch.Tensor | None = None
-    """A block in which tensors lie whose names are not known yet; part of the arena once one of them is adopted."""
+    """A block that holds tensors not yet named; it joins the arena once one of them is adopted."""
 
     def lay_out(self, wants: Iterable[Want]) -> None:
-        """Allocate a slot, all zeros, for each name that has none of that size and type yet: in one block, or in several where
-        a pinned slot, which DeepSpeed copies in pieces of any kind, would lie across two registrations."""
+        """Allocate a zeroed slot for each name that has none of that size and dtype yet: in one block, or in several if a pinned
+        slot would otherwise cross two registrations (DeepSpeed may copy any part of a slot at once)."""
         group: list[Want] = []
         size = 0
         for want in (want for want in wants if not self._fits(want)):
@@ -68,14 +67,14 @@ class Arena:
             offset += want.padded_bytes
 
     def allocate(self, size: int) -> torch.Tensor:
-        """`size` bytes under this role's placement, not yet part of the arena. Raises HostMemoryError."""
+        """`size` bytes with this role's placement, not yet part of the arena. Raises HostMemoryError."""
         try:
             return allocator.allocate(size, torch.uint8, self.placement, pin=self.pin)
         except HostMemoryError as error:
             raise HostMemoryError(f"{self.role}: {error}") from error
 
     def adopt(self, block: torch.Tensor, name: str, slot: torch.Tensor) -> None:
-        """Take over a slot that lies in a block which `allocate` gave."""
+        """Add a slot in a block that came from `allocate`."""
         if not any(known is block for known in self.blocks):
             self.blocks.append(block)
         self.slots[name] = slot
@@ -95,17 +94,17 @@ class Arena:
 
 
 class Arenas:
-    """The arenas of one rank, made when a role first needs memory."""
+    """The arenas of one rank, each created when its role first needs memory."""
 
     def __init__(self, placements: Mapping[str, Placement], *, pinned: Iterable[str]) -> None:
         """pinned: the roles to register with CUDA."""
         self._placements, self._pinned = dict(placements), frozenset(pinned)
         self.by_role: dict[str, Arena] = {}
         self.moved_bytes = 0
-        """What was allocated elsewhere first."""
+        """Bytes first allocated elsewhere and then moved into arenas."""
 
     def of(self, role: str) -> Arena:
-        """The arena of a role, empty at first."""
+        """The arena of a role, created empty on first use."""
         if role not in self.by_role:
             self.by_role[role] = Arena(role=role, placement=self.placement_of(role), pin=role in self._pinned)
         return self.by_role[role]
@@ -118,15 +117,15 @@ class Arenas:
 
 
 def piece(block: torch.Tensor, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor over part of a block of bytes; no view to autograd, so that it may become a leaf."""
+    """A tensor over part of a block of bytes; autograd does not see it as a view, so it can be a leaf."""
     start = block.storage_offset() + offset
     assert start % dtype.itemsize == 0 and offset + numel * dtype.itemsize <= block.numel()
     return block.new_empty(0, dtype=dtype).set_(block.untyped_storage(), start // dtype.itemsize, (numel,), (1,))
 
 
 def alias(slot: torch.Tensor) -> torch.Tensor:
-    """The same memory in another tensor object: what happens to that one leaves the slot alone."""
-    # From the slot: a factory of torch would follow the default device that a model is built under.
+    """Another tensor object over the same memory: replacing its storage leaves the slot unchanged."""
+    # Made from the slot: torch's factory functions would use the default device under which the model is built.
     return slot.new_empty(0).set_(slot.untyped_storage(), slot.storage_offset(), slot.shape, slot.stride())
 
 

@@ -1,11 +1,11 @@
-"""Bandwidths of a machine: given by hand, or measured once by `python -m ldft.bench nodes` and found again by its name.
+"""Bandwidths of a machine: given in the config, or measured once by `python -m ldft.bench nodes` and looked up by host name.
 
-Both in the same form, GB/s (1e9 bytes per second):
+Both have the same form, in GB/s (1e9 bytes per second):
 
     {node0: {cpu: 278, h2d: 55.6, d2h: 55.5}, node3: {cpu: 69, h2d: 53.5, d2h: 37.2}, link: {h2d: 55.6, d2h: 55.5}}
 
-cpu is what an optimizer step gets, h2d and d2h what copies to and from GPUs get; without a GPU those are left out, and count as
-cpu. Without link, the best node's copies are what a link carries.
+cpu is the rate of an optimizer step, h2d and d2h the rates of copies to and from GPUs. Without a GPU, omit h2d and d2h: they
+default to cpu. Without link, the link's rate defaults to that of the best node's copies.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _FORM = "{node0:{cpu:278,h2d:55,d2h:55},node3:{cpu:69,h2d:53,d2h:37}}, GB/s"
 
 
 def profile_path(host: str | None = None) -> Path:
-    """Where the profile of a machine lies, by default this one's."""
+    """Path of a machine's profile, by default this machine's."""
     folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return folder / "ldft" / "hardware" / f"{host or socket.gethostname()}.json"
 
 
 def save(profile: Mapping[str, Any], path: Path) -> None:
-    """Write a profile, whole or not at all. Raises OSError."""
+    """Write a profile atomically. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(profile, indent=2) + "\n")
@@ -40,7 +40,7 @@ def save(profile: Mapping[str, Any], path: Path) -> None:
 
 
 def bandwidths(given: Mapping[str, Any]) -> Bandwidths | None:
-    """What `numa.bandwidth` says, else this machine's profile; None without either. Raises ConfigError."""
+    """Bandwidths from `numa.bandwidth`, else from this machine's profile; None if there is neither. Raises ConfigError."""
     if given:
         return parse(given, KEY)
     path = profile_path()
@@ -55,11 +55,11 @@ def bandwidths(given: Mapping[str, Any]) -> Bandwidths | None:
 
 
 def parse(given: Mapping[str, Any], key: str) -> Bandwidths:
-    """Bandwidths of the form above. Raises ConfigError, which names what is wrong in it."""
+    """Bandwidths from the form above. Raises ConfigError that names the wrong entry."""
     rates: dict[str, dict[int, float]] = {"cpu": {}, "h2d": {}, "d2h": {}}
     for name, entry in given.items():
         if not isinstance(entry, Mapping) or (name != "link" and not name.removeprefix("node").isdigit()):
-            raise ConfigError(key, f"{name}: {entry!r} is no node; write {_FORM}")
+            raise ConfigError(key, f"{name}: {entry!r} is not a node's bandwidths; write {_FORM}")
         for engine, value in entry.items():
             if engine not in rates or isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise ConfigError(key, f"{name}.{engine}: {value!r}; write cpu, h2d and d2h above 0, as in {_FORM}")
@@ -70,7 +70,7 @@ def parse(given: Mapping[str, Any], key: str) -> Bandwidths:
         for engine, by_node in rates.items():
             by_node[int(name.removeprefix("node"))] = GB * float(entry.get(engine, entry["cpu"]))
     if not rates["cpu"]:
-        raise ConfigError(key, f"no node is in it; write {_FORM}")
+        raise ConfigError(key, f"contains no node; write {_FORM}")
     link = given.get("link", {})
     return Bandwidths(
         cpu=rates["cpu"],

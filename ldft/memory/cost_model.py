@@ -1,19 +1,19 @@
-"""How long a step's traffic to host memory takes, and the placement that makes it shortest. Without torch and Hydra.
+"""Modelled time of a step's host-memory traffic, and the placement that minimises it. Imports neither torch nor Hydra.
 
-The cost model. Whatever streams through several nodes at once works through each node's share alone, and the slowest one
-decides; copies of a GPU also never beat its link:
+The cost model. A stream over several nodes processes each node's share in parallel, so the slowest node decides; GPU copies are
+also limited by the GPU's link:
 
     T = max( max over nodes (bytes on the node / rate of the node alone), bytes of one GPU / rate of its link )
 
-The published measurements on a CXL expander follow it (docs/numa.md). A step is three phases, one after the other, and
-copies in both directions run at once, so a phase takes as long as its slowest stream:
+Published measurements on a CXL expander agree with it (docs/numa.md). A step has three phases in sequence. Copies in both
+directions run concurrently, so a phase takes as long as its slowest stream:
 
     optimizer   CPU: the update reads gradients, reads and writes master weights and moments, and writes 16-bit weights
     forward     to the GPU: weights; from it: layer inputs
     backward    to the GPU: weights, layer inputs, gradients read back to accumulate; from it: gradients, twice
 
-Forward and backward recur with every micro-batch that is accumulated.
-Compute on the GPU is not in it: it hides copies, and the same for every placement.
+Forward and backward repeat for every accumulated micro-batch.
+GPU compute is not modelled: it hides copies, equally for every placement.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Shares = dict[str, dict[int, float]]
 """Role -> node -> share of the role's bytes, summing to 1."""
 
 Streams = Mapping[tuple[str, str], Mapping[str, float]]
-"""(phase, cpu or direction of copies) -> role -> accesses of each stored byte."""
+"""(phase, cpu or copy direction) -> role -> accesses to each stored byte."""
 
-# Of stock DeepSpeed (0.19, ZeRO-3), with one micro-batch. In the optimizer: gradients are unscaled (read, write) and read by the
-# update; master weights read, written, and read for the 16-bit copy; moments read and written. Sums: master gradients 4, master
-# and compute weights 3, all others 2.
+# Stock DeepSpeed (0.19, ZeRO-3) with one micro-batch. The optimizer unscales gradients (read, write) and reads them for the update;
+# it reads and writes master weights and reads them again for the 16-bit copy; it reads and writes moments. Sums over all phases:
+# master gradients 4, master and compute weights 3, all others 2.
 STOCK: Streams = {
     ("optimizer", "cpu"): {
         "master_gradients": 3,
@@ -44,19 +44,19 @@ STOCK: Streams = {
     ("backward", "h2d"): {"compute_weights": 1, "activations": 1, "compute_gradients": 1},
     ("backward", "d2h"): {"compute_gradients": 1, "master_gradients": 1},
 }
-# With ldft's update (optimizer.fused_step): unscaling and the 16-bit copy are in the one pass.
+# With ldft's update (optimizer.fused_step), unscaling and the 16-bit copy happen in the same pass.
 FUSED: Streams = dict(STOCK) | {
     ("optimizer", "cpu"): {**STOCK["optimizer", "cpu"], "master_gradients": 1, "master_weights": 2}
 }
-# Written when the last micro-batch has been added (stage3.py, _offload_grad_partition_at_boundary).
+# Written once the last micro-batch is accumulated (stage3.py, _offload_grad_partition_at_boundary).
 _ONCE = "master_gradients"
 PHASES = ("optimizer", "forward", "backward")
-# Shares are rounded to this many parts, as integer weights.
+# Shares are rounded to multiples of 1/PARTS and become integer weights.
 PARTS = 10_000
 
 
 class DoesNotFit(ValueError):
-    """The roles need more than the budgets give."""
+    """The roles need more memory than the budgets allow."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -64,21 +64,21 @@ class Bandwidths:
     """Rates of one machine, bytes per second."""
 
     cpu: dict[int, float]
-    """By node: what an optimizer step on all cores gets from that node alone."""
+    """By node: rate of an optimizer step on all cores with its data on that node alone."""
     h2d: dict[int, float]
-    """By node: what copies to the GPUs get from that node alone, all GPUs together."""
+    """By node: rate of copies from that node alone to the GPUs, all GPUs together."""
     d2h: dict[int, float]
-    """By node: what copies from the GPUs get, all together."""
+    """By node: rate of copies from the GPUs to that node alone, all GPUs together."""
     link_h2d: float
-    """The most that one GPU takes, from whatever nodes."""
+    """Highest rate of copies to one GPU, from any nodes."""
     link_d2h: float
-    """The most that one GPU gives."""
+    """Highest rate of copies from one GPU, to any nodes."""
 
     def nodes(self) -> tuple[int, ...]:
         return tuple(sorted(self.cpu))
 
     def of(self, nodes: tuple[int, ...]) -> Bandwidths:
-        """Of these nodes alone."""
+        """The same rates, restricted to these nodes."""
         cpu, h2d, d2h = ({node: rates[node] for node in nodes} for rates in (self.cpu, self.h2d, self.d2h))
         return Bandwidths(cpu=cpu, h2d=h2d, d2h=d2h, link_h2d=self.link_h2d, link_d2h=self.link_d2h)
 
@@ -90,7 +90,7 @@ class Bandwidths:
 
 
 def accumulated(streams: Streams, micro_batches: int) -> Streams:
-    """The traffic of a step that accumulates so many micro-batches, from that of one."""
+    """The traffic of a step that accumulates `micro_batches`, from the traffic of a step with one."""
     return {
         (phase, engine): accesses
         if phase == "optimizer"
@@ -102,7 +102,7 @@ def accumulated(streams: Streams, micro_batches: int) -> Streams:
 def stream_s(
     size: float, shares: Mapping[int, float], rates: Mapping[int, float], link: float = float("inf"), gpus: int = 1
 ) -> float:
-    """Seconds for `size` bytes that lie on nodes by `shares`; `link` bytes per second for each of `gpus`."""
+    """Seconds for `size` bytes spread over nodes by `shares`; `link`: bytes per second of each of the `gpus`."""
     alone = max((size * share / rates[node] for node, share in shares.items() if share > 0), default=0.0)
     return max(alone, size / gpus / link)
 
@@ -133,12 +133,12 @@ def solve(
     *,
     streams: Streams = STOCK,
 ) -> dict[str, dict[int, int]]:
-    """The placement with the shortest modelled step: role -> node -> integer weight, nodes without a share missing.
+    """The placement with the shortest modelled step: role -> node -> integer weight; nodes with no share are left out.
 
-    sizes: bytes by role, all ranks together. budgets: bytes that a set of nodes may hold in sum; nodes of no set have no limit.
-    Raises DoesNotFit.
+    sizes: bytes by role, all ranks together. budgets: bytes that each set of nodes may hold in total; nodes in no set are
+    unlimited. Raises DoesNotFit.
     """
-    # What rounding to PARTS can add to a node is left free.
+    # Leave room for the bytes that rounding to PARTS can add to a node.
     shares, _ = _program(sizes, bandwidths, budgets, gpus, streams, spare=1 / PARTS)
     return {role: rounded(of) for role, of in shares.items()}
 
@@ -151,7 +151,7 @@ def bound_s(
     *,
     streams: Streams = STOCK,
 ) -> float:
-    """Seconds that no placement within the budgets beats, by the model: the optimum of the linear program itself."""
+    """Lower bound of the modelled step, seconds, over all placements within the budgets: the optimum of the linear program."""
     return _program(sizes, bandwidths, budgets, gpus, streams, spare=0.0)[1]
 
 
@@ -165,10 +165,10 @@ def _program(
 ) -> tuple[Shares, float]:
     """Shares and seconds by linear programming.
 
-    Share x[role, node] >= 0, over the nodes 1 in sum; bytes within every budget, less a part `spare` of all bytes a node;
-    t[phase] >= the time of each of its streams on each node, and on the link; the sum of t is made smallest.
+    Minimise the sum of t[phase], where t[phase] >= the time of each of the phase's streams on each node and on the link. The
+    shares x[role, node] >= 0 of a role sum to 1, and bytes stay within every budget less, per node, `spare` of all bytes.
     """
-    # Here, since a rank sets its memory policy before anything imports numpy.
+    # Imported here because a rank must set its memory policy before anything imports numpy.
     import numpy as np
     from scipy.optimize import linprog
 
@@ -179,7 +179,7 @@ def _program(
     total = sum(sizes[role] for role in roles)
     count = len(roles) * len(nodes)
     column = {(role, node): i for i, (role, node) in enumerate((r, n) for r in roles for n in nodes)}
-    # Scaled, so that the solver's tolerances suit: times in units of all bytes over all rates.
+    # Scaled to suit the solver's tolerances: times are in units of all bytes over all rates.
     unit_s = total / sum(bandwidths.cpu.values())
     least = [0.0] * len(PHASES)
     rows = []
@@ -223,7 +223,7 @@ def _program(
 
 
 def rounded(shares: Mapping[int, float]) -> dict[int, int]:
-    """Integer weights of shares that sum to 1, each less than 1/PARTS off; the smallest that say the same."""
+    """Integer weights, in lowest terms, for shares that sum to 1; each is less than 1/PARTS off."""
     exact = {node: max(0.0, share) * PARTS for node, share in shares.items()}
     weights = {node: int(part + 1e-6) for node, part in exact.items()}
     left = PARTS - sum(weights.values())
@@ -233,11 +233,11 @@ def rounded(shares: Mapping[int, float]) -> dict[int, int]:
 
 
 def reduced(weights: Mapping[int, int]) -> dict[int, int]:
-    """The same ratio in the smallest integers, without nodes of weight 0."""
+    """The same ratio in lowest terms, without nodes of weight 0."""
     divisor = gcd(*weights.values())
     return {node: weight // divisor for node, weight in weights.items() if weight > 0}
 
 
 def shares_of(weights: Mapping[str, Mapping[int, int]]) -> Shares:
-    """Shares out of weights."""
+    """The shares that weights stand for."""
     return {role: {n: w / sum(of.values()) for n, w in of.items()} for role, of in weights.items()}

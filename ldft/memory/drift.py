@@ -1,11 +1,11 @@
-"""What the kernel does against a placement without telling anyone, from its counters: so that shares that are off have a cause.
+"""Why shares differ from the requested placement: what the kernel silently did to it, from the kernel's counters.
 
-Two things take pages elsewhere than a policy wants (docs/numa.md, "When shares are off"). Both are counted for the machine as a
-whole; what they did to one process nobody counts.
+Two mechanisms misplace pages (docs/numa.md, "When shares are off"). The kernel counts both for the whole machine only, not per
+process.
 
-- A node without free memory is passed over by preferred placement and interleaving, and file cache is not free memory
+- Preferred placement and interleaving pass over a node without free memory, and file cache does not count as free memory
   (numa_foreign in /sys/devices/system/node/node*/numastat; Documentation/admin-guide/numastat.rst).
-- khugepaged merges base pages into huge pages, each on the node that had most of its pages
+- khugepaged merges base pages into huge pages, each on the node that held most of its pages
   (thp_collapse_alloc in /proc/vmstat; mm/khugepaged.c, hpage_collapse_find_target_node).
 """
 
@@ -19,26 +19,26 @@ PROC = Path("/proc")
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Counters:
-    """Since boot, or between two readings."""
+    """Counter values since boot, or between two readings."""
 
     passed_over: dict[int, int]
-    """Node -> allocations that were meant for it and went to another node. A huge page counts as one."""
+    """Node -> allocations intended for it that went to another node. A huge page counts as one."""
     merged_bytes: int
-    """What khugepaged has put into huge pages."""
+    """Bytes that khugepaged merged into huge pages."""
 
     def since(self, earlier: "Counters") -> "Counters":
         passed = {node: count - earlier.passed_over.get(node, 0) for node, count in self.passed_over.items()}
         return Counters(passed_over=passed, merged_bytes=self.merged_bytes - earlier.merged_bytes)
 
     def explain(self, nodes: set[int]) -> list[str]:
-        """What may have taken memory away from `nodes`, with the remedy; a clause each."""
+        """Possible causes of memory missing from `nodes`, each with its remedy; one clause per cause."""
         full = {node: count for node, count in self.passed_over.items() if count > 0 and node in nodes}
         said = []
         if full:
             who = ", ".join(f"node {node} {count} times" for node, count in sorted(full.items()))
             said.append(
-                f"the kernel passed over {who} for want of free memory, and file cache is not free: "
-                "echo 1 > /proc/sys/vm/drop_caches, as root, frees it"
+                f"the kernel passed over {who} for lack of free memory, and file cache does not count as free: "
+                "to free it, run as root: echo 1 > /proc/sys/vm/drop_caches"
             )
         if self.merged_bytes > 0:
             said.append(
@@ -49,7 +49,7 @@ class Counters:
 
 
 def read_counters(sysfs: Path = SYSFS, proc: Path = PROC) -> Counters:
-    """The counters now; zeros for those that this kernel does not keep."""
+    """The current counters; 0 for those that this kernel does not keep."""
     nodes = sysfs / "devices/system/node"
     huge = _first(sysfs / "kernel/mm/transparent_hugepage/hpage_pmd_size")
     return Counters(

@@ -1,7 +1,7 @@
-"""The kernel's own weights for weighted interleave: one set for the whole machine, changed only by root, so borrowed with care.
+"""The kernel's own weights for weighted interleave: one set for the whole machine, writable only by root, changed temporarily.
 
-While a run needs other weights than the machine has, it holds a lock; what was there before is in a journal next to it, written
-first. A run that dies leaves the journal, and the next start puts the weights back.
+While a run needs weights other than the machine's, it holds a lock; the previous weights are saved in a journal beside the lock
+before anything changes. If a run dies, the journal remains, and the next run restores the weights.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def kernel_weights(
     placement: Placement, key: str = "numa", *, sysfs: Path = SYSFS, state: Path = STATE, status: Path = STATUS
 ) -> Iterator[None]:
-    """Have the kernel's weights be those of `placement` while the block runs. Other kinds than weighted_interleave: nothing.
+    """Set the kernel's weights to those of `placement` while the block runs. Does nothing for kinds other than weighted_interleave.
 
-    Raises PlacementError when the kernel cannot do it, when we may not (the line has the commands for root), and when another
-    run holds the weights.
+    Raises PlacementError if the kernel does not support weights, if this process may not write them (the message gives the
+    commands for root), and if another run holds them.
     """
     if placement.kind != "weighted_interleave":
         yield
@@ -42,14 +42,14 @@ def kernel_weights(
     placement = placement.resolve(topology, key)
     require_kernel_weights(placement, topology, key, ratio=not _writable(placement, sysfs))
     if kernel_has_weights(placement, topology):
-        # As they should be; nobody may change them under us. Without a lock file nobody of us ever has.
+        # The weights are right already; hold the lock so that no other run changes them. Without a lock file no run ever has.
         with _lock(state, exclusive=False):
             yield
         return
     with _lock(state, exclusive=True):
         before, auto = read_weights(sysfs)
         journal = {"pid": os.getpid(), "boot": _boot(), "weights": before, "auto": auto}
-        # On disk before the first weight changes, whole or not at all.
+        # Written atomically, and on disk before the first weight changes.
         temporary = state / f".journal.{os.getpid()}"
         temporary.write_text(json.dumps(journal))
         temporary.replace(state / "journal.json")
@@ -62,15 +62,15 @@ def kernel_weights(
 
 
 def can_weight(placement: Placement, topology: Topology, *, sysfs: Path = SYSFS) -> bool:
-    """Whether the kernel can weight a whole process by a resolved placement, now or once we have written its weights."""
+    """Whether the kernel can apply a resolved placement's weights to a whole process, now or after ldft has written the weights."""
     if not topology.has_weighted_interleave or max(placement.weights) > MOST_KERNEL_WEIGHT:
         return False
     return kernel_has_weights(placement, topology) or _writable(placement, sysfs)
 
 
 def restore_kernel_weights(*, sysfs: Path = SYSFS, state: Path = STATE) -> bool:
-    """Put back what a run that died had changed. True when there was something. For the start of every run; never raises for lack
-    of rights, or because a run that lives holds the weights."""
+    """Restore weights that a dead run left changed; return True if there were any. Called at the start of every run. Never raises
+    for lack of permission, or because a live run holds the weights."""
     if not (state / "journal.json").exists():
         return False
     try:
@@ -86,12 +86,12 @@ def _put_back(sysfs: Path, state: Path) -> bool:
         journal: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         return False
-    # A reboot has reset the weights; what the journal knows is of another time.
+    # A reboot has reset the weights, so the journal is out of date.
     if journal["boot"] == _boot():
         for node, weight in journal["weights"].items():
             (sysfs / WEIGHTS_FOLDER / f"node{node}").write_text(f"{weight}\n")
         auto = auto_file(sysfs)
-        if journal["auto"] and auto is not None:  # writing a weight has switched it off
+        if journal["auto"] and auto is not None:  # writing a weight switched auto off
             auto.write_text("1\n")
     path.unlink()
     return True
@@ -99,7 +99,7 @@ def _put_back(sysfs: Path, state: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(state: Path, *, exclusive: bool) -> Iterator[None]:
-    """Hold the lock, or raise PlacementError that names its holder. It goes with the process, however that ends."""
+    """Hold the lock, or raise PlacementError that names its holder. The kernel releases it however the process ends."""
     path = state / "lock"
     try:
         if os.access(state.parent, os.W_OK):
@@ -119,7 +119,7 @@ def _lock(state: Path, *, exclusive: bool) -> Iterator[None]:
             holder = _holder(state)
             raise PlacementError(
                 "numa.weights",
-                f"the kernel's weights are in use by another run{holder}; there is one set a machine, wait for it",
+                f"the kernel's weights are in use by another run{holder}; a machine has one set, so wait until that run ends",
             ) from error
         yield
 

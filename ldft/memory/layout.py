@@ -1,12 +1,10 @@
-"""How a placement becomes policies over one range of memory: by the kernel as a whole, or by stripes with a policy
-each.
+"""How a placement becomes kernel policies over one range of memory: one policy for the range, or stripes with one policy each.
 
-Stripes. A range with a policy of its own is one mapping (VMA) for the kernel, and a process may have vm.max_map_count
-of them (65530 by default), shared with everything else it maps. So stripes are huge pages (2 MiB), doubled until one
-tensor has at most MOST_STRIPES of them and at most an eighth of what is left of our half of the process's limit: each
-tensor leaves seven eighths to those after it, so that it never runs out. The stripe decides only how fine nodes
-alternate, never the shares: these are exact to one page, since each node's remainder of less than a stripe follows at
-the end (csrc/stripes.cpp).
+Stripes. The kernel keeps each range with its own policy as a mapping (VMA), and a process may have vm.max_map_count of them
+(65530 by default), shared with everything else it maps. A stripe is therefore one huge page (2 MiB), doubled until a tensor has at
+most MOST_STRIPES stripes and uses at most an eighth of the mappings left in ldft's half of the limit: each tensor leaves seven
+eighths to later ones, so the half never runs out. The stripe size affects only how finely nodes alternate, not the shares: these
+are exact to one page, since each node's remainder of less than a stripe follows at the end (csrc/stripes.cpp).
 """
 
 from dataclasses import dataclass, field
@@ -19,41 +17,40 @@ from ldft.memory.topology import Topology
 MOST_STRIPES = 4096
 _STRIPE = 2 << 20
 _MAP_COUNT = Path("/proc/sys/vm/max_map_count")
-# The kernel's pattern is fixed by absolute addresses. A tensor holds whole cycles of it and one cut cycle, which puts a
-# node off its share by at most weight * (1 - share) units. More than this part of the tensor, and more than one unit,
-# is too much.
+# The kernel's interleave pattern is fixed by absolute addresses. A tensor spans whole cycles and one partial cycle, which shifts a
+# node's share by at most weight * (1 - share) units. An error above one unit and above this fraction of the tensor is too large.
 _KERNEL_ERROR = 256
 
 Range = tuple[int, int, int]
-"""(offset, bytes, node); node -1 wants nothing."""
+"""(offset, bytes, node); node -1: no node requested."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Layout:
-    """The policies over one region, and what they should lead to."""
+    """The policies over one region, and the placement they should produce."""
 
     method: str
-    """kernel: one policy; stripes: one a range; none: nothing is set."""
+    """kernel: one policy; stripes: one policy per range; none: no policy is set."""
     policy: int = 0
-    """The kernel's number of the one policy."""
+    """The kernel's number for the policy, with mechanism kernel."""
     nodes: tuple[int, ...] = ()
     ranges: list[Range] = field(default_factory=list)
-    """Covers the region: every range with the node that it wants."""
+    """Ranges that cover the region, each with its requested node."""
     allowed: frozenset[int] | None = None
-    """Nodes that any page may be on; None: any."""
+    """Nodes on which any page may be; None: all nodes."""
     shares: dict[int, float] | None = None
-    """Shares that must come out within `tolerance` pages; None: open."""
+    """Shares that must hold within `tolerance` pages; None: no shares requested."""
     tolerance: float = 0
 
     def misplaced(self, pages: dict[int, int], outside_range: int) -> int:
-        """Pages that are not where they were asked for.
+        """Number of misplaced pages.
 
-        pages: found by node, those without memory under -1. outside_range: of those with memory, the ones on another node than
-        their range wants.
+        pages: counts found by node, with pages that have no memory under -1. outside_range: number of pages that have memory but on
+        a node other than their range's.
         """
         if self.method == "none":
             return 0
-        if all(node >= 0 for _, _, node in self.ranges):  # every page has a node of its own
+        if all(node >= 0 for _, _, node in self.ranges):  # every page has a requested node
             return outside_range + pages.get(-1, 0)
         outside = sum(count for node, count in pages.items() if self.allowed is not None and node not in self.allowed)
         if self.shares is None:
@@ -66,8 +63,7 @@ class Layout:
 
 
 def plan(placement: Placement, topology: Topology, size: int, huge: bool, *, stripes: bool = False) -> Layout:
-    """The layout of `size` bytes (whole pages) under a resolved placement; `stripes` insists on those for the
-    interleaves."""
+    """The layout of `size` bytes (whole pages) with a resolved placement; `stripes` forces stripes for the interleaves."""
     whole = [(0, size, -1)]
     if placement.kind == "default":
         return Layout(method="none", ranges=whole)
@@ -101,7 +97,7 @@ def plan(placement: Placement, topology: Topology, size: int, huge: bool, *, str
 
 
 def bytes_by_node(layout: Layout, size: int) -> dict[int, int] | None:
-    """Bytes that the layout needs on each node; None where any of several nodes will do."""
+    """Bytes that the layout needs on each node; None if pages may be on any of several nodes."""
     if layout.shares is not None and layout.method == "kernel":
         return {node: int(share * size) for node, share in layout.shares.items()}
     need: dict[int, int] = {}
@@ -111,7 +107,7 @@ def bytes_by_node(layout: Layout, size: int) -> dict[int, int] | None:
 
 
 def clip(ranges: list[Range], start: int, end: int) -> list[Range]:
-    """The parts of ordered ranges that lie in [start, end)."""
+    """The parts of ordered ranges within [start, end)."""
     parts = []
     for offset, length, node in ranges:
         first, last = max(offset, start), min(offset + length, end)
@@ -121,13 +117,13 @@ def clip(ranges: list[Range], start: int, end: int) -> list[Range]:
 
 
 def _unit(huge: bool) -> int:
-    """Pages that the kernel places together."""
+    """Number of base pages that the kernel places together."""
     unit = _native.huge_page_size() if huge else 0
     return max(1, unit // _native.page_size())
 
 
 def _kernel_error(weights: tuple[int, ...], huge: bool) -> float:
-    """Pages that the kernel's interleave may put a node off its share, at most: see _KERNEL_ERROR."""
+    """Largest deviation from a node's share, in pages, of the kernel's interleave: see _KERNEL_ERROR."""
     total = sum(weights)
     return max(w * (1 - w / total) for w in weights) * _unit(huge)
 
@@ -138,5 +134,5 @@ def _most_ranges(nodes: int) -> int:
     except (OSError, ValueError):
         limit = 65530
     left = max(0, limit // 2 - _native.usage()[2])
-    # The remainders at the end are one range a node more.
+    # The remainders at the end add one range per node.
     return max(1, min(MOST_STRIPES, left // 8) - nodes)

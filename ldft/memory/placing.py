@@ -1,4 +1,4 @@
-"""Reserve, place, touch and verify one region. Everything about an allocation that needs no tensor, and no torch."""
+"""Reserve, place, touch and verify one region: the parts of an allocation that need neither a tensor nor torch."""
 
 import logging
 import os
@@ -13,47 +13,47 @@ from ldft.memory.topology import Topology, format_list
 
 log = logging.getLogger(__name__)
 
-# Free memory is looked at again before each slice: other processes, ranks of the same run among them, take from it too.
+# Check free memory again before each slice: other processes, including ranks of the same run, use it too.
 SLICE = 2 << 30
-# Below this, looking costs more than it protects: the reserve that free_memory keeps is larger.
+# Below this size the check costs more than it protects: the reserve that free_memory keeps is larger.
 _CHECK_FROM = 4 << 20
-# A CPU clears 5 to 10 GB/s; so many reach the memory bandwidth of any socket.
+# A CPU clears 5 to 10 GB/s; this many threads reach the memory bandwidth of any socket.
 _MOST_THREADS = 32
-# A first round moves huge pages or breaks them up, a second moves what was broken up, a third is for disturbances by others.
+# Round 1 moves or splits huge pages, round 2 moves the split ones, round 3 covers interference by other processes.
 _MENDING_ROUNDS = 3
 
 
 @dataclass(kw_only=True, slots=True)
 class Settings:
-    """What every allocation of this process follows."""
+    """Settings for every allocation of this process."""
 
     huge_pages: bool = True
-    """Ask for transparent huge pages; base pages where the kernel has none."""
+    """Request transparent huge pages; base pages where the kernel has none."""
     capacity_gib: float | None = None
-    """This machine's memory, GiB, for virtual machines that show less and grow as it is touched; None: what the kernel
-    says."""
+    """Memory of this machine, GiB, for virtual machines that report less and grow as memory is touched; None: as the kernel
+    reports."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """What was asked for one tensor and what came of it."""
+    """The placement requested for one tensor, and the result."""
 
     placement: Placement
-    """As asked, nodes filled in."""
+    """As requested, with nodes filled in."""
     method: str
-    """What placed it: kernel (one policy), stripes (one a range), none (kind default)."""
+    """How it was placed: kernel (one policy), stripes (one policy per range), none (kind default)."""
     bytes_needed: int
     bytes_reserved: int
     """Whole pages; nothing else is reserved for the tensor."""
     ranges: int
-    """Ranges with a policy of their own."""
+    """Number of ranges with their own policy."""
     huge_pages: bool
-    """Huge pages were asked for and the kernel agreed; how many it gives is its choice."""
+    """Whether huge pages were requested and the kernel accepted; it decides how many to use."""
     pages: dict[int, int]
-    """Base pages by node, as move_pages(2) said after touching. Empty where nothing was asked for (kind default) and that call is
-    forbidden, as by Docker's default profile: not verified."""
+    """Base pages by node, as move_pages(2) reported after touching. Empty (not verified) if no nodes were requested (kind default)
+    and the call is forbidden, as by Docker's default profile."""
     spilled_pages: int
-    """Pages elsewhere than asked for; 0 when strict."""
+    """Number of misplaced pages; 0 if strict."""
     pinned: bool = False
     place_s: float = 0.0
     touch_s: float = 0.0
@@ -67,10 +67,10 @@ settings = Settings()
 def place(
     placement: Placement, topology: Topology, needed: int, huge: bool, strict: bool
 ) -> tuple[_native.Region, Report]:
-    """A region of at least `needed` bytes under a resolved placement, all of it touched and verified.
+    """A region of at least `needed` bytes with a resolved placement, fully touched and verified.
 
-    Raises, with nothing left allocated, HostMemoryError when memory is short, when the kernel refuses, and, if `strict`, when a
-    page is not where it was asked for; NumaCallError when a call that the placement or its verification needs is forbidden.
+    Raises, with nothing left allocated, HostMemoryError if memory is short, the kernel refuses, or, if `strict`, a page is
+    misplaced; NumaCallError if a system call that the placement or its verification needs is forbidden.
     """
     page = _native.page_size()
     size = -(-needed // page) * page
@@ -78,7 +78,7 @@ def place(
     layout = plan(placement, topology, size, huge)
     region, report = _try(layout, placement, topology, needed, huge, strict)
     if report.spilled_pages and layout.method == "kernel" and layout.shares is not None and placement.method == "auto":
-        # The kernel interleaves around a full node without a word, and cannot be told which page to mend. Stripes can.
+        # The kernel silently interleaves around a full node, and cannot be told which page to move. Stripes can.
         region.release()
         layout = plan(placement, topology, size, huge, stripes=True)
         region, report = _try(layout, placement, topology, needed, huge, strict)
@@ -107,7 +107,7 @@ def _try(
             f"{placement.describe()}: the kernel did not reserve {_gib(size)} of address space ({error.strerror}); "
             "see ulimit -v and vm.overcommit_memory"
         ) from error
-    # Dropping the region on the way out of any error gives everything back.
+    # On any error, dropping the region frees everything.
     try:
         if layout.method == "stripes":
             region.place_ranges(layout.ranges)
@@ -122,7 +122,7 @@ def _try(
     touched = time.perf_counter()
     pages, wrong = _verify(region, layout, placement, topology, size)
     for _ in range(_MENDING_ROUNDS):
-        # Where there is no room there is nothing to mend, and trying has the kernel search the node for pages to reclaim.
+        # Without room, moving pages cannot help, and trying makes the kernel search the node for pages to reclaim.
         if wrong == 0 or not _has_room(layout, placement, size, pages, wrong):
             break
         before = wrong
@@ -150,8 +150,8 @@ def _try(
 
 
 def _has_room(layout: Layout, placement: Placement, size: int, pages: dict[int, int], wrong: int) -> bool:
-    """Whether what is elsewhere fits where it belongs: on each node what that node lacks, or on all of them together where any will
-    do."""
+    """Whether the misplaced pages would fit on their target nodes: each node's missing pages on that node, or, if any of the nodes
+    will do, all of them on the nodes together."""
     page = _native.page_size()
     free = {node: free_on_node(node) or 0 for node in placement.nodes}
     need = bytes_by_node(layout, size)
@@ -176,10 +176,10 @@ def _touch(region: _native.Region, layout: Layout, placement: Placement, topolog
 def _groups(
     ranges: list[Range], layout: Layout, topology: Topology, usable: frozenset[int]
 ) -> list[tuple[list[Range], list[int], int]]:
-    """Ranges with the CPUs that touch them: those nearest to the node, of the ones this process may run on.
+    """Ranges with the CPUs that touch them: of the CPUs this process may use, those nearest to the range's node.
 
-    A range that wants no node in particular is touched from the CPUs nearest to all nodes allowed to it; for kind
-    default (whatever the process does) from those of the node that the caller runs on, as memset would.
+    A range without a requested node is touched from the CPUs nearest to all its allowed nodes; for kind default (the process
+    policy), from the CPUs of the node on which the caller runs, as memset would.
     """
     by_cpus: dict[tuple[int, ...], list[Range]] = {}
     for item in ranges:
@@ -202,8 +202,7 @@ def _own_node(topology: Topology) -> int:
 def _verify(
     region: _native.Region, layout: Layout, placement: Placement, topology: Topology, size: int
 ) -> tuple[dict[int, int], int]:
-    """Pages by node, and how many are not where they were asked for. No pages: the kernel does not let us look, and nothing was
-    asked."""
+    """Pages by node, and the number of misplaced ones. No pages: the kernel forbids the query, and no nodes were requested."""
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     try:
         pages, absent, outside = region.census(layout.ranges, threads)
@@ -214,28 +213,28 @@ def _verify(
             return {}, 0
         region.release()
         raise refused(error, "move_pages", f"verifying {placement.describe()}") from error
-    if absent:  # swapped out already, or a kernel that we do not understand: not a placement to rely on
+    if absent:  # already swapped out, or an unexpected kernel: not a reliable placement
         pages[-1] = absent
     return pages, layout.misplaced(pages, outside)
 
 
 def _require_free(placement: Placement, size: int) -> None:
-    """Refuse what would have the process killed while touching it."""
+    """Refuse an allocation that would get the process killed while touching it."""
     if size < _CHECK_FROM:
         return
     capacity = None if settings.capacity_gib is None else int(settings.capacity_gib * 2**30)
     free = free_memory(capacity)
     if size > free.bytes:
         raise HostMemoryError(
-            f"{placement.describe()}: {_gib(size)} more asked for, {_gib(free.bytes)} free by {free.limit}; ask for less, free "
+            f"{placement.describe()}: {_gib(size)} more requested, {_gib(free.bytes)} free by {free.limit}; request less, free "
             "memory, or, where the machine grows as memory is touched, set memory.capacity_gib"
         )
 
 
 def _require_free_nodes(layout: Layout, placement: Placement, topology: Topology, size: int) -> None:
-    """Refuse what cannot fit on its nodes before a byte of it is touched.
+    """Refuse an allocation that cannot fit on its nodes, before touching any of it.
 
-    On a machine of one node the check of the whole machine does this, and knows better where that grows.
+    On a machine with one node, the whole-machine check does this, and handles machines that grow.
     """
     if len(topology.nodes) == 1 or layout.method == "none" or size < _CHECK_FROM:
         return
@@ -251,7 +250,7 @@ def _require_free_nodes(layout: Layout, placement: Placement, topology: Topology
             for n in placement.nodes
         )
         raise HostMemoryError(
-            f"{placement.describe()}: {_gib(size)} asked for does not fit ({rooms} free); nothing was touched. {_fix(placement)}"
+            f"{placement.describe()}: {_gib(size)} requested does not fit ({rooms} free); nothing was touched. {_fix(placement)}"
         )
 
 
@@ -267,7 +266,7 @@ def _miss(placement: Placement, report: Report, topology: Topology) -> str:
 
 def _fix(placement: Placement) -> str:
     nodes = format_list(placement.nodes)
-    return f"Ask for less, free memory on node {nodes}, choose other nodes, or allow spilling (strict=False)"
+    return f"Request less, free memory on node {nodes}, choose other nodes, or allow spilling (strict=False)"
 
 
 def _gib(size: int) -> str:

@@ -1,7 +1,7 @@
-"""Where memory shall go: one typed placement for the process and for each tensor, checked against the machine.
+"""Where memory goes: one placement type for the process and for each tensor, checked against the machine.
 
-Needs neither torch nor numpy: a worker sets its policy before it imports them, since the policy belongs to the thread
-and memory that was touched earlier stays where it is.
+Imports neither torch nor numpy: a worker must set its policy before it imports them, since a policy is per thread and memory
+touched earlier stays where it is.
 """
 
 import errno
@@ -17,7 +17,7 @@ KINDS = ("default", "bind", "preferred", "interleave", "weighted_interleave")
 METHODS = ("auto", "kernel", "stripes")
 NO_NUMA = 'choose from those, or see README, "Trying it without NUMA hardware"'
 
-# Numbers of the kernel's policies (linux/mempolicy.h); the flags that numactl may add are above them.
+# The kernel's policy numbers (linux/mempolicy.h); the flags that numactl may add are higher bits.
 MPOL_DEFAULT, MPOL_PREFERRED, MPOL_BIND, MPOL_INTERLEAVE, MPOL_LOCAL, MPOL_PREFERRED_MANY, MPOL_WEIGHTED = range(7)
 _FLAGS = 0xE000
 _MOST_STRIPES_WEIGHT = 1 << 20
@@ -25,35 +25,32 @@ MOST_KERNEL_WEIGHT = 255
 
 
 class PlacementError(ConfigError, ValueError):
-    """A placement that is wrong in itself or on this machine. One line, for the user: key, value, what is allowed, the
-    fix."""
+    """A placement that is wrong in itself or on this machine. One line, for the user: key, value, what is allowed, fix."""
 
 
 class HostMemoryError(LdftError, MemoryError):
-    """Host memory that could not be had, or not where it was asked for. One line, for the user. Nothing stays
-    allocated."""
+    """Host memory could not be allocated, or not on the requested nodes. One line, for the user. Nothing stays allocated."""
 
 
 class NumaCallError(PlacementError):
-    """A call that a placement needs is forbidden here: by a container, or by a kernel without NUMA. One line, for the user. No
-    lack of memory: less of it would be refused, too."""
+    """A system call that a placement needs is forbidden here, by a container or by a kernel without NUMA. One line, for the user.
+    Not a lack of memory: a smaller allocation would be refused as well."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Placement:
-    """Where pages shall be."""
+    """Where pages go."""
 
     kind: str = "default"
-    """default: whatever the process does. bind: on any of the nodes, nearest first, and nowhere else. preferred: the
-    same, but elsewhere when they are full. interleave: evenly over the nodes. weighted_interleave: in proportion to the
-    weights."""
+    """default: the process policy. bind: on any of the nodes, nearest first, and nowhere else. preferred: the same, but on other
+    nodes when these are full. interleave: evenly over the nodes. weighted_interleave: in proportion to the weights."""
     nodes: tuple[int, ...] = ()
-    """Node numbers. Empty for default; for the interleaves empty means every node with memory."""
+    """Node numbers. Empty for kind default; for the interleaves, empty means every node with memory."""
     weights: tuple[int, ...] = ()
-    """One positive integer a node, in their order; weighted_interleave only."""
+    """One positive integer per node, in the order of `nodes`; weighted_interleave only."""
     method: str = "auto"
-    """Who interleaves a tensor: the kernel page by page (kernel), ranges with a policy of their own (stripes), or the
-    first where it gives the shares asked for, else the second (auto)."""
+    """How to interleave a tensor. kernel: the kernel, page by page; stripes: ranges with one policy each; auto: kernel if it
+    achieves the requested shares, else stripes."""
 
     def __post_init__(self) -> None:
         # Lists come from configuration files.
@@ -70,7 +67,7 @@ class Placement:
         return text
 
     def shares(self) -> dict[int, float] | None:
-        """Node -> share of the bytes asked for, summing to 1; None where the placement leaves it open."""
+        """Node -> requested share of the bytes, summing to 1; None if the placement requests no shares."""
         if self.kind in ("bind", "preferred") and len(self.nodes) == 1:
             return {self.nodes[0]: 1.0}
         if self.kind in ("interleave", "weighted_interleave") and self.nodes:
@@ -79,13 +76,13 @@ class Placement:
         return None
 
     def validate(self, key: str = "numa") -> None:
-        """Raise PlacementError for what is wrong on any machine."""
+        """Raise PlacementError for values that are wrong on any machine."""
         _check_alone(self, key)
 
     def resolve(self, topology: Topology, key: str = "numa") -> "Placement":
-        """This placement with its nodes filled in, after checking it against the machine.
+        """This placement with its nodes filled in, checked against the machine.
 
-        Raises PlacementError, which names `key`.nodes and the like.
+        Raises PlacementError that names the key, e.g. `key`.nodes.
         """
         self.validate(key)
         if self.kind == "default":
@@ -113,13 +110,13 @@ class Placement:
             raise PlacementError(
                 f"{key}.weights",
                 f"{len(self.weights)} weight{'s' if len(self.weights) != 1 else ''} for {len(nodes)} "
-                f"node{'s' if len(nodes) > 1 else ''} ({format_list(nodes)}); give one a node",
+                f"node{'s' if len(nodes) > 1 else ''} ({format_list(nodes)}); give one per node",
             )
         return replace(self, nodes=nodes)
 
 
 def _check_alone(placement: Placement, key: str) -> None:
-    """What is wrong on any machine."""
+    """Raise PlacementError for values that are wrong on any machine."""
     kind, nodes, weights = placement.kind, placement.nodes, placement.weights
     if kind not in KINDS:
         raise PlacementError(f"{key}.kind", f"{kind!r} is unknown; choose from {', '.join(KINDS)}")
@@ -128,7 +125,7 @@ def _check_alone(placement: Placement, key: str) -> None:
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in nodes):
         raise PlacementError(f"{key}.nodes", f"{list(nodes)} must be node numbers, such as [0,3]")
     if len(set(nodes)) != len(nodes):
-        raise PlacementError(f"{key}.nodes", f"{list(nodes)} names a node twice; name each once")
+        raise PlacementError(f"{key}.nodes", f"{list(nodes)} lists a node twice; list each once")
     if kind == "default" and nodes:
         raise PlacementError(
             f"{key}.nodes", f"kind default takes no nodes, got {list(nodes)}; use kind bind or interleave"
@@ -147,8 +144,8 @@ def _check_alone(placement: Placement, key: str) -> None:
 def kernel_policy(placement: Placement) -> tuple[int, tuple[int, ...]]:
     """The kernel's policy for a resolved placement.
 
-    bind becomes "preferred": a full node then spills to another one, which is seen afterwards, where MPOL_BIND has the
-    kernel kill the process. Several preferred nodes need Linux 5.15.
+    bind becomes "preferred": if a node is full, pages spill to another node, which verification detects; with MPOL_BIND the kernel
+    would kill the process. Several preferred nodes need Linux 5.15.
     """
     if placement.kind == "default":
         return MPOL_DEFAULT, ()
@@ -160,7 +157,7 @@ def kernel_policy(placement: Placement) -> tuple[int, tuple[int, ...]]:
 
 
 def kernel_has_weights(placement: Placement, topology: Topology) -> bool:
-    """Whether the kernel's weights are, up to a common factor, those of a resolved placement."""
+    """Whether the kernel's weights equal those of a resolved placement, up to a common factor."""
     if any(node not in topology.weights for node in placement.nodes):
         return False
     ratios = {Fraction(topology.weights[n], w) for n, w in zip(placement.nodes, placement.weights, strict=True)}
@@ -168,11 +165,11 @@ def kernel_has_weights(placement: Placement, topology: Topology) -> bool:
 
 
 def set_process_policy(policy: Placement, topology: Topology | None = None, key: str = "numa") -> Placement:
-    """Make `policy` that of the calling thread and of all threads and processes that it starts from now on.
+    """Set `policy` for the calling thread and for all threads and processes that it starts later.
 
-    Call it before anything that starts threads or allocates much: what is touched already stays where it is. Returns
-    the policy with its nodes filled in. Raises PlacementError when the machine cannot do it (NumaCallError: the call is
-    forbidden), and HostMemoryError when the kernel refuses for another reason.
+    Call it before anything that starts threads or allocates much: memory already touched stays where it is. Returns the policy
+    with its nodes filled in. Raises PlacementError if the machine does not support it (NumaCallError: the system call is
+    forbidden), and HostMemoryError if the kernel refuses for another reason.
     """
     topology = topology or read_topology()
     placement = policy.resolve(topology, key)
@@ -188,10 +185,10 @@ def set_process_policy(policy: Placement, topology: Topology | None = None, key:
 
 
 def process_policy(topology: Topology | None = None) -> Placement:
-    """The policy of the calling thread as the kernel has it, whoever set it (numactl, a parent, we)."""
+    """The kernel's policy for the calling thread, whoever set it (numactl, a parent process, ldft)."""
     try:
         mode, nodes = _native.thread_policy()
-    except OSError:  # no NUMA in this kernel, or the container does not let us look
+    except OSError:  # no NUMA in this kernel, or the container forbids the query
         return Placement()
     mode &= ~_FLAGS
     if not nodes or mode in (MPOL_DEFAULT, MPOL_LOCAL):
@@ -207,26 +204,26 @@ def process_policy(topology: Topology | None = None) -> Placement:
 
 
 def is_forbidden(error: OSError) -> bool:
-    """Whether nobody may make this call here, whatever the arguments: no NUMA in the kernel, or a container's profile."""
+    """Whether this call is forbidden here for any arguments: no NUMA in the kernel, or a container's profile."""
     return error.errno in (errno.ENOSYS, errno.EPERM)
 
 
 def is_harmless(error: OSError, placement: Placement, topology: Topology) -> bool:
-    """Whether a refused call changes nothing: the only node there is was asked for."""
+    """Whether a refused call makes no difference: the machine's only node was requested."""
     return is_forbidden(error) and len(topology.nodes) == 1 and set(placement.nodes) <= {topology.nodes[0].id}
 
 
 def refused(error: OSError, call: str, what: str) -> LdftError:
-    """The error to raise where the kernel refuses a call for `what`: NumaCallError, where that is so for any arguments."""
+    """The error to raise when the kernel refuses `call` for `what`: NumaCallError if it refuses any arguments."""
     if is_forbidden(error):
-        # Docker's default profile gives the capability the policy calls, but nothing gives move_pages.
+        # In Docker's default profile, the capability SYS_NICE allows the policy calls, but nothing allows move_pages.
         # Source: moby/profiles, seccomp/default.json.
         fix = "--cap-add SYS_NICE, or " if call == "set_mempolicy" else ""
         return NumaCallError(
             "numa",
             f"{what} needs {call}, which is forbidden here ({error.strerror}); in a container use {fix}--security-opt "
-            "seccomp=unconfined, or a profile that allows mbind, set_mempolicy and move_pages; elsewhere a kernel with NUMA, or "
-            "numa=default",
+            "seccomp=unconfined, or a profile that allows mbind, set_mempolicy and move_pages; elsewhere use a kernel with "
+            "NUMA, or numa=default",
         )
     reason = {
         errno.EINVAL: f"Linux {platform.release()} does not know this policy, or the cpuset leaves none of the nodes",
@@ -236,17 +233,17 @@ def refused(error: OSError, call: str, what: str) -> LdftError:
 
 
 def weight_commands(placement: Placement) -> str:
-    """The shell commands, for root, that give the kernel the weights of a resolved placement."""
+    """The shell commands, for root, that set the kernel's weights to those of a resolved placement."""
     pairs = zip(placement.nodes, placement.weights, strict=True)
     return "; ".join(f"echo {weight} > {SYSFS / WEIGHTS_FOLDER}/node{node}" for node, weight in pairs)
 
 
 def require_kernel_weights(placement: Placement, topology: Topology, key: str, *, ratio: bool = True) -> None:
-    """Raise PlacementError when the kernel cannot weight a whole process so, or, with `ratio`, does not now."""
+    """Raise PlacementError if the kernel cannot apply these weights to a whole process or, with `ratio`, does not now."""
     if not topology.has_weighted_interleave:
         raise PlacementError(
             f"{key}.kind",
-            f"weighted_interleave for a whole process needs Linux 6.9 or later, this is {platform.release()}; "
+            f"weighted_interleave for a whole process needs Linux 6.9 or later, and this machine runs {platform.release()}; "
             "use kind interleave",
         )
     if max(placement.weights) > MOST_KERNEL_WEIGHT:

@@ -1,10 +1,10 @@
-"""How much memory processes have on each node, in numastat's categories, from our own reading of /proc/PID/numa_maps.
+"""Memory of processes by node, in numastat's categories, read directly from /proc/PID/numa_maps.
 
     python -m ldft.memory.probe PID...
 
-The kernel walks the page tables to write numa_maps: about 0.1 us a page of 4 KiB (200 GB: 5 s), a few milliseconds a
-GiB at most for huge pages. benchmarks/host_memory.py prints this machine's figures. Where the kernel has no numa_maps
-(built without NUMA) all of smaps is on node 0.
+The kernel walks the page tables to produce numa_maps: about 0.1 us per 4 KiB page (200 GB: 5 s), at most a few milliseconds per GiB
+of huge pages. benchmarks/host_memory.py prints this machine's figures. If the kernel has no numa_maps (built without NUMA),
+everything in smaps counts as node 0.
 """
 
 import sys
@@ -21,16 +21,16 @@ MIB, GIB = 1 << 20, 1 << 30
 
 @dataclass(kw_only=True, slots=True)
 class NodeMemory:
-    """Bytes that processes have on one node. Pages that several of them map are counted in each, as numastat does."""
+    """Bytes that processes have on one node. Pages shared by several processes count in each, as in numastat."""
 
     huge: int = 0
     """hugetlb pages (not transparent huge pages, which are part of the others)."""
     heap: int = 0
     stack: int = 0
     private: int = 0
-    """All the rest, files that are mapped included."""
+    """Everything else, including mapped files."""
     file: int = 0
-    """The part of private that is pages of files: program code and libraries, on whichever node first read them."""
+    """The part of `private` that is file pages: program code and libraries, on the node that first read them."""
 
     @property
     def total(self) -> int:
@@ -38,21 +38,21 @@ class NodeMemory:
 
     @property
     def anonymous(self) -> int:
-        """What the processes allocated themselves, so what their policy decided about."""
+        """Bytes that the processes allocated themselves, i.e. those that their policy placed."""
         return self.total - self.file
 
 
 @dataclass(kw_only=True, slots=True)
 class MemoryTable:
-    """Memory of some processes by node."""
+    """Memory of a set of processes by node."""
 
     nodes: dict[int, NodeMemory]
-    """Every node of the machine, also those with nothing."""
+    """Every node of the machine, including nodes that hold nothing."""
     pids: list[int] = field(default_factory=list)
-    """The processes that could be read."""
+    """Processes that could be read."""
     names: list[str] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
-    """Those that could not: ended, or another user's."""
+    """Processes that could not be read: they ended, or belong to another user."""
     source: str = "numa_maps"
     """numa_maps, or smaps where the kernel has no nodes."""
 
@@ -61,16 +61,16 @@ class MemoryTable:
         return sum(node.total for node in self.nodes.values())
 
     def rows(self) -> list[dict[str, float]]:
-        """One dictionary a node, in GiB, as the row of a run keeps them."""
+        """One dictionary per node, in GiB, as stored in a run's row."""
         return [
             {"node": id, **{f"{name}_gib": getattr(memory, name) / GIB for name in (*CATEGORIES, "total")}}
             for id, memory in sorted(self.nodes.items())
         ]
 
     def shares_since(self, earlier: "MemoryTable") -> dict[int, float]:
-        """Node -> share of the memory that the processes have allocated themselves since an earlier reading of them.
+        """Node -> share of the anonymous memory that the processes added since the reading `earlier`.
 
-        A node that lost memory counts as 0. Empty when nothing was added.
+        A node that lost memory counts as 0. Empty if nothing was added.
         """
         zero = NodeMemory()
         added = {id: max(0, m.anonymous - earlier.nodes.get(id, zero).anonymous) for id, m in self.nodes.items()}
@@ -78,7 +78,7 @@ class MemoryTable:
         return {id: size / total for id, size in sorted(added.items())} if total else {}
 
     def render(self, unit: int = MIB) -> str:
-        """The table that numastat -p prints, in MiB ("MBs") or GiB ("GBs")."""
+        """The table in the format of numastat -p, in MiB ("MBs") or GiB ("GBs")."""
         who = ", ".join(f"{pid} ({name})" for pid, name in zip(self.pids, self.names, strict=True))
         label = {MIB: "MBs", GIB: "GBs"}[unit]
         ids = sorted(self.nodes)
@@ -97,12 +97,12 @@ class MemoryTable:
 
 
 def process_memory(pids: int | Iterable[int], proc: Path = PROC, sysfs: Path = SYSFS) -> MemoryTable:
-    """Memory of the processes, summed, by node. Those that end meanwhile or may not be read are named in `missing`."""
+    """Total memory of the processes by node. Processes that end meanwhile or may not be read are listed in `missing`."""
     online = parse_list(_read(sysfs / "devices/system/node/online") or "0")
     table = MemoryTable(nodes={id: NodeMemory() for id in online})
     for pid in [pids] if isinstance(pids, int) else pids:
         folder = proc / str(pid)
-        # Read as a whole before counting: a process that ends in between counts in full or not at all.
+        # Read the whole file before counting, so that a process that ends meanwhile counts in full or not at all.
         text = _read(folder / "numa_maps")
         parse = _numa_maps
         if text is None and not (proc / "self/numa_maps").exists():
@@ -121,9 +121,9 @@ def process_memory(pids: int | Iterable[int], proc: Path = PROC, sysfs: Path = S
 
 
 def _numa_maps(text: str) -> Iterator[tuple[int, str, int, bool]]:
-    """(node, category, bytes, whether pages of a file) for each node of each mapping."""
+    """(node, category, bytes, whether file pages) for each node of each mapping."""
     for line in text.splitlines():
-        if " N" not in line:  # nothing there: most lines of a process with many libraries
+        if " N" not in line:  # no pages: most lines of a process with many libraries
             continue
         words = line.split()
         category, is_file, page = "private", False, 4096
@@ -138,7 +138,7 @@ def _numa_maps(text: str) -> Iterator[tuple[int, str, int, bool]]:
                 is_file = True
             elif name in ("huge", "heap", "stack"):
                 category = name
-        # A private mapping of a file whose pages were all written (a library's data) has become the process's own.
+        # If all pages of a private file mapping were written (a library's data), they are the process's own memory.
         if is_file and category == "private":
             pages = sum(count for _, count in counts)
             own = next((int(w[5:]) for w in words if w.startswith("anon=")), 0)

@@ -1,6 +1,6 @@
 """The NUMA nodes of this machine, read from sysfs: no libnuma, no root, milliseconds.
 
-Every function takes the root of the sysfs tree, so that a recorded tree of another machine can be read too.
+Every function takes the root of the sysfs tree, so that it can also read a tree recorded on another machine.
 """
 
 import os
@@ -10,36 +10,36 @@ from pathlib import Path
 SYSFS = Path("/sys")
 STATUS = Path("/proc/self/status")
 NVIDIA = "0x10de"
-# Since 6.9 the kernel has weighted interleave and this folder; since 6.16 also a file that lets it compute the weights
-# itself. Some builds name that file after the type that a macro turned its name into.
+# Linux 6.9 added weighted interleave and this folder; 6.16 added a file that makes the kernel compute the weights. In some builds a
+# macro turned that file's name into __auto_type.
 WEIGHTS_FOLDER = Path("kernel/mm/mempolicy/weighted_interleave")
 AUTO_FILES = ("auto", "__auto_type")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Node:
-    """One NUMA node that is online."""
+    """One online NUMA node."""
 
     id: int
     cpus: tuple[int, ...]
-    """Its CPUs; empty for memory without processors, as CXL expanders are."""
+    """Its CPUs; empty for a memory-only node, such as a CXL expander."""
     total_bytes: int
-    """Memory that the kernel manages there; 0 for a node of processors only."""
+    """Memory that the kernel manages on the node; 0 for a CPU-only node."""
     distances: dict[int, int]
-    """Distance to each online node, as the firmware tells it: 10 is local."""
+    """Distance to each online node, as the firmware reports it; 10 is local."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Topology:
-    """The machine's nodes, and what its kernel can do with them."""
+    """The machine's nodes, and its kernel's NUMA features."""
 
     nodes: tuple[Node, ...]
     gpus: dict[str, int]
-    """PCI address of each NVIDIA GPU -> its node, in the order of the addresses; -1 where the firmware does not say."""
+    """PCI address of each NVIDIA GPU -> its node, ordered by address; -1 if the firmware does not report it."""
     weights: dict[int, int]
-    """The kernel's weights for weighted interleave, node -> weight; empty where it has none (before Linux 6.9)."""
+    """The kernel's weights for weighted interleave, node -> weight; empty before Linux 6.9, which has none."""
     weights_auto: bool | None
-    """Whether the kernel computes those weights from bandwidths; None where it cannot (before 6.16)."""
+    """Whether the kernel computes those weights from bandwidths; None before Linux 6.16, which cannot."""
     allowed: tuple[int, ...] = field(default=())
     """Nodes that this process may use (its cpuset)."""
 
@@ -49,20 +49,20 @@ class Topology:
 
     @property
     def memory_nodes(self) -> tuple[int, ...]:
-        """Ids of the nodes that have memory, which we may use."""
+        """Ids of the nodes that have memory and are allowed to this process."""
         return tuple(n.id for n in self.nodes if n.total_bytes > 0 and n.id in self.allowed)
 
     def node(self, id: int) -> Node:
-        """The node of that number. Raises KeyError."""
+        """The node with this id. Raises KeyError."""
         for node in self.nodes:
             if node.id == id:
                 return node
         raise KeyError(id)
 
     def cpus_nearest(self, id: int, usable: frozenset[int] | None = None) -> tuple[int, ...]:
-        """CPUs of the node; for one without (or without a usable one), those of the nearest node that has some.
+        """CPUs of the node; if it has none that is usable, those of the nearest node that has some.
 
-        `usable`: the CPUs to choose from (default: all). Empty when none of them is known to be on any node.
+        usable: the CPUs to choose from (default: all). Empty if none of them is on a known node.
         """
         distances = self.node(id).distances
         for other in sorted(self.nodes, key=lambda n: (n.id != id, distances.get(n.id, 255), n.id)):
@@ -73,12 +73,12 @@ class Topology:
 
 
 def read_topology(sysfs: Path = SYSFS, status: Path = STATUS) -> Topology:
-    """Read the machine. `status` is the file that names the nodes allowed to this process (Mems_allowed_list)."""
+    """Read the machine. status: the file that lists the nodes allowed to this process (Mems_allowed_list)."""
     folder = sysfs / "devices/system/node"
     online = parse_list(_text(folder / "online")) if folder.is_dir() else ()
     if online:
         nodes = tuple(_node(folder / f"node{id}", id, online) for id in online)
-    else:  # a kernel without NUMA: all there is is node 0
+    else:  # a kernel without NUMA: everything is node 0
         cpus = parse_list(_text(sysfs / "devices/system/cpu/online")) or tuple(range(os.cpu_count() or 1))
         nodes = (Node(id=0, cpus=cpus, total_bytes=_physical_bytes(), distances={0: 10}),)
     weights, auto = read_weights(sysfs)
@@ -91,8 +91,7 @@ def read_topology(sysfs: Path = SYSFS, status: Path = STATUS) -> Topology:
 
 
 def read_weights(sysfs: Path = SYSFS) -> tuple[dict[int, int], bool | None]:
-    """The kernel's weights (node -> weight, empty when it has none) and whether it computes them itself (None: it
-    cannot)."""
+    """The kernel's weights (node -> weight; empty if it has none) and whether it computes them itself (None: it cannot)."""
     folder = sysfs / WEIGHTS_FOLDER
     weights = {}
     for path in folder.glob("node*"):
@@ -105,13 +104,13 @@ def read_weights(sysfs: Path = SYSFS) -> tuple[dict[int, int], bool | None]:
 
 
 def auto_file(sysfs: Path = SYSFS) -> Path | None:
-    """The file that makes the kernel compute its weights, under whichever name it has; None before Linux 6.16."""
+    """The file that makes the kernel compute its weights, under either name; None before Linux 6.16."""
     found = (sysfs / WEIGHTS_FOLDER / name for name in AUTO_FILES)
     return next((path for path in found if path.exists()), None)
 
 
 def read_meminfo(path: Path = Path("/proc/meminfo")) -> dict[str, int]:
-    """A meminfo file (the machine's, or one node's) as field -> bytes; counts without a unit stay counts."""
+    """A meminfo file (of the machine or of one node) as field -> bytes; counts without a unit stay counts."""
     fields = {}
     for line in _text(path).splitlines():
         name, _, value = line.removeprefix("Node ").lstrip("0123456789 ").partition(":")
@@ -153,7 +152,7 @@ def _node(folder: Path, id: int, online: tuple[int, ...]) -> Node:
         id=id,
         cpus=parse_list(_text(folder / "cpulist")),
         total_bytes=read_meminfo(folder / "meminfo").get("MemTotal", 0),
-        # One number an online node, in their order (node numbers may have gaps).
+        # One number per online node, in order (node numbers may have gaps).
         distances=dict(zip(online, numbers, strict=False)) or {id: 10},
     )
 
@@ -161,7 +160,7 @@ def _node(folder: Path, id: int, online: tuple[int, ...]) -> Node:
 def _gpus(sysfs: Path) -> dict[str, int]:
     gpus = {}
     for device in sorted((sysfs / "bus/pci/devices").glob("*")):
-        # 0x0300: VGA controller; 0x0302: 3D controller, as data-centre cards call themselves.
+        # 0x0300: VGA controller; 0x0302: 3D controller, the class of data-centre cards.
         if _text(device / "vendor").strip() == NVIDIA and _text(device / "class").startswith(("0x0300", "0x0302")):
             node = _text(device / "numa_node").strip()
             gpus[device.name] = int(node) if node.lstrip("-").isdigit() else -1

@@ -29,10 +29,10 @@ def _plain(value: Any) -> Any:
 
 def main() -> int:
     """`python -m ldft.results`; returns the exit code."""
-    parser = Parser(prog="python -m ldft.results", description="Work on a folder of rows.")
+    parser = Parser(prog="python -m ldft.results", description="Compact or export a folder of rows.")
     commands = parser.add_subparsers(dest="command", required=True)
     compact = commands.add_parser("compact", help="merge the rows of many runs into one file, without loss")
-    export = commands.add_parser("export", help="write all rows in one table")
+    export = commands.add_parser("export", help="write all rows as one table")
     for command in (compact, export):
         command.add_argument("results_dir", nargs="?", default="results", help="default: results")
     export.add_argument("--csv", action="store_true", required=True, help="comma-separated values, lists as JSON")
@@ -49,7 +49,7 @@ def main() -> int:
     except ResultsError as error:
         print(f"ldft: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # of --output: rows are read and merged by functions that raise ResultsError
+    except OSError as error:  # from --output: functions that read or merge rows raise ResultsError
         if error.filename is None:
             raise
         print(f"ldft: cannot write {error.filename} ({error.strerror}); name another file", file=sys.stderr)

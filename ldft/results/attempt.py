@@ -1,14 +1,14 @@
-"""The folder of one attempt: claiming it, and the small JSON files that pass between parent, ranks and onlookers.
+"""The folder of one attempt: claiming it, and the small JSON files through which parent, ranks and ldft.status communicate.
 
 results/<run_id>/attempt-<n>/
     started.json     who claimed the attempt: host, process and its start; its modification time is the heartbeat
     config.json      the resolved config (parent, before the ranks start)
-    deepspeed.json   the effective DeepSpeed config (parent, likewise)
-    rank-<r>.json    what rank r has so far (rank, after each phase and iteration)
+    deepspeed.json   the effective DeepSpeed config (parent, before the ranks start)
+    rank-<r>.json    partial results of rank r (rank, after each phase and iteration)
     worker-<r>.log   everything the rank printed
     trace.parquet    samples over time (parent, when the ranks have ended)
     row.parquet      the row (parent, last)
-Everything but the logs appears whole, by rename.
+All files except the logs are written atomically, by rename.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 
 from ldft.errors import ConfigError
 
-# A heartbeat that is older than this, of a process that cannot be looked up from here, is that of a dead one.
+# If a process cannot be looked up from here and its heartbeat is older than this, it counts as dead.
 HEARTBEAT_DEAD_S = 300.0
 HEARTBEAT_S = 10.0
 DEEPSPEED = "deepspeed.json"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that readers see whole or not at all."""
+    """Write a JSON file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(value))
@@ -45,7 +45,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, or an empty dict where there is none yet."""
+    """The content of a JSON file; an empty dict if it does not exist yet."""
     try:
         value: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
@@ -54,9 +54,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _process_start(pid: int | str) -> str | None:
-    """Start of a process in clock ticks since boot, which with its pid names it for good; None when it has ended."""
+    """Start time of a process, in clock ticks since boot: unique together with its pid. None if it has ended."""
     try:
-        # The name, in brackets, may itself hold brackets and blanks.
+        # The process name, in parentheses, may itself contain parentheses and spaces.
         values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
@@ -64,7 +64,7 @@ def _process_start(pid: int | str) -> str | None:
 
 
 def _here() -> str:
-    """The space in which a pid of ours means something: this boot of this kernel, this pid namespace."""
+    """The scope in which a pid is valid: this boot of this kernel and this pid namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # some containers hide it
@@ -73,7 +73,7 @@ def _here() -> str:
 
 
 def owner() -> dict[str, Any]:
-    """What started.json says of this process."""
+    """The content of started.json for this process."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
@@ -85,7 +85,7 @@ def owner() -> dict[str, Any]:
 
 
 def is_alive(folder: Path) -> bool:
-    """Whether the process that claimed an attempt still works on it."""
+    """Whether the process that claimed an attempt is still working on it."""
     try:
         started = read_json(folder / "started.json")
         beat = (folder / "started.json").stat().st_mtime
@@ -97,15 +97,15 @@ def is_alive(folder: Path) -> bool:
 
 
 def beat(folder: Path) -> None:
-    """Say that the attempt is still being worked on."""
+    """Update the heartbeat of an attempt."""
     os.utime(folder / "started.json")
 
 
 @contextmanager
 def beating(folder: Path) -> Iterator[None]:
-    """Say so from a thread, while the block does what may take long and has no moment to.
+    """Update the heartbeat from a thread while the block runs something long that cannot do so itself.
 
-    Not for a block that starts processes: they are forked, and a thread may hold a lock at that moment.
+    Not for a block that starts processes: they are forked, and the thread may hold a lock at that moment.
     """
     ended = threading.Event()
 
@@ -137,11 +137,11 @@ def folder_of(results_dir: Path, run_id: str, number: int) -> Path:
 
 
 def try_claim(results_dir: Path, run_id: str, number: int) -> Path | None:
-    """Claim exactly this attempt: its folder, or None where somebody else has it.
+    """Claim exactly this attempt: return its folder, or None if another process has it.
 
-    Whoever decided that a cell is to run saw attempts up to number - 1. Taking that number and no other makes decision and
-    claim one step: of several processes that decided the same, one gets it and the rest look again. The folder appears by
-    rename with its owner inside, so that no onlooker meets a claim of nobody.
+    The process that decided to run the cell saw attempts up to number - 1. Claiming exactly this number makes decision and claim
+    one step: if several processes decide the same, one gets the attempt and the others decide again. The folder appears by
+    rename with started.json inside, so that no process sees a claim without an owner.
     """
     run_dir = results_dir / run_id
     unfinished = run_dir / f".claim-{os.getpid()}"
@@ -149,7 +149,7 @@ def try_claim(results_dir: Path, run_id: str, number: int) -> Path | None:
         unfinished.mkdir(parents=True, exist_ok=True)
         write_json(unfinished / "started.json", owner())
         try:
-            # Renaming onto an empty folder would succeed, but no attempt is ever empty.
+            # Renaming onto an empty folder would succeed, but an attempt's folder is never empty.
             unfinished.rename(folder_of(results_dir, run_id, number))
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
@@ -163,7 +163,7 @@ def try_claim(results_dir: Path, run_id: str, number: int) -> Path | None:
 
 
 def claim(results_dir: Path, run_id: str) -> tuple[Path, int]:
-    """Claim the next free attempt of a run, whoever else works on it. Returns the folder and its number."""
+    """Claim the next free attempt of a run, even if others are running. Returns its folder and number."""
     while True:
         number = 1 + max(numbers(results_dir, run_id), default=0)
         folder = try_claim(results_dir, run_id, number)
@@ -172,5 +172,5 @@ def claim(results_dir: Path, run_id: str) -> tuple[Path, int]:
 
 
 def rank_report(folder: Path, rank: int) -> dict[str, Any]:
-    """The last partial result of a rank; empty where it has not reported."""
+    """The last partial results of a rank; empty if it has not reported."""
     return read_json(folder / f"rank-{rank}.json")

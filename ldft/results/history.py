@@ -1,4 +1,4 @@
-"""What a results folder tells about runs: their rows, loose or compacted, and the attempts that have none yet."""
+"""The runs in a results folder: their rows, loose or compacted, and the attempts without a row yet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldft.results.store import Reader, keys
 
 OOM = ("oom_device", "oom_host")
 
-# What decisions and views need of a row.
+# The columns that sweep decisions and views need.
 COLUMNS = [
     "run_id",
     "attempt",
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 class History:
-    """The rows of a results folder by run and attempt, read again by `refresh`; what was read once is not read again."""
+    """The rows of a results folder by run and attempt. `refresh` reads new files only."""
 
     def __init__(self, results_dir: Path) -> None:
         self.results_dir = results_dir
@@ -49,13 +49,13 @@ class History:
 
     @property
     def unreadable(self) -> dict[Path, str]:
-        """Files that cannot be read, and why."""
+        """Unreadable files, with the reason."""
         return self._reader.unreadable
 
     def refresh(self) -> None:
-        """Look at the folder again."""
+        """Read the files that are new since the last call."""
         tables = self._reader.tables()
-        blank = dict.fromkeys(COLUMNS)  # a file of an older version lacks some
+        blank = dict.fromkeys(COLUMNS)  # files of an older schema version lack some columns
         for path, table in tables.items():
             if path not in self._of_file:
                 rows = [blank | row for row in table.to_pylist()]
@@ -67,11 +67,11 @@ class History:
                 self._rows.setdefault(run_id, {})[number] = row
 
     def row(self, run_id: str, number: int) -> Row | None:
-        """The row of one attempt."""
+        """The row of one attempt, or None."""
         return self._rows.get(run_id, {}).get(number)
 
     def latest_number(self, run_id: str) -> int:
-        """The newest attempt that left a row; 0 where there is none."""
+        """Number of the newest attempt with a row; 0 if there is none."""
         return max(self._rows.get(run_id, {}), default=0)
 
     def latest_rows(self) -> list[Row]:
@@ -79,13 +79,13 @@ class History:
         return [rows[max(rows)] for rows in self._rows.values()]
 
     def num_loose(self) -> int:
-        """Rows that are in a file of their own."""
+        """Number of rows stored as loose files."""
         return sum(path.name == ROW_FILE for path in self._of_file)
 
     def newest(self, run_id: str) -> tuple[int, Row | None, bool]:
-        """A run's newest attempt: its number (0: none), its row if it has one, and whether somebody works on it.
+        """A run's newest attempt: its number (0: none), its row if it has one, and whether a process is working on it.
 
-        Call it for a decision, not `refresh`: it looks in the order in which a claim and a row come to be.
+        Use this for decisions, not `refresh`: it checks for claim and row in the order in which they are created.
         """
         claimed = max(attempt.numbers(self.results_dir, run_id), default=0)
         self.refresh()
@@ -95,12 +95,12 @@ class History:
             return number, row, False
         if attempt.is_alive(attempt.folder_of(self.results_dir, run_id, number)):
             return number, None, True
-        # It may have written its row and gone between our two looks.
+        # Its process may have written the row and ended between the two checks.
         self.refresh()
         return number, self.row(run_id, number), False
 
     def out_of_memory(self, series_id: str, tokens: int) -> Row | None:
-        """The shortest run of a series that last ran out of memory, if it was shorter than `tokens`."""
+        """Of the runs of a series whose newest attempt ran out of memory, the shortest, if shorter than `tokens`."""
         found = [
             row
             for row in self.latest_rows()

@@ -1,10 +1,10 @@
-"""Rows in files: one file a row while they are new, bigger files once they are compacted.
+"""Files of rows: one file per new row, larger files after compaction.
 
 results/<run_id>/attempt-<n>/row.parquet   a loose row, as the run wrote it
-results/rows-<time>-<pid>.parquet          rows that were merged; their loose files are gone
+results/rows-<time>-<pid>.parquet          merged rows; their loose files have been removed
 
-A file never changes under its name. A row is (run_id, attempt), and may for a while lie in two files, since a merged file
-appears before what it replaces goes: readers count it once.
+A file never changes once it has its name. A row is identified by (run_id, attempt). It may be in two files for a while, since a
+merged file appears before the files that it replaces are removed; readers count it once.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ _ATTEMPTS_TO_READ = 100
 
 
 def write_row(row: dict[str, Any], path: Path) -> None:
-    """Write one row to `path`, whole or not at all. Columns that are missing in `row` are null.
+    """Write one row to `path` atomically. Columns missing from `row` are null.
 
-    Raises ResultsError when the file cannot be written; nothing is left behind then.
+    Raises ResultsError if the file cannot be written; nothing is left behind.
     """
     target = schema()
     unknown = sorted(row.keys() - set(target.names))
     assert not unknown, f"columns without a schema entry: {unknown}"
     table = pa.Table.from_pylist([{name: row.get(name) for name in target.names}], schema=target)
-    # The temporary name is hidden and has no parquet suffix: no reader's pattern finds it.
+    # The temporary name is hidden and has no parquet suffix, so no reader's pattern matches it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            # What helps many rows is a burden to a file of one: half the size and a third of the time without it.
+            # Dictionaries, statistics and compression help only files with many rows: without them, a file of one row has half the
+            # size and takes a third of the time.
             pq.write_table(table, file, use_dictionary=False, write_statistics=False, compression="none")
             file.flush()
             os.fsync(file.fileno())
@@ -55,12 +56,12 @@ def write_row(row: dict[str, Any], path: Path) -> None:
 
 
 def merged_files(results_dir: Path) -> list[Path]:
-    """Files of compacted rows."""
+    """Files with compacted rows."""
     return sorted(results_dir.glob("rows-*.parquet"))
 
 
 def loose_files(results_dir: Path) -> list[Path]:
-    """Files of one row, in the order of run and attempt. Quick on thousands of runs, which a glob is not."""
+    """Files with one row, ordered by run and attempt. Fast for thousands of runs, unlike a glob."""
     found = []
     with os.scandir(results_dir) as runs:
         for run in runs:
@@ -73,9 +74,9 @@ def loose_files(results_dir: Path) -> list[Path]:
 
 
 class Reader:
-    """Reads a results folder, again and again if need be: files that it has seen are not read twice.
+    """Reads a results folder, repeatedly if needed: no file is read twice.
 
-    columns: the only ones to read; none given is all of them. `unreadable` tells what was wrong with which file.
+    columns: the columns to read (None: all). unreadable: file -> what is wrong with it.
     """
 
     def __init__(self, results_dir: Path, columns: list[str] | None = None) -> None:
@@ -90,9 +91,9 @@ class Reader:
     def _load(self, path: Path) -> pa.Table | None:
         if path not in self._seen and path not in self.unreadable:
             try:
-                # Threads cost more than they save on a file of one row.
+                # For a file of one row, threads cost more than they save.
                 table = pq.ParquetFile(path).read(columns=self._columns, use_threads=path.name != ROW_FILE)
-                # Types are never changed from version to version; a file that clashes is none of ours.
+                # Column types never change between versions, so ldft did not write a file whose types differ.
                 if not table.schema.equals(self._united):
                     self._united = pa.unify_schemas([self._united, table.schema], promote_options="permissive")
                 if not {"run_id", "attempt"} <= set(table.column_names):
@@ -105,11 +106,11 @@ class Reader:
         return self._seen.get(path)
 
     def tables(self) -> dict[Path, pa.Table]:
-        """What each readable file holds. A row may be in two of them."""
+        """The table in each readable file. A row may be in two of them."""
         if not self.results_dir.is_dir():
             raise ResultsError(f"{self.results_dir} is not a folder; name the results.dir of a run")
-        # A compaction that ends meanwhile takes files away, after its merged file appeared: if the merged files are the same
-        # before and after, and no file went missing under our hands, then no row was missed.
+        # A compaction that ends meanwhile removes files after its merged file has appeared. If the merged files are the same before
+        # and after, and no file disappeared during the read, then no row was missed.
         for attempt in range(_ATTEMPTS_TO_READ):
             merged = merged_files(self.results_dir)
             try:
@@ -120,18 +121,20 @@ class Reader:
             if merged_files(self.results_dir) == merged:
                 self._seen = tables
                 return tables
-        raise ResultsError(f"{self.results_dir}: its files come and go too fast to read it")
+        raise ResultsError(
+            f"{self.results_dir}: its files change too fast to read them; try again when fewer runs are writing"
+        )
 
     def load(self, files: list[Path]) -> dict[Path, pa.Table]:
-        """What each readable one of some files holds. Raises FileNotFoundError where one is gone."""
+        """The table in each of `files` that is readable. Raises FileNotFoundError if one is gone."""
         return {path: table for path in files if (table := self._load(path)) is not None}
 
     def read(self) -> pa.Table:
-        """All rows, columns of every schema version united, each row once, in the order in which the runs started."""
+        """All rows, each once, with the columns of every schema version, in the order in which the runs started."""
         return self.unite(self.tables())
 
     def unite(self, tables: dict[Path, pa.Table]) -> pa.Table:
-        """One table of several, each row once."""
+        """One table from several, with each row once."""
         united = pa.concat_tables([self._united.empty_table(), *tables.values()], promote_options="permissive")
         return _each_once(united).replace_schema_metadata(self._schema.metadata)
 
@@ -163,9 +166,9 @@ def read_table(results_dir: str | Path, columns: list[str] | None = None) -> pa.
 
 @contextmanager
 def _only_one(results_dir: Path) -> Iterator[bool]:
-    """Whether we are the only one who compacts this folder. Two would lose nothing, but merge the same rows twice.
+    """Whether this process is the only one compacting this folder. Two would lose nothing, but would merge the same rows twice.
 
-    Raises ResultsError where that cannot be known: a file system without locks, or another user's lock.
+    Raises ResultsError if this cannot be determined: a file system without locks, or another user's lock.
     """
     path = results_dir / ".compact.lock"
     with ExitStack() as held:
@@ -176,15 +179,15 @@ def _only_one(results_dir: Path) -> Iterator[bool]:
         except BlockingIOError:
             alone = False
         except OSError as error:
-            raise ResultsError(f"cannot lock {path}: {error.strerror}; rows stay in files of their own") from error
+            raise ResultsError(f"cannot lock {path}: {error.strerror}; rows stay in separate files") from error
         yield alone
 
 
 def compact(results_dir: Path) -> int:
-    """Merge every loose row, and merged files that are small, into one new file. Returns the number of loose rows merged.
+    """Merge all loose rows and small merged files into one new file. Returns the number of loose rows merged.
 
-    Safe at any moment against writers, readers and its own death: the merged file is on disk, read back and found complete
-    before anything that it replaces is removed. Raises ResultsError where it cannot be written, or the folder not be locked.
+    Safe with concurrent writers and readers, and if the process dies: the merged file is written, read back and found complete
+    before the files that it replaces are removed. Raises ResultsError if it cannot be written or the folder cannot be locked.
     """
     with _only_one(results_dir) as alone:
         if not alone:
@@ -205,7 +208,7 @@ def compact(results_dir: Path) -> int:
         target = results_dir / f"rows-{time.time_ns()}-{os.getpid()}.parquet"
         _write(united, target)
         if set(keys(pq.ParquetFile(target).read(columns=["run_id", "attempt"]))) != set(keys(united)):
-            raise ResultsError(f"{target} does not hold what was written to it; nothing was removed")
+            raise ResultsError(f"{target} does not contain what was written to it; nothing was removed")
         for path in tables:
             path.unlink()
         return sum(path in tables for path in loose)

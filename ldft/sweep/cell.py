@@ -1,4 +1,4 @@
-"""One cell of a sweep: whether it is to run, decided where it runs and from what is on disk, and then running it."""
+"""One cell of a sweep: decide whether it must run, on the machine where it would run and from the files there; then run it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FAILED = ("error", "timeout", "invalid", *OOM)
 
 
 class Do(Enum):
-    """run it; keep the row it has; leave it to the process that has claimed it; skip it with a row."""
+    """run it; keep its existing row; leave it to the process that claimed it; write a row with status skipped."""
 
     run = "run"
     keep = "keep"
@@ -33,36 +33,36 @@ class Do(Enum):
 class Decision:
     do: Do
     number: int
-    """The attempt that the decision is about: the one to claim, or the newest there is."""
+    """The attempt that the decision concerns: the one to claim, or the newest existing one."""
     reason: str = ""
 
 
 @dataclass(slots=True)
 class Done:
-    """What became of a cell in this sweep."""
+    """The outcome of a cell in this sweep."""
 
     do: Do
     row: Row | None
-    """Its newest row; None for one that runs elsewhere."""
+    """Its newest row; None if another process runs it."""
 
 
 def _stays(row: Row, config: Config) -> bool:
-    """Whether a row answers the cell, so that it is not to run again."""
+    """Whether a row is a valid result of the cell, so that the cell need not run again."""
     status = row["status"]
     if status == "interrupted":
         return False
     if row["error_type"] in (BACKSTOP, DOES_NOT_FIT):
-        return False  # judged anew, which is quick
+        return False  # decide again, which is quick
     if config.rerun is Rerun.missing:
         return True
-    # What another sweep ran since this one began is as new as what we would run ourselves.
+    # A row that another sweep wrote since this one began is as new as one from this sweep.
     if row["started_at"].timestamp() >= config.sweep.started_at:
         return True
     return config.rerun is Rerun.failed and status not in _FAILED
 
 
 def _still_does_not_fit(config: Config) -> bool:
-    """Whether a run that was refused for memory would be refused again; not so with `force`, or once others have freed theirs."""
+    """Whether a run refused for lack of memory would be refused again; False with `force`, or once enough memory is free."""
     try:
         fit.check(resolve(config))
     except ConfigError as error:
@@ -71,13 +71,13 @@ def _still_does_not_fit(config: Config) -> bool:
 
 
 def has_row(config: Config, history: History) -> bool:
-    """Whether a cell is answered by what `history` last saw; if so, it need not be launched at all."""
+    """Whether `history`, as last read, has a valid row for the cell; if so, do not launch it."""
     row = history.row(run_id(config), history.latest_number(run_id(config)))
     return row is not None and _stays(row, config)
 
 
 def decide(config: Config, history: History) -> Decision:
-    """What to do with a cell. Reads the results folder, changes nothing."""
+    """Decide what to do with a cell. Reads the results folder, changes nothing."""
     number, row, alive = history.newest(run_id(config))
     if alive:
         return Decision(Do.leave, number)
@@ -95,13 +95,13 @@ def decide(config: Config, history: History) -> Decision:
             Do.skip,
             number + 1,
             f"the same at seq_len.tokens={shorter['cfg.seq_len.tokens']} ended as {shorter['status']} "
-            f"({shorter['run_id']}/attempt-{shorter['attempt']}); sweep.oom_backstop=false runs it all the same",
+            f"({shorter['run_id']}/attempt-{shorter['attempt']}); set sweep.oom_backstop=false to run it anyway",
         )
     return Decision(Do.run, number + 1)
 
 
 def run(config: Config, history: History, show: Callable[[dict[str, Any]], None] | None = None) -> Done:
-    """Decide about a cell and do it. Returns what became of it; raises as runner.run does."""
+    """Decide what to do with a cell and do it. Returns the outcome; raises as runner.run does."""
     results_dir = parent.prepare(config)
     while True:
         decision = decide(config, history)

@@ -1,7 +1,7 @@
-"""A sweep: runs the cells of a plan one after the other, whatever becomes of each.
+"""A sweep: run the cells of a plan one after the other; a failed cell does not stop the rest.
 
-What has been done is told by the rows alone, so that a sweep that died is continued by the same command, and two may work in
-one results folder.
+Progress is stored only in the rows, so that the same command resumes a sweep that died, and two sweeps can share one results
+folder.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ldft.sweep import cell
 from ldft.sweep.plan import Cell, Plan
 from ldft.sweep.view import View
 
-# Reading a loose row costs milliseconds: more than this many are merged.
+# Reading a loose row takes milliseconds: if there are more than this many, merge them.
 _COMPACT_AT = 200
 
 
 class Sweep:
-    """Runs a plan, cell by cell in this process, which starts each cell's own; or by a launcher that takes them elsewhere."""
+    """Runs a plan: cell by cell from this process, which starts each cell's processes, or through a launcher on other machines."""
 
     def __init__(self, plan: Plan, launch_elsewhere: Callable[[list[list[str]]], None] | None = None) -> None:
         self._plan = plan
@@ -37,9 +37,9 @@ class Sweep:
         self._can_compact = True
 
     def run(self) -> int:
-        """Run every cell that needs it. Returns the exit code: 0 all ok or skipped, 1 not so, 130 interrupted.
+        """Run every cell that needs it. Returns the exit code: 0 all ok or skipped, 1 otherwise, 130 interrupted.
 
-        Raises ResultsError where a row cannot be written: no further cell could leave one.
+        Raises ResultsError if a row cannot be written, since no later cell could write one either.
         """
         if self._plan.configs[self._plan.cells[0].run_id].dry_run:
             return self._dry_run()
@@ -57,7 +57,7 @@ class Sweep:
         else:
             with signals.noting(), self._view.live():
                 left = [(index, one) for index, one in todo if self._cell(index, one) is cell.Do.leave]
-                for index, one in left:  # whoever had them may have died since
+                for index, one in left:  # their owners may have died since
                     self._cell(index, one)
         self._history.refresh()
         self._compact()
@@ -66,7 +66,7 @@ class Sweep:
         return self._view.end(self._history, signals.noted())
 
     def _dry_run(self) -> int:
-        """A line a cell: what it would take, or why it would not run, and whether it has a row already."""
+        """Print one line per cell: its estimated memory, or why it would not run, and whether it already has a row."""
         from ldft.runner import dry_run
 
         if self._results_dir.is_dir():
@@ -79,13 +79,13 @@ class Sweep:
             counts[what] += 1
             if cell.has_row(config, self._history):
                 counts["has a row"] += 1
-                line += "; has a row already"
+                line += "; already has a row"
             print(f"[{index}/{total}] {one.label}: {line}", flush=True)
         print("ldft: " + ", ".join(f"{what} {count}" for what, count in counts.items()))
         return 2 if counts["invalid"] else 0
 
     def _cell(self, index: int, one: Cell) -> cell.Do | None:
-        """Do what the cell needs. None where it came to nothing."""
+        """Do what the cell needs. None if the sweep was told to stop, or a bug in ldft stopped the cell."""
         if signals.noted():
             return None
         self._view.begin(index, one)
@@ -102,10 +102,10 @@ class Sweep:
 
     @contextmanager
     def _bug_kept(self, one: Cell) -> Iterator[None]:
-        """A bug of ldft in one cell, which has its row, is not to cost the others theirs; `run` raises it at the end."""
+        """Keep a bug in ldft that one cell hits (its row is written) from stopping the other cells; `run` raises it at the end."""
         try:
             yield
-        except LdftError:  # of the results folder: no cell could leave a row
+        except LdftError:  # about the results folder: no cell could write a row
             raise
         except Exception as error:
             self._view.say(f"ldft: internal error in {one.label}: {type(error).__name__}: {error}")
@@ -116,7 +116,7 @@ class Sweep:
             return
         try:
             store.compact(self._results_dir)
-        except (ResultsError, OSError) as error:  # rows are as good in files of their own
+        except (ResultsError, OSError) as error:  # separate files per row work as well
             self._can_compact = False
             self._view.say(f"ldft: warning: {error}")
 
@@ -128,6 +128,6 @@ class Sweep:
                 f"commit {commit} -> {new_commit}" if commit != new_commit else f"source hash {source} -> {new_source}"
             )
             self._view.say(
-                f"ldft: warning: code or config changed during the sweep ({what}): cells before and after may not compare"
+                f"ldft: warning: code or config changed during the sweep ({what}): cells before and after may not be comparable"
             )
         self._sources = sources

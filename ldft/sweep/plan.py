@@ -1,4 +1,4 @@
-"""The plan of a sweep: which cells, in what order. It lies in results/sweeps/ for onlookers; what is done, the rows tell."""
+"""The plan of a sweep: its cells and their order. Stored in results/sweeps/ for ldft.status; progress is in the rows."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from ldft.runner.measured import tokens_per_iteration
 from ldft.terminal import length
 
 Choices = dict[str, list[str]]
-"""Override texts by key: one for a value that is the same in all cells, several for one that is swept."""
+"""Override strings by key: one if the value is the same in all cells, several if it is swept."""
 
 
 @dataclass(slots=True)
 class Cell:
-    """A cell of the plan; plain data, as it lies in the plan's file."""
+    """A cell of the plan: plain data, as stored in the plan's file."""
 
     run_id: str
     label: str
-    """What tells it apart on screen: model, length, policy, and whatever else is swept."""
+    """Its name on screen: model, sequence length, policy, and the other swept keys."""
     model: str
     tokens: int
     repeat: int
@@ -48,7 +48,7 @@ class Plan:
     host: str
     cells: list[Cell]
     configs: dict[str, Config] = field(default_factory=dict, repr=False)
-    """By run_id; not in the file."""
+    """Config by run_id; not stored in the file."""
 
     @property
     def path(self) -> Path:
@@ -56,14 +56,14 @@ class Plan:
         return Path("sweeps") / f"{self.name}-{_short([cell.run_id for cell in self.cells])}.json"
 
     def save(self, results_dir: Path) -> None:
-        """Leave the plan for onlookers."""
+        """Write the plan's file, for ldft.status."""
         target = results_dir / self.path
         target.parent.mkdir(exist_ok=True)
         attempt.write_json(target, {key: value for key, value in asdict(self).items() if key != "configs"})
 
 
 def load_plans(results_dir: Path) -> list[Plan]:
-    """The plans of a results folder, the newest first. One that another version of ldft wrote may be left out."""
+    """The plans in a results folder, newest first. Plans written by another version of ldft may be left out."""
     plans = []
     for path in (results_dir / "sweeps").glob("*.json"):
         values = json.loads(path.read_text())
@@ -77,9 +77,9 @@ def _short(names: Iterable[str]) -> str:
 
 
 def grid(fixed: Choices, points: list[Choices]) -> list[list[str]]:
-    """The override lists of all cells: the product of `fixed`, times the product of each point.
+    """The override lists of all cells: the product of `fixed` times the product of each point.
 
-    What is in both is the point's business, unless `fixed` says it: the command line wins over a file.
+    A key in both is taken from `fixed`: the command line overrides a file.
     """
     cells = []
     for point in points or [{}]:
@@ -96,19 +96,19 @@ def make(
     *,
     elsewhere: bool = False,
 ) -> Plan:
-    """Compose every cell, draw the budget, repeat, and put them in order: pass by pass, each ascending in length.
+    """Compose every cell, draw the budget, repeat, and order the cells: pass by pass, each by ascending sequence length.
 
-    Short cells come first, since they tell most for the least and the back-stop learns from them; a pass over all cells comes
-    before the next, so that drift of the machine hits all cells alike. elsewhere: the cells may run on other machines than this.
-    Raises what composing raises, and ConfigError.
+    Short cells come first, since they give most information for least time and the back-stop learns from them; each pass covers
+    all cells before the next begins, so that drift of the machine affects all cells alike. elsewhere: cells may run on other
+    machines. Raises ConfigError, and whatever composing raises.
     """
     first = from_dict(compose(cells[0]))
     first.sweep.started_at = started_at
     first.sweep.validate()
     if first.repeat != 1:
-        raise ConfigError("repeat", "a sweep counts it by itself; use sweep.repeats for the number of repetitions")
+        raise ConfigError("repeat", "set by the sweep; use sweep.repeats for the number of repetitions")
     budget = first.sweep.budget
-    if 0 < budget < len(cells):  # before composing, which takes a tenth of a second a cell
+    if 0 < budget < len(cells):  # before composing, which takes a tenth of a second per cell
         drawn = random.Random(first.sweep.budget_seed).sample(range(len(cells)), budget)
         cells = [cells[index] for index in sorted(drawn)]
     found: dict[str, tuple[Config, list[str]]] = {}
@@ -121,7 +121,7 @@ def make(
         for key in ("sweep", "rerun", "results", "repeat"):
             settings.setdefault(key, set()).add(str(getattr(config, key)))
             if len(settings[key]) > 1:
-                raise ConfigError(key, "it is the same for all cells of a sweep; start several sweeps instead")
+                raise ConfigError(key, "must be the same for all cells of a sweep; start several sweeps instead")
         found.setdefault(run_id(config), (config, overrides))
     name = first.sweep.name or f"sweep-{_short(found)}"
     result = Plan(name, started_at, socket.gethostname(), [])
@@ -146,15 +146,13 @@ def make(
 
 
 def _refuse_auto(config: Config) -> None:
-    """What depends on the machine must be said where cells run on others than this: their names are made here."""
+    """Refuse machine-dependent values (auto) if cells run on other machines: their run_ids are computed here."""
     for key, value, choices in (
         ("launch.device", config.launch.device.name, "cuda or cpu"),
         ("train.precision", config.train.precision.name, "bf16, fp16 or fp32"),
     ):
         if value == "auto":
-            raise ConfigError(
-                key, f"auto: a launcher runs the cells, where there may be other devices than here; use {choices}"
-            )
+            raise ConfigError(key, f"auto: the launcher may run cells on machines with other devices; use {choices}")
 
 
 def _label(config: Config, overrides: list[str], swept: set[str], repeats: int) -> str:

@@ -1,4 +1,4 @@
-"""`python -m ldft.status [RESULTS_DIR]`: where a sweep stands, also one that runs elsewhere or has ended. Reads files only."""
+"""`python -m ldft.status [RESULTS_DIR]`: progress of a sweep, even one that runs elsewhere or has ended. Only reads files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldft.terminal import Parser
 
 
 def _line(one: Cell, history: History) -> tuple[list[str], bool]:
-    """Label, status and figures of a cell; whether it is still to come, or at work."""
+    """Label, status and figures of a cell; and whether it is pending or running."""
     number = max([history.latest_number(one.run_id), *attempt.numbers(history.results_dir, one.run_id)])
     row = history.row(one.run_id, number)
     if row:
@@ -23,16 +23,16 @@ def _line(one: Cell, history: History) -> tuple[list[str], bool]:
         return [one.label, row["status"], " ".join(words)], False
     folder = attempt.folder_of(history.results_dir, one.run_id, number)
     if not number:
-        return [one.label, "to come", ""], True
+        return [one.label, "pending", ""], True
     if not attempt.is_alive(folder):
-        return [one.label, "broken off", "its process is gone; the sweep's command runs it again"], True
+        return [one.label, "abandoned", "its process is gone; rerun the sweep's command to run it again"], True
     started = attempt.read_json(folder / "started.json")
     doing = at_work(attempt.rank_report(folder, 0), one.tokens_per_iteration)
     return [one.label, "running", f"{doing}, on {started['host']} pid {started['pid']}"], True
 
 
 def lines(plan: Plan, history: History) -> list[str]:
-    """The plan, cell by cell, then what a sweep shows at its end and the time left."""
+    """The plan, cell by cell, then the sweep's summary and the time left."""
     clock = Clock()
     table, to_come = [], []
     for index, one in enumerate(plan.cells):
@@ -42,17 +42,17 @@ def lines(plan: Plan, history: History) -> list[str]:
         if open_:
             to_come.append(one)
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(plan.started_at))
-    text = [f"sweep {plan.name}, begun {began} on {plan.host}", *columns(table), *report_lines(plan, history)]
+    text = [f"sweep {plan.name}, started {began} on {plan.host}", *columns(table), *report_lines(plan, history)]
     left = clock.left(to_come)
     return [*text, f"ldft: {left}"] if left else text
 
 
 def main() -> int:
-    """Returns the exit code: 0, 2 where the folder or the sweep does not exist, 1 where it cannot be read."""
-    parser = Parser(prog="python -m ldft.status", description="Show where a sweep stands.")
+    """Returns the exit code: 0, or 2 if the folder or the sweep does not exist, or 1 if it cannot be read."""
+    parser = Parser(prog="python -m ldft.status", description="Show the progress of a sweep.")
     parser.add_argument("results_dir", nargs="?", default="results", help="default: results")
-    parser.add_argument("--sweep", help="its name; default: the one that was begun last")
-    parser.add_argument("--watch", action="store_true", help="show it again every two seconds, until Ctrl-C")
+    parser.add_argument("--sweep", help="name of the sweep; default: the one started last")
+    parser.add_argument("--watch", action="store_true", help="refresh every two seconds until Ctrl-C")
     arguments = parser.parse_args()
     folder = Path(arguments.results_dir)
     if not folder.is_dir():
@@ -65,7 +65,8 @@ def main() -> int:
             plans = [plan for plan in load_plans(folder) if arguments.sweep in (None, plan.name)]
             if not plans:
                 print(
-                    f"ldft: {folder} holds no sweep{f' {arguments.sweep}' if arguments.sweep else ''}", file=sys.stderr
+                    f"ldft: {folder} contains no sweep{f' {arguments.sweep}' if arguments.sweep else ''}",
+                    file=sys.stderr,
                 )
                 return 2
             text = lines(plans[0], history)
@@ -76,7 +77,7 @@ def main() -> int:
                 print(f"ldft: skipped unreadable {path}: {problem}")
             others = [plan.name for plan in plans[1:]]
             if others:
-                print(f"ldft: further sweeps here (--sweep): {', '.join(dict.fromkeys(others))}")
+                print(f"ldft: other sweeps here (use --sweep): {', '.join(dict.fromkeys(others))}")
             if not arguments.watch:
                 return 0
             sys.stdout.flush()

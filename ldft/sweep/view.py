@@ -1,4 +1,4 @@
-"""What a sweep shows: a live table on a terminal, a line a cell otherwise, and a summary at the end."""
+"""Output of a sweep: a live table on a terminal, otherwise one line per cell, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHOWN = 12  # finished cells in the live table
 
 
 def place(row: Row) -> str:
-    """Where the run's memory was: by node where that is known, else in sum."""
+    """The run's memory: by node where known, else the total."""
     nodes: dict[int, float] = {}
     for entry in row.get("nodes") or []:
         nodes[entry["node"]] = nodes.get(entry["node"], 0.0) + (entry["total_gib"] or 0.0)
@@ -40,14 +40,14 @@ def place(row: Row) -> str:
 
 
 def measured(row: Row) -> list[str]:
-    """Duration, speed and place of a run, as far as it has them."""
+    """Duration, speed and memory of a run, where available."""
     speed = row.get("tokens_per_s")
     words = [seconds(row["duration_s"]) if row.get("duration_s") else "", f"{speed:.0f} tok/s" if speed else ""]
     return [word for word in [*words, place(row)] if word]
 
 
 def at_work(report: dict[str, Any], tokens_per_iteration: int) -> str:
-    """Phase and speed of a running cell, from what its rank 0 has reported."""
+    """Phase and speed of a running cell, from its rank 0's reports."""
     times = report.get("iteration_s") or []
     if report.get("phase") == "train" and times:
         return f"iteration {len(times)}, {tokens_per_iteration / times[-1]:.0f} tok/s"
@@ -55,18 +55,18 @@ def at_work(report: dict[str, Any], tokens_per_iteration: int) -> str:
 
 
 class Clock:
-    """Estimates the time left from cells that have finished: of the same model and length, else of any."""
+    """Estimates the time left from finished cells: of the same model and length, else of any."""
 
     def __init__(self) -> None:
         self._took: dict[tuple[str, int], list[float]] = {}
 
     def add(self, one: Cell, row: Row | None) -> None:
-        # A failure or a skip says nothing about how long a cell takes that works.
+        # Failed and skipped cells say nothing about the duration of a successful cell.
         if row and row["status"] == "ok" and row.get("duration_s"):
             self._took.setdefault((one.model, one.tokens), []).append(row["duration_s"])
 
     def left(self, cells: list[Cell]) -> str:
-        """'ETA 1h12m', or nothing while nothing is known."""
+        """'ETA 1h12m', or an empty string if no cell has finished."""
         everything = [took for found in self._took.values() for took in found]
         if not cells or not everything:
             return ""
@@ -76,7 +76,7 @@ class Clock:
 
 
 def summary(plan: Plan, history: History) -> list[tuple[str, list[list[str]]]]:
-    """Titled tables: the best cell of each model and length, then what did not work, with reason and log."""
+    """Titled tables: the best cell of each model and length, then skipped and failed cells with reason and log."""
     speeds: dict[tuple[str, int], dict[str, list[float]]] = {}
     bad, skipped = [], []
     sources: dict[str | None, int] = {}
@@ -102,12 +102,12 @@ def summary(plan: Plan, history: History) -> list[tuple[str, list[list[str]]]]:
     tables = [("best cell of each model and length", best), ("skipped", skipped), ("not ok", bad)]
     if len(sources) > 1:
         mixed = [[str(source), f"{count} rows"] for source, count in sources.items()]
-        tables.append(("rows of different code or config, compare with care", mixed))
+        tables.append(("rows from different code or config: compare with care", mixed))
     return [(title, lines) for title, lines in tables if lines]
 
 
 def columns(lines: list[list[str]]) -> list[str]:
-    """Lines of cells as text, aligned."""
+    """Table rows as aligned lines of text."""
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
     return ["  ".join(text.ljust(widths[i]) for i, text in enumerate(line)).rstrip() for line in lines]
 
@@ -128,7 +128,7 @@ def counted(numbers: dict[str, int]) -> str:
 
 
 class View:
-    """Shows a sweep that this process runs."""
+    """Displays a sweep that this process runs."""
 
     def __init__(self, plan: Plan, results_dir: Path) -> None:
         self._plan = plan
@@ -143,26 +143,26 @@ class View:
         self._left_elsewhere: set[str] = set()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         if self._live:
             self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
     def start(self, history: History, num_todo: int, *, elsewhere: bool = False) -> None:
-        """Say what the sweep is, and what its cells share. elsewhere: they run on other machines than this."""
+        """Print what the sweep runs, and notes that concern all its cells. elsewhere: cells run on other machines."""
         kept = self._total - num_todo
-        known = f", {kept} have their rows ({counted(counts(self._plan, history))})" if kept else ""
+        known = f", {kept} already have rows ({counted(counts(self._plan, history))})" if kept else ""
         self.say(f"ldft: sweep {self._plan.name}: {self._total} cells{known}; results in {self._results_dir}")
         for path, problem in history.unreadable.items():
             self.say(f"ldft: skipped unreadable {path}: {problem}")
         configs = self._plan.configs.values()
         for line in dict.fromkeys(line for line in map(checks.resolution, configs) if line):
             self.say(f"ldft: {line}")
-        # What the update takes depends on these alone.
+        # The warnings depend on these keys only.
         kinds = {(one.model.name, one.launch.num_ranks, one.train.precision): one for one in configs}
         for config in kinds.values() if not elsewhere else ():
-            with contextlib.suppress(ConfigError):  # a cell that is refused says so in its row
+            with contextlib.suppress(ConfigError):  # a refused cell records this in its row
                 for warning in checks.warnings(select(config)):
                     self.say(f"ldft: warning: {config.model.name}: {warning}")
         for one in self._plan.cells:
@@ -171,7 +171,7 @@ class View:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """On a terminal, a table that is kept up to date."""
+        """Show a live table on a terminal."""
         if not sys.stdout.isatty():
             yield
             return
@@ -188,7 +188,7 @@ class View:
         self.show({})
 
     def show(self, report: dict[str, Any]) -> None:
-        """Called about ten times a second while a cell runs."""
+        """Update the display; called about ten times per second while a cell runs."""
         if self._live:
             self._live.update(self._table(report), refresh=True)
 
@@ -213,7 +213,7 @@ class View:
         return table
 
     def finish(self, index: int, one: Cell, done: cell.Done) -> None:
-        """A cell has its row, or is left to somebody else."""
+        """Record that a cell has its row, or that another process runs it."""
         self._now = None
         if done.row is None:
             self._left_elsewhere.add(one.run_id)
@@ -233,11 +233,11 @@ class View:
             print(" ".join(x for x in (*self._finished[-1], self._clock.left(self._open)) if x), flush=True)
 
     def end(self, history: History, told_to_stop: str | None) -> int:
-        """The summary. Returns the exit code: 0 all ok or skipped (or at work elsewhere), 130 told to stop, else 1."""
+        """Print the summary. Returns the exit code: 0 all ok or skipped (or running elsewhere), 130 told to stop, else 1."""
         for line in report_lines(self._plan, history):
             self.say(line)
         if told_to_stop:
-            self.say(f"ldft: stopped by {told_to_stop}; the same command goes on where this one ended")
+            self.say(f"ldft: stopped by {told_to_stop}; rerun the same command to resume")
             return 130
         numbers = counts(self._plan, history)
         running = sum(
@@ -247,12 +247,12 @@ class View:
         )
         bad = sum(number for status, number in numbers.items() if status not in _GOOD) - running
         if running:
-            self.say(f"ldft: {running} cells run elsewhere: python -m ldft.status {self._results_dir}")
+            self.say(f"ldft: {running} cells run elsewhere; see python -m ldft.status {self._results_dir}")
         return 1 if bad > 0 else 0
 
 
 def report_lines(plan: Plan, history: History) -> list[str]:
-    """The end of a sweep in words, the same for the sweep itself and for an onlooker."""
+    """The summary lines of a sweep, for the sweep itself and for ldft.status."""
     lines = []
     for title, table in summary(plan, history):
         lines += [f"{title}:", *(f"  {line}" for line in columns(table))]

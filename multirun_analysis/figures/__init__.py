@@ -1,4 +1,4 @@
-"""The figures. Each function takes loaded rows and returns a matplotlib Figure, or a sentence that says why there is none."""
+"""The figures. Each function takes loaded rows and returns a matplotlib Figure, or a sentence that explains why there is none."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ __all__ = [
 def write_all(
     df: pd.DataFrame, folder: Path, *, groups: Sequence[str] = (), baseline: str | None = None
 ) -> tuple[list[Path], dict[str, str]]:
-    """Draw every figure that the rows allow as PNG and SVG, and a speed-up of each of `groups` over its `baseline`.
+    """Draw every figure that the rows allow as PNG and SVG, and for each of `groups` the speed-up over its `baseline`.
 
-    The first group's is `speedup`, the others' are `speedup_<group>`. Returns the files, and why each other figure is missing.
+    The first group's figure is `speedup`, the others are `speedup_<group>`. Returns the files, and why each missing figure is
+    missing.
     """
     written: list[Path] = []
     missing: dict[str, str] = {}

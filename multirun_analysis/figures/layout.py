@@ -1,4 +1,5 @@
-"""What figures share: one series a policy and variant, one panel a model, the band of failed cells, the finding on top."""
+"""Layout shared by figures: one series per policy and variant, one panel per model, the band of failed cells, the finding on
+top."""
 
 from __future__ import annotations
 
@@ -19,22 +20,22 @@ from matplotlib.patches import Patch
 
 from multirun_analysis import style
 
-# More bars than these in a figure cannot be read at half width; each panel gets its part, but some at least.
+# With more bars than this, a figure is unreadable at half width; panels share them, with a minimum for each.
 MAX_BARS = 16
 _LEAST_BARS = 8
-# More panels than these make no figure; the first ones (in the order of the table) are drawn and the title says so.
+# Largest number of panels; the first ones (in table order) are drawn, and the title says so.
 MAX_PANELS = 6
-# Heights in points: of the data part of a panel, and of what stands around it (title, ticks, label).
+# Heights in points: of a panel's data area, and of its surroundings (title, ticks, label).
 _DATA_PT, _AROUND_PT = 125, 65
-# In the band of failed cells: the step from cross to cross, a line of text, and the width of a letter.
+# In the band of failed cells, in points: step between crosses, height of a line of text, width of a letter.
 _CROSS_PT, _LINE_PT, _LETTER_PT = 11, 10.5, 5.0
-# What stands before a label of the legend, in points.
+# Width of the handle before a legend label, in points.
 _HANDLE_PT = 45
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One policy and variant: how it is drawn and what the legend calls it."""
+    """One policy and variant, with its style and its legend label."""
 
     policy: str
     variant: str
@@ -48,8 +49,8 @@ class Series:
 
 
 def series_of(table: pd.DataFrame) -> list[Series]:
-    """The series of a table of cells. Several policies: colour and marker are the policy's, lines tell variants apart;
-    one policy in several variants: colours and markers tell those apart."""
+    """The series in a table of cells. With several policies, colour and marker show the policy and line styles the variant;
+    with one policy in several variants, colours and markers show the variant."""
     pairs = list(dict.fromkeys(zip(table["policy"], table["variant"], strict=True)))
     pairs.sort()
     policies, variants = sorted({p for p, _ in pairs}), sorted({v for _, v in pairs})
@@ -58,7 +59,7 @@ def series_of(table: pd.DataFrame) -> list[Series]:
         place = variants.index(variant)
         colour, marker = style.policy_style(policy)
         line = style.LINES[place % len(style.LINES)]
-        if len(variants) > len(style.LINES):  # the colour alone is the policy's
+        if len(variants) > len(style.LINES):  # then only the colour shows the policy
             marker = style.MARKERS[place % len(style.MARKERS)]
             line = style.LINES[place // len(style.MARKERS) % len(style.LINES)]
         label = policy if len(variants) == 1 else f"{policy}, {variant or 'else'}"
@@ -71,7 +72,7 @@ def series_of(table: pd.DataFrame) -> list[Series]:
 
 
 def panels_of(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(title, cells) of each machine and model; the machine is named where there are several."""
+    """(title, cells) of each machine and model; the title names the machine if there are several."""
     several = table["machine"].nunique() > 1
     return [
         (f"{model}, {machine}" if several else str(model), part)
@@ -86,7 +87,7 @@ def cell_name(cell: Any) -> str:
 
 
 def grid(count: int, band_pt: float = 0) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, two a line, each with room for a band of failed cells of `band_pt` points."""
+    """A figure with `count` panels, two per row, each with room for a band of failed cells `band_pt` points high."""
     columns = min(count, 2)
     lines = -(-count // columns)
     figure = Figure(figsize=(style.WIDTH_IN, lines * (_DATA_PT + _AROUND_PT + band_pt) / 72))
@@ -106,7 +107,7 @@ def finish(figure: Figure, finding: str, handles: Sequence[Line2D | Patch] = ())
         longest = max(len(str(handle.get_label())) for handle in handles)
         columns = max(1, min(len(handles), int(78 / (longest + 7))))
         lines = -(-len(handles) // columns)
-        if columns == 1:  # a label may be longer than the figure is wide
+        if columns == 1:  # a label may be wider than the figure
             legend_font = FontProperties(family="DejaVu Sans", size=10)
             for handle in handles:
                 label = wrapped(str(handle.get_label()), legend_font, 0.97 * 72 * style.WIDTH_IN - _HANDLE_PT)
@@ -119,7 +120,7 @@ def finish(figure: Figure, finding: str, handles: Sequence[Line2D | Patch] = ())
 
 
 def wrapped(sentence: str, font: FontProperties, width_points: float) -> str:
-    """Break a sentence into lines by measured width: letters differ too much to count them."""
+    """Break a sentence into lines by measured width: letter widths differ too much to count letters."""
     renderer = RendererAgg(1, 1, 72)  # at 72 dots an inch its pixels are points
     lines = [""]
     for word in sentence.split(" "):
@@ -140,7 +141,7 @@ def colour_handles(colours: dict[str, str]) -> list[Patch]:
 
 
 def _columns_of_failures(part: pd.DataFrame) -> list[tuple[int, pd.DataFrame, list[str]]]:
-    """(length, failed cells, what happened, a word a line) of each length at which a cell failed."""
+    """(length, failed cells, what happened as one word per line) for each length at which a cell failed."""
     failed = part[part["failure"] != ""]
     found = []
     for tokens, group in failed.groupby("seq_len_tokens", sort=True):
@@ -152,7 +153,7 @@ def _columns_of_failures(part: pd.DataFrame) -> list[tuple[int, pd.DataFrame, li
 
 
 def _upright(part: pd.DataFrame, words: Sequence[str], columns: int) -> bool:
-    """Whether labels of neighbouring lengths would run into each other, so that they have to stand upright."""
+    """Whether labels of neighbouring lengths would overlap and must be rotated upright."""
     octaves = np.log2(part["seq_len_tokens"].max() / part["seq_len_tokens"].min()) + 1.2
     lengths = np.sort(part["seq_len_tokens"].unique())
     closest = np.log2(lengths[1:] / lengths[:-1]).min() if len(lengths) > 1 else octaves
@@ -161,7 +162,7 @@ def _upright(part: pd.DataFrame, words: Sequence[str], columns: int) -> bool:
 
 
 def _band(part: pd.DataFrame, columns: int) -> tuple[float, float, bool]:
-    """Points that the crosses and the words of a panel need, and whether the words stand upright."""
+    """Points that the crosses and words of a panel need, and whether the words are upright."""
     failures = _columns_of_failures(part)
     if not failures:
         return 0.0, 0.0, False
@@ -173,15 +174,15 @@ def _band(part: pd.DataFrame, columns: int) -> tuple[float, float, bool]:
 
 
 def band_points(panels: Sequence[tuple[str, pd.DataFrame]], columns: int | None = None) -> float:
-    """Height of the highest band of failed cells among the panels."""
+    """Height, in points, of the highest band of failed cells among the panels."""
     columns = columns or min(len(panels), 2)
     return max(sum(_band(part, columns)[:2]) for _, part in panels)
 
 
 def failed_band(axes: Axes, part: pd.DataFrame, series: Sequence[Series]) -> None:
-    """Mark the failed cells of a panel in a band under zero: a cross a cell at its length, what happened below it.
+    """Mark the failed cells of a panel in a band below zero: a cross per cell at its length, with the failure below it.
 
-    Call it after the data is drawn: the band's height is a part of the axis.
+    Call it after drawing the data: the band's height depends on the axis.
     """
     largest = axes.dataLim.ymax
     top = 1.08 * largest if np.isfinite(largest) and largest > 0 else 1.0
@@ -234,7 +235,7 @@ def bars(
             patch.set_gid(f"{label}|{name}")
         left = left + widths
     widest = float(left.max()) if len(left) else 0.0
-    # The longest note has room beside the longest bar.
+    # Leave room for the longest note beside the longest bar.
     width_pt = 72 * style.WIDTH_IN - 5.6 * max(map(len, labels)) - 20
     room = (5.4 * max(map(len, notes)) + 8) / max(width_pt, 100)
     axes.set_xlim(0, (widest or 1.0) / max(1 - room, 0.4))
@@ -255,7 +256,7 @@ def bars(
 
 
 def bar_panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(title, cells) of each panel of bars: all cells where they fit, else those of the longest lengths, as the title says."""
+    """(title, cells) of each panel of bars: all cells if they fit, else those of the longest lengths, as the title says."""
     panels = panels_of(table)[:MAX_PANELS]
     most = max(_LEAST_BARS, MAX_BARS // max(len(panels), 1))
     return [(title + remark, kept) for title, part in panels for kept, remark in [_longest(part, most)]]
@@ -277,7 +278,7 @@ def _longest(part: pd.DataFrame, most: int) -> tuple[pd.DataFrame, str]:
 
 
 def bar_figure(counts: Sequence[int]) -> tuple[Figure, list[Axes]]:
-    """One panel above another, as high as their bars need."""
+    """A figure with one panel above another, each as high as its bars need."""
     heights = [0.30 * count + 0.75 for count in counts]
     figure = Figure(figsize=(style.WIDTH_IN, sum(heights) + 0.3))
     axes = figure.subplots(len(counts), 1, squeeze=False, height_ratios=heights).ravel()
@@ -285,7 +286,7 @@ def bar_figure(counts: Sequence[int]) -> tuple[Figure, list[Axes]]:
 
 
 def bar_label(cell: Any, series: Sequence[Series]) -> str:
-    """`4k bind_0`: the length, and the series where there are several."""
+    """`4k bind_0`: the length, and the series if there are several."""
     name = style.length(cell.seq_len_tokens)
     if len(series) == 1:
         return name

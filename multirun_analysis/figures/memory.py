@@ -1,4 +1,4 @@
-"""Figures of memory: by node, by role, peaks against length, placement asked and found, predicted and measured."""
+"""Figures of memory: by node, by role, peaks against length, requested and actual placement, predicted and measured."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from multirun_analysis.figures.speed import NOTHING
 from multirun_analysis.style import length, number
 
 _QUANTITIES = {"vram": "VRAM", "host": "host memory"}
-# Placement lines beyond these are left out, the best-placed first.
+# Largest number of placement lines; the best-placed are left out first.
 _MAX_LINES = 14
 
 
 def memory_by_node(df: pd.DataFrame) -> Figure | str:
-    """Resident host memory after the last iteration as stacked bars, one colour a NUMA node; hosts are summed."""
+    """Resident host memory after the last iteration as stacked bars, one colour per NUMA node; hosts are summed."""
     entries = tidy.memory_by_node(df)
     if entries.empty:
         return "no ok row carries memory by node"
@@ -54,7 +54,7 @@ def memory_by_role(df: pd.DataFrame) -> Figure | str:
 
 
 def _stacked(df: pd.DataFrame, entries: pd.DataFrame, colours: dict[str, str], finding: str, axis: str) -> Figure:
-    """Bars of `gib` by `name`, one a cell: the mean over its runs. Failed cells keep an empty bar with the reason."""
+    """Bars of `gib` by `name`, one per cell: the mean over its runs. Failed cells have an empty bar with the reason."""
     runs = entries.groupby([*tidy.CELL, "run_id", "attempt"])["gib"].count().groupby(tidy.CELL).count()
     sums = entries.groupby([*tidy.CELL, "name"])["gib"].sum().unstack("name", fill_value=0.0).div(runs, axis=0)
     table = tidy.cells(df)
@@ -79,7 +79,7 @@ def _stacked(df: pd.DataFrame, entries: pd.DataFrame, colours: dict[str, str], f
 
 
 def peak_memory(df: pd.DataFrame) -> Figure | str:
-    """Peak device memory (where rows have it) and peak host memory against sequence length; failed cells in a band."""
+    """Peak device memory (if rows have it) and peak host memory against sequence length; failed cells in a band."""
     table = tidy.cells(df)
     if table.empty:
         return NOTHING
@@ -90,7 +90,7 @@ def peak_memory(df: pd.DataFrame) -> Figure | str:
     panels = layout.panels_of(table)[: layout.MAX_PANELS]
     series = layout.series_of(table)
     with style.styled():
-        # Both quantities of a model stand beside each other.
+        # A model's two quantities are side by side.
         places = [(name, panel) for panel in panels for name in present]
         figure, axes_list = layout.grid(len(places), layout.band_points(panels, columns=min(len(places), 2)))
         for axes, (name, (title, part)) in zip(axes_list, places, strict=True):
@@ -104,7 +104,7 @@ def _peak_panel(axes: Axes, name: str, title: str, part: pd.DataFrame, series: l
     for place, one in enumerate(series):
         ok = one.of(part).dropna(subset=[name]).sort_values("seq_len_tokens")
         if len(ok):
-            # Policies often need the same: markers beside each other show that all of them are there.
+            # Policies often need the same memory: shift markers sideways so that all are visible.
             x = ok["seq_len_tokens"] * 2 ** (0.06 * (place - (len(series) - 1) / 2))
             (line,) = axes.plot(x, ok[name], color=one.colour, marker=one.marker, linestyle=one.line, label=one.label)
             line.set_gid(f"{name}|{title}|{one.label}")
@@ -135,10 +135,10 @@ def _growth(table: pd.DataFrame, name: str) -> str:
 
 
 def placement(df: pd.DataFrame) -> Figure | str:
-    """Share of each role asked of a node (ring) and found on it (dot), mean over ranks; the worst lines first."""
+    """Share of each role requested on a node (ring) and found there (dot), mean over ranks; the worst lines first."""
     entries = tidy.placement(df)
     if entries.empty:
-        return "no ok row carries placement asked and found"
+        return "no ok row has requested and actual placement"
     keys = [*tidy.CELL, "role", "node"]
     table = entries.groupby(keys, as_index=False)[["share", "requested_share", "difference"]].mean()
     lines = ["machine", "model", "seq_len_tokens", "policy", "variant", "role"]
@@ -206,7 +206,7 @@ def predicted(df: pd.DataFrame) -> Figure | str:
                     dots.set_gid(f"{quantity}|{one.label}")
             axes.set(xscale="log", yscale="log", xlim=edge, ylim=edge, xlabel="measured peak (GiB)")
             for axis in (axes.xaxis, axes.yaxis):
-                # Few ticks, chosen by the values: the usual ones of a short logarithmic axis run into each other.
+                # Few ticks, chosen by the values: the default ticks of a short logarithmic axis overlap.
                 axis.set_major_locator(FixedLocator(_ticks(*edge)))
                 axis.set_minor_locator(NullLocator())
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -223,7 +223,8 @@ def predicted(df: pd.DataFrame) -> Figure | str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """At most six round numbers (1, 2, 5 times a power of ten, or powers alone) from `low` to `high`; two where none lies there."""
+    """At most six round numbers (1, 2, 5 times a power of ten, or powers only) from `low` to `high`; the two ends if there is
+    none."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
         ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]

@@ -14,7 +14,7 @@ from multirun_analysis.figures import layout
 from multirun_analysis.style import number
 
 NO_TRACE = "no row has a trace; runs leave one with monitor.interval_s above 0"
-# Phases as the axis calls them, and the part of the axis that a letter takes.
+# Phase names on the axis, and the fraction of the axis that a letter takes.
 _NAMES = {"checkpoint_buffers": "buffers", "train": "training", "teardown": "end"}
 _LETTER = 0.0125
 _LINK = {"rx": ("#009E73", "to the GPU"), "tx": ("#CC79A7", "from the GPU")}
@@ -134,7 +134,7 @@ def _peak_label(axes: Axes, x: float, y: float, end: float) -> None:
 
 
 def _mark_phases(panels: list[Axes], trace: pd.DataFrame) -> None:
-    """A line where each phase begins, the phases that prepare on grey; names above the data where there is room for them."""
+    """Draw a line where each phase begins, with preparation phases on grey; put names above the data where there is room."""
     found, end = traces.phases(trace), max(float(trace["elapsed_s"].iloc[-1]), 1e-3)
     names = [(phase.begin_s, phase.end_s, _NAMES.get(phase.phase, phase.phase)) for phase in found.itertuples()]
     named = [name for name in names if _has_room(*name, end)]

@@ -12,12 +12,12 @@ from multirun_analysis.figures import layout
 from multirun_analysis.style import length, number
 
 NOTHING = "no row to draw"
-# Speed-ups of one model over another or of one length over another answer no question.
+# A speed-up of one model or length over another would be meaningless.
 _NEVER_COMPARED = {"model", "numa", "seq_len", *rows.SAME_CELL}
 
 
 def throughput(df: pd.DataFrame) -> Figure | str:
-    """tokens/s against sequence length: a point a cell, its bar the 10-90% range of iterations; failed cells in a band."""
+    """tokens/s against sequence length: one point per cell, its bar the 10-90% range of iterations; failed cells in a band."""
     table = tidy.cells(df)
     if table.empty:
         return NOTHING
@@ -40,10 +40,10 @@ def _throughput_panel(axes, title: str, part: pd.DataFrame, series: list[layout.
         ok = ok[ok["status"] == "ok"].sort_values("seq_len_tokens")
         if ok.empty:
             continue
-        # Points of one length stand a little beside each other, so that their ranges can be told apart.
+        # Shift points of one length sideways so that their ranges do not overlap.
         x = ok["seq_len_tokens"] * 2 ** (0.05 * (place - (len(drawn) - 1) / 2))
         y = ok["tokens_per_s"]
-        # One run's median lies inside its range; the median over runs may lie outside a pooled one by rounding.
+        # A run's median is inside its range; the median over runs may be outside the pooled range by rounding.
         low, high = (y - ok["tokens_per_s_p10"]).clip(lower=0), (ok["tokens_per_s_p90"] - y).clip(lower=0)
         drawn_line = axes.errorbar(
             x,
@@ -85,7 +85,7 @@ def _throughput_finding(table: pd.DataFrame) -> str:
 
 
 def phases(df: pd.DataFrame) -> Figure | str:
-    """Seconds of an iteration as stacked bars of forward, backward and step; failed cells keep an empty bar with the reason."""
+    """Seconds of an iteration as stacked bars of forward, backward and step; failed cells have an empty bar with the reason."""
     table = tidy.cells(df)
     if table.empty:
         return NOTHING
@@ -121,7 +121,7 @@ def _phases_finding(df: pd.DataFrame) -> str:
 
 
 def groups_to_compare(df: pd.DataFrame) -> list[str]:
-    """The config groups in which rows differ that agree in all else, the policy first: what these rows can compare."""
+    """The config groups that these rows can compare, policy first: rows differ in the group and agree in everything else."""
     names = {name.removeprefix("cfg.").split(".")[0] for name in df.columns if name.startswith("cfg.")}
     df = rows.live(df)
     found = ["numa"] if df["policy"].nunique() > 1 and len(comparison.compare(df, by="numa")) else []
@@ -132,12 +132,12 @@ def groups_to_compare(df: pd.DataFrame) -> list[str]:
 
 
 def speedup(df: pd.DataFrame, by: str | None = None, baseline: str | None = None) -> Figure | str:
-    """Speed over the baseline's against length, with 95% intervals; hollow where they hold no difference."""
+    """Speed-up over the baseline against length, with 95% intervals; hollow markers where the interval includes no difference."""
     if df.empty:
         return NOTHING
     by = by or next(iter(groups_to_compare(df)), None)
     if by is None:
-        return "nothing to compare: the rows hold one option of every group"
+        return "nothing to compare: the rows have one option of every group"
     baseline = baseline or comparison.default_baseline(df, by)
     table = comparison.compare(df, by=by, baseline=baseline)
     ok = table[table["speedup"].notna()]
@@ -146,7 +146,7 @@ def speedup(df: pd.DataFrame, by: str | None = None, baseline: str | None = None
     named = rows.option_name(by, baseline)
     with style.styled():
         panels = layout.panels_of(ok)[: layout.MAX_PANELS]
-        # The series of all cells, so that a series looks as it does in the other figures.
+        # Series are taken from all cells, so that each looks the same as in the other figures.
         series = [s for s in layout.series_of(tidy.cells(df)) if len(s.of(ok))]
         figure, axes_list = layout.grid(len(panels))
         for axes, (title, part) in zip(axes_list, panels, strict=True):

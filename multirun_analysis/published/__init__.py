@@ -1,4 +1,4 @@
-"""Published figures, typed as small tables (each file names its source in its first line), and what follows from them."""
+"""Published figures as small tables (the first line of each file names its source), and quantities derived from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from multirun_analysis import style
 from multirun_analysis.figures import layout
 
 FOLDER = Path(__file__).resolve().parent
-# Below these parameters the process itself (interpreter, libraries) is more than the model's state.
+# For models with fewer parameters than this, the process itself (interpreter, libraries) exceeds the model's state.
 LEAST_PARAMETERS = 5e8
 
 
@@ -23,10 +23,10 @@ def _table(name: str) -> pd.DataFrame:
 def state_gib(
     parameters: pd.Series, num_ranks: pd.Series, tokens: pd.Series, num_layers: pd.Series, hidden_size: pd.Series
 ) -> pd.Series:
-    """GiB of host memory that ZeRO-3 with full offload and checkpoints in host memory cannot do without.
+    """Minimum host memory, GiB, of ZeRO-3 with full offload and checkpoints in host memory.
 
-    20 bytes a parameter (16-bit weights and gradients, fp32 gradients, master weights and two moments) and one 16-bit input
-    a layer for each of `tokens` (sequence length times micro-batch) of each rank.
+    20 bytes per parameter (16-bit weights and gradients, fp32 gradients, master weights and two moments), and one 16-bit input
+    per layer for each of `tokens` (sequence length times micro-batch) on each rank.
     """
     return (20 * parameters + 2 * num_ranks * tokens * num_layers * hidden_size) / 2**30
 
@@ -41,9 +41,9 @@ def training() -> pd.DataFrame:
 
 
 def optimizer_steps() -> pd.DataFrame:
-    """Milliseconds of a published Adam step by placement, with the time that the single nodes predict for each weighting.
+    """Milliseconds of a published Adam step by placement, with the time predicted for each weighting from the single nodes.
 
-    The prediction: each node works through its share alone and the slowest one decides, T = max(share x time alone).
+    The prediction: nodes process their shares in parallel and the slowest decides, T = max(share x time alone).
     """
     table = _table("optimizer_step")
     for cxl in (1, 2, 3, 4):
@@ -54,14 +54,14 @@ def optimizer_steps() -> pd.DataFrame:
 
 
 def copies() -> pd.DataFrame:
-    """Published copy bandwidths by node set, GiB/s a GPU."""
+    """Published copy bandwidths by node set, GiB/s per GPU."""
     return _table("copies")
 
 
 def comparable(df: pd.DataFrame) -> pd.DataFrame:
-    """Our ok rows that the published memory figures say something about: full offload of a model of real size.
+    """ldft's ok rows that are comparable with the published memory figures: full offload of a model of real size.
 
-    Adds need_gib and host_over_need. Checkpoints count as host memory where they wait there.
+    Adds need_gib and host_over_need. Checkpoints count as host memory if they are kept there.
     """
     found = df[df["ok"] & (df["parameters"] >= LEAST_PARAMETERS) & (df["cfg.offload.optimizer"] == "cpu")]
     found = found[found["cfg.offload.parameters"] == "cpu"]
@@ -74,7 +74,7 @@ def comparable(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def host_memory(df: pd.DataFrame) -> Figure:
-    """Host memory over what the state needs: the published runs, and ours where they are comparable."""
+    """Host memory relative to what the state needs: the published runs, and comparable ldft runs."""
     theirs, ours = training().dropna(subset=["need_gib"]), comparable(df)
     labels = [f"{row.model} {style.length(row.seq_len_tokens)}, {row.setup}" for row in theirs.itertuples()]
     labels += [f"{row.model} {style.length(row.seq_len_tokens)} {row.policy}, ours" for row in ours.itertuples()]

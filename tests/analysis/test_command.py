@@ -66,7 +66,7 @@ def test_a_single_row_is_enough(rows, capsys) -> None:
 
 def test_no_rows_is_one_line(tmp_path: Path, capsys) -> None:
     code, out, err = _run(capsys, tmp_path)
-    assert (code, err) == (0, "") and out == f"no rows in {tmp_path}; python -m ldft writes one a run\n"
+    assert (code, err) == (0, "") and out == f"no rows in {tmp_path}; python -m ldft writes one per run\n"
 
 
 def test_a_folder_that_is_not_there_is_one_line(capsys) -> None:

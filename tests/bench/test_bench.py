@@ -60,7 +60,7 @@ def test_a_profile_is_not_made_from_caches(tmp_path: Path) -> None:
     line = ("nodes", "--sizes", "1M", "--processes", "1", "--repeats", "1", "--kernels", "adam", "--profile", str(kept))
     done = say("ldft.bench", *line, cwd=tmp_path, env={})
     assert done.returncode == 0 and kept.read_text() == "kept", done.stderr
-    assert "profile.json is left as it was: arrays of 1.00 MiB may lie in caches" in done.stdout
+    assert "profile.json is unchanged: arrays of 1.00 MiB may fit in caches" in done.stdout
     assert profile.least_size(256 << 20) >= 64 << 20 and profile.least_size(8 << 20) == 8 << 20
 
 
@@ -78,8 +78,8 @@ def test_a_profile_takes_the_update_on_every_node() -> None:
     ("arguments", "line"),
     [
         ("--nodes 99", "--nodes: node 99 does not exist"),
-        ("--weights 1:0", "--weights: 1:0: no node set takes it; name one of as many nodes"),
-        ("--sizes 900G --processes 2", "--sizes: 900.00 GiB: 4 arrays of it in each of 2 processes are more than the"),
+        ("--weights 1:0", "--weights: 1:0: fits no node set; with --nodes, name a set of as many nodes"),
+        ("--sizes 900G --processes 2", "--sizes: 900.00 GiB: 4 arrays of this size in each of 2 processes exceed the"),
         ("--rows /proc/x/rows.parquet", "--rows: cannot write /proc/x/rows.parquet (No such file or directory); name"),
         ("--profile /proc/x/y", "--profile: cannot write /proc/x/y (No such file or directory); name a file"),
         ("--repeats 0", "--repeats: 0 is too small; use 1 or more"),
@@ -122,7 +122,9 @@ def test_copies_without_a_gpu_are_left_out_with_a_line(tmp_path: Path) -> None:
     env = {"CUDA_VISIBLE_DEVICES": "", "XDG_CONFIG_HOME": str(tmp_path)}
     done = say("ldft.bench", "nodes", "--kernels", "h2d", "--processes", "1", "--sizes", "1M", cwd=tmp_path, env=env)
     assert done.returncode == 1
-    assert done.stdout == "ldft: 1 process: left out: copies (h2d) take a GPU a process, none visible\n", done.stderr
+    assert done.stdout == "ldft: 1 process: left out: copies (h2d) need one GPU per process, none visible\n", (
+        done.stderr
+    )
 
 
 def test_kernels_do_what_they_are_named_after() -> None:

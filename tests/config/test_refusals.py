@@ -77,9 +77,9 @@ WRONG_FILES = {
     (
         "local/default",
         "system: box1\n",
-    ): "F: its keys count as keys of local; make '# @package _global_' its first line",
-    ("local/default", OVERRIDE): "F: its keys count as keys of local; make '# @package _global_' its first line",
-    ("local/default", ""): "F: its keys count as keys of local; make '# @package _global_' its first line",
+    ): "F: Hydra reads its keys as keys of local; make '# @package _global_' its first line",
+    ("local/default", OVERRIDE): "F: Hydra reads its keys as keys of local; make '# @package _global_' its first line",
+    ("local/default", ""): "F: Hydra reads its keys as keys of local; make '# @package _global_' its first line",
     (
         "local/default",
         f"{GLOBAL}model: nano\n",
@@ -109,7 +109,7 @@ WRONG_FILES = {
     (
         "local/default",
         GLOBAL + OVERRIDE.replace("override ", ""),
-    ): "model: a config file chooses it once more; write '- ove",
+    ): "model: a config file chooses it a second time; write '- ove",
     ("model/mine", "famly: llama\n"): "model.famly: no such key (in F); did you mean model.family?",
     ("model/mine", "- family\n"): "model: ['family'] in F does not fit; give an option (model=...) or a key below it",
 }

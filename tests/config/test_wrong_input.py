@@ -50,8 +50,8 @@ WRONG = {
     "model=foo": ["model: 'foo' does not exist", "use one of gemma2_9b, llama3_1b", "tiny"],
     "model=lama3_8b": ["model: 'lama3_8b'", "did you mean model=llama3_8b?"],
     "numa=weighted": ["numa: 'weighted' does not exist", "default"],
-    "sweep=smoke": ["sweep: 'smoke' is added to the config, with a plus sign; use +sweep=smoke"],
-    "-m sweep=smoke": ["sweep: 'smoke' is added to the config, with a plus sign; use +sweep=smoke"],
+    "sweep=smoke": ["sweep: 'smoke' is not in the defaults list, so it needs a plus sign; use +sweep=smoke"],
+    "-m sweep=smoke": ["sweep: 'smoke' is not in the defaults list, so it needs a plus sign; use +sweep=smoke"],
     "-m +sweep=smok": ["sweep: 'smok' does not exist; did you mean +sweep=smoke?"],
     "model.layres=2": ["model.layres: no such key (value 2); did you mean model.num_layers?"],
     "train.iteration=7": ["train.iteration: no such key (value 7); did you mean train.iterations?"],
@@ -85,7 +85,7 @@ WRONG = {
     "system={": ["system: cannot read {", "quote"],
     "system=${nowhere}": ["system: Interpolation key 'nowhere' not found", "name a key that exists"],
     # values and combinations
-    "train.iterations=2": ["train.warmup_iterations: 2 leaves none of train.iterations=2", "fewer warm-ups"],
+    "train.iterations=2": ["train.warmup_iterations: 2 leaves none of train.iterations=2", "fewer warm-up iterations"],
     "seq_len.tokens=0": ["seq_len.tokens: 0 is too short", "2 or more"],
     "optimizer.learning_rate=-1e-4": ["optimizer.learning_rate: -0.0001 is not positive", "above 0"],
     "optimizer.learning_rate=inf": ["optimizer.learning_rate: inf is not finite", "use a number"],
@@ -111,7 +111,7 @@ WRONG = {
     "model=nano checkpointing.layers=3": ["checkpointing.layers: 3: the model has 2 layers; use 0 to 2, or -1 for all"],
     "checkpointing=none checkpointing.layers=2": ["checkpointing.layers: 2 needs checkpointing=cpu or gpu", "at -1"],
     "checkpointing.layers=0 checkpointing.keep_attention=host": [
-        "checkpointing.keep_attention: host needs layers that are checkpointed",
+        "checkpointing.keep_attention: host needs checkpointed layers",
         "use none",
     ],
     "attention=eager checkpointing.keep_attention=device": [
@@ -123,7 +123,7 @@ WRONG = {
         "leave it at 1",
     ],
     "offload=nvme": ["offload.nvme_path: empty; name a folder on a fast local disk"],
-    "offload.nvme_path=$F": ["offload.nvme_path: '", "is not used", "use offload=nvme or leave it"],
+    "offload.nvme_path=$F": ["offload.nvme_path: '", "is not used", "use offload=nvme or leave it out"],
     "offload=nvme offload.nvme_path=$F/good.txt": ["offload.nvme_path: cannot create", "good.txt", "local disk"],
     "offload=nvme offload.nvme_path=/proc/nowhere": ["offload.nvme_path: cannot create /proc/nowhere"],
     "offload=nvme offload.nvme_path=$F model=llama3_70b model.num_layers=8000": [
@@ -154,12 +154,12 @@ WRONG = {
         "optimizer.fused_step: true: offload.deepspeed has zero_force_ds_cpu_optimizer"
     ],
     "optimizer.name=sgd": ["optimizer.name: 'sgd' does not exist; use adamw or lion"],
-    "train.loss_scale=8": ["train.loss_scale: 8 has no use with train.precision=bf16", "fp16"],
+    "train.loss_scale=8": ["train.loss_scale: 8 has no effect with train.precision=bf16", "fp16"],
     "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],
     "monitor.interval_s=-1": ["monitor.interval_s: -1 is too short", "use 0.05 seconds or more, or 0 for no trace"],
     "monitor.interval_s=0.01": ["monitor.interval_s: 0.01 is too short"],
     "monitor.intervall_s=1": ["monitor.intervall_s", "interval_s"],
-    "memory.capacity_gib=-1": ["memory.capacity_gib: -1 is no size", "above 0"],
+    "memory.capacity_gib=-1": ["memory.capacity_gib: -1 is negative", "above 0"],
     "numa=roles_0_3 memory.pinning=torch": ["memory.pinning: torch leaves tensors", "exact or none"],
     "numa.roles.momentum.nodes=[0] memory.pinning=torch": ["memory.pinning: torch leaves tensors"],
     "numa.roles.momentum.nodes=[0,99]": ["numa.roles.momentum.nodes: node 99 does not exist", "choose from those"],
@@ -175,8 +175,8 @@ WRONG = {
     "numa.roles.momentum.weights=[2]": [
         "numa.roles.momentum.weights: [2] without nodes; add numa.roles.momentum.nodes"
     ],
-    "numa.local_budget_gib=-1": ["numa.local_budget_gib: -1 is negative", "use 0 for all there is"],
-    "numa.local_nodes=[0] numa.cxl_nodes=[0]": ["numa.cxl_nodes: node 0 is in numa.local_nodes, too"],
+    "numa.local_budget_gib=-1": ["numa.local_budget_gib: -1 is negative", "use 0 for all available memory"],
+    "numa.local_nodes=[0] numa.cxl_nodes=[0]": ["numa.cxl_nodes: node 0 is also in numa.local_nodes"],
     "numa=local_only numa.local_nodes=[99]": ["numa.local_nodes: node 99 does not exist", "choose from those"],
     "numa=local_only memory.pinning=torch": ["memory.pinning: torch leaves tensors", "exact or none"],
     "numa.bandwidth={node0:{cpu:fast}}": ["numa.bandwidth: node0.cpu: 'fast'", "{cpu:278,h2d:55,d2h:55}", "GB/s"],
@@ -208,7 +208,7 @@ WRONG = {
     "kernels.liger=1.5": ["kernels.liger: '1.5'", "true or false"],
     "lora.rank=-1": ["lora.rank: -1 is negative", "0 for none"],
     "lora=r16 lora.rank=0": ["lora.rank: 0 contradicts lora=r16", "use lora=none"],
-    "lora.alpha=16": ["lora.alpha: 16.0 has no use without adapters", "lora=r16"],
+    "lora.alpha=16": ["lora.alpha: 16.0 has no effect without adapters", "lora=r16"],
     "lora=r8 lora.dropout=1": ["lora.dropout: 1 is out of range", "0 to below 1"],
     "lora=r8 lora.target_modules=q_proj": ["lora.target_modules: 'q_proj'", "a list of texts", "[a,b]"],
     "lora=r8 lora.target_modules=[q_projj]": [

@@ -142,7 +142,7 @@ def test_every_kind_places_on_this_machine(kind, method):
 def test_wrong_nodes_and_sizes_are_refused():
     with pytest.raises(PlacementError, match=r"placement.nodes: node 63 does not exist on this machine"):
         allocate(10, torch.uint8, Placement(kind="bind", nodes=(63,)))
-    with pytest.raises(HostMemoryError, match=r"65536.00 GiB more asked for, .* free by .*memory.capacity_gib"):
+    with pytest.raises(HostMemoryError, match=r"65536.00 GiB more requested, .* free by .*memory.capacity_gib"):
         allocate(1 << 46, torch.uint8, HERE)
     with pytest.raises(ValueError, match="negative"):
         allocate((-1, 2), torch.uint8, HERE)
@@ -169,7 +169,7 @@ def test_strict_refuses_a_miss_and_keeps_nothing(monkeypatch):
             "28.0 KiB of 8.0 MiB went elsewhere",
             "now free node",
             "nothing was kept",
-            "Ask for less",
+            "Request less",
         ):
             assert part in text.replace("0.0 MiB of", "28.0 KiB of")
         assert "\n" not in text

@@ -33,7 +33,7 @@ def topology(sysfs, status):
         ),
         (Placement(kind="bind", nodes=(5,)), "numa.nodes: node 5 has no memory (nodes with memory: 0-2)"),
         (Placement(kind="bind"), "numa.nodes: kind bind needs at least one node"),
-        (Placement(kind="interleave", nodes=(0, 0)), "numa.nodes: [0, 0] names a node twice"),
+        (Placement(kind="interleave", nodes=(0, 0)), "numa.nodes: [0, 0] lists a node twice"),
         (Placement(kind="interleave", nodes=(-1,)), "numa.nodes: [-1] must be node numbers"),
         (Placement(kind="default", nodes=(0,)), "numa.nodes: kind default takes no nodes"),
         (Placement(kind="interleave", weights=(1,)), "numa.weights: kind interleave takes no weights"),

@@ -61,7 +61,7 @@ def test_weights_that_the_kernel_cannot_have_stripe_the_arenas_instead(ldft) -> 
     ("arguments", "key"),
     [
         (("numa=weighted_0_3", "numa.nodes=[0,99]"), "numa.nodes: node 99 does not exist on this machine (online:"),
-        (("numa=interleave_0_3", "numa.nodes=[0,0]"), "numa.nodes: [0, 0] names a node twice"),
+        (("numa=interleave_0_3", "numa.nodes=[0,0]"), "numa.nodes: [0, 0] lists a node twice"),
         (("numa=weighted_0_3", "numa.weights=[1]"), "numa.weights: 1 weight for 2 nodes"),
         (("numa=default", "numa.nodes=[0]"), "numa.nodes: kind default takes no nodes"),
     ],

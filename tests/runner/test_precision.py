@@ -94,4 +94,4 @@ def test_bf16_by_name_is_obeyed_and_its_price_said(ldft: Callable[..., Done]) ->
 
 def test_it_must_not_be_left_to_the_run(ldft: Callable[..., Done]) -> None:
     done = ldft("+asked.x=auto")
-    assert done.exit_code == 2 and done.stderr == "ldft: asked: {'x': 'auto'}: ldft fills it in; leave it out\n"
+    assert done.exit_code == 2 and done.stderr == "ldft: asked: {'x': 'auto'}: ldft fills this key in; leave it out\n"

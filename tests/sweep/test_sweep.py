@@ -293,4 +293,4 @@ def test_code_that_is_edited_during_a_sweep_is_noticed(tmp_path, monkeypatch, ca
     assert loop.Sweep(plan.Plan("edited", time.time(), "here", cells, configs)).run() == 1
     out = capsys.readouterr().out
     assert out.count("changed during the sweep") == 1 and "(source hash aaa -> bbb)" in out
-    assert "rows of different code or config" in out
+    assert "rows from different code or config" in out
