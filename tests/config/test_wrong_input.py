@@ -141,11 +141,11 @@ WRONG = {
         "optimizer.fused_step: true: works in host memory only"
     ],
     "optimizer.fused_step=true offload.deepspeed.zero_optimization.offload_optimizer.ratio=0.5": [
-        "optimizer.fused_step: true: a ratio of 0.5",
+        "optimizer.fused_step: true: with a ratio of 0.5",
         "leave it at null",
     ],
     "optimizer.fused_step=true offload.deepspeed.optimizer.params.adam_w_mode=false": [
-        "optimizer.fused_step: true: has no adam_w_mode"
+        "optimizer.fused_step: true: does not support adam_w_mode"
     ],
     "optimizer.fused_step=true offload.deepspeed.torch_autocast.enabled=true": [
         "optimizer.fused_step: true: torch_autocast scales gradients"
@@ -223,7 +223,7 @@ WRONG = {
         "lora.target_modules: 'q_projj' is not a linear layer of",
         "use q_proj, k_proj",
     ],
-    "model.family=phi3 lora=r8 lora.target_modules=[o_proj,q_proj]": ["'q_proj' is no linear", "use qkv_proj, o_proj"],
+    "model.family=phi3 lora=r8 lora.target_modules=[o_proj,q_proj]": ["'q_proj' is not a linear", "use qkv_proj, o_proj"],
     "lora=r8 lora.target_modules=[wq] dry_run=true": ["lora.target_modules: 'wq'", "down_proj, lm_head"],
     "snapshot=true launch.device=cpu": ["snapshot: true needs launch.device=cuda"],
     # DeepSpeed's keys
@@ -242,7 +242,7 @@ WRONG = {
     "offload.deepspeed_file=$F/nowhere.json": ["offload.deepspeed_file: cannot read", "nowhere.json"],
     "offload.deepspeed_file=$F/broken.json": ["offload.deepspeed_file", "broken.json is not JSON (line 2, column 10"],
     "offload.deepspeed_file=$F/twice.json": ["offload.deepspeed_file", "'steps_per_print' twice"],
-    "offload.deepspeed_file=$F/list.json": ["offload.deepspeed_file", "no JSON object"],
+    "offload.deepspeed_file=$F/list.json": ["offload.deepspeed_file", "not a JSON object"],
     "offload.deepspeed_file=$F/other_clip.json": [
         "offload.deepspeed_file",
         "1.0 contradicts optimizer.gradient_clipping",
@@ -257,8 +257,8 @@ WRONG = {
     "data=text": ["data.path: empty", ".txt, .jsonl or .parquet"],
     "data.path=x.txt": ["data.path: 'x.txt' is not read with data=random"],
     f"{TEXT} data.path=$F/nowhere.txt": ["data.path:", "nowhere.txt' is not a file here"],
-    f"{TEXT} data.path=$F/broken.json": ["data.path:", "of no known kind", ".jsonl"],
-    f"{TEXT} data.path=$F/empty.txt": ["data.path:", "empty.txt' holds no text"],
+    f"{TEXT} data.path=$F/broken.json": ["data.path:", "has an unknown type", ".jsonl"],
+    f"{TEXT} data.path=$F/empty.txt": ["data.path:", "empty.txt' contains no text"],
     f"{TEXT} data.path=$F/latin.txt": ["data.path:", "not UTF-8"],
     f"{TEXT} data.path=$F/keyless.jsonl": ["data.path:", 'line 1, has no "text"'],
     f"{TEXT} data.path=$F/fake.parquet": ["data.path:", "is not a parquet file"],
