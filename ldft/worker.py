@@ -1,4 +1,4 @@
-"""`python -m ldft.worker ATTEMPT_DIR`: one rank, started by the parent (how: runner/worker.py)."""
+"""`python -m ldft.worker ATTEMPT_DIR`: one rank, started by the parent (implemented in runner/worker.py)."""
 
 from __future__ import annotations
 

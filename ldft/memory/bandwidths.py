@@ -59,7 +59,7 @@ def parse(given: Mapping[str, Any], key: str) -> Bandwidths:
     rates: dict[str, dict[int, float]] = {"cpu": {}, "h2d": {}, "d2h": {}}
     for name, entry in given.items():
         if not isinstance(entry, Mapping) or (name != "link" and not name.removeprefix("node").isdigit()):
-            raise ConfigError(key, f"{name}: {entry!r} is not a node's bandwidths; write {_FORM}")
+            raise ConfigError(key, f"{name}: {entry!r} is not a node entry; write {_FORM}")
         for engine, value in entry.items():
             if engine not in rates or isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise ConfigError(key, f"{name}.{engine}: {value!r}; write cpu, h2d and d2h above 0, as in {_FORM}")

@@ -227,7 +227,7 @@ def _require_free(placement: Placement, size: int) -> None:
     if size > free.bytes:
         raise HostMemoryError(
             f"{placement.describe()}: {_gib(size)} more requested, {_gib(free.bytes)} free by {free.limit}; request less, free "
-            "memory, or, where the machine grows as memory is touched, set memory.capacity_gib"
+            "memory, or, if the machine grows as memory is touched, set memory.capacity_gib"
         )
 
 

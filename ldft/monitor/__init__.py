@@ -1,1 +1,1 @@
-"""What memory and devices do while runs work: live in a terminal, and sampled into a run's trace."""
+"""Observes memory and devices during runs: live in a terminal, and as samples in a run's trace."""

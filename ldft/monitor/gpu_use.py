@@ -1,4 +1,4 @@
-"""What NVML says of GPUs while they work. It needs no root, and starts nothing on them."""
+"""GPU use as NVML reports it. Needs no root, and starts nothing on the GPUs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 
 class Gpus:
-    """GPUs, or slices of them (MIG), by UUID. Where there is no driver, or it does not know one, every figure is None."""
+    """GPUs or MIG slices, by UUID. All values are None if there is no driver or it does not know the UUID."""
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
 
     def memory(self, uuid: str) -> tuple[int | None, int | None]:
-        """Bytes used and in all."""
+        """Bytes used, and total bytes."""
         import pynvml
 
         info = self._ask(pynvml.nvmlDeviceGetMemoryInfo, uuid)
         return (None, None) if info is None else (int(info.used), int(info.total))
 
     def utilisation_percent(self, uuid: str) -> int | None:
-        """The part of the last period in which some kernel ran."""
+        """Percentage of NVML's last sample period during which a kernel ran."""
         import pynvml
 
         rates = self._ask(pynvml.nvmlDeviceGetUtilizationRates, uuid)
         return None if rates is None else int(rates.gpu)
 
     def pcie_kb_per_s(self, uuid: str) -> tuple[int | None, int | None]:
-        """Received and sent by the GPU. Each is counted over 20 ms, in which the call does not return."""
+        """KB/s received and sent by the GPU. Each is counted over 20 ms, during which the call blocks."""
         import pynvml
 
         kinds = (pynvml.NVML_PCIE_UTIL_RX_BYTES, pynvml.NVML_PCIE_UTIL_TX_BYTES)
@@ -43,12 +43,12 @@ class Gpus:
             return None
         try:
             return call(self._handles[uuid], *arguments)
-        except pynvml.NVMLError:  # not counted on this GPU, or it is lost
+        except pynvml.NVMLError:  # not supported on this GPU, or the GPU is lost
             return None
 
 
 def _handle(uuid: str) -> Any:
-    """NVML's handle. CUDA writes a UUID without the word before it that NVML wants."""
+    """NVML's handle. CUDA's UUIDs lack the prefix that NVML needs."""
     import pynvml
 
     names = [uuid] if uuid.startswith(("GPU-", "MIG-")) else [f"GPU-{uuid}", f"MIG-{uuid}"]

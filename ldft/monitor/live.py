@@ -1,11 +1,11 @@
-"""`python -m ldft.monitor`: memory of the machine's NUMA nodes, and of the runs that work on it, as they are now.
+"""`python -m ldft.monitor`: current memory of the machine's NUMA nodes and of the runs on it.
 
     python -m ldft.monitor                      # live in the terminal, until Ctrl-C
     python -m ldft.monitor --once               # one table
-    python -m ldft.monitor --json               # one JSON object a sample and line, for other tools
+    python -m ldft.monitor --json               # one JSON object per sample, one per line, for other tools
     python -m ldft.monitor --pid 1234           # any process, in numastat's categories
 
-Reads /proc, sysfs, the runs' own reports and NVML; needs no root, and stops nobody.
+Reads /proc, sysfs, the runs' own reports and NVML; needs no root and interrupts no process.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ldft.monitor.sampler import SHARE, Pace, Sampler
 from ldft.monitor.samples import Sample
 from ldft.terminal import Parser
 
-# Another program that reads our output has gone: what a shell shows for that.
+# The exit code that shells show when the reader of a pipe has gone.
 _PIPE_CLOSED = 141
 _SHORTEST_S = 0.05
 _BETWEEN_TWO_S = 0.3
 _UNREADABLE = "cannot be read: it ended, or belongs to another user"
-# Of one core. Nothing else is read with --pid.
+# Fraction of one core. With --pid nothing else is read.
 SHARE_OF_PROCESSES = 0.008
 
 
@@ -45,10 +45,10 @@ class Watch:
         self._pace = Pace()
         self._runs: list[processes.Run] = []
         self.parents: list[processes.Parent] = []
-        """Commands that have no ranks now."""
+        """ldft commands that have no ranks at present."""
 
     def sample(self) -> Sample:
-        """Everything now. Runs that begin are seen when /proc was searched again, which is done as often as its cost allows."""
+        """The current state. New runs appear at the next search of /proc, which is repeated as often as its cost allows."""
         if self._pace.is_due(SHARE):
             with self._pace.reading():
                 self._runs, self.parents = processes.find(self._results)
@@ -82,7 +82,7 @@ def _table_as_json(table: MemoryTable) -> dict[str, Any]:
 
 
 def _moments(interval_s: float, once: bool) -> Iterator[None]:
-    """Now, and then every `interval_s`; moments that were missed are not made up for."""
+    """Yield now, and then every `interval_s` seconds; missed times are skipped."""
     due = time.monotonic()
     while True:
         yield
@@ -95,7 +95,7 @@ def _moments(interval_s: float, once: bool) -> Iterator[None]:
 def _of_runs(arguments: argparse.Namespace) -> Iterator[list[str]]:
     """The lines of each sample of the machine and its runs."""
     watch, history = Watch(arguments.results), view.History()
-    if arguments.once:  # CPU use is known from a second sample on
+    if arguments.once:  # CPU use needs a second sample
         watch.sample()
         time.sleep(_BETWEEN_TWO_S)
     for _ in _moments(arguments.interval, arguments.once):
@@ -108,12 +108,10 @@ def _of_runs(arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def _of_processes(arguments: argparse.Namespace) -> Iterator[list[str]]:
-    """The lines of each sample of processes, until the last of them has ended. Large ones are read less often than asked for."""
+    """The lines of each sample of processes, until all have ended. Large processes are read less often than requested."""
     pace = Pace()
     for _ in _moments(arguments.interval, arguments.once):
-        if not any(
-            map(processes.stat, arguments.pid)
-        ):  # one that nobody has waited for would still have an empty table
+        if not any(map(processes.stat, arguments.pid)):  # a zombie process would still have an empty table
             return
         if not pace.is_due(SHARE_OF_PROCESSES):
             continue
@@ -126,23 +124,23 @@ def _of_processes(arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def _width() -> int:
-    """Of the terminal as it is now, whatever COLUMNS said when it was opened. A file has none: 100."""
+    """The terminal's current width, ignoring COLUMNS, which may be out of date; 100 for a file."""
     return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 100
 
 
 def _show_live(blocks: Iterable[list[str]]) -> None:
-    """On the terminal, in place; the last one stays there."""
+    """Show the blocks on the terminal, each replacing the previous one; the last one stays."""
     from rich.live import Live
     from rich.text import Text
 
     with Live(auto_refresh=False, redirect_stdout=False, redirect_stderr=False, vertical_overflow="crop") as live:
         for block in blocks:
-            # Lines of ours, not a table of rich's, which takes fifty times as long to lay out.
+            # Plain lines, not a rich table, whose layout takes fifty times as long.
             live.update(Text("\n".join(block), no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
 def _print(blocks: Iterable[list[str]], between: str) -> None:
-    """One after the other, for a file or a pipe."""
+    """Print the blocks one after the other, for a file or a pipe."""
     for number, block in enumerate(blocks):
         print((between if number else "") + "\n".join(block), flush=True)
 
@@ -151,20 +149,20 @@ def _arguments() -> argparse.Namespace:
     parser = Parser(
         prog="python -m ldft.monitor", description="Show memory by NUMA node, and the runs that use it, live."
     )
-    parser.add_argument("--once", action="store_true", help="show one sample and end")
-    parser.add_argument("--json", action="store_true", help="one JSON object a sample and line; sizes in bytes")
+    parser.add_argument("--once", action="store_true", help="show one sample and exit")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line and sample; sizes in bytes")
     parser.add_argument("--pid", type=int, action="append", help="watch this process instead; may be repeated")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="from sample to sample (1)")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="only runs of this results folder")
+    parser.add_argument(
+        "--interval", type=float, default=1.0, metavar="SECONDS", help="time between samples (default: 1)"
+    )
+    parser.add_argument("--results", type=Path, metavar="DIR", help="show only runs of this results folder")
     arguments = parser.parse_args()
     if not _SHORTEST_S <= arguments.interval < float("inf"):
-        parser.error(
-            f"--interval: {arguments.interval:g} is no time between samples; use {_SHORTEST_S} seconds or more"
-        )
+        parser.error(f"--interval: {arguments.interval:g} is not a valid interval; use {_SHORTEST_S} seconds or more")
     if arguments.results and not arguments.results.is_dir():
         parser.error(f"--results: {arguments.results} is not a folder; name the results.dir of a run")
     if arguments.pid and arguments.results:
-        parser.error("--results: --pid watches a process, of whatever folder; leave one of both out")
+        parser.error("--results: cannot be combined with --pid, which watches any process; leave one of them out")
     return arguments
 
 
@@ -182,13 +180,13 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Returns the exit code: 0; 1 where no process named can be read; 2 for wrong arguments; 130 after Ctrl-C."""
+    """Returns the exit code: 0; 1 if none of the given processes can be read; 2 for invalid arguments; 130 after Ctrl-C."""
     arguments = _arguments()
     try:
         return _show(arguments)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # | head: the interpreter must not complain about it at its end either
+    except BrokenPipeError:  # e.g. | head: keep the interpreter from complaining at exit too
         with contextlib.suppress(BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED

@@ -1,4 +1,4 @@
-"""Processes as /proc shows them: which of them are ranks of ldft, and what they use. What has ended is nowhere."""
+"""Processes from /proc: which of them are ldft's ranks, and what they use. Processes that have ended are left out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Stat:
 
     parent: int
     ticks: int
-    """CPU time in clock ticks, user and system, with that of children which have ended and were waited for."""
+    """CPU time in clock ticks, user and system, including children that have ended and were waited for."""
     start: int
-    """Clock ticks since boot: with the pid it names a process for good."""
+    """Start time, clock ticks since boot: unique together with the pid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Ranks at work on one attempt."""
+    """Ranks running one attempt."""
 
     folder: Path
     pids: tuple[int, ...]
@@ -30,20 +30,20 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """A `python -m ldft` that has no ranks now: it starts, ends, or is between two cells of a sweep."""
+    """A `python -m ldft` process without ranks: it is starting, ending, or between two cells of a sweep."""
 
     pid: int
     user: str
     command: str
-    """What follows `python -m ldft`."""
+    """The arguments after `python -m ldft`."""
     results_dir: Path | None
-    """Where its rows go; None where its working directory may not be read."""
+    """Its results folder; None if its working directory may not be read."""
 
 
 def stat(pid: int) -> Stat | None:
     """None for a process that has ended, waited for or not."""
     text = _text(pid, "stat")
-    # The name, in brackets, may itself hold brackets and blanks.
+    # The process name, in parentheses, may itself contain parentheses and spaces.
     values = (text or "").rpartition(")")[2].split()
     if len(values) < 20 or values[0] in "ZX":
         return None
@@ -51,7 +51,7 @@ def stat(pid: int) -> Stat | None:
 
 
 def ticks_of_family(pid: int) -> int | None:
-    """CPU ticks of a process and of all that its main thread started, and so on; None when it has ended."""
+    """CPU ticks of a process and, recursively, of the processes that its main thread started; None if it has ended."""
     known = stat(pid)
     if known is None:
         return None
@@ -60,7 +60,7 @@ def ticks_of_family(pid: int) -> int | None:
 
 
 def user_of(pid: int) -> str | None:
-    """Name of the user that a process belongs to, or the number of one without a name; None when it has ended."""
+    """Name of a process's user, or the user id if it has no name; None if the process has ended."""
     try:
         uid = (PROC / str(pid)).stat().st_uid
     except FileNotFoundError:
@@ -81,9 +81,9 @@ def rank_of(pid: int) -> int | None:
 
 
 def find(results: Path | None = None) -> tuple[list[Run], list[Parent]]:
-    """Runs at work on this machine, whoever's, by folder; and the commands that have no ranks now, by pid.
+    """All users' active runs on this machine, by folder; and ldft commands without ranks, by pid.
 
-    results: only those whose rows go there.
+    results: only those with this results folder.
     """
     ranks: dict[int, Path] = {}
     commands: dict[int, list[str]] = {}
@@ -102,7 +102,7 @@ def find(results: Path | None = None) -> tuple[list[Run], list[Parent]]:
     busy = set()
     for pid, folder in ranks.items():
         known = stat(pid)
-        # What a rank has forked looks like it until it becomes another program, if it ever does.
+        # A process forked by a rank looks like the rank until it executes another program.
         if known is not None and known.parent not in ranks:
             runs.setdefault(folder, []).append(pid)
             busy.add(known.parent)
@@ -127,7 +127,7 @@ def _parent(pid: int, words: list[str], commands: dict[int, list[str]]) -> Paren
 
 
 def _text(pid: int, name: str) -> str | None:
-    """A file of a process; None when it has ended or may not be looked at."""
+    """A file of a process under /proc; None if the process has ended or may not be read."""
     try:
         return (PROC / str(pid) / name).read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError, PermissionError):

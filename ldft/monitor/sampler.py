@@ -1,7 +1,7 @@
-"""Takes samples of runs at work, from outside their processes: for the live monitor, and for the trace of a run.
+"""Samples active runs from outside their processes, for the live monitor and for a run's trace.
 
-What is quick (reports of the ranks, CPU time, memory of the nodes) is read for every sample. What is not (numa_maps of a process,
-for which the kernel walks its page tables; PCIe counters of NVML) is read as often as a small part of one core allows.
+Cheap readings (the ranks' reports, CPU time, memory of the nodes) are made for every sample. Expensive ones (a process's numa_maps,
+for which the kernel walks its page tables; NVML's PCIe counters) are made as often as a small fraction of one core allows.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from ldft.monitor.gpu_use import Gpus
 from ldft.monitor.processes import Run, rank_of, stat, ticks_of_family, user_of
 from ldft.monitor.samples import DeviceUse, NodeUse, RankUse, RoleUse, RunUse, Sample
 
-# Of one core, for each kind of reading that is not quick. With the quick ones all stays under 1% at a sample a second.
+# Fraction of one core for each kind of expensive reading. Including cheap ones, the total is under 1% at one sample per second.
 SHARE = 0.003
-# The same while the ranks of a run prepare: nothing is timed then, and memory grows fast.
+# The same during the ranks' initialisation, when nothing is timed and memory grows fast.
 SHARE_WHILE_PREPARING = 0.05
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Pace:
-    """A reading that is made as often as its cost allows."""
+    """Limits how often a reading is made, by its cost."""
 
     def __init__(self) -> None:
         self._began = -math.inf
         self._cost_s = 0.0
 
     def is_due(self, share: float) -> bool:
-        """Whether a reading that costs what the last one did would take at most `share` of a core."""
+        """Whether a reading at the cost of the last one would now use at most the fraction `share` of a core."""
         return time.monotonic() >= self._began + self._cost_s / share
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around the reading, all of it in this thread."""
+        """Measures the reading inside the context, which must run in this thread."""
         self._began, before = time.monotonic(), time.thread_time()
         yield
         self._cost_s = time.thread_time() - before
@@ -50,12 +50,12 @@ class Pace:
 
 @dataclass(slots=True)
 class _Process:
-    """What is remembered of a rank's process from sample to sample."""
+    """State of a rank's process, kept between samples."""
 
     start: int
     rank: int | None = None
     ticks: int | None = None
-    """CPU time at the last sample, which was at `sampled`."""
+    """CPU time at the last sample, taken at `sampled`."""
     sampled: float = 0.0
     memory: tuple[tuple[int, int], ...] | None = None
     read: float = 0.0
@@ -63,19 +63,19 @@ class _Process:
     pcie: tuple[int | None, int | None] = (None, None)
     reported: dict[str, Any] = field(default_factory=dict)
     roles: tuple[RoleUse, ...] = ()
-    """Made of `reported`: the same object from sample to sample, so that a trace of many samples stays small in memory."""
+    """Derived from `reported`: one object shared by all samples, so that a long trace takes little memory."""
 
 
 class Reports:
-    """JSON files of an attempt, read again only when they were written again."""
+    """JSON files of attempts, read again only after a change."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[tuple[int, int, int], dict[str, Any]]] = {}
         self.forbidden: set[Path] = set()
-        """Those that may not be read."""
+        """Files that may not be read."""
 
     def read(self, path: Path) -> dict[str, Any]:
-        """The file's content; empty where there is none yet, or where it may not be read."""
+        """The file's content; empty if it does not exist yet or may not be read."""
         try:
             found = path.stat()
             key = (found.st_ino, found.st_mtime_ns, found.st_size)
@@ -90,13 +90,13 @@ class Reports:
         return known[1]
 
     def forget_others(self, folders: set[Path]) -> None:
-        """Keep only what lies in these folders."""
+        """Keep only the files in these folders."""
         self._known = {path: known for path, known in self._known.items() if path.parent in folders}
         self.forbidden = {path for path in self.forbidden if path.parent in folders}
 
 
 def nodes(sysfs: Path = SYSFS) -> tuple[NodeUse, ...]:
-    """Every NUMA node of the machine that has memory; one node 0 where the kernel has no nodes."""
+    """Every NUMA node of the machine that has memory; one node 0 if the kernel has no NUMA support."""
     try:
         online = parse_list((sysfs / "devices/system/node/online").read_text())
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def _node(id: int, fields: dict[str, int]) -> NodeUse:
         node=id,
         total=fields.get("MemTotal", 0),
         free=fields.get("MemFree", 0),
-        # The machine's own meminfo calls it otherwise.
+        # The machine's meminfo uses another name for it.
         page_cache=fields.get("FilePages", fields.get("Cached", 0)),
         huge_total=fields.get("HugePages_Total", 0) * _HUGE,
         huge_free=fields.get("HugePages_Free", 0) * _HUGE,
@@ -120,10 +120,10 @@ _HUGE = read_meminfo().get("Hugepagesize", 0)
 
 
 class Sampler:
-    """Samples the same runs again and again."""
+    """Samples the same runs repeatedly."""
 
     def __init__(self, share_while_preparing: float = SHARE) -> None:
-        """share_while_preparing: of one core, that each kind of slow reading may take while no rank trains."""
+        """share_while_preparing: fraction of one core that each kind of expensive reading may use while no rank trains."""
         self._memory_pace, self._pcie_pace = Pace(), Pace()
         self._share_while_preparing = share_while_preparing
         self._processes: dict[int, _Process] = {}
@@ -131,7 +131,7 @@ class Sampler:
         self._gpus = Gpus()
 
     def sample(self, runs: Sequence[Run]) -> Sample:
-        """The machine and these runs now. Runs and ranks that have ended are left out."""
+        """The current state of the machine and these runs. Runs and ranks that have ended are left out."""
         now = time.time()
         self._follow(runs)
         reports = {run.folder: self._reports_of(run) for run in runs}
@@ -151,7 +151,7 @@ class Sampler:
         return Sample(time=now, nodes=nodes(), runs=tuple(run for run in used if run is not None))
 
     def _follow(self, runs: Sequence[Run]) -> None:
-        """Begin to remember processes that are new, and forget those that are gone or no longer asked for."""
+        """Add state for new processes, and drop processes that have ended or are no longer requested."""
         before, self._processes = self._processes, {}
         for pid in (pid for run in runs for pid in run.pids):
             known = stat(pid)
@@ -166,14 +166,14 @@ class Sampler:
         self._reports.forget_others({run.folder for run in runs})
 
     def _reports_of(self, run: Run) -> dict[int, dict[str, Any]]:
-        """Process -> what it has reported, of those that are there."""
+        """Pid -> report, of the run's live processes."""
         num_ranks = self._reports.read(run.folder / "config.json").get("launch", {}).get("num_ranks", 0)
         reports = [self._reports.read(run.folder / f"rank-{rank}.json") for rank in range(num_ranks)]
         found: dict[int, dict[str, Any]] = {}
         for pid in run.pids:
             if (process := self._processes.get(pid)) is None:
                 continue
-            if process.rank is None:  # another user's, but the reports may be there for all to read
+            if process.rank is None:  # another user's process, but its reports may be readable
                 process.rank = next((rank for rank, said in enumerate(reports) if said.get("pid") == pid), None)
             known = process.rank is not None and process.rank < num_ranks
             found[pid] = reports[process.rank] if known and process.rank is not None else {}
@@ -245,15 +245,15 @@ def _read_memory(pid: int, process: _Process, now: float) -> None:
     if table.pids:
         process.memory = tuple((id, node.total) for id, node in sorted(table.nodes.items()))
         process.read = now
-    else:  # it has ended, or is another user's
+    else:  # it has ended, or belongs to another user
         process.forbidden = stat(pid) is not None
 
 
 def _roles(memory: dict[str, Any]) -> tuple[RoleUse, ...]:
-    """What a rank has reported of its tensors with a role."""
+    """A rank's tensors by role, from its report."""
     found = []
     for role, said in memory.items():
-        by_node = said["nodes"] or {"-1": said["bytes"]}  # -1: pages without memory, as in what is swapped out
+        by_node = said["nodes"] or {"-1": said["bytes"]}  # -1: pages without memory, e.g. swapped out
         found += [
             RoleUse(role=role, node=int(node) if int(node) >= 0 else None, size=size) for node, size in by_node.items()
         ]

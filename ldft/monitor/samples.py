@@ -1,6 +1,6 @@
-"""What a running machine and its runs look like at one moment: the types that the live monitor shows and the trace keeps.
+"""The state of a machine and its runs at one moment: the types that the live monitor shows and the trace stores.
 
-Sizes are bytes. None stands for what is not known, never for nothing.
+Sizes are bytes. None means unknown, never zero.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeUse:
-    """One NUMA node, as its meminfo has it."""
+    """One NUMA node, from its meminfo."""
 
     node: int
     total: int
@@ -18,12 +18,12 @@ class NodeUse:
     page_cache: int
     """FilePages: files, and shared memory."""
     huge_total: int
-    """The pool of hugetlb pages (transparent huge pages are no part of it)."""
+    """The pool of hugetlb pages, without transparent huge pages."""
     huge_free: int
 
     @property
     def used(self) -> int:
-        """All that is not free, page cache included."""
+        """All memory that is not free, including page cache."""
         return self.total - self.free
 
 
@@ -33,39 +33,39 @@ class RoleUse:
 
     role: str
     node: int | None
-    """None: not verified, so all of the role is here."""
+    """None: not verified; the entry covers the whole role."""
     size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceUse:
-    """A rank's GPU, as NVML sees it: all processes on it."""
+    """A rank's GPU as NVML reports it, over all its processes."""
 
     vram_used: int | None
     vram_total: int | None
     utilisation_percent: int | None
-    """Of the last period in which some kernel ran, as nvidia-smi shows it."""
+    """Percentage of the last sample period during which a kernel ran, as in nvidia-smi."""
     pcie_rx_kb_per_s: int | None
-    """To the GPU, over the 20 ms of NVML's reading; None for a slice of a GPU (MIG), which has no counter."""
+    """To the GPU, over the 20 ms of NVML's reading; None for a MIG slice, which has no counter."""
     pcie_tx_kb_per_s: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankUse:
     rank: int | None
-    """None for a process of another user whose reports may not be read."""
+    """None for another user's process whose reports may not be read."""
     pid: int
     phase: str
     """As in its report: start, imports, operators, rendezvous, model, checkpoint_buffers, engine, train, teardown."""
     cores_busy: float | None
-    """CPU seconds a second since the sample before, of the rank and what it started; None in the first sample."""
+    """CPU seconds per second since the previous sample, of the rank and its child processes; None in the first sample."""
     memory: tuple[tuple[int, int], ...] | None
-    """(node, bytes) of the process, as numastat -p counts them; None: not read yet, or another user's."""
+    """(node, bytes) of the process, as numastat -p counts them; None: not read yet, or another user's process."""
     memory_age_s: float
-    """How long ago `memory` was read: reading it costs the more, the more there is."""
+    """Age of `memory`: the more memory, the more expensive and rarer its reading."""
     roles: tuple[RoleUse, ...]
     pinned: int | None
-    """Bytes of tensors with a role that are registered with CUDA."""
+    """Bytes of role tensors that are registered with CUDA."""
     device: DeviceUse | None
 
     @property
@@ -79,17 +79,17 @@ class RunUse:
     """The attempt: results/<run_id>/attempt-<n>."""
     user: str
     title: str
-    """Model, length and policy; empty where the config may not be read."""
+    """Model, length and policy; empty if the config may not be read."""
     phase: str
     phase_text: str
     iteration: int
-    """Iterations that have ended, warm-up included."""
+    """Completed iterations, including warm-up."""
     iterations: int | None
     tokens_per_s: float | None
-    """Of the last iteration, all ranks together."""
+    """Rate of the last iteration, over all ranks."""
     ranks: tuple[RankUse, ...]
     forbidden: bool
-    """Memory or reports of the run may not be read: it is another user's."""
+    """Whether the run's memory or reports may not be read because it belongs to another user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""trace.parquet: memory and devices of a run over time, one row a sample, taken by the parent while the ranks work.
+"""trace.parquet: memory and devices of a run over time, one row per sample, taken by the parent while the ranks run.
 
 create view trace as select * from read_parquet('results/RUN_ID/attempt-1/trace.parquet');
 select time, phase, unnest(memory, recursive := true) from trace;
@@ -25,7 +25,7 @@ from ldft.results.schema import Column
 
 SCHEMA_VERSION = 1
 TRACE_FILE = "trace.parquet"
-# When there are more, every second one goes, and the interval doubles: of a week one a minute is kept.
+# If there are more samples, every second one is dropped and the interval doubles: a week's run keeps one sample per minute.
 MOST_SAMPLES = 10_000
 _MIB = 1 << 20
 
@@ -39,14 +39,14 @@ def _entries(*fields: tuple[str, pa.DataType]) -> pa.DataType:
 # Columns are added, never renamed or retyped. docs/columns.md is generated from this list.
 COLUMNS = [
     Column("time", pa.timestamp("ms", tz="UTC"), "UTC", "when the sample was taken"),
-    Column("phase", pa.string(), "", "what rank 0 was at: start, imports, operators, rendezvous, model, checkpoint_buffers, engine, train, teardown"),
-    Column("iteration", pa.int32(), "", "iterations that had ended, warm-up included"),
-    Column("nodes", _entries(("node", _SMALL), ("total_mib", _MB), ("used_mib", _MB), ("page_cache_mib", _MB), ("huge_total_mib", _MB), ("huge_used_mib", _MB)), "MiB", "the whole machine by NUMA node, whoever uses it: used is all that is not free, page cache is part of it; huge: the pool of hugetlb pages"),
+    Column("phase", pa.string(), "", "phase of rank 0: start, imports, operators, rendezvous, model, checkpoint_buffers, engine, train, teardown"),
+    Column("iteration", pa.int32(), "", "completed iterations, including warm-up"),
+    Column("nodes", _entries(("node", _SMALL), ("total_mib", _MB), ("used_mib", _MB), ("page_cache_mib", _MB), ("huge_total_mib", _MB), ("huge_used_mib", _MB)), "MiB", "the whole machine by NUMA node, over all processes: used is all memory that is not free, including page cache; huge: the pool of hugetlb pages"),
     Column("memory", _entries(("rank", _SMALL), ("node", _SMALL), ("mib", _MB)), "MiB", "memory of each rank's process by node, as numastat -p counts it; empty before its first reading and after the rank's end"),
-    Column("memory_age_s", _FLOAT, "s", "how long before the sample `memory` was read: large processes are read less often"),
-    Column("roles", _entries(("rank", _SMALL), ("role", _TEXT), ("node", _SMALL), ("bytes", _BYTES)), "bytes", "offloaded tensors by role and node, as verified when their memory was made; node is null where that is not known (memory.pinning=torch)"),
-    Column("ranks", _entries(("rank", _SMALL), ("cores_busy", _FLOAT), ("pinned_bytes", _BYTES)), "", "CPU seconds a second of each rank and what it started, since the sample before; bytes of its offloaded tensors that are registered with CUDA"),
-    Column("devices", _entries(("rank", _SMALL), ("vram_used_mib", _MB), ("vram_total_mib", _MB), ("utilisation_percent", _SMALL), ("pcie_rx_mb_per_s", _MB), ("pcie_tx_mb_per_s", _MB)), "", "each rank's GPU by NVML: memory in use by anybody; share of time in which kernels ran; PCIe traffic to (rx) and from (tx) the GPU in MB/s, over 20 ms"),
+    Column("memory_age_s", _FLOAT, "s", "age of `memory` at the sample: large processes are read less often"),
+    Column("roles", _entries(("rank", _SMALL), ("role", _TEXT), ("node", _SMALL), ("bytes", _BYTES)), "bytes", "offloaded tensors by role and node, as verified when their memory was allocated; node is null if unknown (memory.pinning=torch)"),
+    Column("ranks", _entries(("rank", _SMALL), ("cores_busy", _FLOAT), ("pinned_bytes", _BYTES)), "", "CPU seconds per second of each rank and its child processes since the previous sample; bytes of its offloaded tensors that are registered with CUDA"),
+    Column("devices", _entries(("rank", _SMALL), ("vram_used_mib", _MB), ("vram_total_mib", _MB), ("utilisation_percent", _SMALL), ("pcie_rx_mb_per_s", _MB), ("pcie_tx_mb_per_s", _MB)), "", "each rank's GPU by NVML: memory used by all processes; share of time during which kernels ran; PCIe traffic to (rx) and from (tx) the GPU in MB/s, over 20 ms"),
 ]  # fmt: skip
 
 
@@ -59,20 +59,20 @@ def schema(metadata: dict[str, str] | None = None) -> pa.Schema:
 
 
 class Recorder:
-    """Samples a run while its ranks work, and writes the trace."""
+    """Samples a run while its ranks run, and writes the trace."""
 
     def __init__(self, folder: Path, interval_s: float) -> None:
         """interval_s: 0 for no trace."""
         self._folder = folder
         self.interval_s = interval_s
-        """Seconds from sample to sample; grows in long runs."""
+        """Seconds between samples; grows in long runs."""
         self._samples: list[Sample] = []
         self._failed = False
 
     @contextmanager
     def sampling(self, pids: Iterable[int]) -> Iterator[None]:
-        """Take samples of the ranks, whose processes these are, from a thread: none of its readings, of which some take long, keeps
-        the caller from seeing that a rank has ended. Not for a block that forks."""
+        """Sample the ranks with these pids from a thread, so that slow readings do not delay the caller in noticing that a rank has
+        ended. Not for a block that forks."""
         if not self.interval_s:
             yield
             return
@@ -86,14 +86,14 @@ class Recorder:
             thread.join()
 
     def _work(self, run: Run, ended: threading.Event) -> None:
-        self._failed = True  # until the end is reached: what is raised here, the interpreter prints
+        self._failed = True  # reset at the end; the interpreter prints an exception raised here
         sampler = Sampler(SHARE_WHILE_PREPARING)
         due = time.monotonic()
         while True:
             sample = sampler.sample([run])
-            if sample.runs:  # else all ranks have ended just now
+            if sample.runs:  # else all ranks have just ended
                 self.add(sample)
-            due = max(due + self.interval_s, time.monotonic())  # moments that were missed are not made up for
+            due = max(due + self.interval_s, time.monotonic())  # missed times are skipped
             if ended.wait(due - time.monotonic()):
                 break
         self._failed = False
@@ -106,8 +106,8 @@ class Recorder:
             self.interval_s *= 2
 
     def write(self) -> tuple[Path | None, list[str]]:
-        """Write what was sampled, whole or not at all. Returns the file, if there is one, and what the row is to note."""
-        notes = ["the trace ends early: sampling met an internal error, shown on stderr"] if self._failed else []
+        """Write the samples atomically. Returns the file, if there is one, and notes for the row."""
+        notes = ["the trace ends early: sampling hit an internal error, shown on stderr"] if self._failed else []
         if not self._samples:
             return None, notes
         target = self._folder / TRACE_FILE
@@ -139,7 +139,7 @@ def write(samples: list[Sample], file: Any, metadata: dict[str, str]) -> None:
 
 
 def table(samples: list[Sample], metadata: dict[str, str]) -> pa.Table:
-    """Samples, each of at most one run, as a table. Column by column: a list of dicts would take ten times the memory."""
+    """Samples, each of at most one run, as a table. Built column by column: a list of dicts would take ten times the memory."""
     ranks = [[rank for run in sample.runs for rank in run.ranks] for sample in samples]
     runs = [sample.runs[0] if sample.runs else None for sample in samples]
     columns: dict[str, list[Any]] = {

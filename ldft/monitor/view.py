@@ -1,4 +1,4 @@
-"""A sample as lines of text, for a terminal of any width from 60 columns."""
+"""A sample as lines of text, for a terminal at least 60 columns wide."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ldft.monitor.samples import NodeUse, RankUse, RunUse, Sample
 GIB = 1 << 30
 _BARS = "▁▂▃▄▅▆▇█"
 _HISTORY = 60
-# A reading of memory that is older than this is said to be.
+# The age of a memory reading is shown if it exceeds this.
 _OLD_S = 2.0
-# What a line needs beside the columns of nodes, and a column of a node.
+# Width of a line without its node columns, and of a node column.
 _LABEL, _COLUMN = 19, 9
 
 
@@ -30,13 +30,13 @@ class History:
             used.append(node.used / node.total)
 
     def line(self, node: int, width: int) -> str:
-        """The newest samples, one character each: empty is no memory used, full is all of it."""
+        """The newest samples, one character each, from empty (no memory used) to full (all used)."""
         newest = list(self._used.get(node, ()))[-width:] if width > 0 else []
         return "".join(_BARS[min(len(_BARS) - 1, int(used * len(_BARS)))] for used in newest)
 
 
 def lines(sample: Sample, parents: Sequence[Parent], history: History, width: int) -> list[str]:
-    """What the terminal shows: the nodes, then each run. No line is longer than `width` characters."""
+    """The lines on the terminal: the nodes, then each run. No line is longer than `width` characters."""
     text = [time.strftime("%H:%M:%S", time.localtime(sample.time)) + "  sizes in GiB"]
     text += _nodes(sample.nodes, history, width)
     for run in sample.runs:
@@ -45,7 +45,7 @@ def lines(sample: Sample, parents: Sequence[Parent], history: History, width: in
         text += [
             "",
             f"pid {one.pid} of {one.user}: ldft {one.command}",
-            "  no ranks now: it starts, ends or is between runs",
+            "  no ranks now: starting, ending or between runs",
         ]
     if not sample.runs and not parents:
         text += ["", "no run of ldft found; python -m ldft starts one"]
@@ -53,7 +53,7 @@ def lines(sample: Sample, parents: Sequence[Parent], history: History, width: in
 
 
 def _gib(size: int | None) -> str:
-    """Five digits at the most."""
+    """GiB with at most five digits."""
     if size is None:
         return "-"
     value = size / GIB
@@ -63,7 +63,7 @@ def _gib(size: int | None) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
+    """Table rows as lines: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     return [
         "  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)).rstrip()
@@ -86,7 +86,7 @@ def _nodes(nodes: Sequence[NodeUse], history: History, width: int) -> list[str]:
 
 
 def _run(run: RunUse, width: int) -> list[str]:
-    """One run: what it does, its memory by role and node, and each rank."""
+    """One run: its phase, its memory by role and node, and each rank."""
     run_id, _, attempt = run.folder.rpartition("/")
     title = run.title or "config not readable"
     speed = f", {run.tokens_per_s:.0f} tokens/s" if run.tokens_per_s is not None else ""
@@ -96,17 +96,17 @@ def _run(run: RunUse, width: int) -> list[str]:
     text = [f"run {run_id.rpartition('/')[2]}/{attempt} of {run.user}: {title}", f"  {doing}"]
     if run.forbidden:
         who = run.user if run.user == "root" else f"{run.user} and root"
-        text.append(f"  some figures may be read by {who} alone")
+        text.append(f"  some figures are readable only by {who}")
     text += ["", *(f"  {line}" for line in _by_node(run, width - 2))]
     return [*text, "", *(f"  {line}" for line in aligned(_ranks(run.ranks)))]
 
 
 def _by_node(run: RunUse, width: int) -> list[str]:
-    """Host memory: each role, summed over ranks, what is left of the processes, and all of each rank, by node."""
+    """Host memory by node: each role summed over ranks, the rest of the processes, and each rank's total."""
     used = {node for rank in run.ranks for node, size in rank.memory or () if size}
     used |= {use.node for rank in run.ranks for use in rank.roles if use.node is not None and use.size}
     nodes = sorted(used)
-    # Where the terminal is too narrow for all nodes, their sum is what remains.
+    # If the terminal is too narrow for all nodes, show their sum.
     while nodes and _LABEL + (len(nodes) + 1) * _COLUMN > width:
         nodes.pop()
     left_out = len(used) - len(nodes)
@@ -126,11 +126,11 @@ def _by_node(run: RunUse, width: int) -> list[str]:
         age = f" ({rank.memory_age_s:.0f} s ago)" if rank.memory_age_s > _OLD_S else ""
         sizes = [_gib(None if of_rank is None else of_rank.get(node, 0)) for node in nodes]
         rows.append([name + age, *sizes, _gib(rank.resident)])
-    return [*aligned(rows), *([f"{left_out} more nodes: a wider terminal shows them"] if left_out else [])]
+    return [*aligned(rows), *([f"{left_out} more nodes; widen the terminal to see them"] if left_out else [])]
 
 
 def _rest(run: RunUse, sums: dict[str, dict[int | None, int]], nodes: list[int]) -> list[str]:
-    """What is in the processes beside tensors with a role: Python, torch, gradients on their way. Never below 0: memory by role is
+    """Memory of the processes without role tensors: Python, torch, gradients in transit. Clamped at 0, since memory by role is
     newer than memory by process."""
     resident = sum(rank.resident or 0 for rank in run.ranks)
     total = max(0, resident - sum(size for of in sums.values() for size in of.values()))

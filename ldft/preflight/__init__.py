@@ -1,1 +1,1 @@
-"""All that is decided about a run before a rank starts. Nothing here imports torch."""
+"""Everything decided about a run before a rank starts. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""Which attention runs: the one place of the choice. Without torch: the parent refuses with it, the worker builds with it."""
+"""Chooses the attention implementation. Imports no torch: the parent uses it to refuse runs, the worker to build the model."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What an attention kind can do. A request that goes beyond it is refused."""
+    """Capabilities of an attention kind. Requests beyond them are refused."""
 
     least_capability: Capability | None = None
-    """Compute capability that it starts at; None: it runs without a GPU too, and in any precision."""
+    """Lowest supported compute capability; None: also runs without a GPU, and in any precision."""
     widest_head: int | None = None
-    """Elements of a head at most; None: any."""
+    """Largest head_dim, elements; None: any."""
     head_multiple: int = 1
     soft_cap: bool = False
-    """Whether it knows caps of the scores (Gemma)."""
+    """Whether it supports soft caps on the scores (Gemma)."""
     masks_windows: bool = False
-    """Whether a window is a mask of all tokens with all, S x S elements."""
+    """Whether a window needs a full mask of S x S elements."""
     stores_scores: bool = False
-    """Whether the scores of all tokens with all are there at once."""
+    """Whether it stores all S x S scores at once."""
     output_can_be_kept: bool = False
-    """Whether it is one operator known to training/checkpointing/keep_attention.py."""
+    """Whether it is a single operator that training/checkpointing/keep_attention.py supports."""
     package: str = ""
-    """Distribution that it comes in, by the name that transformers looks for; empty: torch or transformers has it."""
+    """Package that provides it, by the name that transformers looks for; empty: part of torch or transformers."""
     install: str = ""
-    """How to get that."""
+    """How to install that package."""
 
 
 # Kinds by name, all but auto. Capabilities and widths: transformers, modeling_flash_attention_utils.py; flash-attn's README for
@@ -67,12 +67,12 @@ SPECS: dict[AttentionKind, AttentionSpec] = {
     ),
     AttentionKind.eager: AttentionSpec(soft_cap=True, stores_scores=True),
 }
-# Families of soft caps, for which transformers has no SDPA even where the caps are set to 0.
+# Families with soft caps: transformers has no SDPA for them, even if the caps are 0.
 _CAPPED_FAMILIES = ("gemma2", "vaultgemma")
-# torch's flash kernel, which reads grouped heads, starts there (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+# Lowest capability for torch's flash kernel, which reads grouped heads (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 _GROUPED_FROM: Capability = (8, 0)
-# cuDNN's kernels are the fastest on the data-centre generations Hopper and Blackwell. Wider heads than this run on Hopper only,
-# and slower.
+# cuDNN's kernels are the fastest on the data-centre generations Hopper and Blackwell. Wider heads run on Hopper only, and more
+# slowly.
 _CUDNN_FASTEST_ON = (9, 10)
 _CUDNN_HEAD_DIM = 128
 
@@ -91,9 +91,9 @@ def _runs_on(kind: AttentionKind, capability: Capability) -> bool:
 
 
 def choose(config: Config) -> AttentionKind:
-    """The implementation for this model on this machine: what attention.kind names, or the fastest that both support.
+    """The implementation for this model on this machine: attention.kind if set, else the fastest that both support.
 
-    Raises ConfigError where the one that is asked for cannot run here, or its output cannot be kept.
+    Raises ConfigError if the requested one cannot run here, or if its output cannot be kept.
     """
     kind = _choice(config)
     keep = config.checkpointing.keep_attention
@@ -107,7 +107,7 @@ def choose(config: Config) -> AttentionKind:
 
 
 def repeats_heads(config: Config, kind: AttentionKind) -> bool:
-    """Whether keys and values are repeated for the queries of their group: where SDPA's fused kernel takes no grouped heads."""
+    """Whether keys and values are repeated for each query of their group, because SDPA's fused kernel takes no grouped heads."""
     if kind is not AttentionKind.sdpa or config.launch.device is not Device.cuda:
         return False
     if config.model.num_attention_heads == config.model.num_key_value_heads:
@@ -118,7 +118,7 @@ def repeats_heads(config: Config, kind: AttentionKind) -> bool:
 
 
 def windowed(config: Config) -> bool:
-    """Whether layers may have a window that counts. transformers makes SDPA a mask for one of just the whole sequence, too."""
+    """Whether layers have an effective window. transformers builds a mask for SDPA even if the window equals the sequence."""
     return 0 < config.model.sliding_window <= config.seq_len.tokens
 
 
@@ -133,7 +133,7 @@ def _choice(config: Config) -> AttentionKind:
 def _fastest(config: Config, capability: Capability | None) -> AttentionKind:
     model = config.model
     half = config.train.precision is not Precision.fp32
-    # SDPA knows no soft cap, and takes a window as a mask of all tokens with all tokens.
+    # SDPA does not support soft caps, and needs a full S x S mask for a window.
     capped = model.attention_softcap > 0 or model.family in _CAPPED_FAMILIES
     plain = AttentionKind.eager if capped else AttentionKind.sdpa
     if capability is None or not half:
@@ -152,12 +152,13 @@ def _fastest(config: Config, capability: Capability | None) -> AttentionKind:
 
 
 def _check(config: Config, kind: AttentionKind, capability: Capability | None) -> None:
-    """Raise ConfigError where a kind that is asked for by name cannot run."""
+    """Raise ConfigError if a kind requested by name cannot run."""
     name, model, spec = kind.name, config.model, SPECS[kind]
     if model.attention_softcap and not spec.soft_cap:
         raise CombinationError(
             "attention.kind",
-            f"{name} knows no soft cap (model.attention_softcap={model.attention_softcap:g}); use eager or flash_attention_2",
+            f"{name} does not support soft caps (model.attention_softcap={model.attention_softcap:g}); use eager or "
+            "flash_attention_2",
         )
     least = spec.least_capability
     if least is None:
@@ -171,12 +172,12 @@ def _check(config: Config, kind: AttentionKind, capability: Capability | None) -
     if (spec.widest_head and model.head_dim > spec.widest_head) or model.head_dim % spec.head_multiple:
         raise CombinationError(
             "attention.kind",
-            f"{name} cannot do model.head_dim={model.head_dim}; use sdpa, or heads of 8 to 256 by eights",
+            f"{name} does not support model.head_dim={model.head_dim}; use sdpa, or a multiple of 8 from 8 to 256",
         )
     if capability < least:
         raise ConfigError(
             "attention.kind",
-            f"{name} needs a GPU of compute capability {least[0]}.{least[1]} or newer, here is "
+            f"{name} needs a GPU of compute capability {least[0]}.{least[1]} or higher, this one has "
             f"{capability[0]}.{capability[1]}; use sdpa",
         )
     if spec.package and not _installed(kind):

@@ -1,5 +1,6 @@
-"""The DeepSpeed config, from ours. Every value that changes numerics, memory or overlap is written out: DeepSpeed's own defaults
-move between releases (0.19.6 and later clip at 1.0 when the key is absent). Without torch: the parent prints it in a dry run."""
+"""Builds the DeepSpeed config from ldft's. Every value that changes numerics, memory or overlap is set explicitly: DeepSpeed's
+defaults change between releases (0.19.6 and later clip at 1.0 when the key is absent). Imports no torch: the parent prints it in a
+dry run."""
 
 from __future__ import annotations
 
@@ -13,17 +14,17 @@ from ldft.preflight import deepspeed_keys, deepspeed_managed, zero_buckets
 
 
 def pins(config: Config) -> bool:
-    """Whether DeepSpeed is told to pin offloaded tensors. Those in arenas of ours are pinned, or not, by us."""
+    """Whether DeepSpeed pins offloaded tensors. For tensors in ldft's arenas, ldft does or does not pin the arena itself."""
     return config.launch.device is Device.cuda and config.memory.pinning is Pinning.torch
 
 
 def uses_arenas(config: Config, settings: dict[str, Any]) -> bool:
-    """Whether offloaded tensors lie in arenas of ldft."""
+    """Whether offloaded tensors are in ldft's arenas."""
     return config.memory.pinning is not Pinning.torch and deepspeed_managed.moved_by(settings) is None
 
 
 def fuses_step(config: Config, settings: dict[str, Any]) -> bool:
-    """Whether ldft's own kernel updates the offloaded weights. Raises CombinationError where it is asked for and cannot."""
+    """Whether ldft's own kernel updates the offloaded weights. Raises CombinationError if requested but not possible."""
     asked = config.optimizer.fused_step
     obstacle = None if asked is False else _unfused(config, settings)
     if asked and obstacle:
@@ -32,32 +33,32 @@ def fuses_step(config: Config, settings: dict[str, Any]) -> bool:
 
 
 def _unfused(config: Config, settings: dict[str, Any]) -> str | None:
-    """Why only DeepSpeed's own optimizers will do."""
+    """Why DeepSpeed's own optimizers must be used; None if ldft's kernel can be."""
     if config.offload.optimizer is not OffloadDevice.cpu:
         return f"works in host memory only, and offload.optimizer is {config.offload.optimizer.name}"
     if kind := deepspeed_managed.moved_by(settings):
-        return f"DeepSpeed updates by itself with {kind}"
+        return f"DeepSpeed performs the update itself with {kind}"
     if (ratio := settings["zero_optimization"]["offload_optimizer"].get("ratio", 1.0)) != 1.0:
-        return f"a ratio of {ratio:g} has DeepSpeed update the rest on the GPU"
+        return f"with a ratio of {ratio:g}, DeepSpeed updates the rest on the GPU"
     for section in ("bf16", "fp16"):
         for name in ("master_weights_and_grads", "optimizer_states"):
             if settings[section].get(f"{section}_{name}"):
                 return f"works in fp32, and offload.deepspeed has {section}.{section}_{name}"
     if settings.get("torch_autocast", {}).get("enabled"):
-        return "torch_autocast scales gradients in passes of its own"
+        return "torch_autocast scales gradients in separate passes"
     if settings.get("zero_force_ds_cpu_optimizer"):
         return "offload.deepspeed has zero_force_ds_cpu_optimizer"
     further = settings["optimizer"]["params"].keys() - {"lr", "weight_decay", "betas", "eps"}
     if further:
-        return f"has no {', '.join(sorted(further))}, which offload.deepspeed sets for DeepSpeed's"
+        return f"does not support {', '.join(sorted(further))}, which offload.deepspeed sets"
     return None
 
 
 def build(config: Config) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets: ldft's choices, then the user's file, then the user's keys.
+    """The config for `deepspeed.initialize`: ldft's choices, overridden by the user's file, then by the user's keys.
 
-    Raises ConfigError where the user's keys are unknown to DeepSpeed, of another type, or ldft's own, and where roles are to be
-    placed that DeepSpeed moves itself.
+    Raises ConfigError if the user's keys are unknown to DeepSpeed, have the wrong type, or are ldft's own, and if roles have
+    placements but DeepSpeed moves them itself.
     """
     settings = _chosen(config)
     owned = dict(deepspeed_keys.flat(settings))
@@ -79,10 +80,10 @@ def build(config: Config) -> dict[str, Any]:
     if kind and config.numa.by_role:
         raise CombinationError(
             "numa.scope",
-            f"roles cannot be placed with {kind}, where DeepSpeed moves them; use a policy of scope process",
+            f"roles cannot be placed with {kind}, because DeepSpeed moves them; use a policy of scope process",
         )
     if kind and config.memory.pinning is Pinning.exact:
-        # What no arena can hold is pinned as stock DeepSpeed pins it.
+        # Tensors that no arena can hold are pinned as in stock DeepSpeed.
         for name in ("offload_param", "offload_optimizer"):
             if "pin_memory" in settings["zero_optimization"][name]:
                 settings["zero_optimization"][name]["pin_memory"] = config.launch.device is Device.cuda
@@ -90,7 +91,7 @@ def build(config: Config) -> dict[str, Any]:
 
 
 def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
-    """Take over `values` into `into`, section by section."""
+    """Merge `values` into `into`, section by section."""
     for name, value in values.items():
         if isinstance(value, dict) and isinstance(into.get(name), dict):
             merge(into[name], value)
@@ -107,7 +108,7 @@ def _without_owned(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _chosen(config: Config) -> dict[str, Any]:
-    """The config without anything of the user's."""
+    """ldft's choices, without the user's keys and file."""
     train, optimizer, offload = config.train, config.optimizer, config.offload
     zero: dict[str, Any] = {
         "stage": offload.stage,
@@ -141,7 +142,7 @@ def _chosen(config: Config) -> dict[str, Any]:
     if not lion:
         parameters["eps"] = optimizer.eps
     if offload.optimizer is OffloadDevice.none and not lion:
-        # torch's own fused kernel: as fast as DeepSpeed's, and nothing to compile.
+        # torch's own fused kernel: as fast as DeepSpeed's, without compilation.
         parameters |= {"torch_adam": True, "fused": True}
     fp16: dict[str, Any] = {"enabled": train.precision is Precision.fp16, "loss_scale": train.loss_scale}
     if train.precision is Precision.fp16:
@@ -159,7 +160,7 @@ def _chosen(config: Config) -> dict[str, Any]:
         "fp16": fp16,
         "data_types": {"grad_accum_dtype": train.precision.name},
         "optimizer": {"type": "Lion" if lion else "AdamW", "params": parameters},
-        # Off the host, lion is ldft's own (device_lion.py), which DeepSpeed has not heard of.
+        # On the device, lion is ldft's own (device_lion.py), which DeepSpeed does not know.
         "zero_allow_untested_optimizer": lion and offload.optimizer is OffloadDevice.none,
         "zero_optimization": zero,
     }

@@ -1,6 +1,7 @@
-"""Keys of DeepSpeed's config that a user writes (offload.deepspeed, offload.deepspeed_file): known, of the right type, not ldft's.
+"""Checks the user's DeepSpeed keys (offload.deepspeed, offload.deepspeed_file): they must exist, have the right type, and not
+contradict ldft's.
 
-DeepSpeed ignores most keys that it does not know, and a run with a misspelt one would measure something else."""
+DeepSpeed ignores most unknown keys, so a run with a misspelt key would measure something else."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any
 
 from ldft.errors import ConfigError
 
-# What ldft sets from keys of its own, and the key to use. A prefix covers everything below it.
+# DeepSpeed keys that ldft sets, and the ldft key to use. A prefix covers everything below it.
 OWNED = {
     "train_batch_size": "train.micro_batch_size, train.gradient_accumulation_steps and launch.num_ranks",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -41,7 +42,7 @@ OWNED = {
     "zero_optimization.offload_optimizer.pin_memory": "memory.pinning",
     "activation_checkpointing": "checkpointing",
 }
-_NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
 
 
 @cache
@@ -52,7 +53,7 @@ def known() -> dict[str, Any]:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf; an empty section is a leaf."""
+    """(dotted key, value) of every leaf; an empty section counts as a leaf."""
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{name}.")
@@ -74,7 +75,7 @@ def _hint(name: str, section: dict[str, Any], path: str) -> str:
 
 
 def _typed(value: Any, kind: str, where: str) -> Any:
-    """The value in DeepSpeed's type; raises ConfigError where it is of another."""
+    """The value converted to DeepSpeed's type; raises ConfigError if it has another type."""
     if kind == "any":
         return value
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -82,18 +83,19 @@ def _typed(value: Any, kind: str, where: str) -> Any:
         return int(value)  # 1e5 is a float to JSON, YAML and Hydra
     good = {"bool": isinstance(value, bool), "str": isinstance(value, str), "float": number, "int": False}
     if not good[kind]:
-        raise ConfigError(where, f"{json.dumps(value)} is not {_NOUNS[kind]}; DeepSpeed wants {_NOUNS[kind]} here")
+        raise ConfigError(where, f"{json.dumps(value)} is not {_NOUNS[kind]}; DeepSpeed needs {_NOUNS[kind]} here")
     return value
 
 
 def cleaned(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """A user's DeepSpeed config, checked against the known keys. null and "auto" mean that the user leaves it to others.
+    """A user's DeepSpeed config, checked against the known keys, without the values null and "auto", which leave the choice to
+    ldft.
 
-    origin: what an error names, offload.deepspeed or the file.
+    origin: the name that errors show: offload.deepspeed or the file.
     """
 
     def section(tree: dict[str, Any], keys: dict[str, Any], path: str) -> dict[str, Any]:
-        anywhere = keys.get("*")  # the names of this section hold at any depth
+        anywhere = keys.get("*")  # this section's names are valid at any depth
         names = dict.fromkeys(anywhere, "any") if anywhere else keys
         done: dict[str, Any] = {}
         for name, value in tree.items():
@@ -110,18 +112,16 @@ def cleaned(values: dict[str, Any], origin: str) -> dict[str, Any]:
             elif isinstance(value, dict):
                 done[name] = section(value, kind, f"{path}{name}.")
             else:
-                raise ConfigError(
-                    where, f"{json.dumps(value)} stands where a section belongs; give it as {{key: value}}"
-                )
+                raise ConfigError(where, f"{json.dumps(value)} is not a section; write it as {{key: value}}")
         return done
 
     return section(values, known()["keys"], "")
 
 
 def check_owned(values: dict[str, Any], ours: dict[str, Any], origin: str) -> None:
-    """Raise ConfigError where a user's DeepSpeed config contradicts what ldft sets. Saying the same is allowed.
+    """Raise ConfigError if a user's DeepSpeed config contradicts what ldft sets. Equal values are allowed.
 
-    ours: dotted key -> what ldft sets; a key that is missing there is set by nobody.
+    ours: dotted key -> the value that ldft sets; ldft does not set keys that are missing there.
     """
     for key, value in flat(values):
         owner = next((name for name in OWNED if key == name or key.startswith(name + ".")), None)
@@ -131,19 +131,19 @@ def check_owned(values: dict[str, Any], ours: dict[str, Any], origin: str) -> No
             continue
         where = f"{origin}.{key}" if origin == "offload.deepspeed" else f"{origin}: {key}"
         said = f", which makes it {json.dumps(ours[key])}" if key in ours else ""
-        text = f"{json.dumps(value)} contradicts {OWNED[owner]}{said}; leave it out here and set it there"
+        text = f"{json.dumps(value)} contradicts {OWNED[owner]}{said}; leave it out here and set that key"
         raise ConfigError(where, text)
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file. Raises ConfigError where it is missing, broken, or names a key twice."""
+    """The content of a DeepSpeed JSON file. Raises ConfigError if it is missing, invalid, or has a key twice."""
     key = "offload.deepspeed_file"
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
-            raise ConfigError(key, f"{path} has '{twice}' twice in one section; keep one")
+            raise ConfigError(key, f"{path} has '{twice}' twice in one section; remove one")
         return dict(pairs)
 
     try:
@@ -152,8 +152,8 @@ def read_file(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise ConfigError(key, f"cannot read {path} ({reason}); name a DeepSpeed JSON file") from None
     except json.JSONDecodeError as error:
-        text = f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); mend it there"
+        text = f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); fix that line"
         raise ConfigError(key, text) from None
     if not isinstance(values, dict):
-        raise ConfigError(key, f"{path} holds no JSON object; a DeepSpeed config is {{...}}")
+        raise ConfigError(key, f"{path} is not a JSON object; write a DeepSpeed config as {{...}}")
     return values

@@ -1,7 +1,7 @@
-"""Ways of offload in which DeepSpeed moves host tensors itself: what they need, what they cost, what a reader of the row must know.
+"""Offload modes in which DeepSpeed moves host tensors itself: their requirements, their costs, and notes for the row.
 
-nvme (ZeRO-Infinity), super_offload and zenflow. Nobody else can place their tensors: they live in swap files or in shared memory of
-several processes. Read in DeepSpeed 0.19.8: runtime/superoffload, runtime/zenflow, runtime/swap_tensor. Without torch.
+These are nvme (ZeRO-Infinity), super_offload and zenflow. ldft cannot place their tensors, which are in swap files or in memory
+shared by several processes. Source: DeepSpeed 0.19.8, runtime/superoffload, runtime/zenflow, runtime/swap_tensor. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ldft.preflight.parameter_counts import frozen_sizes, total, trained_sizes, 
 
 
 def moved_by(settings: dict[str, Any]) -> str | None:
-    """nvme, super_offload or zenflow, where the DeepSpeed config says so."""
+    """nvme, super_offload or zenflow, if the DeepSpeed config enables it."""
     zero = settings["zero_optimization"]
     optimizer, parameters = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
     if "nvme" in (optimizer.get("device"), parameters.get("device")):
@@ -26,12 +26,14 @@ def moved_by(settings: dict[str, Any]) -> str | None:
 
 
 def check(config: Config, settings: dict[str, Any]) -> None:
-    """Raise CombinationError where DeepSpeed would fail, or be silent and train something else."""
+    """Raise CombinationError where DeepSpeed would fail, or silently train something else."""
     kind = moved_by(settings)
     if kind is None:
         return
     if config.optimizer.name != "adamw":
-        raise CombinationError("optimizer", f"{config.optimizer.name}: offload={kind} knows adamw only; use that")
+        raise CombinationError(
+            "optimizer", f"{config.optimizer.name}: offload={kind} supports adamw only; use optimizer=adamw"
+        )
     if kind == "nvme":
         return
     if config.launch.device is not Device.cuda:
@@ -42,35 +44,35 @@ def check(config: Config, settings: dict[str, Any]) -> None:
     if kind == "super_offload" and stage != 3:
         raise CombinationError("offload.stage", f"super_offload needs 3, not {stage}; use 3")
     if kind == "zenflow" and stage not in (1, 2):
-        # It transposes every weight first; those that zero.Init has split already, it takes for vectors and leaves alone.
+        # It transposes every weight first, but takes weights already sharded by zero.Init for vectors and skips them.
         raise CombinationError("offload.stage", f"zenflow needs 1 or 2 here, not {stage}; use 2")
-    # Both update beside the backward pass, with gradients that are still multiplied by the loss scale and may have overflowed.
+    # Both update during the backward pass, with gradients still multiplied by the loss scale, which may have overflowed.
     scaled = config.train.precision is Precision.fp16
     if kind == "zenflow" and scaled:
         raise CombinationError(
             "train.precision",
-            "fp16: zenflow updates with gradients that are still scaled; use bf16, or offload=optimizer",
+            "fp16: zenflow updates with gradients not yet unscaled; use bf16, or offload=optimizer",
         )
     if kind == "super_offload" and scaled and not config.optimizer.gradient_clipping:
         raise CombinationError(
             "optimizer.gradient_clipping",
-            "0: super_offload updates with gradients that are still scaled for fp16; use a norm above 0, or bf16",
+            "0: super_offload updates with fp16 gradients not yet unscaled; use a norm above 0, or bf16",
         )
     if kind == "zenflow" and config.train.gradient_accumulation_steps > 1:
         raise CombinationError(
             "train.gradient_accumulation_steps",
-            f"{config.train.gradient_accumulation_steps}: zenflow accumulates by itself "
+            f"{config.train.gradient_accumulation_steps}: zenflow accumulates gradients itself "
             "(offload.deepspeed.zero_optimization.zenflow.update_interval); use 1",
         )
 
 
 def notes(config: Config, settings: dict[str, Any]) -> list[str]:
-    """What sets such a run's figures apart from others'."""
+    """Notes on how such a run's figures differ from those of other runs."""
     kind = moved_by(settings)
     if kind == "super_offload" and config.optimizer.gradient_clipping:
         return [
             f"super_offload: with optimizer.gradient_clipping={config.optimizer.gradient_clipping:g} DeepSpeed updates after the "
-            "backward pass, not beside it; 0 lets it"
+            "backward pass; with 0 it updates during that pass"
         ]
     if kind == "zenflow":
         values = settings["zero_optimization"]["zenflow"]
@@ -82,17 +84,17 @@ def notes(config: Config, settings: dict[str, Any]) -> list[str]:
 
 
 def shared_memory_bytes(config: Config, settings: dict[str, Any]) -> int:
-    """What all ranks of this host put into /dev/shm for their update processes: 0 where there are none."""
+    """Bytes that all ranks on this host put into /dev/shm for their update processes; 0 if there are none."""
     kind = moved_by(settings)
-    # fp32 master weights and gradients; zenflow keeps two gradients and an older copy of the weights besides.
+    # fp32 master weights and gradients; zenflow also keeps a second gradient and an older copy of the weights.
     width = {"super_offload": 8, "zenflow": 16}.get(kind or "", 0)
     overlaps = kind != "zenflow" or settings["zero_optimization"]["zenflow"].get("overlap_step")
     return width * total(trained_sizes(config)) if overlaps else 0
 
 
 def swap_bytes(config: Config, settings: dict[str, Any]) -> int:
-    """Largest size of the swap files of all ranks: 16 bytes a trained parameter of the optimizer's, and every weight in
-    compute precision."""
+    """Largest total size of all ranks' swap files, bytes: 16 per trained parameter for the optimizer, and every weight in compute
+    precision."""
     zero = settings["zero_optimization"]
     trained = total(trained_sizes(config))
     weights = trained + total(frozen_sizes(config))
@@ -101,7 +103,7 @@ def swap_bytes(config: Config, settings: dict[str, Any]) -> int:
 
 
 def nvme_sizes(config: Config) -> dict[str, Any]:
-    """Keys of `zero_optimization.offload_param` that count in elements: a buffer holds the largest weight's share of a rank."""
+    """Keys of `zero_optimization.offload_param` in elements: each buffer holds one rank's shard of the largest weight."""
     model = config.model
     largest = model.hidden_size * max(
         model.vocab_size, model.intermediate_size, model.num_attention_heads * model.head_dim

@@ -1,10 +1,10 @@
 """Expected bytes in device memory by formula: several moments of an iteration, each with its parts; the largest is the peak.
 
-What is meant is torch's peak of allocated memory; measured ones are in tests/preflight/measured_vram.csv. CUDA's context and what
-the allocator reserves beyond come on top (CONTEXT, FRAGMENTATION).
+This estimates torch's peak of allocated memory; tests/preflight/measured_vram.csv has measured peaks. CUDA's context and memory
+that the allocator reserves but does not use are added (CONTEXT, FRAGMENTATION).
 
-H hidden size, I the MLP's width, Q and K widths of all query and of all key heads, T tokens of a micro-batch, V vocabulary,
-w bytes of the compute precision, P parameters, N ranks.
+H: hidden size, I: MLP width, Q and K: total widths of query heads and of key heads, T: tokens per micro-batch, V: vocabulary size,
+w: bytes per number in compute precision, P: parameters, N: ranks.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from ldft.preflight.selection import Selection
 
 Parts = dict[str, int]
 
-# CUDA's context with its libraries on one GPU (0.5 to 0.7 GiB on an H200), and the share that the allocator needs on top of what
-# is allocated: freed blocks that nothing fits into.
+# CUDA's context with its libraries on one GPU (0.5 to 0.7 GiB on an H200), and the fraction that the allocator needs beyond
+# allocated memory: freed blocks too small for any request.
 CONTEXT, FRAGMENTATION = int(0.7 * 2**30), 0.05
 
 
 def peak_of(moments: Mapping[str, Parts]) -> Parts:
-    """Bytes at the moment that needs most."""
+    """Parts, in bytes, of the moment that needs most."""
     return max(moments.values(), key=lambda parts: sum(parts.values()))
 
 
 def least_of(moments: Mapping[str, Parts]) -> Parts:
-    """The same where memory is short: DeepSpeed then makes its flat copy of the weights in host memory."""
+    """The same if memory is short: DeepSpeed then makes its flat copy of the weights in host memory."""
     return peak_of({name: parts for name, parts in moments.items() if name != "start"})
 
 
 def moments(run: Selection) -> dict[str, Parts]:
-    """Bytes of one rank in device memory at the moments of an iteration at which they may peak, by what they are for."""
+    """Bytes of one rank in device memory, by moment of an iteration that may be the peak, then by purpose."""
     config = run.config
     base, gradients = _state(run), _gradients(config)
     model = config.model
@@ -50,11 +50,11 @@ def moments(run: Selection) -> dict[str, Parts]:
     inside = {"inside a layer": _inside(run, whole == 0)} | leaving
     first = {"inside a layer": _inside(run, recomputed > 0)} | leaving
     layer, output = parameter_counts.layer_parameters(model), parameter_counts.embedding_parameters(model)
-    # The output projection stays where ZeRO-3 keeps what is used again so soon.
+    # The output projection stays if ZeRO-3 keeps weights that are reused so soon.
     kept = output if config.offload.stage == 3 and run.zero["stage3_max_reuse_distance"] >= output else 0
     found = {
         "loss": base | waiting | _gathered(run, output + layer) | _loss(run),
-        # All inputs wait, and the last layer is computed again with the gradients of what is in it.
+        # All layer inputs are kept, and the last layer is recomputed, with the gradients of its activations.
         "backward of the last layer": base | waiting | _gathered(run, layer + kept) | inside | _output_gradient(config),
         "backward of the first layer": base | gradients | _gathered(run, layer) | first,
         "step": base | gradients | _step(config),
@@ -64,7 +64,8 @@ def moments(run: Selection) -> dict[str, Parts]:
         again = {"inside a layer": _inside(run, True)} | leaving
         found["backward of the last checkpointed layer"] = base | checkpoints | _gathered(run, layer) | again
     if config.offload.stage in (1, 2):
-        # Trained weights are copied into one block while the model still holds all (stage_1_and_2.py, flatten_on_accelerator).
+        # Trained weights are copied into one block while the model still holds all of them (stage_1_and_2.py,
+        # flatten_on_accelerator).
         trained = parameter_counts.total(parameter_counts.trained_sizes(config))
         found["start"] = {"weights": base["weights"] + parameter_counts.width(config) * trained}
     return found
@@ -80,9 +81,9 @@ def hidden_bytes(config: Config) -> int:
 
 
 def attention_bytes(config: Config) -> int:
-    """What attention returns in one layer: the output, w T Q, and the log-sum-exp, 4 B a head and token.
+    """Bytes that attention returns in one layer: the output, w T Q, and the log-sum-exp, 4 B per head and token.
 
-    Kernels widen heads to a multiple of 8, and sequences of the log-sum-exp to one of 32.
+    Kernels pad heads to a multiple of 8, and the log-sum-exp's sequences to a multiple of 32.
     """
     model, batch = config.model, config.train.micro_batch_size
     output = parameter_counts.width(config) * tokens(config) * model.num_attention_heads * _round_up(model.head_dim, 8)
@@ -95,7 +96,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _checkpoints(config: Config) -> Parts:
-    """What waits on the device of layers that are checkpointed."""
+    """Bytes of checkpointed layers kept on the device."""
     settings = config.checkpointing
     layers, groups = settings.recomputed(config.model.num_layers), settings.groups(config.model.num_layers)
     if groups == 0:
@@ -111,7 +112,7 @@ def _checkpoints(config: Config) -> Parts:
 
 
 def _state(run: Selection) -> Parts:
-    """What is there all the time."""
+    """Bytes that are present during the whole iteration."""
     config = run.config
     offload, ranks, width = config.offload, config.launch.num_ranks, parameter_counts.width(config)
     trained = parameter_counts.trained_sizes(config)
@@ -124,7 +125,7 @@ def _state(run: Selection) -> Parts:
     elif offload.parameters is OffloadDevice.none:
         parts["weights"] = width * parameter_counts.split(every, ranks)
     if offload.stage >= 2:
-        # w x: a buffer in which gradients are made contiguous (on the CPU only what is used of it is there); without it, the copy
+        # w x: a buffer that makes gradients contiguous (on the CPU only its used part takes memory); without it, the copy
         # that is reduced.
         bucket = int(zero["reduce_bucket_size"])
         whole_bucket = zero["contiguous_gradients"] and config.launch.device is not Device.cpu
@@ -134,7 +135,7 @@ def _state(run: Selection) -> Parts:
         states = 8 if config.optimizer.name == "lion" else 12
         parts["optimizer"] = states * (parameter_counts.total(trained) if offload.stage == 0 else share)
         if offload.stage == 3:
-            # fp32 gradients of one sub-group; gradients of all in compute precision.
+            # fp32 gradients of one sub-group; all gradients in compute precision.
             parts["gradients"] = width * share + 4 * min(share, int(zero["sub_group_size"]))
     elif offload.stage < 3:
         # w x: staging for the largest parameter's gradient.
@@ -143,7 +144,7 @@ def _state(run: Selection) -> Parts:
 
 
 def _mask(run: Selection) -> Parts:
-    """S S (1 + w), S tokens of a sequence: the mask that SDPA gets for a window, as flags and, while in use, as numbers."""
+    """S S (1 + w), S tokens per sequence: SDPA's mask for a window, as flags and, while in use, as numbers."""
     config = run.config
     if not attention.windowed(config) or not attention.SPECS[run.attention].masks_windows:
         return {}
@@ -151,9 +152,9 @@ def _mask(run: Selection) -> Parts:
 
 
 def _gathered(run: Selection, least: int) -> Parts:
-    """w x: whole parameters of ZeRO-3 at a time, the `least` of those at work, and as many as it may hold ahead.
+    """w x: parameters that ZeRO-3 gathers at a time: at least `least`, those in use, and as many as it may prefetch.
 
-    From several ranks a layer's come in one block, in the order of the ranks, and are put together beside it
+    With several ranks, a layer's shards arrive in one block, ordered by rank, and are assembled in another
     (partition_parameters.py, AllGatherCoalescedHandle).
     """
     config = run.config
@@ -169,7 +170,7 @@ def _gathered(run: Selection, least: int) -> Parts:
 
 
 def _gradients(config: Config) -> Parts:
-    """Gradients that wait on the device at the end of the backward pass, w P or less, and are not there at its start."""
+    """Gradients kept on the device at the end of the backward pass but not at its start: w P or less."""
     offload, width = config.offload, parameter_counts.width(config)
     trained = parameter_counts.trained_sizes(config)
     if offload.stage < 2:
@@ -180,7 +181,7 @@ def _gradients(config: Config) -> Parts:
 
 
 def _output_gradient(config: Config) -> Parts:
-    """w V H: a tied output projection's gradient waits for the embedding's; another one is reduced at once."""
+    """w V H: a tied output projection's gradient is kept until the embedding's is added; an untied one is reduced at once."""
     if not config.model.tie_word_embeddings or config.lora.rank:
         return {}
     return {
@@ -200,9 +201,10 @@ def _step(config: Config) -> Parts:
 def _inside(run: Selection, recomputed: bool) -> int:
     """One layer in its backward pass: w T (5 H + 2 Q + 2 K + 4 I), less what is kept in any case.
 
-    The outputs of both norms, the residual between them, and two gradients take 5 H; queries, keys, values and the attention's
-    output 2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers that are computed again together keep theirs.
-    Beside an adapter of the last one, w T (I + 2 H): a second gradient of its input, and what the adapter gets of its output's.
+    The outputs of both norms, the residual between them, and two gradients take 5 H; queries, keys, values and the attention
+    output 2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers recomputed together each keep theirs.
+    An adapter on the MLP's last module adds w T (I + 2 H): a second gradient of its input, and the adapter's copy of its output
+    gradient.
     """
     config = run.config
     model = config.model
@@ -218,9 +220,9 @@ def _inside(run: Selection, recomputed: bool) -> int:
 
 
 def _kept(run: Selection) -> int:
-    """What a layer's forward pass keeps beside its input: w T (3 H + 2 Q + 2 K + 3 I).
+    """Bytes that a layer's forward pass keeps besides its input: w T (3 H + 2 Q + 2 K + 3 I).
 
-    With dropout each adapter keeps its own input, and a mask of a byte an element.
+    With dropout, each adapter also keeps its own input, and a mask of one byte per element.
     """
     config = run.config
     model = config.model
@@ -236,7 +238,7 @@ def _kept(run: Selection) -> int:
 
 
 def _layer_gradient(run: Selection) -> Parts:
-    """w x parameters of a layer, where the bucket is too small to take them."""
+    """w x parameters of a layer, if the bucket is too small for them."""
     config = run.config
     size = parameter_counts.layer_parameters(config.model)
     if config.lora.rank or config.offload.stage < 2 or run.zero["reduce_bucket_size"] >= size:
@@ -247,8 +249,8 @@ def _layer_gradient(run: Selection) -> Parts:
 def _to_host(config: Config, size: int) -> Parts:
     """A gradient of `size` elements on its way to the host under ZeRO-3 (stage3.py, partition_grads and _constant_buffered_norm2).
 
-    w for each of itself, its reduced share and what has come back from the host; and the share in fp64, 250 million elements at a
-    time, of which DeepSpeed takes the norm.
+    w per element for the gradient itself, its reduced share and the copy read back from the host; and the share in fp64, 250
+    million elements at a time, for DeepSpeed's norm.
     """
     if config.offload.stage != 3 or config.offload.optimizer is OffloadDevice.none:
         return {}
@@ -258,7 +260,7 @@ def _to_host(config: Config, size: int) -> Parts:
 
 
 def _scores(run: Selection, copies: int) -> int:
-    """Attention that is computed in full: w T S heads for each copy of the scores, fp32 being two."""
+    """Attention that stores all scores: w T S heads for each copy of them; an fp32 copy counts as two."""
     config = run.config
     if not attention.SPECS[run.attention].stores_scores:
         return 0
@@ -272,10 +274,10 @@ def _scores(run: Selection, copies: int) -> int:
 
 
 def _loss(run: Selection) -> Parts:
-    """Around the output projection.
+    """Bytes around the output projection and the loss.
 
-    Stock: logits in w and fp32, and a gradient of each: 2 T V (w + 4). Liger: the gradient of the projection, w V H, and of its
-    input, w T H, and the logits of a chunk, which has about T H / V tokens, rounded up to a power of two.
+    Stock: logits in compute precision and fp32, and a gradient of each: 2 T V (w + 4). Liger: the gradients of the projection,
+    w V H, and of its input, w T H, and the logits of a chunk of about T H / V tokens, rounded up to a power of two.
     """
     config = run.config
     model, width, all_tokens = config.model, parameter_counts.width(config), tokens(config)

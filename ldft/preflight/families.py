@@ -1,4 +1,4 @@
-"""What transformers would refuse of a model, found without importing it: that takes seconds, and a parent never does."""
+"""Finds models that transformers would refuse, without importing it: the import takes seconds, and the parent never imports it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 
-# Whose config in transformers wants heads that divide the width even where their own width is given.
+# Families whose transformers config requires num_attention_heads to divide hidden_size even if head_dim is given.
 WHOLE_HEADS = ("gemma2", "llama")
 
 
 @cache
 def causal() -> frozenset[str]:
-    """Every `model_type` that the installed transformers has a causal language model for, from its source; empty where that
-    keeps them elsewhere."""
+    """Every `model_type` for which the installed transformers has a causal language model, read from its source; empty if its
+    source has no such table."""
     spec = find_spec("transformers")
     assert spec is not None and spec.submodule_search_locations
     file = Path(spec.submodule_search_locations[0], "models", "auto", "modeling_auto.py")
@@ -29,9 +29,9 @@ def causal() -> frozenset[str]:
 
 
 def check(model: ModelConfig, known: Collection[str]) -> None:
-    """Raise ConfigError where transformers has no such model; of further keys of a family the ranks are the judge.
+    """Raise ConfigError if transformers has no such model. The ranks check a family's further keys.
 
-    known: the families there are; empty where that is left to the ranks.
+    known: the existing families; empty: the ranks check the family too.
     """
     if known and model.family not in known:
         close = difflib.get_close_matches(model.family, known, n=3)
@@ -42,6 +42,6 @@ def check(model: ModelConfig, known: Collection[str]) -> None:
         multiple = max(1, model.hidden_size // heads) * heads
         raise ConfigError(
             "model.hidden_size",
-            f"{model.hidden_size} is no multiple of model.num_attention_heads={heads}, as transformers' {model.family} "
-            f"wants it; use e.g. {multiple}",
+            f"{model.hidden_size} is not a multiple of model.num_attention_heads={heads}, as transformers' {model.family} "
+            f"requires; use e.g. {multiple}",
         )

@@ -1,4 +1,4 @@
-"""Whether a run can fit this machine, from the estimate and before any memory is touched. Without torch."""
+"""Checks by estimate, before any memory is touched, whether a run fits this machine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ldft.preflight.resolved import Resolved
 
 GIB = 2**30
 
-# What makes a term smaller.
+# How to make each part of the estimate smaller.
 _REMEDIES = {
     "layer inputs": "checkpointing=cpu, or a shorter seq_len",
     "activations": "checkpointing=gpu, or a shorter seq_len",
     "attention outputs": "checkpointing.keep_attention=host or none, or a shorter seq_len",
-    "attention mask": "a shorter seq_len, or attention=flash_attention_2 where it runs",
+    "attention mask": "a shorter seq_len, or attention=flash_attention_2 if it runs here",
     "inside a layer": "a shorter seq_len or a smaller train.micro_batch_size",
     "logits": "a shorter seq_len or a smaller train.micro_batch_size",
     "weights": "offload=full",
@@ -36,15 +36,15 @@ _STATES = "a smaller model, or more memory"
 
 
 class DoesNotFitError(ConfigError):
-    """The run needs more memory than there is; `shortage` says of what, how much and what for."""
+    """The run needs more memory than available; `shortage` says which memory, how much, and for what."""
 
     def __init__(self, shortage: str, remedy: str) -> None:
         self.shortage = shortage
-        super().__init__("force", f"false, and {shortage}; use {remedy}, or force=true to try all the same")
+        super().__init__("force", f"false, and {shortage}; use {remedy}, or force=true to try anyway")
 
 
 def predictions(run: Resolved) -> dict[str, Any]:
-    """The row's columns: predicted peaks, and what they consist of."""
+    """The row's columns: predicted peaks and their parts."""
     estimate = run.estimate
     columns: dict[str, Any] = {
         "predicted_host_gib": estimate.host_bytes / GIB,
@@ -59,13 +59,13 @@ def predictions(run: Resolved) -> dict[str, Any]:
 
 
 def check(run: Resolved) -> None:
-    """Raise DoesNotFitError, one line, where the estimate is more than the machine has; `force` lets the run try."""
+    """Raise DoesNotFitError if the estimate exceeds the machine's memory, unless `force` is set."""
     if not run.config.force:
         examine(run)
 
 
 def examine(run: Resolved) -> None:
-    """The same, whatever `force` says."""
+    """Like check, but regardless of `force`."""
     _check_device(run)
     _check_host(run)
     _check_nodes(run)
@@ -84,8 +84,8 @@ def _check_device(run: Resolved) -> None:
 
 
 def device_gib(config: Config) -> float | None:
-    """GiB of VRAM of each GPU that the estimate is held against; None where it is not known. A dry run believes memory.vram_gib, a
-    run no more than there is."""
+    """VRAM of each GPU that the estimate must fit, GiB; None if unknown. A dry run uses memory.vram_gib as given, a run at most the
+    memory that the GPU has."""
     said, have = config.memory.vram_gib or None, environment.gpu_memory_gib()
     if said is None or have is None:
         return said or have
@@ -103,16 +103,17 @@ def _check_host(run: Resolved) -> None:
 
 
 def available(config: Config) -> Free:
-    """What all ranks together may touch: no more than memory.capacity_gib, where that is less than there is."""
+    """Memory that all ranks together may touch: at most memory.capacity_gib, if that is less than the free memory."""
     capacity = int(config.memory.capacity_gib * GIB)
-    if capacity and environment.gpus_are_assumed():  # the limits of this machine are none of that one's
+    if capacity and environment.gpus_are_assumed():  # this machine's limits do not apply to the assumed one
         return Free(bytes=capacity, limit="memory.capacity_gib")
     free = free_memory(capacity or None)
     return Free(bytes=capacity, limit="memory.capacity_gib") if 0 < capacity < free.bytes else free
 
 
 def _check_nodes(run: Resolved) -> None:
-    """Where a placement leaves no choice, each node must hold its part. One node is the whole machine: checked already."""
+    """Check that each node can hold the part that strict placements put there. A single node is the whole machine: already
+    checked."""
     if len(run.topology.nodes) == 1:
         return
     for node, parts in bytes_by_node(run).items():
@@ -122,7 +123,7 @@ def _check_nodes(run: Resolved) -> None:
 
 
 def bytes_by_node(run: Resolved) -> dict[int, dict[str, float]]:
-    """Node -> role -> bytes of all ranks that have to be there."""
+    """Node -> role -> bytes of all ranks that must be on that node."""
     process = run.config.numa.placement.resolve(run.topology, "numa")
     found: dict[int, dict[str, float]] = {}
     for placements in run.placements:
@@ -139,10 +140,10 @@ def _strict_shares(placement: Placement) -> Mapping[int, float]:
 
 
 def _refusal(what: str, need: float, have: str, parts: Mapping[str, float], on_device: str = "") -> DoesNotFitError:
-    """on_device: what is largest in the device part, which without a GPU lies in host memory."""
+    """on_device: the largest part of the device estimate, which without a GPU is in host memory."""
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
     terms = ", ".join(f"{name} {parts[name] / GIB:.1f}" for name in largest)
     remedy = _REMEDIES.get(on_device if largest[0] == "device part" else largest[0], _STATES)
-    growing = "; set memory.capacity_gib where the machine grows as memory is touched" if "Mem" in have else ""
-    shortage = f"{what} does not suffice: {need / GIB:.1f} GiB expected, {have} (largest: {terms})"
+    growing = "; set memory.capacity_gib if the machine grows as memory is touched" if "Mem" in have else ""
+    shortage = f"not enough {what}: {need / GIB:.1f} GiB expected, {have} (largest: {terms})"
     return DoesNotFitError(shortage, remedy + growing)

@@ -1,6 +1,7 @@
-"""Expected bytes in host memory by formula, before anything runs. Without torch. VRAM: device_estimate.py.
+"""Expected bytes in host memory by formula, before anything runs. Imports no torch. For VRAM see device_estimate.py.
 
-What stock DeepSpeed (0.19, read in its source) keeps for each trained parameter that a rank holds, with the optimizer on the host:
+Memory that stock DeepSpeed (0.19, from its source) keeps for each trained parameter that a rank holds, with the optimizer on the
+host:
 
     master_weights, master_gradients    4 B each, fp32
     momentum, variance                  4 B each, fp32; Lion has no variance
@@ -21,13 +22,13 @@ from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.preflight import deepspeed_config, device_estimate, parameter_counts
 from ldft.preflight.selection import Selection
 
-# Interpreter, libraries and, on CUDA, its context, less file pages: measured peaks of runs whose tensors are few
+# Interpreter, libraries and, on CUDA, its context, without file pages: measured peaks of runs with few tensors
 # (benchmarks/results/fp16-llama3_1b-2k-h200.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.33 to 0.41 GiB without a GPU).
 _PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.36 * 2**30)}
 
 
 def host_bytes(config: Config) -> dict[str, int]:
-    """Bytes of one rank in host memory by role, the same for every rank; roles that stay on the device are missing."""
+    """Bytes of one rank in host memory by role, the same for every rank; roles that stay on the device are left out."""
     offload, ranks = config.offload, config.launch.num_ranks
     width = parameter_counts.width(config)
     trained, frozen = parameter_counts.trained_sizes(config), parameter_counts.frozen_sizes(config)
@@ -58,18 +59,18 @@ def host_bytes(config: Config) -> dict[str, int]:
 
 
 def layer_input_bytes(config: Config) -> int:
-    """Bytes of one decoder layer's input, of one micro-batch."""
+    """Bytes of one decoder layer's input for one micro-batch."""
     return device_estimate.hidden_bytes(config)
 
 
 def attention_output_bytes(config: Config) -> int:
-    """Bytes of what attention returns in one decoder layer, of one micro-batch."""
+    """Bytes that attention returns in one decoder layer for one micro-batch."""
     return device_estimate.attention_bytes(config)
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes that wait in one rank's host memory for the backward pass: layer inputs of all groups but the last, and outputs of
-    attention in all layers of these groups."""
+    """Bytes kept in one rank's host memory for the backward pass: the inputs of all layer groups but the last, and the attention
+    outputs of all layers in these groups."""
     settings = config.checkpointing
     groups = max(settings.groups(config.model.num_layers) - 1, 0)
     inputs = groups if settings.mode is CheckpointingMode.cpu else 0
@@ -78,7 +79,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def other_bytes(run: Selection, device: device_estimate.Parts) -> dict[str, int]:
-    """Bytes of one rank in host memory beside the roles, by what they are for. device: the peak of the device part."""
+    """Bytes of one rank in host memory besides the roles, by purpose. device: the device estimate at its peak."""
     config = run.config
     parts = {"process": _PROCESS[config.launch.device]}
     if deepspeed_config.pins(config) and config.offload.optimizer is OffloadDevice.cpu:
@@ -91,7 +92,7 @@ def other_bytes(run: Selection, device: device_estimate.Parts) -> dict[str, int]
         and config.offload.stage == 3
         and not run.fused_step
     ):
-        # DeepSpeed's update looks for infinities in all gradients at once: their magnitudes, 2 B each, and a flag of 1 B.
+        # DeepSpeed's update checks all gradients for infinities at once: it stores their magnitudes, 2 B each, and flags, 1 B each.
         trained = parameter_counts.trained_sizes(config)
         parts["overflow check"] = 3 * parameter_counts.split(trained, config.launch.num_ranks)
     if config.launch.device is Device.cpu:
@@ -100,22 +101,23 @@ def other_bytes(run: Selection, device: device_estimate.Parts) -> dict[str, int]
 
 
 def _swap_buffers(run: Selection) -> int:
-    """Buffers in front of swap files: so many of a weight, and of a sub-group in fp32, and one for its gradients."""
+    """Host staging buffers for NVMe swapping: buffer_count per weight, buffer_count per fp32 sub-group, and one for its
+    gradients."""
     config, zero = run.config, run.zero
     parameters, optimizer, size = zero["offload_param"], zero["offload_optimizer"], 0
     if config.offload.parameters is OffloadDevice.nvme:
         width = parameter_counts.width(config)
         size += width * parameters["buffer_count"] * parameters["buffer_size"]
     if config.offload.optimizer is OffloadDevice.nvme:
-        # A sub-group is as many parameters as reach its size, and at least one.
+        # A sub-group takes parameters until it reaches its size, at least one.
         largest = -(-max(parameter_counts.trained_sizes(config)) // config.launch.num_ranks)
         size += 4 * (optimizer["buffer_count"] + 1) * max(largest, *_sub_groups(config, zero["sub_group_size"]))
     return size
 
 
 def _rounding(run: Selection) -> int:
-    """What torch's pinned allocator adds: each block becomes a power of two, and the weights, pinned one by one before
-    DeepSpeed moves them into one block, stay in its cache."""
+    """Bytes that torch's pinned allocator adds: it rounds each block up to a power of two, and the weights, pinned one by one
+    before DeepSpeed moves them into one block, stay in its cache."""
     config, zero = run.config, run.zero
     roles, ranks = host_bytes(config), config.launch.num_ranks
     width = parameter_counts.width(config)
@@ -129,7 +131,8 @@ def _rounding(run: Selection) -> int:
 
 
 def _sub_groups(config: Config, size: int) -> list[int]:
-    """Elements of the sub-groups that DeepSpeed makes: as many parameters as reach `size`, about, since their order is left out."""
+    """Elements of each of DeepSpeed's sub-groups, which take parameters until they reach `size`; approximate, as order is
+    ignored."""
     share = parameter_counts.split(parameter_counts.trained_sizes(config), config.launch.num_ranks)
     if config.offload.stage < 3 or size >= share:
         return [share]

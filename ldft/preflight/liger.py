@@ -1,4 +1,4 @@
-"""Whether a run uses Liger Kernel. How its kernels get into a model: training/liger_kernels.py."""
+"""Decides whether a run uses Liger Kernel. training/liger_kernels.py puts its kernels into the model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from importlib.util import find_spec
 from ldft.config import Config, Device
 from ldft.errors import CombinationError, ConfigError
 
-# Dense decoders that Liger patches, whose loss is the cross-entropy of one linear layer, soft-capped or not.
+# Dense decoders that Liger patches, with the cross-entropy of one linear layer, soft-capped or not, as the loss.
 FAMILIES = ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 _HEAD = "lm_head"
 
 
 def wanted(config: Config) -> bool:
-    """Whether this run uses Liger. Raises ConfigError where it is asked for and cannot be had."""
+    """Whether this run uses Liger. Raises ConfigError if it is requested but not possible."""
     asked, family = config.kernels.liger, config.model.family
     installed, cuda = find_spec("liger_kernel") is not None, config.launch.device is Device.cuda
     adapts_head = _HEAD in config.lora.target_modules
@@ -29,7 +29,8 @@ def wanted(config: Config) -> bool:
         )
     if adapts_head:
         raise CombinationError(
-            "kernels.liger", f"true: its loss takes {_HEAD} as it is, without lora.target_modules={_HEAD}; use false"
+            "kernels.liger",
+            f"true: its loss needs an unmodified {_HEAD}, without lora.target_modules={_HEAD}; use false",
         )
     if not installed:
         raise ConfigError(

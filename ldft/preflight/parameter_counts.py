@@ -1,4 +1,4 @@
-"""The parameters of a model by formula: how many there are, and of what sizes. Without torch."""
+"""Number and sizes of a model's parameters by formula. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ldft.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What sets a family's parameters apart from Llama's."""
+    """Differences of a family's parameters from Llama's."""
 
     qkv_bias: bool = False
     norms_per_layer: int = 2
     fused: bool = False
-    """Queries, keys and values in one matrix; gate and up in one."""
+    """Whether queries, keys and values are one matrix, and gate and up another."""
 
 
-# Families whose parameters are exact, which a test compares with transformers' own. Others are counted as Llama.
+# Families with exact counts, which a test compares with transformers. Others are counted as Llama.
 FAMILIES = {
     "llama": _Family(),
     "mistral": _Family(),
@@ -62,7 +62,7 @@ def layer_sizes(model: ModelConfig) -> Counter[int]:
 
 
 def parameter_sizes(model: ModelConfig) -> Counter[int]:
-    """Elements -> number of parameters of that size in the model, a tied embedding counted once."""
+    """Elements -> number of parameters of that size in the model; a tied embedding counts once."""
     sizes = Counter({size: model.num_layers * count for size, count in layer_sizes(model).items()})
     sizes[embedding_parameters(model)] += 1 if model.tie_word_embeddings else 2
     sizes[model.hidden_size] += 1
@@ -70,14 +70,14 @@ def parameter_sizes(model: ModelConfig) -> Counter[int]:
 
 
 def adapted(config: Config) -> dict[str, tuple[int, int]]:
-    """Those of the linear modules of a layer that have an adapter."""
+    """The linear modules of a layer that have an adapter, as in linears()."""
     named = config.lora.target_modules
     found = linears(config.model) if config.lora.rank else {}
     return {name: shape for name, shape in found.items() if not named or name in named}
 
 
 def trained_sizes(config: Config) -> Counter[int]:
-    """The same of the parameters that are trained: all, or those of the adapters."""
+    """Elements -> number of trained parameters of that size: all, or those of the adapters."""
     model, rank, named = config.model, config.lora.rank, config.lora.target_modules
     if not rank:
         return parameter_sizes(model)
@@ -91,22 +91,22 @@ def trained_sizes(config: Config) -> Counter[int]:
 
 
 def check_adapted(config: Config) -> None:
-    """Raise ConfigError where lora.target_modules names what the model has not. Of other families' modules peft is the judge."""
+    """Raise ConfigError if lora.target_modules names a module that the model lacks. For other families, peft checks it."""
     known = [*linears(config.model), "lm_head"]
     for name in config.lora.target_modules if config.model.family in FAMILIES else ():
         if name not in known:
             raise ConfigError(
-                "lora.target_modules", f"'{name}' is no linear layer of {config.model.name}; use {', '.join(known)}"
+                "lora.target_modules", f"'{name}' is not a linear layer of {config.model.name}; use {', '.join(known)}"
             )
 
 
 def frozen_sizes(config: Config) -> Counter[int]:
-    """The same of those that are not: with adapters, the whole model."""
+    """Elements -> number of frozen parameters of that size: with adapters, the whole model."""
     return parameter_sizes(config.model) if config.lora.rank else Counter()
 
 
 def width(config: Config) -> int:
-    """Bytes of a number in compute precision."""
+    """Bytes per number in compute precision."""
     return 4 if config.train.precision is Precision.fp32 else 2
 
 
@@ -120,7 +120,7 @@ def layer_parameters(model: ModelConfig) -> int:
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Parameters of the model, a tied embedding counted once."""
+    """Number of parameters of the model; a tied embedding counts once."""
     return total(parameter_sizes(model))
 
 

@@ -1,4 +1,4 @@
-"""The placement by role of a run as text, with the modelled time of its traffic to host memory. Without torch."""
+"""A run's placement by role as text, with the modelled time of its host-memory traffic. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from ldft.preflight.strategies import ROLES, STRATEGIES, streams
 
 
 def gib(size: float) -> str:
-    """Bytes as people read them."""
+    """Bytes as GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def lines(run: Resolved) -> list[str]:
-    """The policy of the ranks, then role -> nodes, shares and bytes, for rank 0 and the ranks that differ, where roles have
-    placements of their own.
+    """The ranks' policy; then, if roles have placements, role -> nodes, shares and bytes for rank 0 and for ranks that differ.
 
-    Raises PlacementError as `strategies.assign` does.
+    Raises PlacementError, like `role_placement.assign`.
     """
     config = run.config
     found = [f"memory policy of the ranks (numa={config.numa.name}): {_of_process(run)}"]
@@ -39,7 +38,7 @@ def lines(run: Resolved) -> list[str]:
     seconds = modelled_s(run)
     if seconds:
         parts = ", ".join(f"{phase} {value:.3f}" for phase, value in seconds.items())
-        found.append(f"modelled traffic to host memory, s a step: {sum(seconds.values()):.3f} ({parts})")
+        found.append(f"modelled traffic to host memory, s per step: {sum(seconds.values()):.3f} ({parts})")
     return found
 
 
@@ -53,26 +52,26 @@ def _of_process(run: Resolved) -> str:
 
 
 def notes(run: Resolved) -> list[str]:
-    """What was said about placement and changes nothing here. No error: in a sweep, the same keys hold for every policy."""
+    """Notes on placement keys that have no effect here. Not errors: in a sweep, the same keys apply to every policy."""
     numa, sizes = run.config.numa, run.estimate.roles
     strategy = STRATEGIES.get(numa.strategy.name)
     budgeted = strategy is not None and strategy.has_budgets
     found = [
-        f"numa.{key}={getattr(numa, key):g} changes nothing with numa={numa.name}, which has no budget; cxl_aware, striped and "
+        f"numa.{key}={getattr(numa, key):g} has no effect with numa={numa.name}, which has no budget; cxl_aware, striped and "
         "optimal have"
         for key in ("local_budget_gib", "cxl_budget_gib")
         if getattr(numa, key) and not budgeted
     ]
     absent = [role for role in numa.roles.placements() if not sizes.get(role)]
     if absent:
-        found.append(f"numa.roles: no {', no '.join(absent)} in host memory here, so nothing is placed for that")
+        found.append(f"numa.roles: no {', no '.join(absent)} in host memory here, so those keys have no effect")
     return found
 
 
 def modelled_s(run: Resolved) -> dict[str, float]:
-    """Seconds of a step's traffic to host memory by phase; empty where bandwidths or the nodes of a role are not known.
+    """Seconds of a step's host-memory traffic by phase; empty if bandwidths or a role's nodes are unknown.
 
-    A damaged profile of the machine counts as none, with a warning: a run needs it for numa.strategy=optimal alone.
+    A damaged machine profile is ignored with a warning: only numa.strategy=optimal needs it.
     """
     config, topology = run.config, run.topology
     try:
@@ -103,7 +102,7 @@ def modelled_s(run: Resolved) -> dict[str, float]:
 
 @cache
 def _warn(problem: str) -> None:
-    """Say it once a process, however many cells a sweep has."""
+    """Print a warning once per process, however many cells a sweep has."""
     print(f"ldft: {problem}; modelled times are left out", file=sys.stderr, flush=True)
 
 

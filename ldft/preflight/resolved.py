@@ -1,4 +1,4 @@
-"""A run, fully decided before anything starts: what it is made of, where each role of tensors goes, and what it will need."""
+"""A run, fully decided before anything starts: its selection, the placement of each role, and the estimated memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Estimate:
     roles: Mapping[str, int]
     """In host memory, by role."""
     others: Mapping[str, int]
-    """In host memory beside the roles, by what they are for."""
+    """In host memory besides the roles, by purpose."""
     moments: Mapping[str, device_estimate.Parts]
-    """In device memory, by moment of an iteration and then by what they are for."""
+    """In device memory, by moment of an iteration, then by purpose."""
     num_ranks: int
 
     @property
     def host_bytes(self) -> int:
-        """Peak in host memory of all ranks together."""
+        """Peak in host memory, over all ranks."""
         return self.num_ranks * (sum(self.roles.values()) + sum(self.others.values()))
 
     @property
@@ -37,28 +37,28 @@ class Estimate:
 
     @property
     def device(self) -> device_estimate.Parts:
-        """In device memory at their peak, by what they are for."""
+        """In device memory at the peak, by purpose."""
         return self.moments[self.peak]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved(Selection):
-    """Made once a process and passed on."""
+    """A Selection with placements and estimate; made once per process and passed on."""
 
     placements: tuple[Mapping[str, Placement], ...]
     """Role -> placement, for each rank."""
     stripes: Placement | None
-    """The process's weighted placement where stripes stand in for the kernel's weights."""
+    """The process's weighted placement if stripes replace the kernel's weights."""
     estimate: Estimate
 
 
 def resolve(config: Config, *, topology: Topology | None = None, deepspeed: dict[str, Any] | None = None) -> Resolved:
-    """All of it at once; arguments and errors as of `select` and `complete`."""
+    """select and complete in one call, with their arguments and errors."""
     return complete(select(config, topology=topology, deepspeed=deepspeed))
 
 
 def complete(run: Selection) -> Resolved:
-    """Add placements and estimate. Raises PlacementError where the machine or the budgets do not hold them."""
+    """Add placements and estimate. Raises PlacementError if they do not fit the machine or the budgets."""
     moments = device_estimate.moments(run)
     roles = host_estimate.host_bytes(run.config)
     others = host_estimate.other_bytes(run, device_estimate.peak_of(moments))

@@ -1,4 +1,4 @@
-"""Which placement each role of tensors gets, rank by rank. Without torch: the parent asks before anything starts."""
+"""Chooses the placement of each role, rank by rank. Imports no torch: the parent calls it before anything starts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ldft.preflight.strategies import ROLES, STRATEGIES, Needs, Task
 if TYPE_CHECKING:
     from ldft.config import Config
 
-# Part of a node's memory that is left to the system.
+# Fraction of a node's memory left to the system.
 _RESERVE = 1 / 32
 
 
 def assign(run: Selection, sizes: Mapping[str, int], others: Mapping[str, int]) -> list[dict[str, Placement]]:
-    """Role -> resolved placement, one dict a rank. Kind default: wherever the policy of the process puts it.
+    """Role -> resolved placement, one dict per rank. Kind default: the process policy decides.
 
-    sizes, others: expected bytes of a rank in host memory, by role and beside the roles. Placements by hand come first, the
-    strategy has the other roles. Raises PlacementError, which names the key, where a placement does not suit the machine or the
-    budgets do not hold the roles.
+    sizes, others: expected bytes of a rank in host memory, by role and besides the roles. numa.roles overrides the strategy, which
+    places the other roles. Raises PlacementError that names the key if a placement does not fit the machine or the roles do not
+    fit the budgets.
     """
     asked = {
         role: placement.resolve(run.topology, f"numa.roles.{role}")
@@ -38,8 +38,8 @@ def assign(run: Selection, sizes: Mapping[str, int], others: Mapping[str, int]) 
 
 
 def stripes_of_process(run: Selection) -> Placement | None:
-    """The weighted placement of the process, where stripes of the arenas have to stand in for the kernel's weights: those are one
-    set a machine, since Linux 6.9, and root's to change. None where the kernel can, or where there are no arenas to stripe."""
+    """The process's weighted placement if striped arenas must replace the kernel's weights, which exist since Linux 6.9, once per
+    machine, and only root can change. None if the kernel can apply the weights, or if there are no arenas to stripe."""
     config = run.config
     if config.numa.placement.kind != "weighted_interleave":
         return None
@@ -50,7 +50,7 @@ def stripes_of_process(run: Selection) -> Placement | None:
 
 
 def node_sets(config: Config, topology: Topology) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Nodes of local and of CXL memory, as configured or by default. Raises PlacementError where they do not exist."""
+    """Nodes of local and of CXL memory, as configured or by default. Raises PlacementError if they do not exist."""
     numa = config.numa
     local = tuple(numa.local_nodes) or tuple(n for n in topology.memory_nodes if topology.node(n).cpus)
     cxl = tuple(numa.cxl_nodes)
@@ -98,7 +98,7 @@ def _by_strategy(
 
 
 def placement_of(weights: Mapping[int, int]) -> Placement:
-    """The placement that says the same as integer weights by node."""
+    """The placement equivalent to integer weights by node."""
     nodes = tuple(sorted(node for node, weight in weights.items() if weight > 0))
     if len(nodes) == 1:
         return Placement(kind="bind", nodes=nodes)
@@ -117,7 +117,7 @@ def _budgets(
     sizes: Mapping[str, int],
     beside: int,
 ) -> dict[tuple[int, ...], float]:
-    """Bytes that single nodes and the two sets may hold of the roles that the strategy has."""
+    """Bytes that single nodes and the two sets may hold of the roles that the strategy places."""
     config, topology, ranks = run.config, run.topology, run.config.launch.num_ranks
     process = ranks * beside
     taken: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""What a run is made of, decided once: the machine's nodes, the DeepSpeed config, the attention, Liger Kernel, and who updates."""
+"""Choices of a run, made once: the machine's nodes, the DeepSpeed config, attention, Liger Kernel, and which kernel updates."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ldft.preflight import attention, deepspeed_config, liger
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Passed on in place of the config by all that depends on more than the config's own values."""
+    """The config with these choices, passed to all code that needs more than the config's values."""
 
     config: Config
     topology: Topology
     deepspeed: dict[str, Any]
-    """The effective DeepSpeed config, a user's file and keys included."""
+    """The effective DeepSpeed config, including the user's file and keys."""
     attention: AttentionKind
     """Never auto."""
     repeats_heads: bool
-    """Whether keys and values are repeated for the queries of their group."""
+    """Whether keys and values are repeated for each query of their group."""
     liger: bool
     fused_step: bool
     """Whether ldft's own kernel updates the offloaded weights."""
@@ -34,15 +34,15 @@ class Selection:
 
     @property
     def uses_arenas(self) -> bool:
-        """Whether offloaded tensors lie in arenas of ldft."""
+        """Whether offloaded tensors are in ldft's arenas."""
         return deepspeed_config.uses_arenas(self.config, self.deepspeed)
 
 
 def select(config: Config, *, topology: Topology | None = None, deepspeed: dict[str, Any] | None = None) -> Selection:
-    """Decide for a config whose device is known.
+    """Make the choices for a config whose device is resolved.
 
-    topology: by default this machine's. deepspeed: the effective DeepSpeed config where it was made before; by default it is made
-    here, which reads the user's file. Raises ConfigError where values do not go together or cannot run here.
+    topology: by default this machine's. deepspeed: the effective DeepSpeed config if already built; by default it is built here,
+    which reads the user's file. Raises ConfigError if values cannot be combined or cannot run here.
     """
     settings = deepspeed_config.build(config) if deepspeed is None else deepspeed
     kind = attention.choose(config)

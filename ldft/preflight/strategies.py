@@ -1,4 +1,4 @@
-"""Strategies of placement: each turns the sizes of the roles, sets of nodes and their budgets into weights by role and node."""
+"""Placement strategies: each turns role sizes, node sets and budgets into weights by role and node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROLES = (
     "compute_gradients",
     "activations",
 )
-# Most latency-critical first: what the optimizer step streams most of, then what the GPU alone touches (the paper's order).
+# Most latency-critical first: what the optimizer step streams most, then what only the GPU accesses (the paper's order).
 PRIORITY = (
     "momentum",
     "variance",
@@ -35,9 +35,9 @@ PRIORITY = (
     "activations",
     "compute_gradients",
 )
-# Touched by copies alone: what the strategy striped gives each rank a CXL node of its own for.
+# Accessed by copies only: for these, the strategy striped gives each rank its own CXL node.
 ALTERNATING = ("activations", "compute_gradients")
-# The allocator's largest weight: the finest split.
+# The allocator's largest weight, hence the finest split.
 _FINEST = 1 << 20
 
 Weights = dict[str, dict[int, int]]
@@ -46,21 +46,21 @@ Weights = dict[str, dict[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a strategy decides about."""
+    """The input of a strategy."""
 
     run: Selection
     sizes: dict[str, float]
-    """Bytes of all ranks by role, of the roles that are placed by weights."""
+    """Bytes of all ranks by role, for the roles placed by weights."""
     local: tuple[int, ...]
     cxl: tuple[int, ...]
     budgets: dict[tuple[int, ...], float]
     """Bytes that single nodes and the two sets may hold."""
     in_turns: float
-    """Bytes of the roles that go to the CXL nodes in turns."""
+    """Bytes of the roles assigned to the CXL nodes in turn."""
 
 
 class Needs(Enum):
-    """Which nodes a strategy cannot do without."""
+    """Which nodes a strategy requires."""
 
     any = 0
     several_nodes = 1
@@ -70,12 +70,12 @@ class Needs(Enum):
 @dataclass(frozen=True, slots=True)
 class Strategy:
     weights: Callable[[Task], Weights]
-    """Raises DoesNotFit where the budgets do not hold the roles."""
+    """Raises DoesNotFit if the roles do not fit the budgets."""
     needs: Needs = Needs.any
     has_budgets: bool = False
-    """Whether numa.local_budget_gib and numa.cxl_budget_gib change anything."""
+    """Whether numa.local_budget_gib and numa.cxl_budget_gib have an effect."""
     in_turns: tuple[str, ...] = ()
-    """Roles that are not placed by weights: each rank's go to a CXL node of its own, in turns."""
+    """Roles not placed by weights: each rank's go to one CXL node, assigned to the ranks in turn."""
 
 
 def greedy(
@@ -85,18 +85,18 @@ def greedy(
     local_budget: float,
     cxl_budget: float = float("inf"),
 ) -> Weights:
-    """The paper's placement: by PRIORITY into local memory until its budget is full, the rest into CXL; evenly within a set.
+    """The paper's placement: fill local memory by PRIORITY up to its budget, put the rest in CXL; evenly within a set.
 
-    The role that does not fit as a whole is split: what is left of the budget locally, not a byte more (to one part in 2^20 over
-    the sizes of both sets, and never above). sizes and budgets in bytes, all ranks together. Raises DoesNotFit where the CXL
-    budget is exceeded.
+    A role that only partly fits is split: it takes exactly the remaining local budget (to one part in 2^20 over the sizes of both
+    sets, never more), the rest goes to CXL. sizes and budgets in bytes, all ranks together. Raises DoesNotFit if the CXL budget is
+    exceeded.
     """
     weights: Weights = {}
     left, beyond = local_budget, 0.0
     for role in sorted(sizes, key=_rank):
         size = sizes[role]
         share = min(1.0, left / size) if size > 0 and cxl else 1.0
-        # Those of each node of a set are the same, so that a set of several is even; none is above _FINEST.
+        # All nodes of a set get the same weight, so that the set is filled evenly; no weight is above _FINEST.
         scale = max(1, len(local)) * max(1, len(cxl))
         parts = _FINEST // scale
         near = int(share * parts)
@@ -118,14 +118,14 @@ def _rank(role: str) -> int:
 
 
 def streams(run: Selection) -> cost_model.Streams:
-    """A step's traffic, by who updates and how many micro-batches it takes."""
-    # Under ZeRO-1/2 ldft's kernel is one pass of DeepSpeed's three.
+    """A step's traffic, depending on the update kernel and the number of micro-batches."""
+    # With ZeRO-1/2, ldft's kernel replaces one of DeepSpeed's three passes.
     once = cost_model.FUSED if run.fused_step and run.config.offload.stage == 3 else cost_model.STOCK
     return cost_model.accumulated(once, run.config.train.gradient_accumulation_steps)
 
 
 def _bandwidths(config: Config, nodes: tuple[int, ...]) -> cost_model.Bandwidths:
-    """Those of the nodes that roles may go to. Raises ConfigError where they are not known."""
+    """Bandwidths of the nodes where roles may go. Raises ConfigError if they are unknown."""
     known = bandwidths.bandwidths(config.numa.bandwidth)
     if known is None:
         raise ConfigError(
@@ -137,13 +137,13 @@ def _bandwidths(config: Config, nodes: tuple[int, ...]) -> cost_model.Bandwidths
     if missing:
         raise ConfigError(
             bandwidths.KEY,
-            f"node {missing[0]} is not in it (nodes: {format_list(known.nodes())}); measure again, or give it",
+            f"node {missing[0]} is missing (nodes: {format_list(known.nodes())}); measure again, or add it",
         )
     return known.of(nodes)
 
 
 def _even_room(nodes: tuple[int, ...], budgets: Mapping[tuple[int, ...], float]) -> float:
-    """Bytes that can be spread evenly over a set: as much on each as the smallest takes, within the set's budget."""
+    """Bytes that can be spread evenly over a set: as much on each node as the smallest can take, within the set's budget."""
     if not nodes:
         return 0.0
     return min(len(nodes) * min(budgets[(node,)] for node in nodes), budgets.get(nodes, float("inf")))
@@ -164,7 +164,7 @@ def _optimally(task: Task) -> Weights:
     return cost_model.solve(task.sizes, known, task.budgets, config.launch.num_ranks, streams=streams(task.run))
 
 
-# By the members of NumaStrategy (ldft/config/numa.py), none left out.
+# One entry for each member of NumaStrategy (ldft/config/numa.py).
 STRATEGIES = {
     "local_only": Strategy(lambda task: _evenly(task.local)),
     "naive_interleaving": Strategy(lambda task: _evenly(task.local + task.cxl), Needs.several_nodes),

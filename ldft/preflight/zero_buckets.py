@@ -1,26 +1,27 @@
-"""How much of the model ZeRO-3 keeps on the device at once, and how many gradients it sends off together. Without torch.
+"""ZeRO-3's sizes: how much of the model it keeps on the device at once, and how many gradients it reduces together. Imports no
+torch.
 
-Read in DeepSpeed 0.19.8 (runtime/zero: stage3.py, partitioned_param_coordinator.py, parameter_offload.py). With parameters in host
-memory and long sequences a layer computes for ten times as long as its weights travel, so most of what DeepSpeed's defaults hold
-ahead is device memory for nothing:
+Source: DeepSpeed 0.19.8 (runtime/zero: stage3.py, partitioned_param_coordinator.py, parameter_offload.py). With parameters in host
+memory and long sequences, computing a layer takes ten times as long as copying its weights, so most weights that DeepSpeed's
+defaults prefetch waste device memory:
 
-- stage3_max_live_parameters: each module that starts fetches up to stage3_prefetch_bucket_size more, until so many are on the
-  device. They cost their bytes; DeepSpeed's 1e9 are 2 GB. What they buy is short, since Python runs ahead of the device and
-  starts the next copy as early as a prefetch would. Two layers here: the one at work and the next.
-- stage3_max_reuse_distance: a weight that is used again within so many is not released. Two layers is what lies between the
-  recomputation of a layer and its backward pass, so that nothing is fetched twice there; more keeps the last layers during the
-  loss, when the device is fullest.
+- stage3_max_live_parameters: each module that starts fetches up to stage3_prefetch_bucket_size more parameters, until this many are
+  on the device. They take memory (DeepSpeed's 1e9: 2 GB) but save little time, since Python runs ahead of the device and starts
+  the next copy as early as a prefetch would. Here: two layers, the current one and the next.
+- stage3_max_reuse_distance: a weight that is used again within this many parameters is not released. Two layers cover the distance
+  between a layer's recomputation and its backward pass, so nothing is fetched twice there; a larger value would keep the last
+  layers during the loss, when the device is fullest.
 - reduce_bucket_size: gradients are collected until the bucket is full, then copied together, reduced, and sent to the host.
-  A bucket of one gradient is not copied, and a gradient larger than the bucket makes one by itself: so the bucket is the largest
-  matrix of a layer, and the embedding, the largest gradient of all, goes alone. Between GPUs that is tens of MB a message.
-- contiguous_gradients: the collecting is done in a buffer of the bucket's size, which is allocated for good. ZeRO-3 copies
-  again to reduce (reduce_scatter), so the buffer saves nothing; stages 1 and 2 do reduce out of it.
-- stage3_param_persistence_threshold: weights below it stay on the device (norms and biases: well below 0.1% of the bytes), which
-  spares a fetch of a few KB each, and its wait.
-- with parameters in swap files, each weight that is on the device occupies one of a few buffers for reading: nothing is held
-  then that is not being used. A sub-group's fp32 states pass through host memory whole.
-- sub_group_size: the update runs over one group after the other, and nothing overlaps. More groups are more calls; a group
-  never splits a weight, so none can be made to fit a cache (measured: one group a weight, 1.28 s against 1.20 s for 3B).
+  A bucket with one gradient is not copied, and a gradient larger than the bucket gets its own. So the bucket is as large as the
+  largest matrix of a layer, and the embedding, the largest gradient, is sent alone. Messages between GPUs are then tens of MB.
+- contiguous_gradients: gradients are collected in a buffer of the bucket's size, which stays allocated. ZeRO-3 copies again to
+  reduce (reduce_scatter), so the buffer saves nothing; stages 1 and 2 reduce from it directly.
+- stage3_param_persistence_threshold: smaller weights stay on the device (norms and biases: well below 0.1% of the bytes), which
+  avoids fetching a few KB each and waiting for it.
+- With parameters in swap files, each weight on the device occupies one of a few read buffers, so only weights in use are kept. A
+  sub-group's fp32 states pass through host memory as a whole.
+- sub_group_size: the update processes the groups one after the other, without overlap. More groups mean more calls, and a group
+  never splits a weight, so groups cannot be made to fit a cache (measured: one group per weight, 1.28 s against 1.20 s for 3B).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DEFAULTS = {
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
 }
-# Below this (10 MB in 16 bits) memory does not matter, and small models wait for calls, not for copies.
+# Below this (10 MB in 16 bits) memory does not matter, and small models are limited by calls, not by copies.
 _LEAST = 5_000_000
 
 
@@ -49,7 +50,7 @@ def largest_matrix(model: ModelConfig) -> int:
 def sizes(config: Config) -> dict[str, int | bool]:
     """Keys of `zero_optimization` for stage 3.
 
-    DeepSpeed's defaults where parameters stay on the device, and under a DeepSpeed file: its author counted on them.
+    DeepSpeed's defaults if parameters stay on the device or a DeepSpeed file is given, whose author relied on them.
     """
     if config.offload.parameters is OffloadDevice.none or config.offload.deepspeed_file:
         return {**DEFAULTS, "contiguous_gradients": True}

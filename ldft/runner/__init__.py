@@ -1,1 +1,1 @@
-"""One run: checks, processes, status, row. The parent imports no torch."""
+"""Runs one config: checks, processes, status, row. The parent imports no torch."""

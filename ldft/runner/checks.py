@@ -1,4 +1,4 @@
-"""What this machine allows. Runs only where the cell runs; raises ConfigError with one line."""
+"""Checks a config against this machine, on the machine where the cell runs. Errors are one-line ConfigErrors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldft.training import safetensors_index, text
 
 
 def resolve(config: Config) -> None:
-    """Replace launch.device=auto and train.precision=auto by what fits this machine, and note in `asked` that they were auto."""
+    """Replace launch.device=auto and train.precision=auto by values for this machine, and record in `asked` that they were auto."""
     if config.launch.device is Device.auto:
         config.asked["launch.device"] = Device.auto.name
         config.launch.device = Device.cuda if environment.gpus() else Device.cpu
@@ -27,14 +27,14 @@ def resolve(config: Config) -> None:
 
 
 def _native_precision(device: Device) -> tuple[Precision, str]:
-    """What train.precision=auto stands for on this machine, and why."""
+    """The precision that train.precision=auto means on this machine, and the reason."""
     if device is Device.cpu:
         if environment.native_bf16():
             return Precision.bf16, "this CPU has bf16 instructions"
         return Precision.fp32, "this CPU has no bf16 instructions"
     lowest = environment.compute_capability()
     if lowest is None or environment.gpus_are_assumed():
-        return Precision.bf16, "no GPU is here; one from Ampere on is assumed"
+        return Precision.bf16, "no GPU here; an Ampere or later GPU is assumed"
     if lowest >= (8, 0):
         return Precision.bf16, f"compute capability {lowest[0]}.{lowest[1]}"
     which = Precision.fp16 if lowest >= (7, 0) else Precision.fp32
@@ -42,7 +42,7 @@ def _native_precision(device: Device) -> tuple[Precision, str]:
 
 
 def resolution(config: Config) -> str | None:
-    """One line on what the keys that were auto have been resolved to; None where none was."""
+    """One line with the resolved values of keys that were auto; None if there are none."""
     if not config.asked:
         return None
     chosen = {"launch.device": config.launch.device.name, "train.precision": config.train.precision.name}
@@ -52,7 +52,7 @@ def resolution(config: Config) -> str | None:
 
 
 def warnings(run: Selection) -> list[str]:
-    """What runs as asked, at a price that the user should know. Empty for a machine that is not here."""
+    """Warnings about settings that work but are slow. Empty if the machine is an assumed one."""
     if environment.gpus_are_assumed():
         return []
     config, found = run.config, cpu_limits.warnings(run)
@@ -69,7 +69,7 @@ def warnings(run: Selection) -> list[str]:
 
 
 def check_machine(config: Config) -> Resolved:
-    """The run, decided. Raises ConfigError where the config asks for what this machine does not have."""
+    """The resolved run. Raises ConfigError if the config needs something that this machine lacks."""
     topology = read_topology()
     config.numa.placement.resolve(topology, "numa")
     gpus = environment.gpus()
@@ -86,7 +86,7 @@ def check_machine(config: Config) -> Resolved:
         if config.train.precision is Precision.bf16 and lowest is not None and lowest < (8, 0):
             raise ConfigError(
                 "train.precision",
-                f"bf16 needs a GPU of compute capability 8.0 (Ampere) or newer, here is {lowest[0]}.{lowest[1]}; use fp16",
+                f"bf16 needs a GPU of compute capability 8.0 (Ampere) or higher, this one has {lowest[0]}.{lowest[1]}; use fp16",
             )
     families.check(config.model, families.causal())
     parameter_counts.check_adapted(config)
@@ -94,7 +94,7 @@ def check_machine(config: Config) -> Resolved:
 
 
 def check_inputs(run: Selection, *, fetch: bool) -> None:
-    """Raise ConfigError where a file that the config names cannot be used. fetch: bring weights from the hub if need be."""
+    """Raise ConfigError if a file that the config names cannot be used. fetch: download weights from the hub if needed."""
     config = run.config
     swap_files.check(config, run.deepspeed)
     if config.model.weights is Weights.pretrained and (fetch or config.model.path):
@@ -104,7 +104,7 @@ def check_inputs(run: Selection, *, fetch: bool) -> None:
 
 
 def check_results_dir(folder: Path) -> None:
-    """Create the results folder; raise ConfigError where it cannot be written."""
+    """Create the results folder; raise ConfigError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

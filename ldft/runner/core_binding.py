@@ -1,4 +1,5 @@
-"""Which cores each rank gets: none is idle, all serve the nearest GPU, two ranks never share one core's threads. Without torch."""
+"""Assigns cores to ranks: no core is idle, each serves its nearest GPU, and two ranks never share one core's hardware threads.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ from ldft.memory.topology import SYSFS, Node, Topology, parse_list, read_topolog
 
 
 def cores_of_ranks(num_ranks: int, device: str = "cpu", sysfs: Path = SYSFS) -> list[list[int]]:
-    """CPUs of every rank, of those that this process may use. Ranks on cuda use the visible GPUs in their order."""
+    """CPUs of every rank, from those that this process may use. On cuda, ranks use the visible GPUs in order."""
     usable = frozenset(os.sched_getaffinity(0))
     addresses = environment.gpu_addresses()[:num_ranks] if device == "cuda" else ()
     return split(num_ranks, addresses, read_topology(sysfs), physical_cores(usable, sysfs))
 
 
 def physical_cores(usable: frozenset[int], sysfs: Path = SYSFS) -> list[tuple[int, ...]]:
-    """The usable CPUs, hardware threads of one core together, in the order of each core's first."""
+    """The usable CPUs, grouped by core, ordered by each core's first hardware thread."""
     cores: dict[tuple[int, ...], None] = {}
     for cpu in sorted(usable):
         path = sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
@@ -31,13 +32,13 @@ def physical_cores(usable: frozenset[int], sysfs: Path = SYSFS) -> list[tuple[in
 def split(
     num_ranks: int, addresses: Sequence[str], topology: Topology, cores: Sequence[tuple[int, ...]]
 ) -> list[list[int]]:
-    """Every core works for a GPU that is as near as any: ranks whose GPUs hang on one node share its cores, and those of nodes
-    without GPUs that are nearest to it. Nodes as near to two nodes with GPUs are shared out between them, by their ranks.
+    """Assign every core to one of its nearest GPUs: ranks with GPUs on one node share that node's cores and the cores of the nodes
+    without GPUs that are nearest to it. A node equally near to several nodes with GPUs is divided among their ranks.
 
-    A core of another node of the socket is far nearer than an idle one, and its memory controller counts, too.
+    Cores of the socket's other nodes are included: using them beats leaving them idle, and adds their memory controllers.
 
-    addresses: PCI address of each rank's GPU, as sysfs writes it. Where it does not say which node every GPU is on, or they are all
-    on the same one, all ranks share all cores evenly: binding to one socket would leave the other idle.
+    addresses: PCI address of each rank's GPU, in sysfs's form. If some GPU's node is unknown, or all GPUs are on one node, all
+    ranks share all cores evenly: binding to one socket would leave the other idle.
     """
     nodes = [topology.gpus.get(address, -1) for address in addresses]
     owner = {cpu: node for node in topology.nodes for cpu in node.cpus}
@@ -45,7 +46,7 @@ def split(
     known = {node.id for node in topology.nodes}
     if len(nodes) < num_ranks or len(set(nodes)) < 2 or not known.issuperset(nodes) or not with_cores:
         return _evenly(num_ranks, cores)
-    # GPUs of nodes without (usable) cores are served by the nearest that has some, perhaps several of them by the same one.
+    # GPUs on nodes without usable cores get the nearest node that has some; several of them may share one.
     homes = [_nearest(topology.node(node), with_cores)[0] for node in nodes]
     pools: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for core in cores:
@@ -60,7 +61,7 @@ def split(
 
 
 def _nearest(node: Node | None, candidates: set[int]) -> tuple[int, ...]:
-    """The candidate that the node is itself, else all that are nearest to it; None, a node not known, is as near to each."""
+    """The node itself if it is a candidate, else all candidates nearest to it; None (unknown node) is equally near to all."""
     if node is not None and node.id in candidates:
         return (node.id,)
     distance = {id: node.distances.get(id, 255) if node else 255 for id in candidates}
@@ -68,7 +69,7 @@ def _nearest(node: Node | None, candidates: set[int]) -> tuple[int, ...]:
 
 
 def _evenly(num_ranks: int, cores: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Consecutive cores for each; with fewer cores than ranks, ranks share them in turn."""
+    """Consecutive cores for each rank; with fewer cores than ranks, ranks share cores in turn."""
     if len(cores) < num_ranks:
         return [list(cores[rank % len(cores)]) for rank in range(num_ranks)]
     bounds = [rank * len(cores) // num_ranks for rank in range(num_ranks + 1)]

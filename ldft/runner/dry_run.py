@@ -1,5 +1,5 @@
-"""What would run, without running it: of one run processes, DeepSpeed config, expected bytes and files, of a sweep's cells a
-line each. Writes nothing, imports no torch.
+"""Dry runs: show what would run without running it. For a single run: processes, DeepSpeed config, expected bytes and files; for a
+sweep: one line per cell. Writes nothing, imports no torch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _LIST_RANKS = 4
 
 
 def describe(config: Config) -> str:
-    """The text that a dry run prints. Raises ConfigError where the run would be invalid."""
+    """The text that a dry run prints. Raises ConfigError if the run would be invalid."""
     with _machine(config):
         return _describe(config)
 
 
 def _machine(config: Config) -> AbstractContextManager[None]:
-    """The machine of the question: this one, or one with GPUs where launch.device=cuda is asked for on a machine without."""
+    """The machine for the dry run: this one, or an assumed one with GPUs if launch.device=cuda is set and this one has none."""
     checks.resolve(config)
     if config.launch.device is Device.cuda and not environment.gpus():
         return environment.assumed_gpus(config.launch.num_ranks, config.memory.vram_gib or None)
@@ -59,7 +59,7 @@ def _check(config: Config) -> Resolved:
 
 
 def summarize(config: Config) -> tuple[str, str]:
-    """One cell of a sweep: what would become of it (`fits`, `does not fit`, `skipped`, `invalid`), and the line that says so."""
+    """One cell of a sweep: its outcome (`fits`, `does not fit`, `skipped`, `invalid`) and the line that explains it."""
     try:
         with _machine(config):
             run = _check(config)
@@ -147,9 +147,9 @@ def _bytes(run: Resolved) -> list[str]:
     free, vram_gib = fit.available(config), fit.device_gib(config)
     size = f" of {vram_gib:.1f} GiB" if vram_gib else ""
     if environment.gpus_are_assumed():
-        unknown = "" if vram_gib else ", of unknown size: memory.vram_gib=80, say, holds the estimate against it"
+        unknown = "" if vram_gib else ", of unknown size: set e.g. memory.vram_gib=80 to check the estimate against it"
         lines.append(
-            f"a machine that is not here: {gib(free.bytes)} of host memory by {free.limit}; "
+            f"an assumed machine: {gib(free.bytes)} of host memory by {free.limit}; "
             f"GPUs: {config.launch.num_ranks}{size}, assumed to be Hopper{unknown}"
         )
     else:
@@ -161,7 +161,7 @@ def _bytes(run: Resolved) -> list[str]:
         fit.examine(run)
     except fit.DoesNotFitError as error:
         lines.append(
-            f"does not fit here, and force=true tries: {error.shortage}"
+            f"does not fit here, but force=true runs it anyway: {error.shortage}"
             if config.force
             else f"does not fit here: {error}"
         )

@@ -1,4 +1,4 @@
-"""The status of a run, from evidence: how the ranks ended, what they reported, what the kernel counted, what we did ourselves."""
+"""The status of a run, from evidence: how the ranks ended, what they reported, the kernel's OOM count, and ldft's own actions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OOM_DEVICE, OOM_HOST = "oom_device", "oom_host"
 class Verdict:
     status: str
     rank: int = 0
-    """The rank that the verdict is about; its log is the one to read."""
+    """The rank that determined the status; its log is the one to read."""
     exit_code: int | None = 0
     signal: str | None = None
     error_type: str | None = None
@@ -23,9 +23,9 @@ class Verdict:
 
 
 def oom_kills() -> int:
-    """Processes that the kernel killed for memory so far: in our memory cgroup (v2 or v1), else on the whole machine.
+    """Number of processes that the kernel has OOM-killed so far: in this process's memory cgroup (v2 or v1), else on the machine.
 
-    0 where the kernel, or a container, shows neither.
+    0 if the kernel or the container shows neither.
     """
     for line in _lines(Path("/proc/self/cgroup")):
         hierarchy, controllers, path = line.split(":", 2)
@@ -61,19 +61,19 @@ def judge(
 ) -> Verdict:
     """Decide the status.
 
-    exits: in the order in which the ranks ended. reports: the ranks' last partial results, by rank (empty where there is none).
-    timed_out_s: the limit that passed, 0 for none. interrupted: name of the signal that we got, if any. new_oom_kills: growth of
-    `oom_kills()` during the run.
+    exits: in the order in which the ranks ended. reports: the ranks' last partial results, by rank (empty if there is none).
+    timed_out_s: the time limit that was exceeded, 0 for none. interrupted: name of the signal that ldft received, if any.
+    new_oom_kills: increase of `oom_kills()` during the run.
     """
     if interrupted:
         return Verdict("interrupted", exit_code=None, signal=interrupted, error_message=f"{interrupted} to ldft")
     if timed_out_s:
-        passed = f"launch.timeout_s={timed_out_s:g} passed; raise it, or use 0 for no limit"
+        passed = f"launch.timeout_s={timed_out_s:g} exceeded; raise it, or use 0 for no limit"
         return Verdict("timeout", exit_code=None, error_message=passed)
     failed = [ended for ended in exits if ended.exit_code != 0 and not ended.ended_by_us]
     if not failed:
         return Verdict("ok")
-    # The cause, not its echo: a rank whose peer died ends with an exception of the transport or aborts, sometimes first.
+    # Find the cause, not its consequence: if a rank dies, its peers abort or raise a transport exception, sometimes before it ends.
     signalled = next((ended for ended in failed if ended.signal not in (None, "SIGABRT")), None)
     reported = next((ended for ended in failed if reports[ended.rank].get("error_type")), None)
     ended = signalled or reported or failed[0]
@@ -83,7 +83,7 @@ def judge(
     phase = report.get("phase", "start")
     if ended.signal == "SIGKILL" and new_oom_kills > 0:
         verdict.status = OOM_HOST
-        verdict.error_message = f"rank {ended.rank} was killed for host memory by the kernel during {phase}"
+        verdict.error_message = f"rank {ended.rank} was killed by the kernel for lack of host memory during {phase}"
     elif ended.signal in ("SIGTERM", "SIGINT"):
         verdict.status = "interrupted"
         verdict.error_message = f"rank {ended.rank} was told to stop ({ended.signal}) during {phase}"

@@ -1,7 +1,7 @@
-"""Start the rank processes, bind them to cores, watch them, end them.
+"""Start the rank processes, bind them to cores, watch them, stop them.
 
-Not torchrun: killing its agent orphans the ranks, and a segfault arrives there as exit code 1. Each rank is a fresh interpreter
-in a session of its own, so that one signal to its process group also ends what it started (compilers, for example).
+Not torchrun: killing its agent orphans the ranks, and it reports a segfault as exit code 1. Each rank is a fresh interpreter in its
+own session, so that one signal to its process group also ends the processes it started (compilers, for example).
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ class RankExit:
 
     rank: int
     exit_code: int | None
-    """None when a signal ended the rank."""
+    """None if a signal ended the rank."""
     signal: str | None
     peak_rss_gib: float
     ended_by_us: bool
-    """We had sent SIGKILL to its group before it was seen to end."""
+    """ldft sent SIGKILL to its group before its end was seen."""
 
 
 def _headers() -> dict[str, str]:
-    """Where `make` unpacked Python's C headers, for a machine that lacks them: DeepSpeed compiles against them."""
+    """Environment with Python's C headers, which DeepSpeed compiles against and `make` unpacks if the machine lacks them."""
     include = Path(sys.prefix) / "headers" / "usr" / "include"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return {"CPATH": f"{include / version}:{include}"} if include.is_dir() else {}
 
 
 class Ranks:
-    """The rank processes of one run. A context: leaving it ends every process that is left and removes the rendezvous."""
+    """The rank processes of one run. A context manager: leaving it ends all remaining processes and removes the rendezvous."""
 
     def __init__(self, attempt_dir: Path, num_ranks: int, device: str) -> None:
         self.exits: list[RankExit] = []
         self._processes: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
         self._killed = False
-        # A file store needs a file system with working locks, which a results folder on a network may lack.
+        # A file store needs a file system with working locks, which a results folder on a network file system may lack.
         self._rendezvous_dir = tempfile.mkdtemp(prefix="ldft-rendezvous-")
         libc = ctypes.CDLL(None, use_errno=True)
         parent = os.getpid()
@@ -61,7 +61,7 @@ class Ranks:
             for rank, cores in enumerate(cores_of_ranks(num_ranks, device)):
 
                 def bind(cores: list[int] = cores) -> None:
-                    # The death signal is cleared by nothing that follows; if the parent is gone already, it never comes.
+                    # Nothing later clears the death signal; but if the parent has died already, the signal never comes.
                     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                     if os.getppid() != parent:
                         os._exit(1)
@@ -86,7 +86,7 @@ class Ranks:
             raise
 
     def _environment(self, rank: int, num_ranks: int, num_threads: int, device: str) -> dict[str, str]:
-        tools = str(Path(sys.executable).parent)  # ninja lies beside Python, also when the environment is not activated
+        tools = str(Path(sys.executable).parent)  # ninja is beside Python, even if the environment is not activated
         return (
             os.environ
             | _headers()
@@ -97,7 +97,7 @@ class Ranks:
                 "LOCAL_WORLD_SIZE": str(num_ranks),
                 "LDFT_RENDEZVOUS_DIR": self._rendezvous_dir,
                 "OMP_NUM_THREADS": str(num_threads),
-                # OpenMP would bind the main thread to one core, and with it every thread of ldft's own.
+                # OpenMP would bind the main thread to one core, and with it all threads that ldft starts.
                 "OMP_PROC_BIND": "false",
                 "DS_ACCELERATOR": device,
                 "PATH": tools + os.pathsep + os.environ.get("PATH", os.defpath),
@@ -106,9 +106,10 @@ class Ranks:
         )
 
     def _start_guard(self) -> subprocess.Popen[bytes]:
-        """A shell that outlives us if we are killed: its input closes then, and it ends the ranks with all they started.
+        """Start a shell that outlives this process: if this process is killed, the shell's input closes and it kills all ranks'
+        groups.
 
-        The death signal of the ranks alone would leave compilers behind that a rank had started.
+        The ranks' death signal alone would leave behind processes that they started, such as compilers.
         """
         groups = [f"-{pid}" for pid in self._processes]
         script = 'read -r _; dir=$1; shift; kill -KILL -- "$@" 2>/dev/null; rm -rf -- "$dir"'
@@ -122,16 +123,16 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
-        """Ranks that are still running."""
+        """Pids of the ranks that are still running."""
         return list(self._processes)
 
     @property
     def by_rank(self) -> dict[int, int]:
-        """Rank -> process, of those that are still running."""
+        """Rank -> pid, of the ranks that are still running."""
         return {rank: pid for pid, (rank, _) in self._processes.items()}
 
     def poll(self) -> list[RankExit]:
-        """Collect the ranks that have ended; returns the newly ended ones."""
+        """Reap ranks that have ended; returns the newly ended ones."""
         return self._collect(block=False)
 
     def _collect(self, *, block: bool) -> list[RankExit]:
@@ -141,9 +142,9 @@ class Ranks:
             if done == 0:
                 continue
             code = os.waitstatus_to_exitcode(status)
-            process.returncode = code  # Popen must not wait for a process that is gone
+            process.returncode = code  # Popen must not wait for a process that was reaped
             del self._processes[pid]
-            # What the rank had started dies with it.
+            # Kill everything that the rank started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
             ended.append(
@@ -165,7 +166,7 @@ class Ranks:
                 os.killpg(pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """End every rank now, with everything it started, and collect it."""
+        """Kill every rank now, with everything it started, and reap it."""
         self._kill()
         self._collect(block=True)
 
@@ -184,8 +185,8 @@ def wait(
 ) -> bool:
     """Wait until every rank has ended, calling `on_tick()` about every `interval_s`.
 
-    After the first failure the others, which may hang in a collective for good, get `grace_s` to end by themselves.
-    Returns False when `timeout_s` (0: none) passed first; the caller ends the ranks then.
+    After the first failure, the other ranks, which may hang in a collective forever, get `grace_s` seconds to exit.
+    Returns False if `timeout_s` (0: none) passed first; the caller must then end the ranks.
     """
     start = time.monotonic()
     first_failure = None

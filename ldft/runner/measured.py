@@ -1,4 +1,4 @@
-"""The measured columns of a row, from what the ranks reported before they ended."""
+"""The measured columns of a row, from the ranks' reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tokens_per_iteration(config: Config) -> int:
 
 
 def from_ranks(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The columns that ranks fill, as the schema says how. What a rank did not reach is left out.
+    """The columns that ranks provide, combined as the schema says. Values that a rank did not reach are left out.
 
     reports: the ranks' last partial results, by rank.
     """
@@ -36,7 +36,7 @@ def from_ranks(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def columns(config: Config, exits: list[RankExit], reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """The measured columns, from what the ranks reported before they ended (all of it, when they ended well)."""
+    """The measured columns, from the ranks' last reports (complete if the ranks succeeded)."""
     first = reports[0]
     row = from_ranks(reports)
     row["peak_rss_gib"] = [ended.peak_rss_gib for ended in sorted(exits, key=lambda ended: ended.rank)]
@@ -53,8 +53,8 @@ def columns(config: Config, exits: list[RankExit], reports: list[dict[str, Any]]
 
 
 def warnings(row: dict[str, Any]) -> list[str]:
-    """What to say where the loss became NaN or infinite, and where iterations that count are too short for want of an update:
-    DeepSpeed leaves it out where fp16 overflows and, in any precision, where the norm of the gradients is no number."""
+    """Warnings if the loss became NaN or infinite, and if measured iterations are too short because an update was skipped:
+    DeepSpeed skips it if fp16 overflows and, in any precision, if the gradient norm is not finite."""
     found = []
     for iteration, loss in enumerate(row.get("loss") or [], 1):
         if not math.isfinite(loss):
@@ -66,7 +66,7 @@ def warnings(row: dict[str, Any]) -> list[str]:
     if skipped := sum(map(bool, counted)):
         remedy = "" if found else "; use more train.warmup_iterations, or a smaller train.loss_scale"
         found.append(
-            f"{skipped} of {len(counted)} iterations after warm-up made no update, as gradients overflowed: they are too "
+            f"{skipped} of {len(counted)} iterations after warm-up made no update because gradients overflowed: they are too "
             f"short{remedy}"
         )
     return found

@@ -1,9 +1,9 @@
-"""Where a run's memory was asked to be and where it went: read in each rank, summed over the ranks by the parent.
+"""Requested and actual placement of a run's memory: read in each rank, summed over the ranks by the parent.
 
-What a rank has when its policy is set (the interpreter itself) was placed by whoever started it. So each rank reads its numa_maps
-twice, right after setting the policy and after the last iteration, and what was added in between is what the policy decided about.
-Pages of files are left out: they are where somebody read them first. The machine's counters of what goes against policies are read
-at the same two moments.
+The memory that a rank has before its policy is set (the interpreter) was placed by the process that started it. So each rank reads
+its numa_maps twice, right after setting the policy and after the last iteration; the policy decided about the memory added in
+between. File pages are left out: they are on the node that first read them. The machine's counters of misplaced pages (drift.py)
+are read at the same two moments.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from ldft.memory.probe import GIB, MIB, MemoryTable, NodeMemory, process_memory
 from ldft.preflight import role_placement
 from ldft.preflight.selection import Selection
 
-# A share further off than this is said on screen. Small processes are off by what the interpreter itself moves about.
+# Warn if a share is further off than this. Small processes are off by the interpreter's own allocations.
 _TOLERANCE, _WORTH_A_WARNING = 0.05, 64 * MIB
 
 
 def settle(config: Config) -> None:
-    """Set what every allocation of this process follows."""
+    """Apply the config's settings for all allocations of this process."""
     placing.settings.huge_pages = config.memory.huge_pages
     placing.settings.capacity_gib = config.memory.capacity_gib or None
 
 
 def begin(run: Selection) -> tuple[MemoryTable, dict[str, Any]]:
-    """Set the process policy, in a rank that has not touched much yet. Returns the first reading and what to report."""
+    """Set the process policy, in a rank that has touched little memory yet. Returns the first reading and values for the report."""
     config, topology = run.config, run.topology
     settle(config)
     placement, mechanism = config.numa.placement, None
     striped = role_placement.stripes_of_process(run)
     if striped is not None:
-        # What is in no arena is spread over the same nodes as well as the kernel can.
+        # Memory outside arenas is spread over the same nodes as closely as the kernel can.
         set_process_policy(Placement(kind="interleave", nodes=striped.nodes), topology)
         placement, mechanism = striped, "stripes"
     elif placement.kind != "default":
         placement, mechanism = set_process_policy(placement, topology), "kernel"
-    inherited = process_policy(topology)  # what the kernel says, whoever set it
+    inherited = process_policy(topology)  # as the kernel reports it, whoever set it
     asked = inherited if placement.kind == "default" else placement
     shares = asked.shares()
     said = {
@@ -57,7 +57,7 @@ def begin(run: Selection) -> tuple[MemoryTable, dict[str, Any]]:
 
 
 def end(first: MemoryTable) -> dict[str, Any]:
-    """The second reading: memory of this rank by node, and what was added since the first."""
+    """The second reading: this rank's memory by node, and the memory added since the first reading."""
     table = process_memory(os.getpid())
     zero = NodeMemory()
     added = {str(n): max(0, m.anonymous - first.nodes.get(n, zero).anonymous) for n, m in table.nodes.items()}
@@ -76,7 +76,7 @@ def _plain(counters: Counters) -> dict[str, Any]:
 
 
 def _drift(report: dict[str, Any]) -> Counters:
-    """What the machine did against policies between this rank's two readings."""
+    """The counters of misplaced pages between this rank's two readings."""
 
     def counters(name: str) -> Counters:
         values = report[name]
@@ -87,13 +87,13 @@ def _drift(report: dict[str, Any]) -> Counters:
 
 
 def _asked(report: dict[str, Any]) -> set[int]:
-    """Nodes that the policy names; all, where it leaves them open."""
+    """Nodes that the policy names; all nodes if it names none."""
     requested = report["numa_requested"]
     return {int(node) for node, share in requested.items() if share} if requested else set(_drift(report).passed_over)
 
 
 def table_of(reports: list[dict[str, Any]]) -> MemoryTable | None:
-    """The ranks' memory by node, summed; None while a rank has not reported it."""
+    """The ranks' memory by node, summed; None if a rank has not reported it."""
     if not all("numa_memory" in report for report in reports):
         return None
     table = MemoryTable(nodes={})
@@ -109,7 +109,7 @@ def table_of(reports: list[dict[str, Any]]) -> MemoryTable | None:
 
 
 def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
-    """The row's columns about nodes, from what the ranks reported; those that are not known are left out."""
+    """The row's columns about nodes, from the ranks' reports; unknown ones are left out."""
     first = reports[0]
     row: dict[str, Any] = {name: first[name] for name in ("numa_policy", "numa_kernel_weights_json") if name in first}
     used = {report.get("numa_mechanism") for report in reports}.union(
@@ -150,9 +150,9 @@ def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
 
 
 def _role(host: str, rank: int, role: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of one role of a rank: one a node that has, or should have, some of it.
+    """The entries of one role of a rank: one per node that has, or should have, some of it.
 
-    Without pages nobody knows where it is: the shares are null, and so is the node where none was asked for.
+    Without page counts its placement is unknown: the shares are null, and so is the node if none was requested.
     """
     pages, asked = role["pages"], role["requested"]
     total = sum(pages.values())
@@ -171,17 +171,17 @@ def _role(host: str, rank: int, role: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def notes(row: dict[str, Any]) -> list[str]:
-    """What to say of a row whose roles have no shares."""
+    """Notes for a row whose roles have no shares."""
     if all(entry["share"] is not None for entry in row.get("roles") or ()):
         return []
     return [
         "the nodes of offloaded tensors were not verified: move_pages is forbidden here, as by Docker's default profile (use "
-        "--security-opt seccomp=unconfined); numa_shares says where all of the ranks' memory lies"
+        "--security-opt seccomp=unconfined); numa_shares has the placement of the ranks' whole memory"
     ]
 
 
 def _role_lines(roles: list[dict[str, Any]]) -> list[str]:
-    """Role by role, summed over ranks: its size, and asked and got by node."""
+    """One line per role, summed over ranks: its size, and requested and actual shares by node."""
     said = [f"ldft: {'role':<18}{'GiB':>9}  asked -> got by node"]
     for role in dict.fromkeys(entry["role"] for entry in roles):
         mine = [entry for entry in roles if entry["role"] == role]
@@ -200,7 +200,7 @@ def _role_lines(roles: list[dict[str, Any]]) -> list[str]:
 
 
 def lines(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
-    """For the terminal: the per-node table, what was asked and achieved, and a warning where that differs."""
+    """For the terminal: the per-node table, requested and actual placement, and a warning if they differ."""
     table, shares = table_of(reports), row.get("numa_shares")
     if table is None or not shares:
         return []
@@ -220,6 +220,8 @@ def lines(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
     large = sum(s["added_gib"] for s in shares) * GIB > _WORTH_A_WARNING
     if asked and large and any(abs(s["share"] - s["requested_share"]) > _TOLERANCE for s in shares):
         causes = _drift(reports[0]).explain(_asked(reports[0]))
-        said.append("ldft: warning: the memory is not where numa= asked for it; the row has both shares (numa_shares)")
+        said.append(
+            "ldft: warning: memory is not on the nodes that numa= requests; the row has both shares (numa_shares)"
+        )
         said += [f"ldft: warning: meanwhile {cause}" for cause in causes]
     return said

@@ -30,13 +30,13 @@ from ldft.training.deepspeed import operators
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a run."""
+    """The outcome of a run."""
 
     status: str
     row: dict[str, Any]
     row_path: Path
     num_said: int = 0
-    """Notes of the row that were shown before the ranks started."""
+    """The row's notes that were printed before the ranks started."""
 
     @property
     def exit_code(self) -> int:
@@ -49,18 +49,18 @@ def run(
     claimed: tuple[Path, int] | None = None,
     show: Callable[[dict[str, Any]], None] | None = None,
 ) -> Outcome:
-    """Run one config. Returns the outcome, whatever it is; raises only ConfigError for a results folder that cannot be
-    used, ResultsError for a row that cannot be written, and bugs.
+    """Run one config and return the outcome, success or failure. Raises ConfigError only if the results folder cannot be used,
+    ResultsError if the row cannot be written, and exceptions that are bugs.
 
-    claimed: the attempt's folder and number, where the caller has claimed it. show: called about ten times a second with what
-    rank 0 has so far; without it the terminal shows a line of progress.
+    claimed: the attempt's folder and number, if the caller has claimed it. show: called about ten times per second with rank 0's
+    partial results; if None, a line of progress is printed.
     """
     results_dir = prepare(config)
     folder, number = claimed or attempt.claim(results_dir, run_id(config))
     num_said = 0
     with signals.noting(), _row(config, folder, number) as row:
         row |= environment.describe()
-        with signals.raising(), attempt.beating(folder):  # fetching weights takes as long as it takes
+        with signals.raising(), attempt.beating(folder):  # fetching weights may take long
             ready, warnings = _prepare(config, row)
         if show is None:
             num_said = _announce(config, warnings, row["notes"])
@@ -77,12 +77,12 @@ def run(
         row |= node_memory.columns(reports, row["hosts"][0])
         row |= measured.columns(config, exits, reports) | _judged(decision, folder, results_dir)
         row["notes"] += measured.warnings(row) + node_memory.notes(row)
-        row["parent_s"] = -waited_s  # to which _row adds the whole
+        row["parent_s"] = -waited_s  # _row adds the total duration
     return Outcome(row["status"], row, folder / schema.ROW_FILE, num_said)
 
 
 def _announce(config: Config, warnings: list[str], notes: list[str]) -> int:
-    """Show what the user should know before waiting: what auto was resolved to, and notes. Returns how many notes were shown."""
+    """Print what the user should know before waiting: resolved auto values and notes. Returns the number of notes printed."""
     if resolved := checks.resolution(config):
         print(f"ldft: {resolved}")
     for note in notes:
@@ -92,8 +92,8 @@ def _announce(config: Config, warnings: list[str], notes: list[str]) -> int:
 
 
 def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
-    """All that comes before the ranks: fills the row with what is expected. Returns the run, decided, and those of the row's notes
-    that are warnings. Raises ConfigError where the ranks are not to start."""
+    """Everything before the ranks start: fill the row with predictions. Returns the resolved run, and the row's notes that are
+    warnings. Raises ConfigError if the ranks must not start."""
     config.validate()
     ready = checks.check_machine(config)
     swap_files.prepare(config, ready.deepspeed)
@@ -101,14 +101,14 @@ def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
     operators.prepare_cache(ready)
     row |= fit.predictions(ready)
     fit.check(ready)
-    restore_kernel_weights()  # what a run that died may have left
+    restore_kernel_weights()  # a run that died may have left them changed
     warnings = checks.warnings(ready)
     row["notes"] = [*warnings, *deepspeed_managed.notes(config, ready.deepspeed), *placement_text.notes(ready)]
     return ready, warnings
 
 
 def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str) -> Outcome:
-    """Leave a row that says why this cell of a sweep was not run."""
+    """Write a row that says why this cell of a sweep was not run."""
     folder, number = claimed
     with _row(config, folder, number) as row:
         row |= environment.describe() | {"status": "skipped", "error_type": error_type, "error_message": reason}
@@ -116,14 +116,14 @@ def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str
 
 
 def prepare(config: Config) -> Path:
-    """Settle what the run's identity needs from this machine. Returns the results folder, made and writable."""
+    """Resolve the values that the run's identity needs from this machine. Returns the results folder, created and writable."""
     checks.check_results_dir(results_dir(config))
     checks.resolve(config)
     return results_dir(config)
 
 
 def results_dir(config: Config) -> Path:
-    """The results folder, which need not exist yet. Raises ConfigError where none is named."""
+    """The results folder, which need not exist yet. Raises ConfigError if results.dir is empty."""
     if not config.results.dir.strip():
         raise ConfigError("results.dir", "empty; name a folder, e.g. results")
     return Path(config.results.dir).expanduser().absolute()
@@ -131,7 +131,7 @@ def results_dir(config: Config) -> Path:
 
 @contextmanager
 def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
-    """The row of an attempt, to be filled in the context; it is written in any case, a refusal or a bug in it."""
+    """The row of an attempt, to be filled inside the context. It is always written, even after a refusal or a bug."""
     started = time.time()
     row: dict[str, Any] = {
         "run_id": run_id(config),
@@ -173,7 +173,7 @@ def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
 
 
 def _write(row: dict[str, Any], folder: Path) -> None:
-    """Write the row. Where the disk has no room for it, the trace gives way. Raises ResultsError."""
+    """Write the row. If the disk is full, remove the trace to make room. Raises ResultsError."""
     try:
         store.write_row(row, folder / schema.ROW_FILE)
     except ResultsError:
@@ -187,7 +187,7 @@ def _write(row: dict[str, Any], folder: Path) -> None:
 
 @contextmanager
 def _trace(config: Config, folder: Path, row: dict[str, Any]) -> Iterator[Recorder]:
-    """What takes the samples of a run; the trace is written in any case, and the row says where it is or why there is none."""
+    """A recorder of the run's samples. The trace is always written; the row has its path, or a note why there is none."""
     recorder = Recorder(folder, config.monitor.interval_s)
     try:
         yield recorder
@@ -200,9 +200,9 @@ def _trace(config: Config, folder: Path, row: dict[str, Any]) -> Iterator[Record
 def _run_ranks(
     ready: Resolved, folder: Path, show: Callable[[dict[str, Any]], None], recorder: Recorder
 ) -> tuple[list[launch.RankExit], final_status.Verdict, float]:
-    """Start the ranks, wait for them, and say how it went and how long they were waited for."""
+    """Start the ranks and wait for them. Returns the verdict and the seconds waited."""
     config = ready.config
-    # What the parent has decided the ranks do: they do not read a user's DeepSpeed file again.
+    # The ranks use the parent's decisions: they do not read the user's DeepSpeed file again.
     attempt.write_json(folder / attempt.DEEPSPEED, ready.deepspeed)
     kills_before = final_status.oom_kills()
     exits: list[launch.RankExit] = []

@@ -1,7 +1,7 @@
-"""Being told to stop: SIGINT (Ctrl-C), SIGTERM, SIGHUP.
+"""Stop signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP.
 
-While ranks work a signal raises, so that they are ended and the row says interrupted. While they are started or ended, and between
-the cells of a sweep, it is noted: no rank is lost half-way, and what comes next does not begin.
+While ranks run, a signal raises Stopped, so that they are ended and the row gets status interrupted. While ranks are being started
+or ended, and between the cells of a sweep, the signal is only noted: no rank is lost half-way, and the next step does not begin.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _depth = 0
 
 
 class Stopped(BaseException):
-    """We were told to stop. No Exception: nothing but its own handler is to catch it."""
+    """A stop signal arrived. Not an Exception, so that only its own handler catches it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -34,13 +34,13 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 def noted() -> str | None:
-    """Name of the signal that told us to stop, if one did."""
+    """Name of the stop signal that was noted, if any."""
     return _noted
 
 
 @contextmanager
 def noting() -> Iterator[None]:
-    """A signal ends nothing by itself; `noted` tells of it. Contexts of a run lie within that of its sweep."""
+    """Within the context, a signal is only noted; see `noted`. The contexts of runs are nested in their sweep's."""
     global _depth, _noted
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -59,7 +59,8 @@ def noting() -> Iterator[None]:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """A signal raises Stopped, once: what follows (ending the ranks, the row) is not to be cut short by another."""
+    """Within the context, a signal raises Stopped, but only once, so that a second one does not interrupt ending the ranks and
+    writing the row."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         global _noted

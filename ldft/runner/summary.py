@@ -1,4 +1,4 @@
-"""What the terminal shows at the end of a run."""
+"""The summary printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldft.terminal import seconds
 
 
 def summary(outcome: Outcome, config: Config) -> str:
-    """What the terminal shows at the end: the seed's [RESULT] lines, then the row in a few words and its path."""
+    """The summary's text: the seed's [RESULT] lines, then the row's main values and its path."""
     row = outcome.row
     lines = []
     times = row.get("iteration_s") or []

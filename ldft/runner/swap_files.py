@@ -1,4 +1,4 @@
-"""The folder of a run's swap files (offload=nvme): made by the parent under offload.nvme_path, gone when the run has ended."""
+"""The folder for a run's swap files (offload=nvme): created by the parent under offload.nvme_path, removed when the run ends."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ldft.preflight import deepspeed_managed
 
 VARIABLE = "LDFT_SWAP_DIR"
 _PREFIX = "ldft-swap-"
-# Beside its folder, so that a removal that is cut short can be taken up again. A file, since many file systems lock folders for
-# their own host only.
+# The lock is beside the folder, so that an interrupted removal can be resumed. It is a file, since many network file systems lock
+# folders only within one host.
 _LOCK = ".lock"
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 def prepare(config: Config, settings: dict[str, Any]) -> None:
-    """Make offload.nvme_path and free it of what dead runs left, before `check` looks at its space. Raises ConfigError."""
+    """Create offload.nvme_path and remove what dead runs left in it, before `check` looks at its free space. Raises ConfigError."""
     if deepspeed_managed.moved_by(settings) != "nvme":
         return
     base = _base(config)
@@ -40,7 +40,7 @@ def prepare(config: Config, settings: dict[str, Any]) -> None:
 
 
 def check(config: Config, settings: dict[str, Any], shared_memory: Path = _SHARED_MEMORY) -> None:
-    """Raise ConfigError where the disk, or shared memory, cannot take what DeepSpeed will put there. Only looks."""
+    """Raise ConfigError if the disk or shared memory lacks room for what DeepSpeed will write there. Changes nothing."""
     needed = deepspeed_managed.shared_memory_bytes(config, settings)
     if needed and (left := shutil.disk_usage(shared_memory).free) < needed:
         raise ConfigError(
@@ -51,7 +51,7 @@ def check(config: Config, settings: dict[str, Any], shared_memory: Path = _SHARE
     if deepspeed_managed.moved_by(settings) != "nvme":
         return
     key, needed = "offload.nvme_path", deepspeed_managed.swap_bytes(config, settings)
-    # A dry run makes no folder: the one that it would be made in counts.
+    # A dry run creates no folder: check the existing folder that would contain it.
     folder = next(path for path in (_base(config), *_base(config).parents) if path.is_dir())
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(key, f"cannot write in {folder}; name a folder on a local disk")
@@ -64,9 +64,9 @@ def check(config: Config, settings: dict[str, Any], shared_memory: Path = _SHARE
 
 @contextmanager
 def folder(config: Config, settings: dict[str, Any]) -> Iterator[None]:
-    """Make the folder of this run, name it in the environment that the ranks inherit, and remove it in the end.
+    """Create this run's folder, pass its path to the ranks in the environment, and remove it at the end.
 
-    Its lock is held meanwhile, by this process alone, and goes with it however it ends.
+    Meanwhile this process holds its lock, which the kernel releases however the process ends.
     """
     if deepspeed_managed.moved_by(settings) != "nvme":
         yield
@@ -78,7 +78,7 @@ def folder(config: Config, settings: dict[str, Any]) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: nobody is to judge this folder
+        except OSError:  # a file system without locks: no other run may remove this folder
             lock.unlink()
         made.mkdir()
         yield
@@ -90,7 +90,7 @@ def folder(config: Config, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def placed(settings: dict[str, Any]) -> dict[str, Any]:
-    """In a rank: the DeepSpeed config with the folder that the parent has made."""
+    """In a rank: the DeepSpeed config with the folder that the parent created."""
     settings = copy.deepcopy(settings)
     for name in ("offload_param", "offload_optimizer"):
         section = settings["zero_optimization"][name]
@@ -104,9 +104,9 @@ def _base(config: Config) -> Path:
 
 
 def _remove_left(base: Path) -> None:
-    """Folders whose lock nobody holds: a kill -9 leaves them, and they are large. A pid would say nothing of another container."""
+    """Remove folders whose lock is free: kill -9 leaves them behind, and they are large. Pids would not work across containers."""
     for lock in base.glob(f"{_PREFIX}*{_LOCK}"):
-        # Held by a run that lives, of another user, or where locks do not work: not ours to remove.
+        # Held by a live run, owned by another user, or on a file system without locks: leave it.
         with contextlib.suppress(OSError), lock.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if lock.with_suffix("").exists():

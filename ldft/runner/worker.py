@@ -1,6 +1,6 @@
-"""One rank, in an interpreter of its own: `python -m ldft.worker ATTEMPT_DIR`, started by the parent with the rank variables set.
+"""One rank, in its own interpreter: `python -m ldft.worker ATTEMPT_DIR`, started by the parent with the rank variables set.
 
-Reports by rewriting rank-<r>.json after each phase and iteration, so that a death at any moment leaves what was reached.
+It rewrites rank-<r>.json after each phase and iteration, so that the results so far survive if it dies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ldft.runner.final_status import OOM_DEVICE, OOM_HOST
 
 
 class _Report:
-    """What this rank has so far."""
+    """This rank's results so far."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder = folder
@@ -40,7 +40,7 @@ class _Report:
         attempt.write_json(self._path, self._values)
 
     def phase(self, name: str, text: str) -> None:
-        """End the phase before, whose duration goes into the row as init_<name>_s, and begin another."""
+        """End the previous phase, whose duration becomes init_<name>_s in the row, and begin another."""
         now = time.monotonic()
         if self._phase_start is not None:
             self._values["init"][f"init_{self._phase_name}_s"] = now - self._phase_start
@@ -55,19 +55,19 @@ class _Report:
 
 
 def _kind_of(error: BaseException) -> str | None:
-    """oom_device or oom_host, where the exception says so."""
+    """oom_device or oom_host if the exception shows it, else None."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
         return OOM_DEVICE
-    # torch's CPU allocator raises a bare RuntimeError that quotes the system's text.
+    # torch's CPU allocator raises a plain RuntimeError with the system's message.
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return OOM_HOST
     return None
 
 
 def _peak_host_gib() -> float:
-    """Peak resident memory of this process less its file pages, and of processes it has started less what they share."""
+    """Peak resident memory, GiB, of this process without file pages, plus that of its child processes without shared pages."""
     kib = 0
     for tasks in Path("/proc/self/task").glob("*/children"):
         for child in tasks.read_text().split():
@@ -78,7 +78,7 @@ def _peak_host_gib() -> float:
 def _peak_kib(status: Path, without: tuple[str, ...]) -> int:
     try:
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    except OSError:  # a child that has just ended
+    except OSError:  # a child that just ended
         return 0
     kib = {name: int(fields[name].split()[0]) for name in ("VmHWM", *without) if name in fields}
     return kib.pop("VmHWM", 0) - sum(kib.values())
@@ -158,7 +158,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     )
 
     def put(samples: loop.Samples) -> None:
-        if len(samples.iteration_s) == 1:  # some of DeepSpeed's buffers are made in its first iteration
+        if len(samples.iteration_s) == 1:  # DeepSpeed allocates some buffers in its first iteration
             report.put(**role_memory.at_work(role_memory.tensors(engine, activations)))
         report.put(**dataclasses.asdict(samples), **_memory(device))
 
@@ -192,7 +192,7 @@ def main() -> int:
     config = from_dict(attempt.read_json(folder / "config.json"))
     report = _Report(folder, rank)
     try:
-        # Before anything imports numpy or torch: a policy is of a thread and those it starts, and only of pages to come.
+        # Before anything imports numpy or torch: a policy applies to a thread and those it starts later, and only to new pages.
         selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)
         first, policy = node_memory.begin(selection)
         report.put(pid=os.getpid(), **policy)

@@ -1,1 +1,1 @@
-"""Model, data, DeepSpeed engine and the timed loop: what a worker does."""
+"""Model, data, DeepSpeed engine and the timed loop: the work of a rank."""

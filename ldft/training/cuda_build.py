@@ -1,4 +1,4 @@
-"""Whether torch was built for the GPU that is here: its builds differ in the generations that they have code for."""
+"""Checks that torch was built for this machine's GPU: its builds contain code for different GPU generations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ldft.errors import ConfigError
 
 
 def check(device: torch.device) -> None:
-    """Raise ConfigError where no kernel of torch's could run, which the first would say in the middle of a run."""
+    """Raise ConfigError if none of torch's kernels can run on the device; otherwise the first kernel would fail in mid-run."""
     capability, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
     if built and not runs(capability, built):
-        # Builds for CUDA 12.8 and later have nothing for Volta (torch 2.11, RELEASE.md); those for 12.6 leave out newer GPUs.
+        # Builds for CUDA 12.8 and later have no code for Volta (torch 2.11, RELEASE.md); those for 12.6 have none for newer GPUs.
         which = "12.6" if capability < (7, 5) else "13.0 or later"
         raise ConfigError(
             "launch.device",
@@ -23,8 +23,8 @@ def check(device: torch.device) -> None:
 
 
 def runs(capability: tuple[int, int], built: Iterable[str]) -> bool:
-    """Whether code for one of these, named as torch names them, runs there: machine code (sm_86, sm_90a) on GPUs of its major
-    version that are no older, PTX (compute_120) on every GPU that is no older."""
+    """Whether code for one of the targets in `built` (torch's names) runs at this capability: machine code (sm_86, sm_90a) runs on
+    GPUs of the same major version that are not older, PTX (compute_120) on every GPU that is not older."""
     for name in built:
         kind, _, version = name.partition("_")
         number = int("".join(filter(str.isdigit, version)))

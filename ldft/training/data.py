@@ -1,4 +1,4 @@
-"""The tokens of an iteration. A sample depends on its number alone, so that any split over ranks sees the same samples."""
+"""The tokens of an iteration. A sample depends only on its number, so that any number of ranks sees the same samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model FLOPs by formula, and the peak rates that MFU divides by."""
+"""Model FLOPs by formula, and the peak rates for MFU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from ldft.config import ModelConfig, Precision
 
-# Dense bf16 tensor-core peaks in TFLOP/s from the vendor's datasheets (without sparsity), by a part of the name that CUDA
-# gives. First match counts, so the more special names stand first. A device that is not here has no MFU.
+# Dense bf16 tensor-core peaks in TFLOP/s from the vendor's datasheets (without sparsity), by a part of CUDA's device
+# name. The first match counts, so more specific names come first. A device that is not listed has no MFU.
 _PEAK_BF16_TFLOPS_PER_S = (
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
@@ -24,7 +24,7 @@ _PEAK_BF16_TFLOPS_PER_S = (
 
 
 def peak_tflops_per_s(device_name: str, precision: Precision) -> float | None:
-    """Dense peak of a device in the given precision; None where it is not known."""
+    """Dense peak of a device in the given precision, TFLOP/s; None if unknown."""
     if precision is not Precision.bf16:
         return None
     return next((peak for part, peak in _PEAK_BF16_TFLOPS_PER_S if part in device_name), None)
@@ -33,11 +33,10 @@ def peak_tflops_per_s(device_name: str, precision: Precision) -> float | None:
 def model_tflop(model: PreTrainedModel, config: ModelConfig, tokens: int, seq_len: int) -> tuple[float, float]:
     """TFLOP of one iteration on `tokens` tokens in sequences of `seq_len`: (dense, attention).
 
-    Dense: 6 FLOPs a token and weight of each linear layer, forward and backward; 4 where the weight is frozen, since its own
-    gradient is not computed. Attention: per layer and token 6 x seq_len x
-    heads x head_dim, that is the causal half of two products of 2 FLOPs, times three for forward and backward (PaLM, appendix B,
-    halved for causality); where a layer has a window of W below seq_len, a token sees W (1 - W / (2 seq_len)) others, not half of
-    seq_len. What gradient checkpointing computes again is not counted.
+    Dense: 6 FLOPs per token and weight of each linear layer, forward and backward; 4 if the weight is frozen, since its gradient is
+    not computed. Attention: 6 x seq_len x heads x head_dim per layer and token, i.e. the causal half of two products of 2 FLOPs,
+    times three for forward and backward (PaLM, appendix B, halved for causality). In a layer with a window W below seq_len, a token
+    attends to W (1 - W / (2 seq_len)) others, not half of seq_len. Recomputation by gradient checkpointing is not counted.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     per_token = sum((6 if m.weight.requires_grad else 4) * m.in_features * m.out_features for m in linear)
@@ -48,7 +47,8 @@ def model_tflop(model: PreTrainedModel, config: ModelConfig, tokens: int, seq_le
 
 
 def _windowed_layers(model: PreTrainedModel) -> int:
-    """Layers whose attention has a window. Families that mix kinds of layers list them; the others have it in all or none."""
+    """Number of layers whose attention has a window. Families that mix layer types list them; in others, all layers have one or
+    none."""
     if not getattr(model.config, "sliding_window", None):
         return 0
     kinds = getattr(model.config, "layer_types", None)

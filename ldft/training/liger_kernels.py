@@ -1,10 +1,10 @@
 """Liger Kernel on one model: fused norms, rotary embedding and MLP by Liger's own patches, and a fused linear cross-entropy.
 
-Liger patches instances, and beside that replaces names in transformers' modules for good, which every later model of the process
-would inherit: those are put back, and what must go through them, the rotary embedding, is bound to the instance.
+Liger patches instances, but also permanently replaces names in transformers' modules, which later models in the process would use.
+ldft restores these names, and binds the rotary embedding, which depends on them, to the instance.
 
-The loss is computed inside lm_head's own forward. Liger computes it outside, with lm_head.weight; under ZeRO-3 that weight is only
-there while lm_head runs, gathered by the hooks of its module, tied to the embedding or not.
+The loss is computed inside lm_head's own forward. Liger computes it outside, from lm_head.weight; but under ZeRO-3 that weight,
+tied to the embedding or not, exists only while lm_head runs, gathered by its module's hooks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROPE = "apply_rotary_pos_emb"
 
 
 def apply(model: PreTrainedModel) -> int:
-    """Patch this model, and no other. Returns how many of its modules run Liger's kernels; raises ConfigError when none does."""
+    """Patch this model only. Returns the number of its modules that run Liger's kernels; raises ConfigError if none does."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     source = sys.modules[type(model).__module__]
@@ -43,7 +43,7 @@ def apply(model: PreTrainedModel) -> int:
 
 
 def count_modules(model: PreTrainedModel) -> int:
-    """Modules within the model whose forward is Liger's, or runs Liger's kernels."""
+    """Number of the model's modules whose forward is Liger's or runs Liger's kernels."""
     functions = [
         getattr(vars(module).get("forward"), "__func__", None) for module in model.modules() if module is not model
     ]
@@ -51,7 +51,7 @@ def count_modules(model: PreTrainedModel) -> int:
 
 
 def bind_rope(model: PreTrainedModel, rope: Any) -> None:
-    """Give each attention module its class's forward with Liger's rotary embedding among its globals."""
+    """Give each attention module a copy of its class's forward with Liger's rotary embedding in its globals."""
     for module in model.modules():
         code = getattr(type(module).forward, "__code__", None)
         if code is None or _ROPE not in code.co_names:
@@ -65,7 +65,7 @@ def bind_rope(model: PreTrainedModel, rope: Any) -> None:
 
 
 def bind_loss(model: PreTrainedModel) -> None:
-    """In training with labels the model returns its loss and no logits; lm_head computes it chunk by chunk."""
+    """Make the model, in training with labels, return its loss without logits; lm_head computes the loss chunk by chunk."""
     import torch
     from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
     from transformers.modeling_outputs import CausalLMOutputWithPast

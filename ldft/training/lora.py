@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft: beside the frozen weights, split over the ranks like them, drawn by name."""
+"""Low-rank adapters by peft: added to the frozen weights, sharded over the ranks like them, initialised by name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ADAPTER = "default"
 
 
 def add(model: PreTrainedModel, config: Config, deepspeed_config: dict[str, Any], device: torch.device) -> None:
-    """Freeze the model and put adapters beside its linear layers, in place; the names of what was there stay the same.
+    """Freeze the model and add adapters to its linear layers, in place; existing names do not change.
 
-    Under ZeRO-3 each adapter is split over the ranks as it is made, as the model was. Raises ConfigError where a layer that
-    lora.target_modules names does not exist.
+    Under ZeRO-3 each adapter is sharded over the ranks when it is created, like the model. Raises ConfigError if a layer in
+    lora.target_modules does not exist.
     """
     dtype, partitioned = model.dtype, config.offload.stage == 3
     construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
@@ -55,9 +55,9 @@ def _peft_config(lora: LoraConfig) -> peft.LoraConfig:
 
 @torch.no_grad()
 def draw(model: PreTrainedModel, seed: int, *, partitioned: bool) -> None:
-    """The usual start, adapters that add nothing: A as peft draws it (Kaiming uniform), from a seed of its own name; B zero.
+    """Initialise adapters so that they add nothing: A as in peft (Kaiming uniform), from a seed derived from its name; B zero.
 
-    Same adapters for any number of ranks and any ZeRO stage, on one device type.
+    Adapters are the same for any number of ranks and any ZeRO stage, on one device type.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):

@@ -1,4 +1,5 @@
-"""Build the model from the config: architecture by transformers, weights drawn by name, so that they depend on nothing else."""
+"""Build the model from the config: architecture by transformers, weights drawn by name, so that they depend only on name and
+seed."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precisi
 
 
 def hf_config(model: ModelConfig) -> PretrainedConfig:
-    """The architecture as a transformers config. Raises ConfigError where transformers cannot build it."""
+    """The architecture as a transformers config. Raises ConfigError if transformers cannot build it."""
     families.check(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     family = CONFIG_MAPPING[model.family]
     values: dict[str, Any] = {
@@ -50,7 +51,7 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
         "rope_parameters": {"rope_type": "default", **model.rope_scaling, "rope_theta": model.rope_theta},
         "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": False,
-        # Random tokens and models of our own have no special tokens; a padding index would zero an embedding row.
+        # Random tokens and ldft's own models have no special tokens; a padding index would zero an embedding row.
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -64,16 +65,18 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
     }
     for name, (key, value) in optional.items():
         if hasattr(family, name):
-            values[name] = value or None  # a family's own default must not slip in
+            values[name] = value or None  # keep the family's own default from applying
         elif value:
-            raise ConfigError(f"model.{key}", f"{value:g}: transformers' {model.family} has none; use 0")
+            raise ConfigError(f"model.{key}", f"{value:g}: transformers' {model.family} does not support it; use 0")
     rope_type = values["rope_parameters"]["rope_type"]
     if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
         allowed = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
         raise ConfigError("model.rope_scaling.rope_type", f"'{rope_type}' does not exist; use one of {allowed}")
     for name in model.extra:
         if name in values:
-            raise ConfigError(f"model.extra.{name}", "ldft sets this from a key of its own; see the keys of model")
+            raise ConfigError(
+                f"model.extra.{name}", "ldft sets this from another key of its config; see the keys of model"
+            )
         if not hasattr(family, name):
             close = difflib.get_close_matches(name, [key for key in vars(family) if not key.startswith("_")], n=1)
             hint = f"did you mean {close[0]}?" if close else "leave it out"
@@ -90,8 +93,8 @@ def build(
 ) -> PreTrainedModel:
     """The model on `device`, in the compute precision, with weights drawn from train.seed or read from a folder.
 
-    Under ZeRO-3 each parameter is split over the ranks as it is made: no rank ever holds a full copy. With arenas, parts that wait
-    in host memory lie there from the start.
+    Under ZeRO-3 each parameter is sharded over the ranks when it is created: no rank ever holds a full copy. With arenas, shards in
+    host memory are in the arenas from the start.
     """
     dtype = DTYPES[config.train.precision]
     partitioned = config.offload.stage == 3
@@ -104,8 +107,8 @@ def build(
     implementation = repeated_heads.NAME if repeats else kind.name
     architecture = hf_config(config.model)
     _check_attention(kind, architecture)
-    # transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO; hence the explicit context.
-    # No dtype: it follows from the config. One that is given counts only where the device computes in fp16 too (0.19.8).
+    # Use an explicit context: transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO.
+    # Pass no dtype, it follows from the config: DeepSpeed uses a given one only if the device also computes in fp16 (0.19.8).
     construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
     host: AbstractContextManager[None] = nullcontext()
     if arenas is not None and config.offload.parameters is OffloadDevice.cpu:
@@ -128,7 +131,7 @@ def build(
 
 
 def _parts(architecture: PretrainedConfig, ranks: int) -> list[int]:
-    """Elements of a rank's part of each parameter under ZeRO-3, in the model's order, from a model without memory."""
+    """Elements of a rank's shard of each parameter under ZeRO-3, in the model's order, from a model on the meta device."""
     with no_init_weights(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)
     model.tie_weights()
@@ -136,21 +139,23 @@ def _parts(architecture: PretrainedConfig, ranks: int) -> list[int]:
 
 
 def _check_attention(kind: AttentionKind, architecture: PretrainedConfig) -> None:
-    """Raise ConfigError where transformers has not this attention for this family."""
+    """Raise ConfigError if transformers does not have this attention for this family."""
     network = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
     flash = kind.name.startswith("flash")
     if kind is AttentionKind.eager or (network._supports_flash_attn if flash else network._supports_sdpa):
         return
-    raise ConfigError("attention.kind", f"{kind.name}: transformers' {architecture.model_type} has none; use eager")
+    raise ConfigError(
+        "attention.kind", f"{kind.name}: transformers' {architecture.model_type} does not support it; use eager"
+    )
 
 
 @torch.no_grad()
 def initialize(model: PreTrainedModel, seed: int, *, partitioned: bool, only_buffers: bool = False) -> None:
-    """Draw every module's weights as its family prescribes, each from a seed of its own name.
-
-    only_buffers: leave modules without buffers alone, since their parameters are read from files anyway.
+    """Draw every module's weights as its family prescribes, each from a seed derived from the module's name.
 
     So the same config gives the same weights for any number of ranks and any ZeRO stage, on one device type.
+
+    only_buffers: skip modules without buffers, since their parameters are read from files anyway.
     """
 
     def visit(module: nn.Module, name: str, owner: PreTrainedModel) -> None:
@@ -173,7 +178,7 @@ def initialize(model: PreTrainedModel, seed: int, *, partitioned: bool, only_buf
 
 
 def num_parameters(model: PreTrainedModel, *, trainable: bool = False) -> int:
-    """Parameters of the model, shared ones once, also where ZeRO-3 has split them."""
+    """Number of parameters of the model, counting shared ones once and sharded ones (ZeRO-3) in full."""
     return sum(
         layout.whole_numel(parameter) for parameter in model.parameters() if parameter.requires_grad or not trainable
     )

@@ -1,4 +1,4 @@
-"""Pretrained weights into a built model, one parameter at a time."""
+"""Loads pretrained weights into a built model, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldft.training.deepspeed import layout
 
 
 def check(model: PreTrainedModel, entries: dict[str, safetensors_index.Entry], path: Path, config: ModelConfig) -> None:
-    """Raise ConfigError where a parameter of the model is missing in the folder, or of another shape there."""
+    """Raise ConfigError if the folder lacks a parameter of the model, or has it with another shape."""
     fix = f"choose the model= that {path} was saved from"
     for name, parameter in model.named_parameters():
         shape = layout.whole_shape(parameter)
@@ -31,14 +31,14 @@ def check(model: PreTrainedModel, entries: dict[str, safetensors_index.Entry], p
 
 @torch.no_grad()
 def load(model: PreTrainedModel, config: ModelConfig, *, partitioned: bool) -> None:
-    """Copy every parameter from its file, in the model's precision. Tensors that the model lacks are left alone.
+    """Copy every parameter from its file, in the model's precision. Tensors that the model lacks are ignored.
 
-    Under ZeRO-3 one parameter at a time is whole: rank 0 reads it, and each rank keeps its part.
+    Under ZeRO-3 one parameter at a time is gathered: rank 0 reads it, and each rank keeps its shard.
     """
     path = safetensors_index.folder(config, fetch=False)
     entries = safetensors_index.index(path)
     check(model, entries, path, config)
-    # In the order of the files, which is that of the disk; the same on all ranks, since gathering is collective.
+    # In file order, for sequential reads; the same order on all ranks, since gathering is collective.
     ordered = sorted(model.named_parameters(), key=lambda item: str(entries[item[0]].file))
     with ExitStack() as stack:
         opened: tuple[Path, safe_open] | None = None

@@ -1,4 +1,5 @@
-"""Safetensors folders: which tensor lies in which file, checked by the files' headers alone. Without torch: the parent looks too.
+"""Safetensors folders: which file contains each tensor, read from the files' headers only. Imports no torch: the parent uses it
+too.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes length, a JSON header, then the tensors without gaps.
 """
@@ -18,7 +19,7 @@ _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies."""
+    """Location of a tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -27,12 +28,12 @@ class Entry:
 def folder(model: ModelConfig, *, fetch: bool) -> Path:
     """The folder of model.weights=pretrained: model.path, else the hub's, which `fetch` downloads into its cache.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     if model.path:
         path = Path(model.path).expanduser()
         if not path.is_dir():
-            raise ConfigError("model.path", f"'{model.path}' is not a folder; name one that holds *.safetensors")
+            raise ConfigError("model.path", f"'{model.path}' is not a folder; name one with *.safetensors files")
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -43,12 +44,12 @@ def folder(model: ModelConfig, *, fetch: bool) -> Path:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             "model.weights",
-            f"cannot fetch {model.hf_id} from the hub ({reason}); download it and name it by model.path",
+            f"cannot fetch {model.hf_id} from the hub ({reason}); download it and set model.path to its folder",
         ) from None
 
 
 def index(path: Path) -> dict[str, Entry]:
-    """Every tensor of a folder by name. Raises ConfigError where there is none, or where a file is damaged."""
+    """Every tensor in a folder by name. Raises ConfigError if there is none or a file is damaged."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ConfigError("model.path", f"no *.safetensors in {path}; save the model with save_pretrained")

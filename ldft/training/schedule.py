@@ -1,4 +1,4 @@
-"""The learning rate's course, without torch. Same shapes as transformers' get_scheduler, over train.iterations updates."""
+"""Learning-rate schedules, without torch. Same shapes as transformers' get_scheduler, over train.iterations updates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ldft.config import Config, Schedule
 
 
 def factor(config: Config, update: int) -> float:
-    """What optimizer.learning_rate is multiplied by in an update, counted from 0."""
+    """Factor on optimizer.learning_rate in an update (counted from 0)."""
     warmup, total = config.optimizer.schedule_warmup, config.train.iterations
     if update < warmup:
         return update / warmup

@@ -1,4 +1,4 @@
-"""torch's history of CUDA memory for one iteration, in a file a rank that https://pytorch.org/memory_viz draws."""
+"""torch's history of CUDA memory for one iteration, in one file per rank; view it at https://pytorch.org/memory_viz."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ldft.config import Config
 
-# Allocations and frees, the newest ones; each with its Python stack takes up to about 1 KiB in the file.
+# Number of newest allocations and frees kept; each takes, with its Python stack, up to about 1 KiB in the file.
 MAX_EVENTS = 100_000
 
 
@@ -20,8 +20,8 @@ def file_name(rank: int) -> str:
 
 @contextmanager
 def recording(config: Config, folder: Path, iteration: int, rank: int) -> Iterator[None]:
-    """Where snapshot is set, record what this iteration allocates and write it into `folder`, if it is the one to record: the
-    last of the warm-up, so that no sample that counts is slowed down, and without warm-up the last of all."""
+    """If snapshot is set and this is the iteration to record, record its allocations and write them into `folder`. That iteration
+    is the last warm-up one, so that no measured sample is slowed down; without warm-up, the last one."""
     chosen = (config.train.warmup_iterations or config.train.iterations) - 1
     if not config.snapshot or iteration != chosen:
         yield
@@ -30,6 +30,6 @@ def recording(config: Config, folder: Path, iteration: int, rank: int) -> Iterat
     try:
         yield
     finally:
-        # Also after an out-of-memory, which is when one wants to look.
+        # Also after an out-of-memory error, when the history is most useful.
         torch.cuda.memory._dump_snapshot(str(folder / file_name(rank)))
         torch.cuda.memory._record_memory_history(enabled=None)

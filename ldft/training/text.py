@@ -1,4 +1,5 @@
-"""Text into tokens: a local file, a local tokenizer folder, one stream of ids. Without torch: the parent checks with it too."""
+"""Tokenizes text: a local file and a local tokenizer folder give one stream of ids. Imports no torch: the parent uses it for
+checks."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ _PIECE_BYTES = 1 << 20
 
 
 def pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """(text, whether a document ends with it), in the file's order. A .txt is one document, cut at line ends to bound memory."""
+    """(text, whether it ends a document), in file order. A .txt is one document, split at line ends to bound memory."""
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -30,7 +31,7 @@ def pieces(path: Path) -> Iterator[tuple[str, bool]]:
             if "text" not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise ConfigError(
-                    "data.path", f"{path} has no column text (it has {names}); rename the one to train on"
+                    "data.path", f"{path} has no column text (it has {names}); rename the column to train on to text"
                 )
             for batch in file.iter_batches(columns=["text"], batch_size=256):
                 yield from ((str(text), True) for text in batch.column(0).to_pylist() if text)
@@ -55,16 +56,16 @@ def _document(path: Path, number: int, line: str) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError("data.path", f"{path}, line {number}, is not JSON ({error.msg}); mend it there") from None
+        raise ConfigError("data.path", f"{path}, line {number}, is not JSON ({error.msg}); fix that line") from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise ConfigError(
-            "data.path", f'{path}, line {number}, has no "text"; give one object {{"text": "..."}} a line'
+            "data.path", f'{path}, line {number}, has no "text"; write one object {{"text": "..."}} per line'
         )
     return str(value["text"])
 
 
 def load_tokenizer(folder: str, vocab_size: int) -> tuple[Tokenizer, int | None]:
-    """The tokenizer of a folder and the id that ends a document, if it has one. Raises ConfigError where it does not fit."""
+    """The tokenizer of a folder, and its end-of-document id if it has one. Raises ConfigError if it does not fit the model."""
     from tokenizers import Tokenizer
 
     path = Path(folder).expanduser() / "tokenizer.json"
@@ -73,7 +74,7 @@ def load_tokenizer(folder: str, vocab_size: int) -> tuple[Tokenizer, int | None]
             "data.tokenizer", f"no tokenizer.json in '{folder}'; name the folder of a saved fast tokenizer"
         )
     try:
-        # tokenizers raises a bare Exception for whatever it cannot parse; JSON is checked first, to keep bugs apart.
+        # tokenizers raises a bare Exception for anything it cannot parse; check the JSON first, so that bugs are not hidden.
         json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ConfigError("data.tokenizer", f"{path} is damaged; save the tokenizer again") from None
@@ -91,14 +92,14 @@ def load_tokenizer(folder: str, vocab_size: int) -> tuple[Tokenizer, int | None]
 
 
 def check(data: DataConfig, vocab_size: int) -> None:
-    """Raise ConfigError where the file or the tokenizer cannot be used."""
+    """Raise ConfigError if the file or the tokenizer cannot be used."""
     path = Path(data.path).expanduser()
     if path.suffix not in _SUFFIXES:
-        raise ConfigError("data.path", f"'{data.path}' is of no known kind; name a {', '.join(_SUFFIXES)}")
+        raise ConfigError("data.path", f"'{data.path}' has an unknown type; name a {', '.join(_SUFFIXES)}")
     if not path.is_file():
         raise ConfigError("data.path", f"'{data.path}' is not a file here; name a {', '.join(_SUFFIXES)}")
     if not any(text.strip() for text, _ in pieces(path)):
-        raise ConfigError("data.path", f"'{data.path}' holds no text; name a file with some")
+        raise ConfigError("data.path", f"'{data.path}' contains no text; name a file with text")
     load_tokenizer(data.tokenizer, vocab_size)
 
 
@@ -106,7 +107,7 @@ def check(data: DataConfig, vocab_size: int) -> None:
 def stream(path: str, tokenizer_folder: str, vocab_size: int, length: int) -> np.ndarray:
     """The first `length` token ids of a file (int64), documents one after the other, each with its end token.
 
-    A shorter file is read again from its start. Raises ConfigError where it yields no token.
+    A shorter file is read repeatedly. Raises ConfigError if it yields no token.
     """
     import numpy as np
 

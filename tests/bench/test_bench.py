@@ -51,7 +51,7 @@ def test_rows_profile_and_the_plan_that_uses_it(tmp_path: Path) -> None:
     text = (tmp_path / "config" / "ldft" / "hardware").glob("*.json")
     assert len(list(text)) == 1 and not list(tmp_path.rglob("*.tmp"))
     done = say("ldft", "dry_run=true", "numa=local_only", "launch.device=cpu", cwd=tmp_path, env=env)
-    assert done.returncode == 0 and "modelled traffic to host memory, s a step:" in done.stdout, done.stderr
+    assert done.returncode == 0 and "modelled traffic to host memory, s per step:" in done.stdout, done.stderr
 
 
 def test_a_profile_is_not_made_from_caches(tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_a_profile_takes_the_update_on_every_node() -> None:
     machine = replace(read_topology(), nodes=(one, replace(one, id=3)), allowed=(0, 3))
     sets = [NodeSet((0,)), NodeSet((3,)), NodeSet((0, 3))]
     assert profile.lacks(["adam"], sets, machine, 64 << 20, 64 << 20) == ""
-    assert "takes the kernel adam" in profile.lacks(["read", "h2d"], sets, machine, 64 << 20, 64 << 20)
-    assert "or name 3 too" in profile.lacks(["adam"], [sets[0], sets[2]], machine, 64 << 20, 64 << 20)
+    assert "needs the kernel adam" in profile.lacks(["read", "h2d"], sets, machine, 64 << 20, 64 << 20)
+    assert "or add 3" in profile.lacks(["adam"], [sets[0], sets[2]], machine, 64 << 20, 64 << 20)
     assert "with --sizes 64M or more" in profile.lacks(["adam"], sets, machine, 1 << 20, 64 << 20)
 
 

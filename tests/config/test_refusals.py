@@ -166,8 +166,8 @@ def test_other_commands_refuse_a_folder_that_is_not_there(
 @pytest.mark.parametrize(
     ("typed", "note"),
     {
-        "numa.local_budget_gib=10": "note: numa.local_budget_gib=10 changes nothing with numa=default",
-        "numa=local_only numa.cxl_budget_gib=10": "note: numa.cxl_budget_gib=10 changes nothing with numa=local_only",
+        "numa.local_budget_gib=10": "note: numa.local_budget_gib=10 has no effect with numa=default",
+        "numa=local_only numa.cxl_budget_gib=10": "note: numa.cxl_budget_gib=10 has no effect with numa=local_only",
         "offload=none numa.roles.momentum.nodes=[0]": "note: numa.roles: no momentum in host memory here",
         "numa.roles.momentum.nodes=[0]": "",
     }.items(),

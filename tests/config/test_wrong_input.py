@@ -65,7 +65,7 @@ WRONG = {
     "seq_len.tokens=4k": ["seq_len.tokens: '4k'", "a whole number"],
     "seq_len.tokens=512,1024": ["seq_len.tokens: several values (512,1024)", "-m"],
     "launch.num_ranks=1.5": ["launch.num_ranks: '1.5'", "a whole number"],
-    "train.precision=fp8": ["train.precision: 'fp8'", "one of bf16, fp16, fp32"],
+    "train.precision=fp8": ["train.precision: 'fp8'", "one of auto, bf16, fp16, fp32"],
     "optimizer.schedule=cosin": ["optimizer.schedule: 'cosin'", "one of constant, linear, cosine"],
     "optimizer.betas=0.9": ["optimizer.betas: '0.9'", "a list of numbers", "[0.9,0.95]"],
     "numa.roles.momentum.nodes=0": ["numa.roles.momentum.nodes: '0'", "a list of whole numbers", "nodes=[0,1]"],
@@ -99,10 +99,10 @@ WRONG = {
     "model.family=lama": ["model.family: transformers has no causal language model 'lama'; did you mean", "llama"],
     "model.family=clip": ["model.family: transformers has no causal language model 'clip'; "],
     "model.hidden_size=66": [
-        "model.hidden_size: 66 is no multiple of model.num_attention_heads=8, as transformers' llama",
+        "model.hidden_size: 66 is not a multiple of model.num_attention_heads=8, as transformers' llama",
         "use e.g. 64",
     ],
-    "model=tiny model.hidden_size=3 dry_run=true": ["model.hidden_size: 3 is no multiple", "use e.g. "],
+    "model=tiny model.hidden_size=3 dry_run=true": ["model.hidden_size: 3 is not a multiple", "use e.g. "],
     "model.head_dim=15 dry_run=true": ["model.head_dim: 15 is odd", "use an even number"],
     "offload.stage=2": ["offload.parameters: cpu needs offload.stage=3, not 2", "use none"],
     "offload.stage=4 offload.parameters=none": ["offload.stage: 4 does not exist; use 0, 1, 2 or 3"],
@@ -135,17 +135,17 @@ WRONG = {
     ],
     "offload=super_offload": ["offload: super_offload needs launch.device=cuda, not cpu; use full"],
     "offload=zenflow": ["offload: zenflow needs launch.device=cuda, not cpu; use full"],
-    "offload=super_offload optimizer=lion": ["optimizer: lion: offload=super_offload knows adamw only"],
+    "offload=super_offload optimizer=lion": ["optimizer: lion: offload=super_offload supports adamw only"],
     "optimizer.fused_step=true offload=none": ["optimizer.fused_step: true: works in host memory only", "use false"],
     "optimizer.fused_step=true offload=nvme offload.nvme_path=$F": [
         "optimizer.fused_step: true: works in host memory only"
     ],
     "optimizer.fused_step=true offload.deepspeed.zero_optimization.offload_optimizer.ratio=0.5": [
-        "optimizer.fused_step: true: a ratio of 0.5",
+        "optimizer.fused_step: true: with a ratio of 0.5",
         "leave it at null",
     ],
     "optimizer.fused_step=true offload.deepspeed.optimizer.params.adam_w_mode=false": [
-        "optimizer.fused_step: true: has no adam_w_mode"
+        "optimizer.fused_step: true: does not support adam_w_mode"
     ],
     "optimizer.fused_step=true offload.deepspeed.torch_autocast.enabled=true": [
         "optimizer.fused_step: true: torch_autocast scales gradients"
@@ -160,8 +160,13 @@ WRONG = {
     "monitor.interval_s=0.01": ["monitor.interval_s: 0.01 is too short"],
     "monitor.intervall_s=1": ["monitor.intervall_s", "interval_s"],
     "memory.capacity_gib=-1": ["memory.capacity_gib: -1 is negative", "above 0"],
-    "numa=roles_0_3 memory.pinning=torch": ["memory.pinning: torch leaves tensors", "exact or none"],
-    "numa.roles.momentum.nodes=[0] memory.pinning=torch": ["memory.pinning: torch leaves tensors"],
+    "numa=roles_0_3 memory.pinning=torch": [
+        "memory.pinning: torch's allocator decides where tensors go",
+        "exact or none",
+    ],
+    "numa.roles.momentum.nodes=[0] memory.pinning=torch": [
+        "memory.pinning: torch's allocator decides where tensors go"
+    ],
     "numa.roles.momentum.nodes=[0,99]": ["numa.roles.momentum.nodes: node 99 does not exist", "choose from those"],
     "numa.roles.momentum.kind=bind": ["numa.roles.momentum.nodes: kind bind needs at least one node"],
     "numa.roles.variance.nodes=[0] numa.roles.variance.weights=[1,2]": [
@@ -178,12 +183,15 @@ WRONG = {
     "numa.local_budget_gib=-1": ["numa.local_budget_gib: -1 is negative", "use 0 for all available memory"],
     "numa.local_nodes=[0] numa.cxl_nodes=[0]": ["numa.cxl_nodes: node 0 is also in numa.local_nodes"],
     "numa=local_only numa.local_nodes=[99]": ["numa.local_nodes: node 99 does not exist", "choose from those"],
-    "numa=local_only memory.pinning=torch": ["memory.pinning: torch leaves tensors", "exact or none"],
+    "numa=local_only memory.pinning=torch": [
+        "memory.pinning: torch's allocator decides where tensors go",
+        "exact or none",
+    ],
     "numa.bandwidth={node0:{cpu:fast}}": ["numa.bandwidth: node0.cpu: 'fast'", "{cpu:278,h2d:55,d2h:55}", "GB/s"],
-    "numa.bandwidth={socket0:{cpu:1}}": ["numa.bandwidth: socket0:", "is no node"],
+    "numa.bandwidth={socket0:{cpu:1}}": ["numa.bandwidth: socket0:", "is not a node entry"],
     "numa.bandwidth={node0:{h2d:55}}": ["numa.bandwidth: node0 has no cpu"],
     "model=llama3_70b": [
-        "force: false, and host memory does not suffice",
+        "force: false, and not enough host memory",
         "GiB expected",
         "largest: ",
         "or force=true",
@@ -203,19 +211,19 @@ WRONG = {
     "launch.device=cuda": ["launch.device: cuda: no NVIDIA GPU", "launch.device=cpu"],
     "attention=flash": ["attention: 'flash' does not exist", "use one of auto, eager", "sdpa_cudnn"],
     "attention=sdpa_cudnn launch.device=cpu": ["attention.kind: sdpa_cudnn needs launch.device=cuda", "use sdpa"],
-    "attention=sdpa model=gemma2_9b": ["attention.kind: sdpa knows no soft cap", "=50)", "use eager"],
+    "attention=sdpa model=gemma2_9b": ["attention.kind: sdpa does not support soft caps", "=50)", "use eager"],
     "kernels.liger=true launch.device=cpu": ["kernels.liger: true needs launch.device=cuda, not cpu", "use false"],
     "kernels.liger=1.5": ["kernels.liger: '1.5'", "true or false"],
     "lora.rank=-1": ["lora.rank: -1 is negative", "0 for none"],
     "lora=r16 lora.rank=0": ["lora.rank: 0 contradicts lora=r16", "use lora=none"],
     "lora.alpha=16": ["lora.alpha: 16.0 has no effect without adapters", "lora=r16"],
     "lora=r8 lora.dropout=1": ["lora.dropout: 1 is out of range", "0 to below 1"],
-    "lora=r8 lora.target_modules=q_proj": ["lora.target_modules: 'q_proj'", "a list of texts", "[a,b]"],
+    "lora=r8 lora.target_modules=q_proj": ["lora.target_modules: 'q_proj'", "a list of strings", "[a,b]"],
     "lora=r8 lora.target_modules=[q_projj]": [
-        "lora.target_modules: 'q_projj' is no linear layer of",
+        "lora.target_modules: 'q_projj' is not a linear layer of",
         "use q_proj, k_proj",
     ],
-    "model.family=phi3 lora=r8 lora.target_modules=[o_proj,q_proj]": ["'q_proj' is no linear", "use qkv_proj, o_proj"],
+    "model.family=phi3 lora=r8 lora.target_modules=[o_proj,q_proj]": ["'q_proj' is not a linear", "use qkv_proj, o_proj"],
     "lora=r8 lora.target_modules=[wq] dry_run=true": ["lora.target_modules: 'wq'", "down_proj, lm_head"],
     "snapshot=true launch.device=cpu": ["snapshot: true needs launch.device=cuda"],
     # DeepSpeed's keys
@@ -234,7 +242,7 @@ WRONG = {
     "offload.deepspeed_file=$F/nowhere.json": ["offload.deepspeed_file: cannot read", "nowhere.json"],
     "offload.deepspeed_file=$F/broken.json": ["offload.deepspeed_file", "broken.json is not JSON (line 2, column 10"],
     "offload.deepspeed_file=$F/twice.json": ["offload.deepspeed_file", "'steps_per_print' twice"],
-    "offload.deepspeed_file=$F/list.json": ["offload.deepspeed_file", "no JSON object"],
+    "offload.deepspeed_file=$F/list.json": ["offload.deepspeed_file", "not a JSON object"],
     "offload.deepspeed_file=$F/other_clip.json": [
         "offload.deepspeed_file",
         "1.0 contradicts optimizer.gradient_clipping",
@@ -249,8 +257,8 @@ WRONG = {
     "data=text": ["data.path: empty", ".txt, .jsonl or .parquet"],
     "data.path=x.txt": ["data.path: 'x.txt' is not read with data=random"],
     f"{TEXT} data.path=$F/nowhere.txt": ["data.path:", "nowhere.txt' is not a file here"],
-    f"{TEXT} data.path=$F/broken.json": ["data.path:", "of no known kind", ".jsonl"],
-    f"{TEXT} data.path=$F/empty.txt": ["data.path:", "empty.txt' holds no text"],
+    f"{TEXT} data.path=$F/broken.json": ["data.path:", "has an unknown type", ".jsonl"],
+    f"{TEXT} data.path=$F/empty.txt": ["data.path:", "empty.txt' contains no text"],
     f"{TEXT} data.path=$F/latin.txt": ["data.path:", "not UTF-8"],
     f"{TEXT} data.path=$F/keyless.jsonl": ["data.path:", 'line 1, has no "text"'],
     f"{TEXT} data.path=$F/fake.parquet": ["data.path:", "is not a parquet file"],

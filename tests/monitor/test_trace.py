@@ -170,4 +170,4 @@ def test_a_bug_in_sampling_is_shown_and_noted_and_the_run_goes_on(tmp_path, monk
     with recorder.sampling([1]):
         time.sleep(0.2)
     assert shown == [ZeroDivisionError]
-    assert recorder.write() == (None, ["the trace ends early: sampling met an internal error, shown on stderr"])
+    assert recorder.write() == (None, ["the trace ends early: sampling hit an internal error, shown on stderr"])

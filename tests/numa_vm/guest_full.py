@@ -116,7 +116,7 @@ def role_is_refused() -> dict:
         done = subprocess.run([*words, f"results.dir={results}"], capture_output=True, text=True, check=False)
         check(not list(Path(results).glob("*/*/worker-*.log")), "a worker was started")
     check(done.returncode == 2, f"exit code {done.returncode}: {done.stdout}{done.stderr}")
-    check(f"memory of node {FULL} does not suffice" in done.stderr and "momentum" in done.stderr, done.stderr)
+    check(f"not enough memory of node {FULL}" in done.stderr and "momentum" in done.stderr, done.stderr)
     check(done.stderr.count("\n") == 1, done.stderr)
     return {"said": done.stderr}
 

@@ -36,9 +36,9 @@ def on_cuda(*overrides: str) -> Config:
         # Three: DeepSpeed would train on weights that are not transposed as it believes, without a word.
         "offload=zenflow offload.stage=3": "offload.stage: zenflow needs 1 or 2 here, not 3",
         "offload=zenflow train.gradient_accumulation_steps=2": "train.gradient_accumulation_steps: 2: zenflow accumulates",
-        "offload=zenflow train.precision=fp16": "train.precision: fp16: zenflow .* still scaled; use bf16",
+        "offload=zenflow train.precision=fp16": "train.precision: fp16: zenflow .* not yet unscaled; use bf16",
         "offload=super_offload train.precision=fp16 optimizer.gradient_clipping=0": "optimizer.gradient_clipping: 0: super_offl",
-        "offload=nvme offload.nvme_path=/disk optimizer=lion": "optimizer: lion: offload=nvme knows adamw only",
+        "offload=nvme offload.nvme_path=/disk optimizer=lion": "optimizer: lion: offload=nvme supports adamw only",
         "offload.deepspeed.zero_optimization.offload_optimizer.super_offload=true optimizer=lion": "optimizer: lion",
     }.items(),
 )

@@ -49,7 +49,7 @@ def refused(config: Config) -> str:
 
 def test_host_memory_in_total(machine) -> None:
     line = refused(compose("model=llama3_8b", "launch.device=cuda"))
-    assert line.startswith("force: false, and host memory does not suffice: 151.3 GiB expected, 62.0 GiB free by MemAv")
+    assert line.startswith("force: false, and not enough host memory: 151.3 GiB expected, 62.0 GiB free by MemAv")
     assert "master_weights 29.9, master_gradients 29.9, momentum 29.9" in line and "memory.capacity_gib" in line
     fit.check(resolve(compose("model=llama3_8b", "launch.device=cuda", "memory.capacity_gib=160")))
     fit.check(resolve(compose("model=llama3_8b", "launch.device=cuda", "force=true")))
@@ -58,19 +58,19 @@ def test_host_memory_in_total(machine) -> None:
 
 def test_device_memory(machine) -> None:
     line = refused(compose("model=llama3_8b", "launch.device=cuda", "offload=none"))
-    assert "VRAM does not suffice" in line and "80.0 GiB on the smallest GPU" in line and "use offload=full" in line
+    assert "not enough VRAM" in line and "80.0 GiB on the smallest GPU" in line and "use offload=full" in line
 
 
 def test_a_copy_that_deepspeed_makes_on_the_host_where_vram_is_short_refuses_nothing(machine) -> None:
     line = ("model=qwen2_5_32b", "launch.device=cuda", "offload=optimizer", "seq_len=4k", "memory.capacity_gib=900")
     fit.check(resolve(compose(*line, "lora=r16")))
     fit.check(resolve(compose(*line)))
-    assert "VRAM does not suffice" in refused(compose(*line[1:], "model=llama3_70b", "lora=r16"))
+    assert "not enough VRAM" in refused(compose(*line[1:], "model=llama3_70b", "lora=r16"))
 
 
 def test_each_node_where_a_placement_leaves_no_choice(machine) -> None:
     line = refused(compose("model=llama3_1b", "launch.device=cuda", "numa.roles.momentum.nodes=[1]"))
-    assert "memory of node 1 does not suffice: 4.6 GiB expected, 2.0 GiB free there (largest: momentum 4.6)" in line
+    assert "not enough memory of node 1: 4.6 GiB expected, 2.0 GiB free there (largest: momentum 4.6)" in line
     weights = ("numa.roles.momentum.nodes=[0,1]", "numa.roles.momentum.weights=[3,1]")
     fit.check(resolve(compose("model=llama3_1b", "launch.device=cuda", *weights)))
     refused(compose("model=llama3_1b", "launch.device=cuda", "numa=interleave_all"))
@@ -81,7 +81,7 @@ def test_a_dry_run_says_so(machine) -> None:
     text = dry_run.describe(compose("model=llama3_8b", "launch.device=cpu", "seq_len=32k"))
     assert "\ndoes not fit here: force: false, and host memory" in text
     text = dry_run.describe(compose("model=llama3_8b", "launch.device=cpu", "seq_len=32k", "force=true"))
-    assert "\ndoes not fit here, and force=true tries: host memory does not suffice: " in text
+    assert "\ndoes not fit here, but force=true runs it anyway: not enough host memory: " in text
 
 
 def test_a_refusal_is_a_row_with_what_was_predicted_and_starts_nothing(
@@ -101,7 +101,7 @@ def test_a_sweep_goes_on_after_a_cell_that_does_not_fit(ldft) -> None:
     done = ldft("model=llama3_70b,nano", base=short)
     assert done.rows["status"].tolist() == ["invalid", "ok"], done.stdout
     refused, ran = done.rows.iloc[0], done.rows.iloc[1]
-    assert refused.error_message.startswith("force: false, and host memory does not suffice")
+    assert refused.error_message.startswith("force: false, and not enough host memory")
     assert ran.predicted_host_gib == pytest.approx(ran.peak_host_gib, rel=0.2)
 
 
@@ -111,7 +111,7 @@ def test_a_sweep_goes_on_after_a_cell_that_does_not_fit(ldft) -> None:
         (["memory.vram_gib=80", "memory.capacity_gib=125"], False, "125.0 GiB free by memory.capacity_gib"),
         (["memory.vram_gib=80", "memory.capacity_gib=1000"], True, "GPUs: 2 of 80.0 GiB"),
         (["memory.vram_gib=8", "memory.capacity_gib=1000", "offload=none"], False, "8.0 GiB by memory.vram_gib"),
-        (["memory.capacity_gib=1000"], True, "of unknown size: memory.vram_gib=80"),
+        (["memory.capacity_gib=1000"], True, "of unknown size: set e.g. memory.vram_gib=80"),
     ],
 )
 def test_a_dry_run_answers_for_gpus_that_are_not_here(said: list[str], fits: bool, part: str, ldft, tmp_path) -> None:
@@ -121,7 +121,7 @@ def test_a_dry_run_answers_for_gpus_that_are_not_here(said: list[str], fits: boo
     done = ldft(*words, "dry_run=true", base=(), env=hidden)
     assert done.exit_code == 0, done.stderr
     assert "assumed to be Hopper" in done.stdout and "attention: sdpa_cudnn" in done.stdout
-    assert "train.precision=bf16 (auto; no GPU is here" in done.stdout and "rank 0:" not in done.stdout
+    assert "train.precision=bf16 (auto; no GPU here" in done.stdout and "rank 0:" not in done.stdout
     assert part in done.stdout and ("does not fit" in done.stdout) is not fits
     done = ldft("-m", *words, "dry_run=true", base=(), env=hidden)
     assert done.exit_code == 0 and ("does not fit" in done.stdout) is not fits

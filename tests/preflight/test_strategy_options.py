@@ -129,7 +129,7 @@ def test_optimal_finds_the_machines_profile_and_says_how_to_make_one(
     bandwidths.save(profile, bandwidths.profile_path())
     assert assign(config("optimal"), machine())[0]["momentum"].nodes
     bandwidths.save({"bandwidth": {"node0": {"cpu": 278}}}, bandwidths.profile_path())
-    with pytest.raises(ConfigError, match=r"^numa\.bandwidth: node 1 is not in it \(nodes: 0\)"):
+    with pytest.raises(ConfigError, match=r"^numa\.bandwidth: node 1 is missing \(nodes: 0\)"):
         assign(config("optimal"), machine())
     bandwidths.profile_path().write_text(json.dumps(profile)[:20])
     with pytest.raises(ConfigError, match=r"cannot be read; measure again"):
@@ -195,7 +195,7 @@ def test_the_plan_is_shown_with_its_modelled_time() -> None:
     text = "\n".join(placement_text.lines(resolve(made, topology=machine(cxl=2))))
     assert "momentum: node 0 100.0% (14.96 GiB)" in text
     assert "compute_gradients: node 1 100.0% (7.48 GiB)\n    rank 1: node 2 100.0% (7.48 GiB)" in text
-    assert "modelled traffic to host memory, s a step: " in text and "optimizer" in text
+    assert "modelled traffic to host memory, s per step: " in text and "optimizer" in text
     assert placement_text.lines(resolve(compose("numa=bind_0", "launch.device=cpu"), topology=machine())) == [
         "memory policy of the ranks (numa=bind_0): bind of node 0"
     ]

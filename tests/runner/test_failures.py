@@ -139,7 +139,7 @@ def test_a_timeout_is_a_row_with_what_was_reached(ldft) -> None:
     done = ldft(*ENDLESS, "launch.timeout_s=20")
     assert done.exit_code == 1
     assert done.row.status == "timeout"
-    assert done.row.error_message.startswith("launch.timeout_s=20 passed; raise it")
+    assert done.row.error_message.startswith("launch.timeout_s=20 exceeded; raise it")
     assert len(done.row.iteration_s) > 0, "20 s should reach the first iteration"
     assert trace_of(done.results_dir, done.row)[-1]["iteration"] > 0
 

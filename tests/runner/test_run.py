@@ -32,7 +32,9 @@ def test_a_loss_that_is_no_number_is_said_and_kept(ldft) -> None:
     assert warnings[0].startswith("ldft: warning: the loss is ")
     assert " in iteration 2: " in warnings[0] or " in iteration 3: " in warnings[0]
     # An update whose gradients are no numbers is left out, in which case an iteration takes less time.
-    assert warnings[1].endswith("iterations after warm-up made no update, as gradients overflowed: they are too short")
+    assert warnings[1].endswith(
+        "iterations after warm-up made no update because gradients overflowed: they are too short"
+    )
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_a_file_cut_short_is_refused_at_any_length(saved: tuple[Path, dict[str, 
             ["model.rope_scaling={rope_type:yearn}"],
             r"model.rope_scaling.rope_type: 'yearn' does not exist; use one of .*yarn",
         ),
-        (["model.sliding_window=9"], r"model.sliding_window: 9: transformers' llama has none; use 0"),
+        (["model.sliding_window=9"], r"model.sliding_window: 9: transformers' llama does not support it; use 0"),
         (["model.extra={rms_norm_eps:wide}"], r"model: transformers refuses this llama: .*rms_norm_eps"),
     ],
 )

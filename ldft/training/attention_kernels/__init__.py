@@ -1,1 +1,1 @@
-"""Attention that transformers does not bring along, a file a kernel."""
+"""Attention kernels that transformers does not include, one file per kernel."""

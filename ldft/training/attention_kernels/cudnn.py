@@ -1,7 +1,7 @@
-"""torch's scaled dot-product attention on the cuDNN backend alone, as an attention function of transformers.
+"""torch's scaled dot-product attention restricted to the cuDNN backend, as an attention function for transformers.
 
-A context manager around forward would not hold where a checkpointed layer is computed again in backward; a function does. There
-is no fall-back: where cuDNN refuses, the error says why.
+It is a function because a context manager around forward would not cover the recomputation of checkpointed layers in backward.
+There is no fallback: if cuDNN refuses, the error says why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = "sdpa_cudnn"
 
 
 def register() -> None:
-    """Make `attn_implementation="sdpa_cudnn"` known, with SDPA's masks: none for a full causal batch."""
+    """Register `attn_implementation="sdpa_cudnn"`, with SDPA's masks: none for a full causal batch."""
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -39,11 +39,11 @@ def forward(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of (batch, heads, tokens, head_dim) queries; keys and values may have fewer heads, which cuDNN reads without
-    copies. Returns (batch, tokens, heads, head_dim), as transformers wants it. Raises ConfigError where cuDNN cannot.
+    """Attention for queries (batch, heads, tokens, head_dim); keys and values may have fewer heads, which cuDNN reads without
+    copies. Returns (batch, tokens, heads, head_dim), as transformers expects. Raises ConfigError if cuDNN does not support it.
     """
     if others.get("softcap") is not None:
-        raise ConfigError("attention.kind", f"{NAME} knows no soft cap; use eager or flash_attention_2")
+        raise ConfigError("attention.kind", f"{NAME} does not support soft caps; use eager or flash_attention_2")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     grouped = query.shape[1] != key.shape[1]
@@ -69,9 +69,9 @@ def forward(
 
 
 def _reason(attend: Callable[[], torch.Tensor]) -> str:
-    """What torch says about why cuDNN cannot be used: warnings before it gives up, which name each backend and its reasons.
+    """torch's reasons for not using cuDNN, from the warnings before it gives up, which list the reasons of each backend.
 
-    can_use_cudnn_attention(debug=True) says the same, but (torch 2.11) past Python's warnings, on stderr.
+    can_use_cudnn_attention(debug=True) prints the same, but (torch 2.11) directly to stderr, not as Python warnings.
     """
     with warnings.catch_warnings(record=True) as said, suppress(RuntimeError):
         warnings.simplefilter("always")

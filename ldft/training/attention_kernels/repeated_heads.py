@@ -1,8 +1,8 @@
-"""torch's scaled dot-product attention for GPUs and precisions whose fused kernels know no grouped heads.
+"""torch's scaled dot-product attention for GPUs and precisions whose fused kernels do not support grouped heads.
 
-Before compute capability 8.0 and in fp32 the memory-efficient kernel is the only fused one, and it takes as many heads of keys as
-of queries. Asked for grouped heads, as transformers asks for them, torch falls back to plain products, which store all scores:
-tokens x tokens for each head, 64 GiB at 32768 tokens and 32 heads in fp16. Repeating keys and values costs far less.
+Below compute capability 8.0 and in fp32, the memory-efficient kernel is the only fused one, and it needs as many key heads as query
+heads. Given grouped heads, as transformers passes them, torch falls back to plain products, which store all scores: tokens x tokens
+for each head, 64 GiB at 32768 tokens and 32 heads in fp16. Repeating keys and values costs far less.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME = "sdpa_repeated_heads"
 
 
 def register() -> None:
-    """Make `attn_implementation="sdpa_repeated_heads"` known, with SDPA's masks: none for a full causal batch."""
+    """Register `attn_implementation="sdpa_repeated_heads"`, with SDPA's masks: none for a full causal batch."""
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -27,9 +27,9 @@ def register() -> None:
 def forward(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any, **named: Any
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA attention of (batch, heads, tokens, head_dim), keys and values repeated for their queries."""
+    """transformers' SDPA attention for (batch, heads, tokens, head_dim), with keys and values repeated for each query head."""
     groups = query.shape[1] // key.shape[1]
-    # The function asks the module for nothing but grouped heads, which it has not any more, and whether attention is causal.
+    # The function reads only two things from the module: grouped heads, of which there are none left, and causality.
     alike = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
     repeated = (repeat_kv(tensor, groups) for tensor in (key, value))
     return cast(

@@ -1,9 +1,9 @@
-"""Copies beside the computation: one lane from the device to the host, one back.
+"""Copies concurrent with computation: one lane from the device to the host, one back.
 
-A copy begins once all work given to the compute stream so far is done. So whoever makes the compute stream wait for a copy
-before it frees or overwrites the source, and before it reads the target, is safe; no allocator has to be told of any stream.
+A copy begins after all work submitted to the compute stream so far. So it is safe to make the compute stream wait for a copy before
+freeing or overwriting its source and before reading its target; no allocator needs to know about streams.
 
-What waits in host memory gets it in one arena, or few, cut into equal slots.
+Host memory comes from one arena, or a few, divided into equal slots.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ALIGNMENT = 64
 
 
 class Lane(IntEnum):
-    """Each direction has a copy engine of its own."""
+    """Each direction has its own copy engine."""
 
     to_host = 0
     to_device = 1
@@ -28,14 +28,15 @@ class Lane(IntEnum):
 
 class Lanes(Protocol):
     def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> Any:
-        """Begin a copy, behind everything that the compute stream was given so far; returns its end, for `wait`."""
+        """Begin a copy after all work submitted to the compute stream so far; returns its end, for `wait`."""
 
     def wait(self, end: Any) -> None:
-        """What the compute stream is given from here on comes after that end."""
+        """Make all later work on the compute stream wait for that end."""
 
 
 class CudaLanes:
-    """Two side streams. The compute stream is the calling thread's current one; autograd gives its threads that of the forward."""
+    """Two side streams. The compute stream is the calling thread's current one; autograd's threads use the forward pass's
+    stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -69,13 +70,13 @@ def lanes_of(device: torch.device) -> Lanes:
 def arenas(
     count: int, bytes_each: int, placement: Placement | None, *, pin: bool, what: str, less: str
 ) -> list[torch.Tensor]:
-    """Tensors of bytes whose rows are the slots, `count` in all; empty if none are needed.
+    """Byte tensors whose rows are the slots, `count` in total; empty if none are needed.
 
-    placement: None: wherever the process allocates. what: waits there. less: what takes less, beside a shorter seq_len. Raises
-    HostMemoryError, one line with both.
+    placement: None: the process policy. what: the contents, for errors. less: how to need less memory, besides a shorter seq_len.
+    Raises HostMemoryError, one line with both.
     """
     stride = aligned(bytes_each)
-    # A copy must lie within one registration.
+    # A copy must stay within one registration.
     most = max(1, REGISTER_CHUNK // stride) if pin else max(1, count)
     made = []
     try:

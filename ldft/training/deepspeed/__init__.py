@@ -1,1 +1,1 @@
-"""The code that knows DeepSpeed from inside: names here may change with a release of it."""
+"""Code that depends on DeepSpeed's internals, whose names may change in any release."""

@@ -1,9 +1,10 @@
-"""Have DeepSpeed allocate straight into the arenas while it builds model and engine, so that nothing large is ever there twice.
+"""Make DeepSpeed allocate directly in the arenas while it builds model and engine, so that nothing large exists twice.
 
-For the duration of a block, and never after it, methods of DeepSpeed that allocate one role each run under a dispatch mode that
-answers torch's allocations of the expected sizes and types, in the expected order, with slots of the arenas. The methods themselves
-are DeepSpeed's; their names have been the same from 0.9.5 to 0.19.8. Where one is missing, or allocates in another way, tensors
-come from torch as always, and `rebinding` moves them afterwards: slower and with a higher peak, nothing else.
+Only inside a context, DeepSpeed's methods that allocate one role each run under a dispatch mode. It serves torch's allocations of
+the expected sizes and dtypes, in the expected order, from slots of the arenas. The methods themselves are unchanged; their names
+have been the same from 0.9.5 to 0.19.8. If one is missing or allocates differently, tensors come from torch as usual, and
+`rebinding` moves them
+afterwards: this is slower and has a higher peak, but the result is the same.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _aten = torch.ops.aten
 
 
 class _Serving(TorchDispatchMode):
-    """Answers new host tensors with slots: the next one of that size and type on top of the stack."""
+    """Serves new host tensors from slots: the next slot of that size and dtype at the top of the stack."""
 
     def __init__(self) -> None:
         super().__init__()
-        # Of each method that runs now: slots still to be given, and addresses of those given.
+        # For each method now running: slots not yet served, and addresses of served slots.
         self._stack: list[tuple[list[torch.Tensor], set[int]]] = []
 
     @contextmanager
@@ -41,7 +42,7 @@ class _Serving(TorchDispatchMode):
             if len(self._stack) == 1:
                 with self:
                     yield
-            else:  # an inner method: its slots only, and the mode is on already
+            else:  # an inner method: serve its slots only; the mode is already active
                 yield
         finally:
             self._stack.pop()
@@ -63,12 +64,12 @@ class _Serving(TorchDispatchMode):
                     return slot.view(source.shape).copy_(source)
         elif func is _aten.clone.default and args[0].device.type == "cpu":
             if args[0].data_ptr() in given:
-                return args[0]  # a copy of what this method has put into its place just now
+                return args[0]  # a copy of a tensor that this method has just put into its slot
             slot = self._take(args[0].numel(), args[0].dtype)
             if slot is not None:
                 return slot.view(args[0].shape).copy_(args[0])
         elif func is _aten._pin_memory.default and args[0].data_ptr() in given:
-            return args[0]  # arenas are pinned as a whole, or meant not to be
+            return args[0]  # arenas are pinned as a whole, or deliberately not
         return func(*args, **kwargs)
 
     def _take(self, numel: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -87,7 +88,7 @@ def _on_host(device: Any) -> bool:
 
 @contextmanager
 def engine(arenas: Arenas) -> Iterator[None]:
-    """Around `deepspeed.initialize`."""
+    """The context for `deepspeed.initialize`."""
     serving = _Serving()
     with ExitStack() as stack:
         for name, slots_of in METHODS.items():
@@ -97,11 +98,11 @@ def engine(arenas: Arenas) -> Iterator[None]:
 
 @contextmanager
 def weights(arenas: Arenas, numels: Sequence[int], dtype: torch.dtype) -> Iterator[None]:
-    """Around the construction of a model under `deepspeed.zero.Init` with parameters on the host: each rank's parts of them go into
-    one block, one after the other, as DeepSpeed lays them out later on.
+    """The context for building a model under `deepspeed.zero.Init` with parameters on the host: each rank's shards go into one
+    block, one after the other, in DeepSpeed's later layout.
 
-    numels: elements of this rank's part of each parameter, in the order of `model.parameters()`. What comes in another order is
-    left to torch, and moved later.
+    numels: elements of this rank's shard of each parameter, in the order of `model.parameters()`. Shards that come in another order
+    are allocated by torch and moved later.
     """
     arena = arenas.of("compute_weights")
     block = arena.spare = arena.allocate(sum(numels) * dtype.itemsize)
@@ -131,7 +132,7 @@ def _wrapped(owner: type, name: str, around: Callable[[Callable[..., Any]], Call
     original = owner.__dict__.get(name)
     if original is None:
         log.warning(
-            "DeepSpeed %s has no %s.%s: what it allocated is moved into its arena afterwards, which takes longer and more memory",
+            "DeepSpeed %s has no %s.%s: its allocations are moved into their arena afterwards, which takes more time and memory",
             deepspeed.__version__,
             owner.__name__,
             name,
@@ -160,7 +161,7 @@ def _served(serving: _Serving, slots_of: Slots, arenas: Arenas) -> Callable[[Cal
 
 
 def _weights(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:
-    """The 16-bit weights: one flat tensor a group of parameters."""
+    """The 16-bit weights: one flat tensor per parameter group."""
     if optimizer.params_in_nvme_and_cpu:
         return []
     arena, groups = arenas.of("compute_weights"), [group["params"] for group in optimizer.trainable_param_groups]
@@ -175,7 +176,7 @@ def _weights(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:
 
 
 def _adopt_spare(arena: Arena, want: Want, parts: list[torch.Tensor]) -> None:
-    """Where the parts of a group lie in the spare block as in the flat tensor to be, that is where this will lie."""
+    """If a group's shards are already in the spare block in the layout of its flat tensor, use that memory for the flat tensor."""
     if arena.spare is None or not parts:
         return
     (first, last), (start, _) = span(arena.spare), span(parts[0])
@@ -189,7 +190,7 @@ def _adopt_spare(arena: Arena, want: Want, parts: list[torch.Tensor]) -> None:
 
 
 def _masters(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:
-    """fp32 weights, one tensor a sub-group: converted into their slots, and cloned, which is left out."""
+    """fp32 weights, one tensor per sub-group: converted into their slots; DeepSpeed's clone of them is skipped."""
     if not _all_on_host(optimizer):
         return []
     dtype = optimizer.master_weights_and_grads_dtype
@@ -198,8 +199,8 @@ def _masters(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:
 
 
 def _gradients(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:
-    """fp32 gradients, one tensor a sub-group. DeepSpeed first makes a scratch tensor as large as the largest, which it does not use
-    here: that one may lie over the largest slot."""
+    """fp32 gradients, one tensor per sub-group. DeepSpeed first allocates a scratch tensor as large as the largest, but does not
+    use it here, so it may overlap the largest slot."""
     if not _all_on_host(optimizer):
         return []
     masters = optimizer.fp32_partitioned_groups_flat
@@ -226,7 +227,7 @@ def _slots(arena: Arena, wants: list[Want]) -> list[torch.Tensor]:
     return [arena.slots[want.name] for want in wants]
 
 
-# Method -> the slots for what it allocates. The last one calls the two before it.
+# Method -> the slots for its allocations. The last method calls the two before it.
 METHODS: dict[str, Slots] = {
     "_create_param_groups_fp16_flat_cpu_memory": _weights,
     "_create_fp32_partitions": _masters,

@@ -1,5 +1,5 @@
-"""Is every tensor with a role in its arena, and every arena where it was placed? Asked of the live engine's tensors, answered by
-addresses and by move_pages(2)."""
+"""Audits the live engine: every tensor with a role must be in its arena (checked by address), and every arena on its nodes (checked
+by move_pages(2))."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ldft.training.deepspeed.roles import RoleTensor
 
 
 class AuditError(LdftError):
-    """A tensor is not where its role was placed. One line, with its name in DeepSpeed."""
+    """A tensor is not where its role was placed. One line, with the tensor's name in DeepSpeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoleMemory:
-    """One role of this rank."""
+    """One role on this rank."""
 
     role: str
     bytes: int
-    """Of its tensors, without padding."""
+    """Bytes of its tensors, without padding."""
     pages: dict[int, int]
-    """Node -> base pages that hold them. Empty: the kernel does not let us look, and no placement was asked for."""
+    """Node -> number of base pages that hold them. Empty: the kernel forbids the query, and no placement was requested."""
     requested: dict[int, float] | None
-    """Node -> share asked for; None: left open."""
+    """Node -> requested share; None: none requested."""
 
 
 def check(found: Sequence[RoleTensor], arenas: Arenas) -> None:
-    """Every tensor with a role lies in its arena, and no two owners share memory. Quick. Raises AuditError."""
+    """Check that every tensor with a role is in its arena, and that no two owners share memory. Fast. Raises AuditError."""
     found = [item for item in found if item.tensor.numel()]
     for item in found:
         if not arenas.of(item.role).holds(item.tensor):
@@ -48,10 +48,10 @@ def check(found: Sequence[RoleTensor], arenas: Arenas) -> None:
 def measure(
     found: Sequence[RoleTensor], arenas: Arenas | None, inherited: Mapping[int, float] | None
 ) -> list[RoleMemory]:
-    """Where each role is now. Raises AuditError where something is not where it was placed.
+    """The current placement of each role. Raises AuditError if anything is misplaced.
 
-    arenas: None for tensors of stock DeepSpeed, which nobody placed. inherited: shares by node that the policy of the process asks
-    for, for roles without a placement of their own.
+    arenas: None for stock DeepSpeed's tensors, which ldft does not place. inherited: the process policy's shares by node, for roles
+    without their own placement.
     """
     if arenas is not None:
         check(found, arenas)
@@ -73,18 +73,18 @@ def measure(
 
 
 def _pages(arena: Arena, items: list[RoleTensor]) -> dict[int, int]:
-    """Pages of the whole arena by node now. Raises AuditError where they have left the nodes that they were placed on."""
+    """Current pages of the whole arena by node. Raises AuditError if pages have left the nodes on which they were placed."""
     now = _sum(_pages_now(block) for block in arena.blocks)
     then = _sum(report_of(block).pages for block in arena.blocks if block.numel())
     gone = {node: count - then.get(node, 0) for node, count in now.items() if node >= 0 and count > then.get(node, 0)}
     if gone and arena.placement.kind != "default":
         where = ", ".join(f"{count} pages more on node {node}" for node, count in gone.items())
-        raise AuditError(_miss(items[0], f"has left the nodes it was placed on ({where})"))
+        raise AuditError(_miss(items[0], f"has left the nodes on which it was placed ({where})"))
     return now
 
 
 def _pages_now(tensor: Any) -> dict[int, int]:
-    """Empty where the kernel does not let us look. Arenas with a placement of their own were refused before, when made."""
+    """Empty if the kernel forbids the query. Arenas with their own placement were then refused when allocated."""
     try:
         return pages_by_node(tensor)
     except NumaCallError:

@@ -22,7 +22,7 @@ from ldft.training.optimizers.host_optimizer import HostAdamW, HostLion
 
 
 def check(settings: dict[str, Any]) -> None:
-    """Raise ConfigError where DeepSpeed refuses a value. Needs the process group."""
+    """Raise ConfigError if DeepSpeed refuses a value. Needs the process group."""
     try:
         DeepSpeedConfig(settings)
     except pydantic.ValidationError as error:
@@ -34,9 +34,9 @@ def check(settings: dict[str, Any]) -> None:
 
 
 def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], arenas: Arenas | None) -> Any:
-    """The engine, with the learning rate's schedule; its `get_lr()` is that of the next update.
+    """The engine, with the learning-rate schedule; its `get_lr()` returns the rate of the next update.
 
-    With arenas, every offloaded tensor lies in that of its role, the moments too. Raises HostMemoryError and AuditError.
+    With arenas, every offloaded tensor, including the moments, is in its role's arena. Raises HostMemoryError and AuditError.
     """
 
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:

@@ -1,11 +1,11 @@
-"""ZeRO-3's update of what lies in host memory, in one pass.
+"""ZeRO-3's update of offloaded weights in one pass over host memory.
 
-Stock DeepSpeed makes three: gradients times a factor (unscaling and clipping), CPUAdam, and weights rounded to 16 bits. They move
-8, 28 and 6 bytes a parameter; all in one, 30. Here its optimizer class is extended, as DeepSpeed itself does for SuperOffload: the
-factor is noted instead of applied, and HostOptimizer does the rest.
+Stock DeepSpeed makes three: multiply gradients by a factor (unscaling and clipping), CPUAdam, and round weights to 16 bits. They
+move 8, 28 and 6 bytes per parameter; a single pass moves 30. This module extends DeepSpeed's optimizer class, as DeepSpeed itself
+does for SuperOffload: it stores the factor instead of applying it, and HostOptimizer does the rest.
 
-In fp16 stock also looks for overflow, by isinf and isnan of all gradients, which make masks of a byte for each: most of a step.
-The smallest and the largest gradient tell as much in one pass.
+In fp16, stock DeepSpeed also checks for overflow with isinf and isnan over all gradients, which write a mask byte for each: most of
+the step's time. The minimum and maximum gradient give the same information in one pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from deepspeed.runtime.zero import stage3
 
 log = logging.getLogger(__name__)
 _Stock: Any = stage3.DeepSpeedZeroOptimizer_Stage3
-# What is overridden, and what the overrides call. Read in DeepSpeed 0.19.8.
+# Methods that are overridden, and names that the overrides use. From DeepSpeed 0.19.8.
 NEEDED = (
     "has_overflow",
     "unscale_and_clip_grads",
@@ -30,14 +30,14 @@ NEEDED = (
 
 
 class FusedStage3(_Stock):
-    """Its `optimizer` is a HostOptimizer, and all partitions lie in host memory."""
+    """ZeRO-3 whose `optimizer` is a HostOptimizer, with all partitions in host memory."""
 
     _gradient_factor = 1.0
     _rounded = False
     grad_partitions_flat_buffer: torch.Tensor
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
-        # DeepSpeed's own method, on a gradient of one element: what it multiplies with remains.
+        # Run DeepSpeed's own method on a gradient with the single element 1: the result is its factor.
         masters = self.fp32_partitioned_groups_flat
         stand_in = torch.zeros(1)
         stand_in.grad = torch.ones(1)
@@ -49,7 +49,7 @@ class FusedStage3(_Stock):
         self._gradient_factor = stand_in.grad.item()
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        # DeepSpeed's own method, on the extremes: a number that is none is both, and all ranks hear of it.
+        # Run DeepSpeed's check on the minimum and maximum only: a NaN shows in both, and DeepSpeed shares the result across ranks.
         gradients = self.grad_partitions_flat_buffer
         self.grad_partitions_flat_buffer = torch.stack(torch.aminmax(gradients))
         try:
@@ -62,7 +62,7 @@ class FusedStage3(_Stock):
         self._rounded = weights.device.type == "cpu" and weights.dtype == torch.bfloat16
         group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
         master = self.fp32_partitioned_groups_flat[sub_group_id]
-        # By `step`, which torch's schedules watch.
+        # Call `step`, which torch's schedulers wrap.
         group["params"] = [master]
         self.optimizer.step(gradient_factor=self._gradient_factor, rounded=weights if self._rounded else None)
         group["params"] = []
@@ -76,13 +76,13 @@ class FusedStage3(_Stock):
 
 
 def install(engine: Any) -> None:
-    """Into an engine that was built around a HostOptimizer. Under ZeRO-1/2, and in a release that has other names, DeepSpeed's
-    chain of three remains, with HostOptimizer's step as its second."""
+    """Install the fused step in an engine built around a HostOptimizer. Under ZeRO-1/2, and in releases with other names,
+    DeepSpeed's three passes remain, with HostOptimizer's step as the second."""
     if type(engine.optimizer) is not _Stock:
         return
     missing = [name for name in NEEDED if not hasattr(_Stock, name)]
     if missing:
         log.warning("DeepSpeed %s has no %s: the update makes three passes", deepspeed.__version__, ", ".join(missing))
         return
-    # What it overrides runs in steps only, so the object need not be built as one; no name of DeepSpeed's is patched.
+    # The overridden methods run only in steps, so changing the object's class is enough; no DeepSpeed name is patched.
     engine.optimizer.__class__ = FusedStage3

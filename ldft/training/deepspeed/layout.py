@@ -1,7 +1,7 @@
-"""Where DeepSpeed keeps things on parameters and optimizers, and whether this release still keeps them there.
+"""The attributes in which DeepSpeed's parameters and optimizers hold tensors, and a check that this release still has them.
 
-Read in DeepSpeed 0.19.8 (runtime/zero: stage3.py, stage_1_and_2.py, partition_parameters.py). A release that renames one of these
-would leave tensors without a role: memory that nobody places, measures or audits. So a run with such a release is refused.
+From DeepSpeed 0.19.8 (runtime/zero: stage3.py, stage_1_and_2.py, partition_parameters.py). If a release renames one of them, some
+tensors have no role: their memory is not placed, measured or audited. So ldft refuses to run with such a release.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ldft.errors import LdftError
 
 TESTED = "0.19.5 to 0.19.8"
-# Private to the class that it is named after, hence the prefix.
+# A private attribute, hence the class's name as prefix.
 GRADIENT_VIEWS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
-# Attributes of the optimizer of ZeRO-3: always, with parameters on the host, and with the optimizer there.
+# Attributes of ZeRO-3's optimizer: always, with parameters on the host, and with the optimizer on the host.
 STAGE_3 = ("offload_param", "offload_optimizer", "fp16_groups", "optimizer")
 STAGE_3_PARAMETERS = ("param_groups_fp16_flat_cpu_memory", "fp16_partitioned_groups_flat")
 STAGE_3_OPTIMIZER = (
@@ -27,7 +27,7 @@ STAGE_3_OPTIMIZER = (
     "grad_partitions_flat_buffer",
     GRADIENT_VIEWS,
 )
-# Of the optimizer of ZeRO-1 and 2: always, and with the optimizer on the host.
+# Attributes of ZeRO-1/2's optimizer: always, and with the optimizer on the host.
 STAGE_1_AND_2 = ("cpu_offload", "single_partition_of_fp32_groups", "bit16_groups", "optimizer")
 STAGE_1_AND_2_OPTIMIZER = (
     "param_buffer_of_bit16_for_cpu_offload_groups",
@@ -43,7 +43,7 @@ STAGE_1_AND_2_OPTIMIZER = (
 
 
 class UnknownLayoutError(LdftError):
-    """This DeepSpeed keeps something elsewhere than ldft knows. One line: what, with which releases it was tested, what to do."""
+    """This DeepSpeed release lacks an attribute that ldft needs. One line: which one, the tested releases, what to do."""
 
 
 def is_stage_3(optimizer: Any) -> bool:
@@ -55,7 +55,7 @@ def is_stage_1_or_2(optimizer: Any) -> bool:
 
 
 def names(optimizer: Any) -> tuple[str, ...]:
-    """The attributes that ldft relies on in an engine's optimizer; none for one without ZeRO."""
+    """The attributes of an engine's optimizer that ldft needs; none without ZeRO."""
     if is_stage_3(optimizer):
         wanted: tuple[str, ...] = STAGE_3
         wanted += STAGE_3_PARAMETERS if getattr(optimizer, "offload_param", False) else ()
@@ -66,7 +66,7 @@ def names(optimizer: Any) -> tuple[str, ...]:
 
 
 def require_known_layout(optimizer: Any) -> None:
-    """Raise UnknownLayoutError where an engine's optimizer lacks an attribute that ldft relies on."""
+    """Raise UnknownLayoutError if an engine's optimizer lacks an attribute that ldft needs."""
     for name in names(optimizer):
         if not hasattr(optimizer, name):
             raise UnknownLayoutError(
@@ -76,10 +76,10 @@ def require_known_layout(optimizer: Any) -> None:
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, also where ZeRO-3 has split it over the ranks."""
+    """The full shape of a parameter, even if ZeRO-3 has sharded it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def whole_numel(parameter: torch.nn.Parameter) -> int:
-    """Elements of a parameter, also where ZeRO-3 has split it over the ranks."""
+    """The full number of elements of a parameter, even if ZeRO-3 has sharded it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,7 +1,7 @@
-"""DeepSpeed compiles its C++ operators at first use. We let it do so early, once, and say so.
+"""DeepSpeed compiles its C++ operators at first use. ldft triggers this early and once, and tells the user.
 
-The cache is ours and named after what the compiled code depends on: DeepSpeed builds for the very CPU it runs on, so a cache in a
-home folder that several machines share would kill the others with an illegal instruction.
+The cache is ldft's own, named after everything that the compiled code depends on: DeepSpeed compiles for the CPU it runs on, so a
+cache in a home folder shared by several machines would crash the others with an illegal instruction.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ldft.training.deepspeed import unused
 
 
 def cache_dir() -> Path:
-    """TORCH_EXTENSIONS_DIR where it is set, else a folder of ours for this CPU, environment, torch and DeepSpeed."""
+    """TORCH_EXTENSIONS_DIR if set, else ldft's folder for this CPU, environment, torch and DeepSpeed."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen:
         return Path(chosen)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line for line in lines if line.lower().startswith(("flags", "features", "model name"))][:2]
-    # The build files hold the paths of torch and DeepSpeed: two virtual environments would rebuild each other's operators.
+    # The build files contain the paths of torch and DeepSpeed: two virtual environments would rebuild each other's operators.
     key = hashlib.sha256("\n".join([*cpu, sys.prefix]).encode()).hexdigest()[:8]
     versions = f"py{platform.python_version()}-torch{metadata.version('torch')}-ds{metadata.version('deepspeed')}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -38,7 +38,7 @@ def cache_dir() -> Path:
 
 
 def prepare_cache(run: Selection) -> None:
-    """Make the folder for this run's operators. Raises ConfigError where it cannot be written."""
+    """Create the folder for this run's operators. Raises ConfigError if it is not writable."""
     if not needed(run):
         return
     folder = cache_dir()
@@ -55,7 +55,7 @@ def prepare_cache(run: Selection) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One builder a machine. torch's own lock files wait for ever on a builder that was killed; under ours they are removed."""
+    """Allow one builder per machine. torch's lock files wait forever for a killed builder; the holder of this lock removes them."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".ldft.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -65,7 +65,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def needed(run: Selection) -> list[str]:
-    """Builders of the operators that this run will use, by DeepSpeed's names."""
+    """DeepSpeed's names of the builders of the operators that this run will use."""
     config = run.config
     names = []
     if config.offload.optimizer is not OffloadDevice.none and not run.fused_step:
@@ -76,9 +76,9 @@ def needed(run: Selection) -> list[str]:
 
 
 def load(run: Selection, say: Callable[[str], None]) -> None:
-    """Compile (minutes, once) or load (seconds) the operators that this run will use, and keep DeepSpeed from others.
+    """Compile (minutes, once) or load (seconds) the operators that this run will use, and keep DeepSpeed from building others.
 
-    To be called before `deepspeed.init_distributed`. Raises ConfigError where one cannot be compiled here.
+    Call it before `deepspeed.init_distributed`. Raises ConfigError if one cannot be compiled here.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -96,7 +96,7 @@ def load(run: Selection, say: Callable[[str], None]) -> None:
         if name == "AsyncIOBuilder" and not builder.is_compatible(verbose=False):
             raise ConfigError(
                 "offload",
-                "nvme: DeepSpeed reads and writes swap files with libaio, which cannot be compiled against here; "
+                "nvme: DeepSpeed reads and writes swap files with libaio, whose headers are missing here; "
                 "apt-get install libaio-dev, or use full",
             )
         with _locked(folder):

@@ -1,7 +1,7 @@
-"""Bring tensors of a live DeepSpeed engine into their arenas: contents, views and all, one tensor at a time.
+"""Move tensors of a live DeepSpeed engine into their arenas, with contents and views, one tensor at a time.
 
-Nothing of DeepSpeed is patched: a tensor object keeps its identity and gets other memory (`tensor.data = ...`), as DeepSpeed itself
-does when it offloads states.
+DeepSpeed is not patched: a tensor object keeps its identity and gets new memory (`tensor.data = ...`), as when DeepSpeed itself
+offloads states.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from ldft.training.deepspeed.roles import RoleTensor
 
 
 def settle(engine: Any, arenas: Arenas) -> int:
-    """Everything with a role into its arena, moments too, which stock DeepSpeed allocates in the first step.
+    """Move every tensor with a role into its arena, including moments, which stock DeepSpeed allocates in the first step.
 
-    For after `deepspeed.initialize`. Returns the bytes that were moved. Raises HostMemoryError.
+    Call it after `deepspeed.initialize`. Returns the bytes moved. Raises HostMemoryError.
     """
     moved = rebind(engine, arenas)
     prefill(engine, arenas)
     _prefill_gradients(engine.optimizer, arenas)
     arenas.moved_bytes += moved
     if moved:
-        # What the allocator of C keeps for later is of no use to anyone now.
+        # Return memory that the C allocator keeps for reuse.
         ctypes.CDLL(None).malloc_trim(0)
     return moved
 
 
 def replace_after_load(engine: Any, arenas: Arenas) -> int:
-    """The same after `engine.load_checkpoint`, which has put the moments into fresh tensors. Returns the bytes that were moved.
-    Raises HostMemoryError, and AuditError for what is still elsewhere."""
+    """Like settle, after `engine.load_checkpoint`, which puts the moments into new tensors. Returns the bytes moved. Raises
+    HostMemoryError, and AuditError for tensors that are still misplaced."""
     moved = settle(engine, arenas)
     audit.check([*roles.tensors(engine)], arenas)
     return moved
 
 
 def rebind(engine: Any, arenas: Arenas) -> int:
-    """Move what lies elsewhere. One role after the other, and of each role one tensor after the other, so that no more than one
-    role is ever there twice."""
+    """Move misplaced tensors, role by role and tensor by tensor, so that at most one role exists twice at any time. Returns the
+    bytes moved."""
     moved = 0
     found = list(roles.tensors(engine))
     for role in dict.fromkeys(item.role for item in found):
@@ -59,7 +59,7 @@ def rebind(engine: Any, arenas: Arenas) -> int:
 
 
 def prefill(engine: Any, arenas: Arenas) -> None:
-    """Moments of zeros in their arenas, as the optimizer would make them in its first step."""
+    """Create zeroed moments in their arenas, as the optimizer would in its first step."""
     masters = [item for item in roles.tensors(engine) if item.role == "master_weights" and item.owner]
     if not masters:
         return
@@ -79,7 +79,7 @@ def prefill(engine: Any, arenas: Arenas) -> None:
 
 
 def _prefill_gradients(optimizer: Any, arenas: Arenas) -> None:
-    """The buffers in which ZeRO-1/2 accumulates gradients, which it makes one by one in the first backward pass."""
+    """Create the buffers in which ZeRO-1/2 accumulates gradients, which it would allocate one by one in the first backward pass."""
     missing = roles.missing_gradients(optimizer)
     arena = arenas.of("compute_gradients")
     arena.lay_out(Want(roles.accumulated_name(i), numel, dtype) for i, (numel, dtype) in missing.items())
@@ -101,7 +101,7 @@ def _move(item: RoleTensor, slot: torch.Tensor, views: list[RoleTensor]) -> None
 
 
 def _adopted(arena: Arena, item: RoleTensor) -> bool:
-    """Whether a tensor lies in the spare block, where it may stay."""
+    """Whether a tensor is in the spare block, where it may stay."""
     if arena.spare is None:
         return False
     (first, last), (start, end) = span(arena.spare), span(item.tensor)

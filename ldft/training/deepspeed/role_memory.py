@@ -1,4 +1,4 @@
-"""The host memory of a rank's offloaded tensors: its arenas, and what the row says of every role."""
+"""The host memory of a rank's offloaded tensors: its arenas, and the report on every role."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldft.training.deepspeed.roles import DMA_ROLES, RoleTensor
 
 
 def arenas_of(run: Resolved, rank: int) -> Arenas | None:
-    """The rank's arenas, empty so far; None where DeepSpeed's tensors are left to DeepSpeed."""
+    """The rank's arenas, still empty; None if DeepSpeed allocates its own tensors."""
     if not run.uses_arenas:
         return None
     config = run.config
@@ -27,36 +27,37 @@ def arenas_of(run: Resolved, rank: int) -> Arenas | None:
 
 
 def seconds(arenas: Arenas | None) -> dict[str, float]:
-    """Parts of the initialisation that arenas took, as the row names them."""
+    """Seconds of initialisation spent on arenas, by the row's column names."""
     reports = [] if arenas is None else arenas.reports()
     placed_s = sum(report.place_s + report.verify_s + report.register_s for report in reports)
     return {"init_placement_s": placed_s, "init_first_touch_s": sum(report.touch_s for report in reports)}
 
 
 def pinned(run: Resolved, arenas: Arenas | None) -> bool:
-    """Whether offloaded tensors that DMA touches are pinned, by us or by DeepSpeed."""
+    """Whether offloaded tensors that DMA accesses are pinned, by ldft or by DeepSpeed."""
     if arenas is None:
         return any(run.zero.get(name, {}).get("pin_memory", False) for name in ("offload_param", "offload_optimizer"))
     return any(report.pinned for report in arenas.reports())
 
 
 def tensors(engine: Any, activations: list[torch.Tensor]) -> list[RoleTensor]:
-    """Every tensor with a role. activations: where layer inputs wait, which DeepSpeed knows nothing of."""
+    """Every tensor with a role. activations: the memory for layer inputs, which DeepSpeed does not know."""
     blocks = [RoleTensor("activations", f"layer inputs [{i}]", block) for i, block in enumerate(activations)]
     return [*roles.tensors(engine), *blocks]
 
 
 def so_far(arenas: Arenas | None, activations: list[torch.Tensor]) -> list[RoleTensor]:
-    """What is in the arenas while there is no engine yet to ask for its tensors."""
+    """The arenas' tensors before the engine exists."""
     by_role = arenas.by_role if arenas else {}
     slots = [RoleTensor(role, name, slot) for role, arena in by_role.items() for name, slot in arena.slots.items()]
     return [*slots, *(RoleTensor("activations", f"layer inputs [{i}]", t) for i, t in enumerate(activations))]
 
 
 def at_work(found: list[RoleTensor]) -> dict[str, Any]:
-    """For onlookers, while the run works: each role's bytes, by node as its memory was verified when made, and what is pinned.
+    """For monitoring during the run: each role's bytes, by node as verified at allocation, and the pinned bytes.
 
-    No page is looked at again. Memory that is not ldft's (memory.pinning=torch) was never verified: nodes are None until the end.
+    Pages are not queried again. Memory that ldft did not allocate (memory.pinning=torch) was never verified: nodes are None until
+    the end of the run.
     """
     memory: dict[str, dict[str, Any]] = {}
     pinned = 0
@@ -84,17 +85,17 @@ def _report_of(tensor: torch.Tensor) -> Report | None:
 
 
 def _by_node(size: int, pages: Mapping[int, int]) -> dict[str, Any]:
-    """A role's bytes, split as its pages are; nodes: None where those are not known."""
+    """A role's bytes, split like its pages; nodes: None if unknown."""
     total = sum(pages.values())
     if not total:
         return {"bytes": size, "nodes": None}
     split = {node: size * count // total for node, count in pages.items()}
-    split[max(split, key=lambda node: split[node])] += size - sum(split.values())  # what rounding left
+    split[max(split, key=lambda node: split[node])] += size - sum(split.values())  # the rounding remainder
     return {"bytes": size, "nodes": {str(node): part for node, part in split.items()}}
 
 
 def addresses(found: list[RoleTensor]) -> dict[str, list[tuple[str, int, int]]]:
-    """Role -> (name, address, bytes) of each owner: for a reader outside this process."""
+    """Role -> (name, address, bytes) of each owner, for readers outside this process."""
     by_role: dict[str, list[tuple[str, int, int]]] = {}
     for item in found:
         if item.owner and item.tensor.numel():

@@ -1,8 +1,8 @@
-"""Which tensors of a DeepSpeed engine play which role in host memory: the one module that knows where DeepSpeed keeps them.
+"""The role of each tensor of a DeepSpeed engine in host memory. Only this module knows where DeepSpeed keeps them.
 
-Read in DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py, ops/adam/cpu_adam.py, ops/lion/cpu_lion.py); the names have
-been the same since 0.9.5. An owner is a tensor with memory of its own; a view is another tensor object over the same memory,
-which has to follow when the owner moves.
+From DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py, ops/adam/cpu_adam.py, ops/lion/cpu_lion.py); the names have been
+the same since 0.9.5. An owner is a tensor with its own memory; a view is another tensor object over the same memory, which must
+follow when the owner moves.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from deepspeed.ops.lion import DeepSpeedCPULion
 
 from ldft.training.deepspeed import layout
 
-# Touched by the device's copy engines; the optimizer's own tensors are not. (ZeRO-1/2 of stock DeepSpeed pin master weights too,
+# Accessed by the device's copy engines; the optimizer's own tensors are not. (Stock DeepSpeed's ZeRO-1/2 also pin master weights,
 # but copy them through a 16-bit buffer.)
 DMA_ROLES = ("compute_weights", "master_gradients", "compute_gradients", "activations")
-# What the optimizers keep, under their own names. Lion's second moment, which stock DeepSpeed allocates, is never used.
+# The optimizers' moments by their own names. Lion's second moment, which stock DeepSpeed allocates, is never used.
 MOMENTS = {"exp_avg": "momentum", "exp_avg_sq": "variance"}
-_MOMENTS_OF = {DeepSpeedCPUAdam: ("exp_avg", "exp_avg_sq"), DeepSpeedCPULion: ("exp_avg",)}  # ours say it themselves
+_MOMENTS_OF = {
+    DeepSpeedCPUAdam: ("exp_avg", "exp_avg_sq"),
+    DeepSpeedCPULion: ("exp_avg",),
+}  # ldft's optimizers list their own
 ACCUMULATED = "grad_partitions_flat_buffer"
 
 
@@ -37,7 +40,7 @@ def master_name(sub_group: int) -> str:
 
 
 def accumulated_name(parameter: int) -> str:
-    """ZeRO-1/2's gradient of one parameter between micro-steps."""
+    """ZeRO-1/2's gradient of one parameter, kept between micro-steps."""
     return f"accumulated_grads_in_cpu[{parameter}]"
 
 
@@ -47,7 +50,7 @@ def gradient_name(sub_group: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RoleTensor:
-    """A tensor of the live engine, by DeepSpeed's own name for it."""
+    """A tensor of the live engine, with DeepSpeed's own name for it."""
 
     role: str
     name: str
@@ -57,7 +60,7 @@ class RoleTensor:
 
 
 def tensors(engine: Any) -> Iterator[RoleTensor]:
-    """Every tensor in host memory that has a role, owners before their views."""
+    """Every tensor in host memory with a role, owners before their views."""
     optimizer = engine.optimizer
     if layout.is_stage_3(optimizer):
         yield from _stage_3(engine.module, optimizer)
@@ -66,22 +69,22 @@ def tensors(engine: Any) -> Iterator[RoleTensor]:
 
 
 def moments_of(optimizer: Any) -> tuple[str, ...]:
-    """Names of the moments that an optimizer on the CPU uses; empty for one that is not known here."""
+    """Names of the moments that a CPU optimizer uses; empty for an unknown optimizer."""
     return getattr(optimizer, "moments", _MOMENTS_OF.get(type(optimizer), ()))
 
 
 def moment_type(optimizer: Any, master: torch.Tensor) -> torch.dtype:
-    """The type that the optimizer gives moments of a master weight."""
+    """The dtype of the optimizer's moments for a master weight."""
     return torch.float32 if optimizer.fp32_optimizer_states else master.dtype
 
 
 def missing_gradients(optimizer: Any) -> dict[int, tuple[int, torch.dtype]]:
-    """Parameter number -> (elements, type) of the buffers on the host that ZeRO-1/2 will accumulate gradients in."""
+    """Parameter number -> (elements, dtype) of the host buffers in which ZeRO-1/2 will accumulate gradients."""
     if not hasattr(optimizer, "accumulated_grads_in_cpu") or optimizer.gradient_accumulation_steps == 1:
         return {}
     if optimizer.master_weights_and_grads_dtype != torch.float32:
         return {}  # views of the master gradients
-    # Releases that know it keep gradients on the device where they accumulate in fp32.
+    # Releases with this attribute keep gradients on the device if they accumulate in fp32.
     on_device = getattr(optimizer, "_use_compact_grad_partition_buffer", lambda group: False)
     return {
         optimizer.get_param_id(parameter): (parameter.numel(), parameter.dtype)
@@ -99,7 +102,7 @@ def _stage_3(module: torch.nn.Module, optimizer: Any) -> Iterator[RoleTensor]:
         trained = {id(parameter) for group in optimizer.fp16_groups for parameter in group}
         for name, parameter in module.named_parameters():
             if hasattr(parameter, "ds_tensor") and parameter.ds_tensor.device.type == "cpu":
-                # A frozen parameter has its part to itself.
+                # A frozen parameter's shard has its own memory.
                 owner = id(parameter) not in trained
                 yield RoleTensor("compute_weights", f"{name}.ds_tensor", parameter.ds_tensor, owner)
         for i, part in enumerate(optimizer.fp16_partitioned_groups_flat):

@@ -1,4 +1,4 @@
-"""What DeepSpeed makes ready for every run and no run of ldft calls. Leaving it out saves minutes, and changes no result."""
+"""Skips things that DeepSpeed prepares for every run but ldft never uses. This saves minutes and changes no result."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def leave_out() -> None:
-    """Keep DeepSpeed from making them. To be called before `deepspeed.init_distributed`; again has no effect."""
+    """Keep DeepSpeed from preparing them. Call it before `deepspeed.init_distributed`; repeated calls have no effect."""
     _shared_memory()
     _muon_kernels()
 
 
 def _shared_memory() -> None:
-    """The all-reduce through shared memory on a CPU: only inference calls it, and two cores compile it for minutes."""
+    """Skip the shared-memory all-reduce on CPUs: only inference calls it, and compiling it takes minutes on two cores."""
     backend: Any = importlib.import_module(
         "deepspeed.comm.torch"
     )  # as an attribute of the package, `torch` is torch itself
@@ -23,14 +23,14 @@ def _shared_memory() -> None:
 
 
 def _muon_kernels() -> None:
-    """torch.compile around the Muon optimizer's functions: it loads torch's whole compiler, seconds a rank."""
+    """Skip torch.compile for the Muon optimizer's functions: it loads torch's whole compiler, which takes seconds per rank."""
     compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     decorate = compiler.compile
     compiler.compile = _as_written
     try:
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     except ModuleNotFoundError:
-        pass  # DeepSpeed has moved it, and loads it in its own way
+        pass  # this release has moved it; let DeepSpeed load it
     finally:
         compiler.compile = decorate
 

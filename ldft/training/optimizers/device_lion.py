@@ -1,6 +1,6 @@
-"""Lion where the optimizer is not offloaded: torch has none, and DeepSpeed's FusedLion has to be compiled with CUDA's own compiler.
+"""Lion for an optimizer that is not offloaded: torch has none, and DeepSpeed's FusedLion must be compiled with nvcc.
 
-With offload it is HostLion. Both do the same arithmetic (Chen et al., Symbolic Discovery of Optimization Algorithms,
+With offload, HostLion is used. Both do the same arithmetic (Chen et al., Symbolic Discovery of Optimization Algorithms,
 arXiv 2302.06675, program 1); a test compares.
 """
 
@@ -13,7 +13,8 @@ import torch
 
 
 class DeviceLion(torch.optim.Optimizer):
-    """One momentum, and steps of one size: the sign of a mix of momentum and gradient. Memory-bound, a few passes over each."""
+    """One momentum; every step has the same size: the sign of a mix of momentum and gradient. Memory-bound, a few passes over
+    each."""
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0

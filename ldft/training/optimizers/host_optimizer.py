@@ -1,9 +1,9 @@
-"""AdamW and Lion over fp32 weights in host memory, by the native code (csrc/update.cpp): one pass, with the gradient's factor and
-the 16-bit copy of the weights in it.
+"""AdamW and Lion over fp32 weights in host memory, in native code (csrc/update.cpp): one pass that includes scaling the gradient
+and writing the 16-bit copy of the weights.
 
-Results equal those of DeepSpeed's CPUAdam and CPULion bit for bit, on CPUs with FMA (CPULion's from 0.19.8 on: before, its vector
-code took steps of other sizes); state and groups have their names, so that each goes on from the other's checkpoints. Nothing is
-compiled at run time.
+On CPUs with FMA, results equal those of DeepSpeed's CPUAdam and CPULion bit for bit (CPULion from 0.19.8 on: before, its vector
+code took steps of other sizes). State and groups have the same names, so that checkpoints are interchangeable. Nothing is compiled
+at run time.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ldft import _native
 
 
 class HostOptimizer(torch.optim.Optimizer):
-    """What both have in common: parameters and gradients are contiguous fp32 tensors on the CPU, and so is the state."""
+    """Common part of both: parameters, gradients and state are contiguous fp32 tensors on the CPU."""
 
     moments: ClassVar[tuple[str, ...]]
-    """Names of the state's tensors."""
-    fp32_optimizer_states = True  # as DeepSpeed's name it
+    """Names of the state tensors."""
+    fp32_optimizer_states = True  # the name in DeepSpeed's optimizers
 
     @torch.no_grad()
     def step(self, closure: Any = None, **more: Any) -> None:
-        """Update every parameter that has a gradient; more: of `update`. Takes no closure."""
+        """Update every parameter that has a gradient; more: arguments of `update`. Takes no closure."""
         assert closure is None
         for group in self.param_groups:
             for weights in group["params"]:
@@ -40,10 +40,10 @@ class HostOptimizer(torch.optim.Optimizer):
         gradient_factor: float = 1.0,
         rounded: torch.Tensor | None = None,
     ) -> None:
-        """One parameter, with the numbers of its group.
+        """Update one parameter with its group's hyperparameters.
 
-        gradient_factor: what the gradient is multiplied with first; `weights.grad` itself stays. rounded: bf16 tensor on the CPU,
-        of as many elements, that gets the new weights.
+        gradient_factor: factor applied to the gradient first; `weights.grad` itself is unchanged. rounded: bf16 CPU tensor with as
+        many elements, which receives the new weights.
         """
         state = self.state[weights]
         state.setdefault("step", 0)
@@ -82,7 +82,7 @@ class HostAdamW(HostOptimizer):
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        # Not read here: CPUAdam needs it of a checkpoint.
+        # Not used here, but CPUAdam needs it in a checkpoint.
         super().__init__(params, defaults | {"bias_correction": True})
         self._powers: dict[float, tuple[int, np.float32]] = {}
 
@@ -110,7 +110,7 @@ class HostAdamW(HostOptimizer):
         )
 
     def _power(self, beta: float, step: int) -> np.float32:
-        """beta to the power of step, in fp32 and by one product a step, as CPUAdam has it (IncrementStep in cpu_adam.h)."""
+        """beta to the power of step, in fp32 with one product per step, as in CPUAdam (IncrementStep in cpu_adam.h)."""
         last, power = self._powers.get(beta, (0, np.float32(1)))
         if step == last + 1:
             power = power * np.float32(beta)

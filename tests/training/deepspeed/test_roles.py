@@ -183,7 +183,7 @@ def test_faults_are_found_by_name_and_loading_a_checkpoint_is_mended(tmp_path: P
     log = (tmp_path / "faults" / "log-0").read_text()
     assert (direct["zero"], hidden["zero"]) == ("FusedStage3", "DeepSpeedZeroOptimizer_Stage3")
     assert log.count("unscale_and_clip_grads_renamed, ") == 1 and "the update makes three passes" in log
-    assert log.count("_create_fp32_partitions_renamed: what it allocated is moved into its arena afterwards") == 1
+    assert log.count("_create_fp32_partitions_renamed: its allocations are moved into their arena afterwards") == 1
     names = {
         "compute_weights": "param_groups_fp16_flat_cpu_memory[0]",
         "master_weights": "fp32_partitioned_groups_flat[0]",
