@@ -101,7 +101,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     (folder / "csrc").mkdir(parents=True)
     shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "ldft").mkdir()
-    for name in ("__init__.py", "progress.py"):
+    for name in ("__init__.py", "terminal.py"):
         shutil.copy(ROOT / "ldft" / name, folder / "ldft")
     makefile = (ROOT / "Makefile").read_text()
     (folder / "Makefile").write_text(makefile + "\nonly-run:\n\t$(SETUP) run\nonly-test:\n\t$(SETUP) test\n")

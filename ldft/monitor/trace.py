@@ -89,13 +89,17 @@ class Recorder:
         self._failed = True  # reset at the end; the interpreter prints an exception raised here
         sampler = Sampler(SHARE_WHILE_PREPARING)
         due = time.monotonic()
+        last = False
         while True:
             sample = sampler.sample([run])
             if sample.runs:  # else all ranks have just ended
                 self.add(sample)
-            due = max(due + self.interval_s, time.monotonic())  # missed times are skipped
-            if ended.wait(due - time.monotonic()):
+            if last:
                 break
+            due = max(due + self.interval_s, time.monotonic())  # missed times are skipped
+            last = ended.wait(
+                due - time.monotonic()
+            )  # one more sample: ranks that are about to be stopped are still there
         self._failed = False
 
     def add(self, sample: Sample) -> None:

@@ -18,6 +18,7 @@ from ldft.cli import composition
 from ldft.config import Device, from_dict
 from ldft.config import columns as config_columns
 from ldft.environment import CONF_DIR
+from ldft.runner import checks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -125,6 +126,7 @@ def test_every_run_composes(entry: tuple[str, list[str]], tmp_path: Path) -> Non
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             config = from_dict(hydra_compose("config", [f"hydra.searchpath=[file://{tmp_path}]", *cell]))
         config.launch.device = Device.cuda  # what most of them are for
+        checks.resolve(config)
         config.sweep.started_at = 1.0  # some have keys of sweeps
         config.validate()
 

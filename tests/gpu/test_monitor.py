@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pyarrow.parquet as pq
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
 def test_a_trace_has_the_ranks_gpu(ldft) -> None:

@@ -127,7 +127,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = disk / "run" / "attempt-1"
     folder.mkdir(parents=True)
     yield folder
-    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def fill(disk: Path, leave: int) -> None:

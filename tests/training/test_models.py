@@ -84,6 +84,7 @@ def test_trains_at_reduced_depth(name: str) -> None:
 def test_attention_flops_count_what_a_window_lets_a_token_see(name: str, windowed: int) -> None:
     tokens, window = 40, 7
     config = Config(model=reduced(compose(f"model={name}").model), seq_len=SeqLenConfig(tokens=tokens))
+    config.train.precision = Precision.fp32
     config.launch.device, config.offload.stage = Device.cpu, 0
     config.model.num_layers = 2
     config.model.sliding_window = window if windowed else 0
@@ -101,6 +102,7 @@ def test_attention_flops_count_what_a_window_lets_a_token_see(name: str, windowe
 def test_window_and_soft_caps_change_what_gemma_computes() -> None:
     def logits(**changes: float) -> torch.Tensor:
         config = Config(model=reduced(compose("model=gemma2_9b").model), seq_len=SeqLenConfig(tokens=48))
+        config.train.precision = Precision.bf16
         config.launch.device, config.offload.stage = Device.cpu, 0
         for key, value in changes.items():
             setattr(config.model, key, value)
