@@ -197,7 +197,7 @@ WRONG = {
         "or force=true",
     ],
     "memory.capacity_gib=0.1": [
-        "force: false, and host memory",
+        "force: false, and not enough host memory",
         "0.1 GiB free by memory.capacity_gib (largest:",
         "or force",
     ],
@@ -223,7 +223,10 @@ WRONG = {
         "lora.target_modules: 'q_projj' is not a linear layer of",
         "use q_proj, k_proj",
     ],
-    "model.family=phi3 lora=r8 lora.target_modules=[o_proj,q_proj]": ["'q_proj' is not a linear", "use qkv_proj, o_proj"],
+    "model.family=phi3 lora=r8 lora.target_modules=[o_proj,q_proj]": [
+        "'q_proj' is not a linear",
+        "use qkv_proj, o_proj",
+    ],
     "lora=r8 lora.target_modules=[wq] dry_run=true": ["lora.target_modules: 'wq'", "down_proj, lm_head"],
     "snapshot=true launch.device=cpu": ["snapshot: true needs launch.device=cuda"],
     # DeepSpeed's keys
