@@ -1,11 +1,11 @@
-"""Causal attention forward and backward: TFLOP/s of every implementation that runs here, beside what plain matrix products reach.
+"""Causal attention forward and backward: TFLOP/s of every implementation that runs here, next to the rate of a matrix product.
 
     python benchmarks/attention.py --out attention.parquet                  # 8k, 32k and 64k tokens, 32 heads of 128, and 32 over 8
 
-Every implementation is called as a model of transformers calls it. They take turns within a round, so that drift of clocks hits
-all. A GPU at its power limit runs faster after a kernel that draws less: so a turn begins with a pass that is not timed, and the
-order changes: of three, each runs about as often after either other (`after` in the rows). Times are CUDA events; the first round
-is not counted. FLOPs: the causal half of two products forward and of five backward.
+Every implementation is called as transformers' models call it. They take turns within a round, so that clock drift affects all
+alike. A GPU at its power limit runs faster after a kernel that draws less power, so each turn begins with an untimed pass, and the
+order varies: each of three runs about equally often after each other one (`after` in the rows). Times are from CUDA events; the
+first round is not counted. FLOPs: the causal half of two products forward and of five backward.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEADS, HEAD_DIM = 32, 128
 
 
 def kinds() -> dict[str, str]:
-    """Every kind but eager, which stores all scores: empty where it runs here, else why not."""
+    """Every kind except eager, which stores all scores -> why it cannot run here; empty if it can."""
     found = {}
     for kind in AttentionKind:
         if kind in (AttentionKind.auto, AttentionKind.eager):
@@ -54,7 +54,7 @@ def tflop(tokens: int) -> tuple[float, float]:
 
 
 def timed_ms(work: Any) -> tuple[Any, float]:
-    """What `work` returns, and the milliseconds that the GPU took."""
+    """The result of `work`, and the GPU's time in milliseconds."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     result = work()
@@ -85,7 +85,7 @@ def sample(kind: str, tensors: list[torch.Tensor], gradient: torch.Tensor) -> di
 
 
 def matmul_tflops_per_s(size: int = 8192) -> float:
-    """What a bf16 matrix product of random numbers reaches: the limit."""
+    """TFLOP/s of a bf16 matrix product of random numbers: the limit."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     times = [timed_ms(lambda: a @ b)[1] for _ in range(15)][5:]
     return 2e-9 * size**3 / statistics.median(times)
@@ -119,7 +119,7 @@ def main() -> None:
                     about["after"] = rows[-1]["kind"] if rows else None
                     sample(kind, tensors, gradient)
                     rows.append(about | sample(kind, tensors, gradient))
-    limit = max(limit, matmul_tflops_per_s())  # again, so that a busy moment does not pass for a limit
+    limit = max(limit, matmul_tflops_per_s())  # again, so that a busy moment does not lower the limit
 
     print(
         f"{torch.cuda.get_device_name()}, bf16, batch 1, {HEADS} heads of {HEAD_DIM}; a matrix product: {limit:.0f} TFLOP/s"

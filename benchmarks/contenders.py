@@ -1,6 +1,6 @@
-"""Who takes part in a training benchmark, and how one of them runs: in processes of its own, leaving a flat record.
+"""The contenders of a training benchmark, and how to run one: in its own processes, with a flat record as the result.
 
-Ours is `python -m ldft`. A peer is benchmarks/plain_deepspeed.py with DeepSpeed settings of its own, and the same attention, Liger
+Ours is `python -m ldft`. A peer is benchmarks/plain_deepspeed.py with its own DeepSpeed settings, and the same attention, Liger
 Kernel, precision, clipping and (torch's) pinning as ours, unless its name says otherwise.
 """
 
@@ -35,7 +35,7 @@ Settings = dict[str, Any]
 
 
 def stock(config: Config) -> Settings:
-    """What a user of DeepSpeed has to write: batch, precision, optimizer and what is offloaded; the rest is its default."""
+    """The settings that a DeepSpeed user must write: batch, precision, optimizer and offload; the rest is DeepSpeed's default."""
     ours = deepspeed_config.build(config)
     written = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     written += ("bf16", "fp16", "optimizer", "steps_per_print")
@@ -54,15 +54,15 @@ def seed(config: Config) -> Settings:
 class Contender:
     about: str
     overrides: tuple[str, ...]
-    """Command-line overrides that make it what it is; for a peer they settle what its DeepSpeed settings are made from."""
+    """Command-line overrides that define it; for a peer, they define the config from which its DeepSpeed settings are built."""
     settings: Callable[[Config], Settings] | None = None
     """DeepSpeed settings of a peer; None is ldft itself."""
     checkpointing: str = "gpu"
-    """Of a peer: gpu, seed or none. Ours says it by an override."""
+    """Checkpointing of a peer: gpu, seed or none. ldft's is set by an override."""
     attention: str | None = None
-    """None: the one that the benchmark was told."""
+    """None: the one given to the benchmark."""
     against: str | None = None
-    """Which of ours it is set beside."""
+    """The ldft contender with which it is compared."""
 
 
 # What a peer is made from, and what ours is where it is to do the same.
@@ -107,14 +107,14 @@ CONTENDERS = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all contenders of a benchmark share."""
+    """Settings shared by all contenders of a benchmark."""
 
     overrides: tuple[str, ...]
     """For ldft's command line, the same for all."""
     attention: str
     liger: bool
     timeout_s: float
-    """After which a run is ended."""
+    """Seconds after which a run is stopped."""
 
 
 def config_of(contender: Contender, setting: Setting) -> Config:
@@ -129,7 +129,7 @@ def config_of(contender: Contender, setting: Setting) -> Config:
 
 
 def run(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
-    """One run of a contender in an empty folder, whatever becomes of it: status, settings and raw samples."""
+    """The record of one run of a contender in an empty folder, successful or not: status, settings and raw samples."""
     contender = CONTENDERS[name]
     config = config_of(contender, setting)
     start = time.monotonic()
@@ -149,7 +149,7 @@ def run(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
 
 
 def surroundings(note: str) -> dict[str, Any]:
-    """What every record says about the machine and the source."""
+    """The columns about machine and source in every record."""
     found = environment.describe()
     return found | {"versions": json.dumps(dict(found["versions"])), "note": note}
 
@@ -173,7 +173,7 @@ def _ours(contender: Contender, setting: Setting, folder: Path) -> dict[str, Any
         command = [sys.executable, "-m", "ldft", *overrides, f"results.dir={folder}"]
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     rows = results.read_table(folder).to_pylist()
-    if not rows:  # refused before a row was made: a mistake in the overrides
+    if not rows:  # refused before a row was written: a mistake in the overrides
         raise SystemExit((folder / "log").read_text()[-3000:])
     row = rows[0]
     copied = (
@@ -207,7 +207,7 @@ def _peer(contender: Contender, setting: Setting, folder: Path) -> dict[str, Any
         out = json.loads((folder / "out.json").read_text())
         model, tokens = config.model, tokens_per_iteration(config)
         attention = config.seq_len.tokens * model.num_attention_heads * model.head_dim * model.num_layers
-        # As ldft counts (ldft/training/flops.py): each linear weight 6 times a token, the causal half of attention.
+        # Counted as in ldft/training/flops.py: 6 FLOPs per token and linear weight, and the causal half of attention.
         record["model_tflop_dense"] = 6e-12 * tokens * out.pop("linear_weights")
         record["model_tflop_attention"] = 6e-12 * tokens * attention
         record |= out
@@ -252,7 +252,7 @@ def _start(command: list[str], config: Config, log_path: Path, timeout_s: float)
             )  # fmt: skip
     deadline = time.monotonic() + timeout_s
     try:
-        # A rank that fails leaves the others waiting in a collective: the first failure ends all.
+        # If a rank fails, the others wait in a collective: stop all at the first failure.
         while any(process.poll() is None for process in processes):
             if time.monotonic() > deadline or any(process.poll() for process in processes):
                 break

@@ -1,5 +1,5 @@
 """The cost of train.precision=bf16 on a CPU without bf16 instructions: one matrix product of the tiny model's size, in bf16 and
-fp32, with limits on the instructions that oneDNN may use. On a CPU that lacks them the wider limits change nothing.
+fp32, with limits on the instructions that oneDNN may use. On a CPU that lacks the instructions, the wider limits have no effect.
 
     python benchmarks/cpu_precision.py [ROWS.parquet]
 """
@@ -35,7 +35,7 @@ for dtype in (torch.float32, torch.bfloat16):
 def main() -> int:
     rows = []
     for limit in LIMITS:
-        # ATen's own code would use wider registers than the CPU that is imitated.
+        # ATen's own code would use wider registers than the imitated CPU has.
         env = os.environ | {"ONEDNN_MAX_CPU_ISA": limit} | ({"ATEN_CPU_CAPABILITY": "avx2"} if limit == "AVX2" else {})
         words = [sys.executable, "-c", CHILD, json.dumps([*SHAPE, REPEATS])]
         done = subprocess.run(words, env=env, stdout=subprocess.PIPE, text=True, check=True)

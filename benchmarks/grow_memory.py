@@ -1,4 +1,4 @@
-"""Touch host memory once and free it: some virtual machines get theirs page by page, slowly, at the first touch only.
+"""Touch host memory once and free it: some virtual machines receive memory slowly, page by page, at the first touch only.
 
 python benchmarks/grow_memory.py GIB
 """

@@ -1,9 +1,9 @@
-"""Zeroed, pinned host memory: how fast, how exact, how fast to copy from, against every peer in the same run.
+"""Zeroed, pinned host memory: allocation speed, size overhead and copy speed, against every peer in the same run.
 
     python benchmarks/host_memory.py 8 32 --grow 40 --out host_memory.parquet
 
-Ways take turns, each starting where the one before stood in the round, so that drift of the machine hits all. Raw samples go into a
-parquet file; the table has medians. Without CUDA nothing is pinned and the peers that need CUDA are left out.
+The allocators take turns, in an order rotated each round, so that machine drift affects all alike. Raw samples go into a parquet
+file; the table has medians. Without CUDA nothing is pinned, and peers that need CUDA are left out.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ SHAPES = {
 
 
 def grow(gib: float) -> float:
-    """Touch and free so much first: some virtual machines get their memory at the first touch, slowly, once. Returns seconds."""
+    """Touch and free `gib` GiB first: some virtual machines receive memory slowly, at the first touch only. Returns seconds."""
     start = time.perf_counter()
     cpus = sorted(os.sched_getaffinity(0))
-    # A GiB at a time, all kept: the machine has to see the need.
+    # One GiB at a time, keeping all, so that the virtual machine has to grow.
     held = []
     for _ in range(int(gib)):
         region = _native.Region(GIB, True)
@@ -66,8 +66,8 @@ def tensor_elements(shape: tuple[Any, ...]) -> list[int]:
 
 
 def reserved_over_needed(shape: tuple[Any, ...]) -> dict[str, float]:
-    """Bytes reserved over bytes needed for the 16-bit weights, one allocation a tensor: ours asked of our allocator, the others by
-    their rounding (torch: the next power of two; the seed: the next 4096)."""
+    """Bytes reserved / bytes needed for the 16-bit weights, one allocation per tensor: ours from ldft's allocator, the others by
+    their rounding rules (torch: the next power of two; the seed: the next multiple of 4096)."""
     sizes = [2 * elements for elements in tensor_elements(shape)]
     exact = {}
     for size in set(sizes):
@@ -115,7 +115,7 @@ def measure(name: str, way: Callable[..., host_memory_ways.Buffer], size: int, p
 
 
 def limits(gib: float) -> dict[str, float]:
-    """What the machine can do at best, GB/s: writing memory that is there, and the kernel clearing pages on all our cores."""
+    """The machine's limits, GB/s: writing existing memory, and the kernel clearing pages on all usable cores."""
     size = int(gib * GIB)
     cpus = sorted(os.sched_getaffinity(0))
     clear, write = [], []
@@ -149,7 +149,8 @@ def probe_s_per_gib() -> dict[str, float]:
 
 
 def scheduling() -> dict[str, Any]:
-    """How busy the machine was, and whether that mattered: on a shared one, `chrt -f 50` before the command keeps the CPUs."""
+    """How busy the machine was, and the scheduling policy: on a shared machine, prefix the command with `chrt -f 50` to keep the
+    CPUs."""
     policies = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr"}
     policy = os.sched_getscheduler(0)
     return {"scheduler": policies.get(policy, str(policy)), "load_average": os.getloadavg()}
@@ -194,15 +195,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gib", nargs="+", type=float, help="sizes, GiB")
     parser.add_argument(
-        "--grow", type=float, default=0, help="touch and free so many GiB first (growing virtual machines)"
+        "--grow", type=float, default=0, help="GiB to touch and free first (for growing virtual machines)"
     )
     parser.add_argument(
-        "--budget-s", type=float, default=170, help="no further round once it would pass this (default 170)"
+        "--budget-s", type=float, default=170, help="start no further round that would exceed this (default 170)"
     )
     parser.add_argument(
         "--warm",
         action="store_true",
-        help="each way once unmeasured right before it is measured: for virtual machines that take freed memory back",
+        help="run each way once unmeasured right before measuring it: for virtual machines that reclaim freed memory",
     )
     parser.add_argument("--max-rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("host_memory.parquet"))
@@ -238,7 +239,7 @@ def main() -> None:
         cost[gib] = time.perf_counter() - start
         rounds[gib] += 1
         print(f"{gib:g} GiB: round {rounds[gib]}, {cost[gib]:.1f} s", flush=True)
-    # Again, so that a busy moment does not pass for a limit.
+    # Again, so that a busy moment does not lower the limit.
     limit = {name: max(value, limit[name]) for name, value in limits(min(8.0, *arguments.gib)).items()}
     report(samples, limit, pin)
 

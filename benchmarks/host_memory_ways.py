@@ -1,8 +1,7 @@
-"""The ways to get zeroed (and, with CUDA, pinned) host memory that host_memory.py compares: ours, and the peers.
+"""The ways to allocate zeroed (and, with CUDA, pinned) host memory that host_memory.py compares: ours, and the peers.
 
-Each way is a function of (bytes, pin) that returns (tensor over the memory, release, seconds of its parts by name). A
-peer is written here as its authors have it; where that needs their C++ extension, the same calls are made by ctypes,
-which costs microseconds.
+Each way is a function of (bytes, pin) that returns (tensor over the memory, release, seconds of its parts by name). Peers
+follow their authors' code; calls that need a C++ extension there are made by ctypes here, which costs microseconds.
 """
 
 import ctypes
@@ -45,7 +44,7 @@ def _tensor(address: int, size: int) -> torch.Tensor:
 
 
 def _zero_and_register(address: int, size: int, pin: bool) -> dict[str, float]:
-    """One-thread memset, then one registration, as the seed's extensions do it."""
+    """Single-threaded memset, then one registration, as in the seed's extensions."""
     start = time.perf_counter()
     _libc.memset(address, 0, size)
     zeroed = time.perf_counter()
@@ -163,7 +162,7 @@ def torch_zeros(size: int, pin: bool) -> Buffer:
 
 
 def available(pin: bool) -> tuple[dict[str, Way], dict[str, str]]:
-    """The ways that this machine can go, ours first, and why it cannot go the others."""
+    """The ways available on this machine, ours first, and why the others are not available."""
     ways: dict[str, Way] = {
         "ours": ours(huge=True),
         "ours, 4 KiB pages": ours(huge=False),
@@ -188,7 +187,7 @@ def available(pin: bool) -> tuple[dict[str, Way], dict[str, str]]:
 
 
 def _cuda_runtime() -> ctypes.CDLL | None:
-    """The very library that torch has loaded."""
+    """The same library that torch has loaded."""
     torch.cuda.init()
     maps = Path("/proc/self/maps").read_text()
     paths = {line.split()[-1] for line in maps.splitlines() if "libcudart" in line}

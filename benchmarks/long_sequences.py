@@ -1,16 +1,16 @@
-"""How long a sequence one GPU trains on: one iteration of each, without warm-up, everything offloaded.
+"""Longest sequences that one GPU can train on: one iteration of each length, without warm-up, everything offloaded.
 
     python benchmarks/long_sequences.py OUT.parquet [--runs NAME:TOKENS ...] [--timeout SECONDS] [override ...]
 
-By default a 3B model with 256k and 320k tokens for ldft, whose layer inputs wait in host memory, and one length for each peer:
-layer inputs on the device (plain-offload), and the seed's settings and checkpoints (seed). Names are those of contenders.py. A run
-that does not fit is a record too, with its status. Nothing is searched.
+The default is a 3B model with 256k and 320k tokens for ldft, which keeps layer inputs in host memory, and one length for each peer:
+layer inputs on the device (plain-offload), and the seed's settings and checkpoints (seed). Names are those in contenders.py. A run
+that does not fit is recorded too, with its status. There is no search for the longest length.
 
-How long it takes on an H200: FLOPs, with the forward pass computed twice, are 8 a token and weight, and of causal attention
-8 x layers x heads x head_dim x tokens a token: 5.4e16 for 3B at 256k, 8.2e16 at 320k. At 450 to 500 TFLOP/s these are 110 to 130 s
-and 170 to 200 s, beside half a minute to start. Host memory of ldft: 20 bytes a parameter and layers x tokens x hidden x 2 bytes,
-102 and 112 GiB; the seed's way takes more, since torch rounds each pinned tensor up to a power of two. On a virtual machine that
-shows less memory than it grows to, add memory.capacity_gib=125.
+Expected time on an H200: with the forward pass computed twice, there are 8 FLOPs per token and weight, and 8 x layers x heads x
+head_dim x tokens per token for causal attention: 5.4e16 for 3B at 256k, 8.2e16 at 320k. At 450 to 500 TFLOP/s this takes 110 to 130
+s and 170 to 200 s, plus half a minute to start. Host memory of ldft: 20 bytes per parameter plus layers x tokens x hidden x 2
+bytes, i.e. 102 and 112 GiB; the seed needs more, since torch rounds each pinned tensor up to a power of two. On a virtual machine
+that reports less memory than it can grow to, add memory.capacity_gib=125.
 """
 
 from __future__ import annotations

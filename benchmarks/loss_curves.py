@@ -1,12 +1,12 @@
-"""The same training with every attention implementation, with and without Liger Kernel: how far the loss curves lie apart.
+"""The same training with every attention implementation, with and without Liger Kernel: the distance between the loss curves.
 
     python benchmarks/loss_curves.py --out loss_curves.parquet              # llama3_1b, 4096 tokens, 20 updates, on one GPU
 
 Same weights and tokens for all, everything in GPU memory. `repeat` trains on one batch, whose loss falls, so that a wrong update
 would show; `random` sees fresh tokens. The first variant is the reference.
 
-The learning rate is a tenth of the usual one. At 1e-4 `repeat` learns its batch by heart within ten updates, and the curves miss
-1e-2: rows of that (results/loss_curves-llama3_1b-4k-1e-4-h200.parquet) lie up to 1.9e-2 apart, where the loss is below 0.21, and
+The learning rate is a tenth of the usual one. At 1e-4, `repeat` memorises its batch within ten updates, and the curves exceed the
+allowed 1e-2: in results/loss_curves-llama3_1b-4k-1e-4-h200.parquet they differ by up to 1.9e-2 where the loss is below 0.21, and by
 up to 5.3e-3 where it is above 1.
 """
 

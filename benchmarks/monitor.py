@@ -1,13 +1,13 @@
-"""What the trace costs: tokens/s with a sample a second and without any, in turns, on the same machine.
+"""The cost of the trace: tokens/s with one sample per second and without samples, in turns, on the same machine.
 
     python benchmarks/monitor.py OUT.parquet [--rounds N] [--interval S] [--with-monitor] [override ...]
 
-    # llama3_1b on a GPU, all offloaded; the limit is 0.5%. About 2 minutes a round
+    # llama3_1b on a GPU, all offloaded; the limit is 0.5%. About 2 minutes per round
     python benchmarks/monitor.py out.parquet --rounds 5 model=llama3_1b seq_len=8k train.iterations=20
 
-Each round runs both, in the other order than the round before. A run's figure is the median of its iterations after warm-up; the
-table has the median of those, their spread, and the ratio of the two runs of each round. With --with-monitor, `python -m
-ldft.monitor` runs beside those with samples, too. The records say how many samples a trace has, and what it saw of the GPU.
+Each round runs both, in the reverse order of the previous round. A run's speed is from the median of its iterations after warm-up;
+the table has the median and spread over runs, and the ratio of the two runs of each round. With --with-monitor, `python -m
+ldft.monitor` also runs during the runs with samples. Each record has the number of samples and the trace's largest GPU figures.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from training import counted, outcome, save
 from ldft import environment
 from ldft.monitor.trace import TRACE_FILE
 
-# The most that a sample a second may cost, as a part of tokens/s.
+# Largest allowed cost of one sample per second, as a fraction of tokens/s.
 LIMIT = 0.005
 
 
 def seen(folder: Path) -> dict[str, Any]:
-    """What the trace of a run has: samples, and the largest figures of its GPUs."""
+    """The number of samples in a run's trace, and the largest figures of its GPUs."""
     found = list(folder.rglob(TRACE_FILE))
     if not found:
         return {"samples": 0}
@@ -48,12 +48,12 @@ def seen(folder: Path) -> dict[str, Any]:
 
 
 def table(records: list[dict[str, Any]], interval_s: float) -> str:
-    """Medians and spread of both, and the ratios of the rounds."""
+    """Medians and spread of both, and the ratio of each round."""
     lines = [f"{'interval':>9} {'runs':>4} {'tokens/s':>9} {'min':>9} {'max':>9}  samples"]
     for interval in (0.0, interval_s):
         mine = [record for record in records if record["interval_s"] == interval and counted([record])]
         if not mine:
-            return "\n".join([*lines, f"{interval:9g}    0: no run of it ended well"])
+            return "\n".join([*lines, f"{interval:9g}    0: no successful run"])
         rates = [record["tokens_per_iteration"] / statistics.median(counted([record])) for record in mine]
         samples = statistics.median(record["samples"] for record in mine)
         lines.append(

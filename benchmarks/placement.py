@@ -2,10 +2,9 @@
 
     python benchmarks/placement.py model=llama3_3b seq_len=32k checkpointing=cpu [--rounds 2] [-o ROWS.parquet]
 
-Everything but the options is an override for `python -m ldft`, the same for both. Printed for each: peak and steady host memory,
-beside the bytes that the roles of DeepSpeed's tensors and the layer inputs need (the limit); seconds from the start of the rank's
-interpreter to the end of the first update, in which stock DeepSpeed allocates its moments; the median of later iterations.
--o keeps the raw rows, one a run.
+All other arguments are overrides for `python -m ldft`, the same for both. For each it prints: peak and steady host memory, next to
+the bytes that the roles and the layer inputs need (the limit); seconds from the start of the rank's interpreter to the end of the
+first update, in which stock DeepSpeed allocates its moments; the median of later iterations. -o saves the raw rows, one per run.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ INIT = ("imports", "operators", "rendezvous", "model", "checkpoint_buffers", "en
 
 
 def run(mode: str, overrides: list[str], folder: Path) -> pa.Table:
-    """One run's row. Ends the benchmark when the run fails."""
+    """One run's row. Exits if the run fails."""
     command = [sys.executable, "-m", "ldft", *overrides, *MODES[mode], f"results.dir={folder}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     table = results.read_table(folder)
@@ -39,7 +38,7 @@ def run(mode: str, overrides: list[str], folder: Path) -> pa.Table:
 
 
 def needed_gib(row: dict[str, Any]) -> float:
-    """What roles and layer inputs take, all ranks."""
+    """GiB that roles and layer inputs need, over all ranks."""
     sizes = {(entry["host"], entry["rank"], entry["role"]): entry["bytes"] for entry in row["roles"]}
     return sum(sizes.values()) / 2**30
 
@@ -71,7 +70,7 @@ def main() -> None:
     tables: list[pa.Table] = []
     found: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     for turn in range(arguments.rounds):
-        # Whoever comes second may find warm files: the order changes from round to round.
+        # The second run may find files in the page cache, so the order alternates between rounds.
         for mode in MODES if turn % 2 == 0 else reversed(list(MODES)):
             with tempfile.TemporaryDirectory() as folder:
                 table = run(mode, arguments.overrides, Path(folder))

@@ -1,11 +1,11 @@
-"""The peer: a plain training script around stock DeepSpeed, as its tutorials have it. Imports nothing of ldft.
+"""The peer: a plain training script with stock DeepSpeed, as in its tutorials. Imports nothing from ldft.
 
     python benchmarks/plain_deepspeed.py CONFIG.json DEEPSPEED.json OUT.json [--attention A] [--liger] [--checkpointing C]
 
-CONFIG.json is ldft's resolved config (a row's `config_json`): model, lengths, numbers of iterations. DEEPSPEED.json is what
-`deepspeed.initialize` gets. attention: sdpa (torch's choice), sdpa_cudnn, or a name that transformers knows, e.g.
+CONFIG.json is ldft's resolved config (a row's `config_json`): model, lengths, numbers of iterations. DEEPSPEED.json is the config
+for `deepspeed.initialize`. attention: sdpa (torch's choice), sdpa_cudnn, or a name that transformers knows, e.g.
 flash_attention_2. checkpointing: none, gpu (PyTorch's), seed (benchmarks/seed_checkpointing.py).
-One process a GPU (or on the CPU); rank variables as torchrun sets them. Rank 0 writes OUT.json, whole or not at all.
+One process per GPU (or on the CPU); rank variables as set by torchrun. Rank 0 writes OUT.json atomically.
 """
 
 import argparse
@@ -44,7 +44,7 @@ if cuda:
 deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
 
 arch = config["model"]
-if options.liger:  # before the model is built, as its README says
+if options.liger:  # before building the model, as Liger's README says
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     MODEL_TYPE_TO_APPLY_LIGER_FN[arch["family"]]()
@@ -65,7 +65,7 @@ attention = "sdpa" if options.attention.startswith("sdpa") else options.attentio
 partitioned = settings["zero_optimization"]["stage"] == 3
 with deepspeed.zero.Init(config_dict_or_path=settings) if partitioned else device:
     model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=attention)
-for module in model.modules():  # the family's usual random weights: speed depends on the numbers, by way of power
+for module in model.modules():  # the family's usual random weights: values affect power draw, and so speed
     mine = list(module.parameters(recurse=False))
     with deepspeed.zero.GatheredParameters(mine, modifier_rank=0) if partitioned and mine else torch.no_grad():
         model._init_weights(module)
@@ -81,7 +81,7 @@ init_s = time.time() - start
 
 
 def mark():
-    """Now, in the order of the device's work; read once it has been synchronised."""
+    """A time stamp in the order of the device's work; readable after synchronising."""
     if not cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -96,13 +96,13 @@ def settle() -> None:
 
 
 def peak_host_gib() -> float:
-    """Peak resident memory of this process less its file pages."""
+    """Peak resident memory, GiB, of this process without file pages."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return (int(fields["VmHWM"].split()[0]) - int(fields["RssFile"].split()[0])) / 2**20
 
 
 def write(samples: dict) -> None:
-    """All ranks take part; after every iteration, so that a run which dies leaves what it had."""
+    """Collective over all ranks; called after every iteration, so that a run that dies leaves its results so far."""
     here = (peak_host_gib(), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)
     everywhere = [here] * int(os.environ["WORLD_SIZE"])
     torch.distributed.all_gather_object(everywhere, here)
@@ -123,7 +123,7 @@ train = config["train"]
 shape = (train["micro_batch_size"], config["seq_len"]["tokens"])
 torch.manual_seed(1 + rank)
 samples: dict = {name: [] for name in ("iteration_s", "forward_s", "backward_s", "step_s", "loss")}
-# Around everything: gradient checkpointing computes the attention again in the backward pass.
+# Around everything, since gradient checkpointing recomputes attention in the backward pass.
 with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if options.attention == "sdpa_cudnn" else nullcontext():
     for _ in range(train["iterations"]):
         batches = [

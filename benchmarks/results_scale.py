@@ -1,9 +1,9 @@
-"""Rows at scale: 10,000 of them, the newest 300 in files of their own, read into one DataFrame.
+"""Many rows: read 10,000, the newest 300 as loose files, into one DataFrame.
 
     python benchmarks/results_scale.py [--rows 10000] [--loose 300] [--uncompacted]
 
-The rows follow the schema, every column filled as a run fills it, in all statuses. --uncompacted also times the folder before
-its first compaction, one file a row.
+The rows follow the schema, with every column filled as by a run, in all statuses. --uncompacted also times the folder before its
+first compaction, with one file per row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STATUSES = ["ok"] * 14 + ["error", "timeout", "oom_device", "oom_host", "skipped
 
 
 def synthetic_row(seed: int) -> dict[str, Any]:
-    """A row like a real run's: own samples, four NUMA nodes, the whole config."""
+    """A row like a real run's: random samples, four NUMA nodes, the whole config."""
     draw = random.Random(seed)
     config = Config()
     config.train.seed = seed
@@ -73,7 +73,7 @@ def synthetic_row(seed: int) -> dict[str, Any]:
 
 
 def timed(what: str, work: Callable[[], Any], limit_s: float | None = None) -> Any:
-    """Print how long it took, best of three where it can be repeated."""
+    """Run `work` and print its time: the best of three if it can be repeated."""
     start = time.perf_counter()
     value = work()
     took = time.perf_counter() - start
@@ -83,7 +83,7 @@ def timed(what: str, work: Callable[[], Any], limit_s: float | None = None) -> A
 
 
 def write(folder: Path, first: int, last: int) -> None:
-    """Loose rows, as runs leave them but without waiting for the disk each time."""
+    """Write loose rows as runs do, but without waiting for the disk each time."""
     every = schema.schema()
     for seed in range(first, last):
         values = synthetic_row(seed)
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--loose", type=int, default=300)
     parser.add_argument(
-        "--uncompacted", action="store_true", help="also read all of them from one file a row (a minute)"
+        "--uncompacted", action="store_true", help="also read all of them from one file per row (takes a minute)"
     )
     arguments = parser.parse_args()
     print(f"{arguments.rows} rows of {len(schema.schema())} columns; {platform.processor() or platform.machine()}, "

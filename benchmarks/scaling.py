@@ -1,12 +1,12 @@
-"""Several GPUs of one host: tokens/s per GPU with 1, 2, 4 ... ranks, each with as many cores, in turns.
+"""Several GPUs of one host: tokens/s per GPU with 1, 2, 4 ... ranks, each with the same number of cores, in turns.
 
     python benchmarks/scaling.py OUT.parquet --ranks 1 2 [--cores 16] [--rounds N] [override ...]
 
-    # 3B, 32768 tokens a GPU, full offload; with two GPUs about 2 minutes a round
+    # 3B, 32768 tokens per GPU, full offload; with two GPUs about 2 minutes per round
     python benchmarks/scaling.py out.parquet --ranks 1 2 model=llama3_3b seq_len=32k train.iterations=7
 
-The batch grows with the ranks: every GPU computes as many tokens as one alone would. The limit: tokens/s per GPU stay what they are
-with the fewest ranks. All other cores are idle meanwhile, so that a rank alone has no more of them than one of several.
+The batch grows with the ranks: every GPU computes as many tokens as a single one would. The limit is the tokens/s per GPU with the
+fewest ranks. Other cores stay idle, so that a single rank has no more cores than each of several.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ldft.runner.core_binding import physical_cores
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Medians by contender and number of ranks, and each beside the smallest number of the same contender."""
+    """Medians by contender and number of ranks, each compared with the contender's smallest number of ranks."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["contender"], record["ranks"]), []).append(record)
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=("ours-offload",))
-    parser.add_argument("--cores", type=int, help="of each rank; default: what most ranks leave to each")
+    parser.add_argument("--cores", type=int, help="cores per rank; default: all cores / the largest number of ranks")
     parser.add_argument("--rounds", type=int, default=1)
     gpu = bool(environment.gpus())
     parser.add_argument("--attention", default="sdpa_cudnn" if gpu else "sdpa")

@@ -1,11 +1,11 @@
-"""The peer: gradient checkpoints in host memory as the seed keeps them. Imports nothing of ldft.
+"""The peer: gradient checkpoints in host memory as in the seed. Imports nothing from ldft.
 
     buffers = install(model, micro_batch_size * seq_len, dtype)
 
-Written from the seed's description: a reentrant autograd function a layer. Its forward copies the layer's input into a pinned
-buffer of its own, made once, with torch's allocator; its backward copies it back into fresh device memory, runs the layer
-again, whole, and calls autograd on it. Both copies are `non_blocking`, yet on the compute stream, so that the layer waits for
-them. Random state is not restored, as there: no dropout.
+Written from the seed's description: one reentrant autograd function per layer. Its forward copies the layer's input into its own
+pinned buffer, allocated once with torch's allocator; its backward copies it back into new device memory, reruns the whole layer,
+and calls autograd on it. Both copies are `non_blocking` but on the compute stream, so the layer waits for them. As in the seed,
+random state is not restored: no dropout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class _Checkpoint(torch.autograd.Function):
-    """One layer: `run(hidden_states)`, whose input waits in `buffer`."""
+    """One layer, `run(hidden_states)`, with its input kept in `buffer`."""
 
     @staticmethod
     def forward(ctx: Any, run: Any, buffer: torch.Tensor, hidden_states: torch.Tensor) -> Any:
@@ -47,10 +47,10 @@ class _Checkpoint(torch.autograd.Function):
 def install(
     model: PreTrainedModel, tokens: int, dtype: torch.dtype, buffers: list[torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
-    """Put it into every decoder layer of a model in training mode.
+    """Install it in every decoder layer of a model in training mode.
 
-    tokens: of one micro-batch. Returns the buffers, one a layer, `tokens * hidden_size` elements each, pinned with CUDA; `buffers`
-    are those of an earlier call. The input of the first layer must require a gradient: with frozen embeddings call
+    tokens: per micro-batch. buffers: those of an earlier call. Returns the buffers, one per layer, `tokens * hidden_size` elements
+    each, pinned if CUDA is available. The input of the first layer must require a gradient: with frozen embeddings call
     `model.enable_input_require_grads()`.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -64,7 +64,7 @@ def install(
 
 
 def uninstall(model: PreTrainedModel) -> None:
-    """Layers keep their activations again."""
+    """Uninstall: layers keep their activations again."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = False

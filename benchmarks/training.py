@@ -2,15 +2,15 @@
 
     python benchmarks/training.py OUT.parquet [--contenders NAME ...] [--rounds N] [--ranks N] [override ...]
 
-    # 3B, 1 x 32768 tokens, one H200, about 5 minutes a round
+    # 3B, 1 x 32768 tokens, one H200, about 5 minutes per round
     python benchmarks/training.py out.parquet model=llama3_3b seq_len=32k train.iterations=7
 
-    # what the tool itself costs: ldft against a plain script with the very settings that ldft gives to DeepSpeed
+    # the cost of ldft itself: ldft against a plain script with the same DeepSpeed settings
     python benchmarks/training.py out.parquet --contenders ours-as-plain plain-same --attention sdpa --no-liger --rounds 3 \\
         model=llama3_1b seq_len=8k train.micro_batch_size=4 train.iterations=9
 
-Contenders take turns, each round starting with another. Every run is processes of its own; after each, the raw samples so far are
-written to OUT.parquet, so that a call that is cut short leaves what it had. The table has medians of the samples after warm-up.
+Contenders take turns, each round starting with another one. Every run has its own processes; after each, the raw samples so far are
+written to OUT.parquet, so that an interrupted benchmark keeps them. The table has medians of the samples after warm-up.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEFAULT = ("ours-in-gpu", "plain-in-gpu-sdpa", "ours-offload", "plain-offload", 
 
 
 def save(records: list[dict[str, Any]], path: Path) -> None:
-    """All records so far, with the environment, whole or not at all."""
+    """Write all records so far, with the environment, atomically."""
     names = list(dict.fromkeys(name for record in records for name in record))
     table = pa.Table.from_pylist([{name: record.get(name) for name in names} for record in records])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,14 +43,14 @@ def save(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def counted(records: list[dict[str, Any]], column: str = "iteration_s") -> list[float]:
-    """Samples of a column after warm-up, of all runs together."""
+    """A column's samples after warm-up, over all runs."""
     return [sample for record in records for sample in (record[column] or [])[record["warmup_iterations"] :]]
 
 
 def outcome(record: dict[str, Any]) -> str:
-    """One run in a line of progress."""
+    """The progress text for one run."""
     times = counted([record])
-    what = f"{statistics.median(times):.3f} s an iteration" if times else record.get("error_message")
+    what = f"{statistics.median(times):.3f} s per iteration" if times else record.get("error_message")
     return f"{record['status']} in {record['duration_s']:.0f} s, {what}"
 
 
@@ -78,7 +78,7 @@ def line(records: list[dict[str, Any]], reference: list[dict[str, Any]], peak: f
 
 
 def table(records: list[dict[str, Any]], peak: float | None) -> str:
-    """Medians of every contender, and what ours gains on it."""
+    """Medians of every contender, and ldft's speed-up over it."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_name.setdefault(record["contender"], []).append(record)
@@ -87,12 +87,14 @@ def table(records: list[dict[str, Any]], peak: float | None) -> str:
     )
     lines = [head + f"{'host':>7} {'TFLOP/s':>7} {'MFU':>6}  forward / backward / step s  init s"]
     lines += [line(mine, by_name.get(CONTENDERS[name].against or name, []), peak) for name, mine in by_name.items()]
-    lines.append("ours x: how many times its tokens/s ours has. VRAM, host: GiB, VRAM per rank, host of all ranks.")
+    lines.append(
+        "ours x: tokens/s of ldft / tokens/s of the contender. VRAM, host: GiB, VRAM per rank, host of all ranks."
+    )
     return "\n".join(lines)
 
 
 def limits(record: dict[str, Any], peak: float | None, matmul: float | None) -> list[str]:
-    """What the device's arithmetic alone allows: tokens/s, without and with the forward pass that checkpointing repeats."""
+    """Limits from the device's arithmetic alone: tokens/s without and with the forward pass that checkpointing repeats."""
     lines = []
     for what, rate in (("the device's dense peak", peak), ("the rate of one large matrix product", matmul)):
         if rate and record.get("model_tflop_dense"):
@@ -123,7 +125,7 @@ def matmul_tflops_per_s(size: int = 8192, seconds: float = 3.0) -> float:
 
 
 def peak_of(config: Config) -> float | None:
-    """Dense peak of the machine's first GPU; None where it is not known or there is none."""
+    """Dense peak of the machine's first GPU; None if it is unknown or there is no GPU."""
     from ldft.training.flops import peak_tflops_per_s
 
     gpus = environment.gpus()
@@ -135,10 +137,12 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--ranks", type=int, default=1, help="processes, one a GPU")
+    parser.add_argument("--ranks", type=int, default=1, help="processes, one per GPU")
     gpu = bool(environment.gpus())
     parser.add_argument(
-        "--attention", default="sdpa_cudnn" if gpu else "sdpa", help="of ours and every peer of no other"
+        "--attention",
+        default="sdpa_cudnn" if gpu else "sdpa",
+        help="attention of ldft and of peers that do not set their own",
     )
     parser.add_argument("--liger", action=argparse.BooleanOptionalAction, default=gpu)
     parser.add_argument("--matmul", action="store_true", help="measure the rate of one large matrix product too")

@@ -1,10 +1,10 @@
-"""Write ldft/preflight/deepspeed_keys.json: every config key that the installed DeepSpeed knows, with its type where it says one.
+"""Write ldft/preflight/deepspeed_keys.json: every config key that the installed DeepSpeed knows, with its type if it declares one.
 
     python scripts/deepspeed_keys.py            # write the file
-    python scripts/deepspeed_keys.py --check    # fail where the file differs from the installed release
+    python scripts/deepspeed_keys.py --check    # fail if the file differs from the installed release
 
 DeepSpeed ignores most keys that it does not know, so ldft keeps its own list, and its parent process never imports DeepSpeed.
-A leaf is a type (any where DeepSpeed says none); {"*": [...]} is a section whose names hold at any depth.
+A leaf is a type (any if DeepSpeed declares none); {"*": [...]} is a section whose names are valid at any depth.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONSTANTS = {
     "aio": ("runtime.swap_tensor.constants", "AIO_"),
     "torch_autocast": ("runtime.constants", "TORCH_AUTOCAST_"),
 }
-# Deep trees with a module of constants of their own; the names are taken at any depth.
+# Deep trees with their own module of constants; the names are accepted at any depth.
 FLAT = {"autotuning": "autotuning.constants", "data_efficiency": "runtime.data_pipeline.constants"}
 # Names at the top level that are constants of deepspeed.runtime.constants.
 TOP = [
@@ -73,7 +73,7 @@ def _type(annotation: Any) -> Any:
 def _model(model: type[BaseModel]) -> dict[str, Any]:
     tree = {}
     for name, field in model.model_fields.items():
-        # The documented name is the alias, where there is one; two names for one value would let it be set twice.
+        # Use the alias if there is one: it is the documented name. Two names for one value would let it be set twice.
         tree[field.alias or name] = _type(field.annotation)
     return tree
 
@@ -137,7 +137,7 @@ def collect() -> dict[str, Any]:
 
 
 def removed() -> dict[str, list[str]]:
-    """Keys that DeepSpeed had once and refuses now, by section ("" is the top level)."""
+    """Keys that DeepSpeed has removed and now refuses, by section ("" is the top level)."""
     return {
         "": sorted(ds_config._REMOVED_TOP_LEVEL_CONFIG_KEYS),
         "zero_optimization": sorted(ds_config._REMOVED_ZERO_CONFIG_KEYS),
@@ -151,7 +151,11 @@ def main() -> int:
     text = json.dumps(found, indent=1, sort_keys=True) + "\n"
     if "--check" in sys.argv:
         same = FILE.read_text() == text
-        print("up to date" if same else f"{FILE.name} differs from DeepSpeed {found['deepspeed']}; write it anew")
+        print(
+            "up to date"
+            if same
+            else f"{FILE.name} differs from DeepSpeed {found['deepspeed']}; run scripts/deepspeed_keys.py"
+        )
         return 0 if same else 1
     FILE.write_text(text)
     return 0

@@ -1,8 +1,8 @@
-"""Fill in the generated parts of docs/: `python scripts/docs.py`; with --check, only say what is out of date.
+"""Fill in the generated parts of docs/: `python scripts/docs.py`; with --check, only list what is out of date.
 
-Between `<!-- columns: begin -->` and `<!-- columns: end -->` stands the table of row columns, from the schema, and between `trace`
-marks that of the columns of trace.parquet; between `messages` marks every message about a config value, from the source. In tables
-between `availability` marks the last cell of a line says whether its first override exists in this version's config tree.
+Between `<!-- columns: begin -->` and `<!-- columns: end -->` goes the table of row columns, from the schema; between `trace` marks,
+the columns of trace.parquet; between `messages` marks, every message about a config value, from the source. In tables between
+`availability` marks, the last cell of each line says whether its first override exists in this version's config tree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ldft.monitor import trace
 from ldft.results import schema
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Errors whose first argument is the dotted key, and those that are a sentence alone.
+# Errors whose first argument is the dotted key, and errors that are only a sentence.
 KEYED = {"ConfigError", "CombinationError", "PlacementError", "NumaCallError"}
 PLAIN = {"HostMemoryError", "ResultsError"}
 
@@ -34,7 +34,7 @@ def column_table(columns: list[schema.Column]) -> str:
 
 
 def _text(node: ast.expr, names: dict[str, str]) -> str:
-    """A message as a reader sees it: literal text as it is, `<name>` for what is filled in."""
+    """A message as a reader sees it: literal text, with `<name>` for inserted values."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -64,7 +64,8 @@ def _walk(node: ast.AST, loops: tuple[ast.For, ...]) -> Iterator[tuple[ast.Call,
 
 
 def _loop_values(loops: tuple[ast.For, ...]) -> Iterator[dict[str, str]]:
-    """What the innermost loop over literal texts binds, one dict a turn; one empty dict where there is none."""
+    """Variables bound by the innermost loop over literal strings, one dict per iteration; one empty dict if there is no such
+    loop."""
     for loop in reversed(loops):
         if isinstance(loop.target, ast.Name) and isinstance(loop.iter, ast.Tuple | ast.List):
             values = [item.value for item in loop.iter.elts if isinstance(item, ast.Constant)]
@@ -75,7 +76,7 @@ def _loop_values(loops: tuple[ast.For, ...]) -> Iterator[dict[str, str]]:
 
 
 def _constants(module: ast.Module) -> dict[str, str]:
-    """Texts and numbers that a module names at its top level."""
+    """Strings and numbers assigned to names at a module's top level."""
     found: dict[str, str] = {}
     for statement in module.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
@@ -88,7 +89,7 @@ def _constants(module: ast.Module) -> dict[str, str]:
 def messages() -> list[tuple[str, str]]:
     """(key, message) of every error that a user can meet, from the source of ldft; the key is empty for plain sentences.
 
-    Where the message is made elsewhere and only passed on, there is nothing to list.
+    Messages that are built elsewhere and only passed on are not listed.
     """
     found = set()
     for path in sorted((REPOSITORY / "ldft").rglob("*.py")):
@@ -100,7 +101,7 @@ def messages() -> list[tuple[str, str]]:
                 for turn in _loop_values(loops):
                     names = constants | turn
                     if name == "PlacementError":
-                        names["key"] = "numa"  # whose placement it is, the caller says; roles have keys below numa
+                        names["key"] = "numa"  # the caller passes the key; roles have keys below numa
                     found.add((_text(call.args[0], names), _text(call.args[1], names)))
             elif name in PLAIN and call.args:
                 found.add(("", _text(call.args[0], constants)))
@@ -155,7 +156,7 @@ def _replace(text: str, mark: str, fill: Callable[[str], str]) -> str:
 
 
 def filled(text: str) -> str:
-    """A document with its generated parts as they should be."""
+    """A document with up-to-date generated parts."""
     text = _replace(text, "columns", lambda _: column_table(schema.all_columns()))
     text = _replace(text, "trace", lambda _: column_table(trace.COLUMNS))
     text = _replace(text, "messages", lambda _: message_table())
@@ -163,7 +164,7 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Write what changed; with --check write nothing and return 1 where something would."""
+    """Write changed documents; with --check, write nothing and return 1 if any would change."""
     stale = []
     for path in sorted((REPOSITORY / "docs").glob("*.md")):
         text = path.read_text()

@@ -47,7 +47,7 @@ def test_peers_differ_from_ours_in_what_their_names_say(contenders) -> None:
         offloaded = settings["zero_optimization"]["offload_optimizer"]
         assert offloaded["device"] == ours["zero_optimization"]["offload_optimizer"]["device"]
         assert offloaded.get("pin_memory", True), "a peer pins, by torch's allocator"
-        # Defaults are DeepSpeed's: nothing of ours slips in.
+        # Defaults are DeepSpeed's own, none are ldft's.
         if name.startswith(("plain-offload", "plain-in-gpu")):
             assert set(settings["zero_optimization"]) == {"stage", "offload_param", "offload_optimizer"}
     seed = contenders.seed(contenders.config_of(contenders.CONTENDERS["seed"], setting))["zero_optimization"]

@@ -210,7 +210,7 @@ def test_interrupted_it_leaves_nothing_running_and_goes_on_later(checkout: Check
     process.send_signal(signal_number)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert errors == "ldft: set-up was interrupted; the same command goes on from here\n"
+    assert errors == "ldft: set-up was interrupted; rerun the same command to resume\n"
     assert not running_in(checkout.folder)
     # A package of which pip had written only a part: it would take it for installed.
     part = next(checkout.folder.glob(".venv/lib/*/site-packages")) / "small-0.1.0.dist-info"
@@ -248,13 +248,13 @@ def test_an_environment_of_another_python_or_another_place_is_made_anew(checkout
     (other / "pyvenv.cfg").write_text("version = 3.11.2\n")
     assert Environment(other).obstacle(None) == "its Python 3.11 is gone"
     assert Environment(venv).obstacle(None) is None
-    assert "and 3.99 is asked for" in (Environment(venv).obstacle("3.99") or "")
+    assert "but 3.99 is requested" in (Environment(venv).obstacle("3.99") or "")
     # What an upgrade of the system leaves: the Python that the environment rests on is another one now.
     settings = venv / "pyvenv.cfg"
     settings.write_text(settings.read_text().replace(f"version = 3.{sys.version_info.minor}", "version = 3.10"))
     (venv / "ldft-setup.json").unlink()
     code, said, errors = checkout.make()
-    assert code == 0 and "is made anew: it was made with Python 3.10, which is now 3." in said, said + errors
+    assert code == 0 and "is being recreated: it was made with Python 3.10, which is now 3." in said, said + errors
     assert checkout.make() == (0, "", "") and not (venv / "lib" / "python3.10").exists()
 
 

@@ -143,7 +143,7 @@ def test_memory_imports_errors_and_the_native_module_alone() -> None:
 
 @pytest.mark.parametrize("module", sorted(name for name in graph() if room(name) in ("preflight", "config")))
 def test_what_is_decided_before_a_rank_starts_needs_no_torch(module: str) -> None:
-    """Each module by itself, in an interpreter in which torch and what brings it cannot be imported."""
+    """Import each module alone, in an interpreter where torch and packages that import it are blocked."""
     code = f"import sys\nfor name in {TORCH}: sys.modules[name] = None\nimport {module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

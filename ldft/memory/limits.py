@@ -1,6 +1,6 @@
-"""How much memory may still be touched: the machine, each node, and the cgroups this process is in.
+"""How much memory may still be touched: on the machine, on each node, and in this process's cgroups.
 
-A process that touches more than this is killed, not told. So callers ask here first, and again while they touch.
+A process that touches more is killed without warning. So callers check here first, and again while touching.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" by a number near 2^63
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Free:
-    """Bytes that can be had now, and which limit says so."""
+    """Bytes available now, and the limit that determines them."""
 
     bytes: int
     limit: str
@@ -27,10 +27,10 @@ class Free:
 def free_memory(
     capacity_bytes: int | None = None, proc: Path = PROC, cgroups: Path = CGROUPS, sysfs: Path = SYSFS
 ) -> Free:
-    """What this process can still touch: MemAvailable less a reserve, or what its tightest cgroup leaves.
+    """Memory that this process can still touch: MemAvailable less a reserve, or what its tightest cgroup leaves.
 
-    `capacity_bytes` is for virtual machines that show less memory than they can grow to: the machine's size as the user
-    knows it, used in place of MemTotal. The cgroup's limit counts in either case.
+    capacity_bytes: for virtual machines that report less memory than they can grow to: the machine's actual size, used in place of
+    MemTotal. The cgroup's limit applies in either case.
     """
     info = read_meminfo(proc / "meminfo")
     total, available = info.get("MemTotal", 0), info.get("MemAvailable", info.get("MemFree", 0))
@@ -46,8 +46,7 @@ def free_memory(
 
 
 def free_on_node(id: int, sysfs: Path = SYSFS) -> int | None:
-    """Bytes that the node can still give: free pages, and page cache that the kernel drops on demand. None: no such
-    node known."""
+    """Bytes available on the node: free pages, and page cache that the kernel drops on demand. None: unknown node."""
     info = node_meminfo(id, sysfs)
     if not info:
         return None
@@ -56,8 +55,7 @@ def free_on_node(id: int, sysfs: Path = SYSFS) -> int | None:
 
 
 def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
-    """Bytes until the tightest memory cgroup of this process is full (page cache that it can drop not counted); None:
-    no limit."""
+    """Bytes until this process's tightest memory cgroup is full (not counting page cache that it can drop); None: no limit."""
     left: list[int] = []
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
@@ -80,16 +78,16 @@ def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
 
 
 def with_ancestors(root: Path, path: str) -> list[Path]:
-    """Folders of a cgroup and of all that it is in, up to the root: each of them limits.
+    """Folders of a cgroup and of all its ancestors: each of them may set a limit.
 
-    In a container the path may be that of the host, of which only the end is visible here.
+    In a container, the path may be the host's path, of which only the end is visible here.
     """
     folder = root / path.strip("/")
     return [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
 
 
 def _room(folder: Path, limit: str, used: str, prefix: str) -> int | None:
-    # Both lists, as for a node: weights that several runs have mapped move to the active one, and give way all the same.
+    # Count both LRU lists, as for a node: files mapped by several runs (weights) move to the active list but are still reclaimable.
     cache = {f"{prefix}active_file", f"{prefix}inactive_file"}
     try:
         most = (folder / limit).read_text().strip()

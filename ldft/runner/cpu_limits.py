@@ -1,8 +1,7 @@
-"""How much of the machine's CPUs this process may use, and what too few of them cost. Without torch.
+"""How much of the machine's CPUs this process may use, and what too few cores cost. Imports no torch.
 
-Schedulers and containers often give one or two cores where nobody asked for more: SLURM through the CPU affinity, containers
-through a CPU quota, which the affinity does not show. The CPU update then takes minutes instead of seconds, and nothing else says
-why.
+Schedulers and containers often allow only one or two cores by default: SLURM through the CPU affinity, containers through a CPU
+quota, which the affinity does not show. The CPU update then takes minutes instead of seconds, without any other sign of the cause.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from ldft.preflight import host_estimate, strategies
 from ldft.preflight.selection import Selection
 from ldft.runner import core_binding
 
-# A shorter update is not worth a warning where cores are merely few.
+# With few cores, do not warn if the update takes less than this.
 _WORTH_A_WARNING_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Cpus:
-    """What this process may use."""
+    """The CPUs that this process may use."""
 
     cores: int
     """Physical cores in its affinity."""
     quota: float | None
-    """CPU time a second that its tightest cgroup allows, in CPUs; None: no limit."""
+    """CPU seconds per second that its tightest cgroup allows; None: no limit."""
     machine: int
-    """Physical cores of the machine that are online."""
+    """Online physical cores of the machine."""
 
     @property
     def usable(self) -> float:
-        """Cores' worth of CPU time."""
+        """Usable CPU time, in cores."""
         return self.cores if self.quota is None else min(float(self.cores), self.quota)
 
 
@@ -56,7 +55,7 @@ def cpus(proc: Path = PROC, cgroups: Path = CGROUPS, sysfs: Path = SYSFS) -> Cpu
 
 
 def quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> float | None:
-    """CPUs that the tightest cgroup of this process allows, of version 1 or 2; None: no limit."""
+    """CPUs that this process's tightest cgroup (version 1 or 2) allows; None: no limit."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
@@ -86,12 +85,12 @@ def _limit(folder: Path) -> float | None:
 
 
 def threads(cores: list[int], num_ranks: int, quota: float | None) -> int:
-    """Threads of a rank that is bound to these CPUs: more than a quota lets run at once would only wait for one another."""
+    """Number of threads for a rank bound to these CPUs: with more than the quota allows, they would only wait for one another."""
     return len(cores) if quota is None else max(1, min(len(cores), math.floor(quota / num_ranks)))
 
 
 def warnings(run: Selection, have: Cpus | None = None) -> list[str]:
-    """A warning, with the expected time of the update, where ranks share cores or may use less than half of the machine's."""
+    """A warning with the expected update time if ranks share cores or may use less than half of the machine's cores."""
     config, have = run.config, have or cpus()
     bytes_ = _update_bytes(run)
     short = have.usable < max(config.launch.num_ranks, have.cores)
@@ -116,7 +115,7 @@ def warnings(run: Selection, have: Cpus | None = None) -> list[str]:
 
 
 def _update_bytes(run: Selection) -> float:
-    """Bytes that the CPU's update of all ranks moves; 0 where the device updates."""
+    """Bytes that the CPU update moves, over all ranks; 0 if the device updates."""
     accesses = strategies.streams(run)["optimizer", "cpu"]
     sizes = host_estimate.host_bytes(run.config)
     if "momentum" not in sizes:
@@ -126,7 +125,7 @@ def _update_bytes(run: Selection) -> float:
 
 @cache
 def _core_bytes_per_s(count: int = 1 << 22) -> float:
-    """What the native AdamW moves on one core, from memory: 28 bytes a parameter, over `count` of them."""
+    """Bytes per second that the native AdamW moves on one core from memory: 28 bytes per parameter, over `count` parameters."""
     arrays = [mmap.mmap(-1, 4 * count) for _ in range(4)]
     weights, gradients, momentum, variance = (addressof(c_char.from_buffer(array)) for array in arrays)
     best = math.inf

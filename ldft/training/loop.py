@@ -1,7 +1,7 @@
 """The timed loop.
 
-An iteration goes from barrier and synchronise to barrier and synchronise; its time is that of the slowest rank, and the parts
-are that rank's. On CUDA the parts are read from events, so that nothing waits inside the iteration that would not otherwise.
+An iteration lasts from one barrier and device synchronisation to the next; its time, and the times of its parts, are those of the
+slowest rank. On CUDA the parts are read from events, so that timing adds no waits inside the iteration.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Samples:
 
 
 class Clock:
-    """Marks in the order of the device's work; differences in seconds once the device has been synchronised."""
+    """Time stamps in the order of the device's work; their differences, in seconds, are available after synchronising the
+    device."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -67,11 +68,11 @@ def run(
     report: Callable[[Samples], None],
     watch: Callable[[int], AbstractContextManager[None]],
 ) -> Samples:
-    """Train `train.iterations` updates; `report` is called after each with all samples so far, `watch` is a context around each."""
+    """Train for `train.iterations` updates. report: called after each with all samples so far. watch: a context around each."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     steps = config.train.gradient_accumulation_steps
     samples = Samples()
-    # Python's collector would stop the world at moments of its own choosing; it runs between the iterations instead.
+    # Python's garbage collector would run at arbitrary moments; run it between iterations instead.
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -1,7 +1,7 @@
 """`python -m scripts.setup run|test`, by scripts/setup.sh: set up the virtual environment VENV unless it is up to date.
 
-run: ldft, its native module and what it needs, under constraints.txt. test: the packages of the tests and of `make check`, too.
-Compiling the native module takes as long as downloading most packages: both go on at the same time.
+run: ldft, its native module and its dependencies, under constraints.txt. test: also the packages for the tests and `make check`.
+Compiling the native module takes as long as downloading most packages, so both run concurrently.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOG = ROOT / ".build" / "setup.log"
 
 @contextmanager
 def _log(terminal: Terminal) -> Iterator[TextIO]:
-    """The log, empty, held by one set-up at a time: `make -j check test` starts two."""
+    """The emptied log file, locked by one set-up at a time: `make -j check test` starts two."""
     try:
         LOG.parent.mkdir(exist_ok=True)
         log = LOG.open("a")
@@ -38,14 +38,14 @@ def _log(terminal: Terminal) -> Iterator[TextIO]:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            terminal.say("another set-up is at work here; waiting for it")
+            terminal.say("another set-up is running here; waiting for it")
             fcntl.flock(log, fcntl.LOCK_EX)
         log.truncate(0)
         yield log
 
 
 def _finish(jobs: list[Job], terminal: Terminal, environment: Environment) -> Iterator[Job]:
-    """The jobs as they end, and those that are added meanwhile; raises SetupError when one fails, and leaves none running."""
+    """Yield the jobs as they end, including jobs added meanwhile. Raises SetupError if one fails, and leaves none running."""
     try:
         while jobs:
             for job in [job for job in jobs if job.ended() is not None]:
@@ -62,20 +62,20 @@ def _finish(jobs: list[Job], terminal: Terminal, environment: Environment) -> It
 
 
 def _shown(path: Path) -> str:
-    """A path as short as it can be said here."""
+    """The shortest form of a path."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def set_up(environment: Environment, test: bool, wanted: str | None, log: TextIO, terminal: Terminal) -> None:
-    """All steps. wanted: the Python version that was asked for by name. Raises SetupError."""
+    """Run all steps. wanted: the Python version requested by name. Raises SetupError."""
     before, obstacle = environment.stamped(), environment.obstacle(wanted)
     test = test or bool(before.get("test"))
-    # Where only the tests' packages are missing, nothing is built.
+    # If only the tests' packages are missing, nothing is built.
     built = bool(before) and before | {"test": test} == environment.made_from(test)
     needs.check(environment.folder)
     terminal.say(f"setting up {_shown(environment.folder)}, once; the log is {_shown(LOG)}")
     if obstacle:
-        terminal.say(f"{_shown(environment.folder)} is made anew: {obstacle}")
+        terminal.say(f"{_shown(environment.folder)} is being recreated: {obstacle}")
     try:
         environment.folder.mkdir(parents=True, exist_ok=True)
         environment.unstamp()
@@ -101,7 +101,7 @@ def set_up(environment: Environment, test: bool, wanted: str | None, log: TextIO
 
 
 def _wanted() -> str | None:
-    """The version of PYTHON where the user named one; `python3` is whichever there is."""
+    """The version in PYTHON if the user named one; `python3` accepts any version."""
     return None if os.environ["PYTHON"] == "python3" else f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -110,7 +110,7 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> int:
-    """Exit code 0: it is set up. 1: a message says why not. 130: interrupted."""
+    """Exit code 0: set up. 1: failed, with a message. 130: interrupted."""
     test = sys.argv[1] == "test"
     environment, terminal = Environment(Path(os.environ["VENV"]).absolute()), Terminal()
     if _wanted() in (None, environment.made_with()) and environment.up_to_date(test):
@@ -127,7 +127,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         terminal.clear()
-        print("ldft: set-up was interrupted; the same command goes on from here", file=sys.stderr)
+        print("ldft: set-up was interrupted; rerun the same command to resume", file=sys.stderr)
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""The virtual environment as a folder: whether it can be used as it is, and what it was set up from."""
+"""The virtual environment's folder: whether it is usable as it is, and what it was set up from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUPPORTED = ("3.11", "3.12", "3.13")
 
 
 class Environment:
-    """One virtual environment. Its stamp says from what a set-up that came to its end was made."""
+    """One virtual environment. Its stamp records the inputs of the last completed set-up."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -28,11 +28,11 @@ class Environment:
 
     @property
     def site(self) -> Path:
-        """Where packages lie."""
+        """Folder of the installed packages."""
         return self.folder / "lib" / f"python{self.made_with()}" / "site-packages"
 
     def made_with(self) -> str | None:
-        """The Python it was made with, as 3.11; None where there is no virtual environment."""
+        """Version of the Python it was made with, e.g. 3.11; None if there is no virtual environment."""
         try:
             found = re.search(r"^version\w*\s*=\s*(\d+\.\d+)", (self.folder / "pyvenv.cfg").read_text(), re.MULTILINE)
         except OSError:
@@ -40,14 +40,15 @@ class Environment:
         return found[1] if found else None
 
     def stamped(self) -> dict[str, object]:
-        """The stamp; empty where no set-up has come to its end."""
+        """The stamp; empty if no set-up has completed."""
         try:
             return dict(json.loads(self._stamp.read_text()))
         except (OSError, ValueError):
             return {}
 
     def made_from(self, test: bool) -> dict[str, object]:
-        """What the stamp must hold for nothing to be done. Contents, not times: a `git checkout` may change only those."""
+        """The stamp for which nothing needs to be done. Holds hashes of contents, since `git checkout` may change file times
+        only."""
         digest = hashlib.sha256()
         for path in (ROOT / "pyproject.toml", ROOT / "constraints.txt", *native_sources()):
             digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
@@ -60,22 +61,22 @@ class Environment:
         }
 
     def up_to_date(self, test: bool) -> bool:
-        """Whether everything that is asked for is there."""
+        """Whether everything requested is installed."""
         stamped = self.stamped()
         return self.python.exists() and stamped == self.made_from(test or bool(stamped.get("test")))
 
     def stamp(self, test: bool) -> None:
-        """Set-up has come to its end."""
+        """Record that set-up has completed."""
         self._stamp.write_text(json.dumps(self.made_from(test)))
 
     def unstamp(self) -> None:
-        """Set-up begins: should it be cut short, the next one takes nothing for granted."""
+        """Remove the stamp when set-up begins, so that after an interruption the next one checks everything."""
         self._stamp.unlink(missing_ok=True)
 
     def obstacle(self, wanted: str | None) -> str | None:
-        """Why the folder must be made anew; None where it can be used, or is not there yet.
+        """Why the folder must be recreated; None if it is usable or does not exist yet.
 
-        wanted: a Python version that was asked for by name. Raises SetupError where the folder is something else.
+        wanted: a Python version requested by name. Raises SetupError if the folder is not a virtual environment.
         """
         made_with = self.made_with()
         if made_with is None:
@@ -93,7 +94,7 @@ class Environment:
         if made_with not in SUPPORTED:
             return f"its Python {made_with} is not supported"
         if wanted not in (None, made_with):
-            return f"it has Python {made_with}, and {wanted} is asked for"
+            return f"it has Python {made_with}, but {wanted} is requested"
         return None
 
     def _runs(self) -> str | None:
@@ -105,27 +106,27 @@ class Environment:
         return done.stdout.strip() if done.returncode == 0 else None
 
     def has_pip(self) -> bool:
-        """Also False where making the environment was cut short."""
+        """Also False if creating the environment was interrupted."""
         return any(self.site.glob("pip-*.dist-info/RECORD"))
 
     def creation(self, anew: bool) -> list[str]:
-        """The command that makes it. By the Python that it rests on, since the one in it may be about to be removed."""
+        """The command that creates it, with its base Python, since the Python inside may be about to be removed."""
         base = getattr(sys, "_base_executable", None) or sys.executable
         return [base, "-m", "venv", *(["--clear"] if anew else []), str(self.folder)]
 
     def forget_unfinished(self) -> None:
-        """Have packages installed again whose installation was cut short: pip would take them for installed."""
+        """Make pip reinstall packages whose installation was interrupted: it would consider them installed."""
         for package in self.site.glob("*.dist-info"):
             if not (package / "RECORD").exists():
                 shutil.rmtree(package)
 
 
 def native_sources() -> list[Path]:
-    """What the native module is built from."""
+    """Source files of the native module."""
     return [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").iterdir())]
 
 
 def requirements(test: bool) -> list[str]:
-    """What pyproject.toml asks for, with the tests' where `test`."""
+    """The requirements in pyproject.toml, including the tests' if `test`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [*project["dependencies"], *(project["optional-dependencies"]["test"] if test else [])]

@@ -1,4 +1,4 @@
-"""Why a program of set-up failed, in one line where its output is understood, else with its last lines."""
+"""Explains why a set-up program failed: in one line if its output is understood, else with its last lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-AGAIN = "then run the same command again: it goes on from here"
+AGAIN = "then rerun the same command to resume"
 _NETWORK = (
     "NewConnectionError|NameResolutionError|Name or service not known|Temporary failure in name resolution|"
     "Network is unreachable|Connection refused|ProxyError|ConnectTimeoutError|ReadTimeoutError|Max retries exceeded"
@@ -15,7 +15,7 @@ _NETWORK = (
 
 
 def explain(title: str, output: Iterable[str], venv: Path, log: Path) -> str:
-    """One line, followed by the lines of output that matter where ldft has no better explanation."""
+    """One line, followed by the relevant lines of output if ldft has no better explanation."""
     lines = [line for line in output if line.strip()]
     text = "\n".join(lines)
     if re.search("No space left on device|Disk quota exceeded", text):
@@ -29,12 +29,12 @@ def explain(title: str, output: Iterable[str], venv: Path, log: Path) -> str:
 
 
 def cannot_write(venv: Path, reason: str | None) -> str:
-    """For a place that holds no environment."""
+    """The message for a folder that cannot be written."""
     return f"cannot write in {venv} ({reason}); choose a folder that you can write: make run VENV=..."
 
 
 def _relevant(lines: list[str]) -> list[str]:
-    """The compiler's or pip's own errors with a line of context, else the end."""
+    """The compiler's or pip's own errors with a line of context, else the last lines."""
     errors = [number for number, line in enumerate(lines) if re.search(r"\berror:|^ERROR|^\w*Error:", line)]
     if errors:
         return [f"  {line.strip()[:200]}" for line in lines[max(0, errors[0] - 1) :][:10]]

@@ -1,4 +1,4 @@
-"""The programs that set-up starts, pip above all: their output goes to the log, and is read for how far they are."""
+"""The programs that set-up starts, mainly pip: their output goes to the log and is parsed for progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scripts.setup.environment import Environment
 
 
 class Job:
-    """A program that runs beside us, in a session of its own: ending it also ends compilers that it has started."""
+    """A concurrent program in its own session, so that ending it also ends compilers that it has started."""
 
     title = ""
 
@@ -42,20 +42,20 @@ class Job:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.tail.append(line.rstrip())
-            with contextlib.suppress(OSError):  # on a full disk the program itself says so too
+            with contextlib.suppress(OSError):  # on a full disk the program itself reports it too
                 self._log.write(f"{self.title}: {line}")
                 self._log.flush()
             self.read(line)
 
     def read(self, line: str) -> None:
-        """Learn from a line of output."""
+        """Update the progress from a line of output."""
 
     def progress(self) -> str:
-        """How far it is."""
+        """The current progress."""
         return ""
 
     def summary(self) -> str:
-        """What it has done."""
+        """What it did, after it has ended."""
         return self.title
 
     def ended(self) -> int | None:
@@ -79,7 +79,7 @@ class Creation(Job):
 
 
 def pip(environment: Environment) -> list[str]:
-    """The start of a command; our own lines, not pip's, tell how far it is."""
+    """The start of a pip command; pip's own progress display is off, since set-up shows progress itself."""
     return [str(environment.python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
 
 
@@ -94,8 +94,8 @@ class Packages(Job):
         # Beside the packages, where there must be room for them anyway; /tmp is often too small for torch.
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir()
-        # Bytecode of all modules takes pip twice as long as everything else; Bytecode makes that of the few that are needed.
-        # PEP 517 also for DeepSpeed, or an old pip wants the package `wheel` first.
+        # Bytecode of all modules would take pip twice as long as everything else; Bytecode compiles only those needed.
+        # Use PEP 517 for DeepSpeed too, or an old pip needs the package `wheel` first.
         options = ["--no-compile", "--use-pep517", "--progress-bar", "off", "--constraint", str(constraints)]
         super().__init__([*pip(environment), *options, *needed], log, {"TMPDIR": str(self._temporary)})
 
@@ -127,12 +127,12 @@ class Packages(Job):
         return [path for path in self._temporary.rglob("*.whl") if path.is_file()]
 
     def tidy(self) -> None:
-        """Remove what pip had under way."""
+        """Remove pip's temporary files."""
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 class Native(Job):
-    """pip builds ldft's native module and enters the checkout into the environment."""
+    """pip builds ldft's native module and installs the checkout in editable mode."""
 
     title = "native module"
 
@@ -156,9 +156,10 @@ class Native(Job):
 
 
 class Bytecode(Job):
-    """Imports what a run imports, once, so that Python keeps its bytecode.
+    """Imports everything that a run imports, once, so that Python writes its bytecode.
 
-    The first run alone would not do: many images forbid Python to write any, and all their runs would take ten seconds longer.
+    Leaving this to the first run is not enough: many container images forbid Python to write bytecode, and every run would take ten
+    seconds longer.
     """
 
     title = "bytecode"

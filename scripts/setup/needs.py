@@ -1,4 +1,4 @@
-"""What the system must have before anything is installed: venv, a C++ compiler, Python's C headers."""
+"""Checks the system's prerequisites before anything is installed: venv, a C++ compiler, Python's C headers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_HEADERS = (
 
 
 class SetupError(Exception):
-    """Set-up cannot go on; the text says why, and what to do."""
+    """Set-up cannot continue; the text says why, and what to do."""
 
 
 def check(venv: Path) -> None:
@@ -31,10 +31,10 @@ def check(venv: Path) -> None:
 
 
 def variables(venv: Path) -> dict[str, str]:
-    """Environment variables under which compilers find Python's C headers; raises SetupError where there are none.
+    """Environment variables with which compilers find Python's C headers. Raises SetupError if there are no headers.
 
-    On Debian they are a package of their own. Without root it is unpacked into the virtual environment, where ldft's ranks find
-    the headers too.
+    On Debian they are a separate package. Without root it is unpacked into the virtual environment, where ldft's ranks also find
+    the headers.
     """
     if not _has_headers(venv):
         _unpack(venv)

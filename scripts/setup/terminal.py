@@ -1,4 +1,4 @@
-"""What set-up shows: finished steps as lines, and between them how far the others are."""
+"""Output of set-up: finished steps as lines, and the progress of the others between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import time
 
 
 class Terminal:
-    """On a terminal one line is rewritten; elsewhere there are plain lines, ever rarer, so that a slow network fills no log."""
+    """Rewrites one line on a terminal; elsewhere prints plain lines at growing intervals, so that a slow network does not fill
+    logs."""
 
     def __init__(self) -> None:
         self._live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
@@ -22,12 +23,12 @@ class Terminal:
         return time.monotonic() - self._start
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.clear()
         print(f"ldft: {text}", flush=True)
 
     def show(self, text: str) -> None:
-        """How far things are; call it often."""
+        """Show progress; call it often."""
         if self._live:
             line = f"ldft: {text} [{self.elapsed_s:.0f}s]"
             print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
@@ -36,6 +37,6 @@ class Terminal:
             print(f"ldft: {text} [{self.elapsed_s:.0f}s]", flush=True)
 
     def clear(self) -> None:
-        """End the line that is rewritten."""
+        """Clear the progress line."""
         if self._live:
             print("\r\x1b[K", end="", flush=True)

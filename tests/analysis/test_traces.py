@@ -42,7 +42,7 @@ def test_tables_are_the_sums_of_the_samples(rows, samples) -> None:
     read = traces.read(row)
     assert len(read) == len(samples) and read["elapsed_s"].iloc[0] == 0
     by_node, by_role = traces.memory_by_node(read), traces.memory_by_role(read)
-    # Every second sample holds an older reading; the last one counts all the same.
+    # Every second sample has an older reading; the last sample counts nevertheless.
     assert list(by_node.columns) == [0, 1, 2, 3] and len(by_node) == 61
     ranks = samples[100].runs[0].ranks
     at = read["elapsed_s"].iloc[100]

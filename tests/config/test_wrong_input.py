@@ -197,7 +197,7 @@ WRONG = {
         "or force=true",
     ],
     "memory.capacity_gib=0.1": [
-        "force: false, and host memory",
+        "force: false, and not enough host memory",
         "0.1 GiB free by memory.capacity_gib (largest:",
         "or force",
     ],

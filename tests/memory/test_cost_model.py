@@ -123,7 +123,7 @@ def test_optimal_keeps_the_budgets_reaches_the_bound_and_beats_the_greedy(stream
         assert held <= near * (1 + 1e-9)
         gains.append(sum(step_s(sizes, theirs, bandwidths, gpus, streams=streams).values()) / ours)
     assert min(gains) >= 0.999  # the greedy is one of the placements that the program chooses from
-    # Where the update makes one pass, less of a step is the CPU's, and so less is to be gained.
+    # If the update makes one pass, the CPU's part of a step is smaller, so placement can gain less.
     assert statistics.geometric_mean(gains) >= (1.15 if streams is cost_model.STOCK else 1.13)
 
 

@@ -1,4 +1,4 @@
-// The native memory code by itself, without Python: built with sanitizers and run by test_sanitizers.py.
+// Tests the native memory code without Python: built with sanitizers and run by test_sanitizers.py.
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>

@@ -102,7 +102,7 @@ for _name in POLICIES:
 
 @CASES.add("process_default_inherits_numactl")
 def inherits_numactl() -> None:
-    """Without a policy of ours, `numactl ... python -m ldft` keeps its meaning, and we can tell what it is."""
+    """With numa=default, `numactl ... python -m ldft` keeps numactl's policy, and the row records it."""
     with Child("inherit", prefix=("numactl", "--interleave=1,2")) as child:
         check(child.said["policy"] == ["interleave", [1, 2], []], child.said["policy"])
         check_ranges(child.process.pid, child.said["ranges"], {"nodes": [1, 2]}, "under numactl")

@@ -129,7 +129,7 @@ def mirror(codename: str) -> str:
     for suite in (f"{codename}-backports", codename, f"{codename}-updates"):
         if suite in known:
             return known[suite]
-    raise MachineError("apt knows no Debian mirror; check /etc/apt/sources.list* and, as root, run `apt-get update`")
+    raise MachineError("apt has no Debian mirror; check /etc/apt/sources.list* and, as root, run `apt-get update`")
 
 
 def apt_options(work: Path, release: int) -> list[str]:
@@ -160,7 +160,7 @@ def fetch_kernel(work: Path, release: int) -> Path:
     depends = command("apt-cache", *options, "depends", "linux-image-amd64").splitlines()
     names = [line.split()[-1] for line in depends if "Depends: linux-image-" in line]
     if not names:
-        raise MachineError("apt knows no linux-image-amd64; run, as root, `apt-get update` and try again")
+        raise MachineError("apt has no linux-image-amd64; run `apt-get update` as root and try again")
     print(f"numa-vm: fetching {names[0]}", flush=True)
     # apt drops its privileges for a download when its own user may write there, and warns otherwise; as root is fine.
     command("apt-get", *options, "-o", "APT::Sandbox::User=root", "download", "-qq", names[0], cwd=work)
@@ -256,7 +256,7 @@ def start_script(words: list[str], control: Path) -> str:
 
 
 def run(words: list[str], folder: Path, limit_s: float) -> int:
-    """Boots, runs `words`, returns its status; raises MachineError when the machine did not come to an end by itself."""
+    """Boots, runs `words`, returns its status; raises MachineError if the machine did not shut down on its own."""
     require_ready()
     folder = folder.absolute()
     control = folder / ".machine" / str(os.getpid())  # two machines may share a folder

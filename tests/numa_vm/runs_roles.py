@@ -1,4 +1,4 @@
-"""Whole runs: each role of tensors by itself. The row says what was asked, and the watcher finds DeepSpeed's own tensors there."""
+"""Whole runs with each role placed alone. The row has the requested shares, and the watcher finds DeepSpeed's own tensors there."""
 
 from numa_vm.whole import Runs, Seen
 

@@ -128,7 +128,7 @@ def test_swap_files_go_with_their_run(tmp_path: Path) -> None:
 def test_swap_files_of_a_run_that_was_killed_go_before_the_space_is_looked_at(tmp_path, other_run, monkeypatch) -> None:
     run, left = other_run
     config, settings = nvme(tmp_path)
-    # A process of another container is in no /proc of ours; its lock is seen all the same.
+    # A process in another container is not in this /proc; its lock is visible nevertheless.
     monkeypatch.setattr(os, "getpid", lambda: 1)
     swap_files.prepare(config, settings)
     assert (left / "file").exists(), "its run lives"

@@ -79,7 +79,7 @@ def test_each_node_where_a_placement_leaves_no_choice(machine) -> None:
 
 def test_a_dry_run_says_so(machine) -> None:
     text = dry_run.describe(compose("model=llama3_8b", "launch.device=cpu", "seq_len=32k"))
-    assert "\ndoes not fit here: force: false, and host memory" in text
+    assert "\ndoes not fit here: force: false, and not enough host memory" in text
     text = dry_run.describe(compose("model=llama3_8b", "launch.device=cpu", "seq_len=32k", "force=true"))
     assert "\ndoes not fit here, but force=true runs it anyway: not enough host memory: " in text
 

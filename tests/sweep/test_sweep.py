@@ -231,7 +231,7 @@ def test_killed_in_the_middle_and_continued_by_two_at_once_every_cell_is_run_onc
     assert not alive, "orphans"
     nothing_torn(killed.results_dir)
     assert second != first and len(results.read(killed.results_dir)) == 1
-    # Nobody has waited for the killed one yet: it is a zombie, and dead all the same.
+    # Nobody has waited for the killed process yet: it is a zombie, but counts as dead.
     both = [start(*line), start(*line)]
     ended = [sweep.end() for sweep in both]
     rows = results.read(killed.results_dir)

@@ -1,15 +1,15 @@
-"""The output of attention is kept by the forward pass, so that computing a checkpointed layer again need not run attention again.
+"""Keeps attention outputs from the forward pass, so that recomputing a checkpointed layer does not rerun attention.
 
-At long context attention is the costly part of a layer's forward pass, and its output is no larger than the layer's input: the best
-bargain among all activations (MEMO, arXiv 2407.12117, keeps it in host memory too).
+At long context, attention is the most expensive part of a layer's forward pass, but its output is no larger than the layer's input:
+the best ratio of time saved to memory among all activations (MEMO, arXiv 2407.12117, also keeps it in host memory).
 
-How: torch's checkpoint takes a pair of contexts, one around the forward pass, one around the recomputation. Ours are dispatch
-modes: they see each operator below autograd. The first notes what an attention operator returns: the output and all that its
-backward needs, such as the log-sum-exp and the random state of dropout. The second answers the same call with it. So autograd makes
-the node that it would have made: queries, keys and values of the recomputation, output and log-sum-exp of the forward pass.
+How: torch's checkpoint takes a pair of contexts, one around the forward pass, one around the recomputation. ldft's are dispatch
+modes, which see each operator below autograd. The first stores what an attention operator returns: the output and everything that
+its backward needs, such as the log-sum-exp and dropout's random state. The second returns this for the same call. So autograd
+builds the usual node: queries, keys and values from the recomputation, output and log-sum-exp from the forward pass.
 
-Why not torch's create_selective_checkpoint_contexts: it leaves what it keeps where it is and counts the calls of every other
-operator. Memory, streams and the random state that attention's dropout leaves behind are ours to handle.
+Why not torch's create_selective_checkpoint_contexts: it keeps outputs where they are and counts the calls of every other operator.
+This module must handle memory, streams, and the random state after attention's dropout itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldft.errors import ConfigError
 
-# Operators that are attention as a whole, by what torch's dispatcher calls them. All return the output first, then the log-sum-exp.
+# Operators that compute attention as a whole, by their dispatcher names. All return the output first, then the log-sum-exp.
 OPERATORS = frozenset(
     {
         "aten::_scaled_dot_product_cudnn_attention",
@@ -35,31 +35,31 @@ OPERATORS = frozenset(
 )
 
 Outputs = tuple[Any, ...]
-"""What an attention operator returns: tensors, and numbers or None where it has no tensor."""
+"""The return values of an attention operator: tensors, numbers or None."""
 
 
 class WaitingOutputs(Protocol):
-    """What one call of attention returned, waiting for its backward pass."""
+    """The outputs of one attention call, kept for its backward pass."""
 
     def restore(self) -> Outputs:
-        """The same on the device, detached."""
+        """The outputs on the device, detached."""
 
 
 class Store(Protocol):
-    """Keeps what attention returns."""
+    """Keeps attention outputs."""
 
     def keep(self, group: int, position: int, outputs: Outputs) -> WaitingOutputs:
-        """Take what the call at `position` of a group returned; both come in order, and 0, 0 begins a new forward pass."""
+        """Take the outputs of the call at `position` in a group; both numbers come in order, and 0, 0 begins a new forward pass."""
 
     def end(self, group: int) -> None:
-        """The forward pass of the group has ended."""
+        """Called when the group's forward pass has ended."""
 
     def host_tensors(self) -> list[torch.Tensor]:
-        """The host memory that it waits in, made before training; empty if none."""
+        """The host memory for outputs, allocated before training; empty if none."""
 
 
 class Held:
-    """Outputs that stay where they are; also guards others, while they are copied, against a layer that writes into them."""
+    """Outputs that stay where they are. Also detects a layer that writes into outputs while they are being copied."""
 
     def __init__(self, outputs: Outputs) -> None:
         self.outputs = tuple(detached(value) for value in outputs)
@@ -70,7 +70,7 @@ class Held:
         return tuple(detached(value) for value in self.outputs)
 
     def check(self) -> None:
-        """Raise where somebody has written into an output since."""
+        """Raise if an output has been modified since."""
         if [_version(value) for value in self.outputs] != self._versions:
             raise RuntimeError(
                 "checkpointing: a layer changes the output of its attention in place; use checkpointing.keep_attention=none"
@@ -91,26 +91,27 @@ class DeviceOutputs:
 
 
 class KeptAttention:
-    """Makes the pair of contexts for each checkpointed group. operators: others for tests."""
+    """Creates the pair of contexts for each checkpointed group. operators: can be replaced in tests."""
 
     def __init__(self, store: Store, operators: frozenset[str] = OPERATORS) -> None:
         self.store, self.operators = store, operators
 
     def contexts(self, group: int) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-        """Around the forward pass of a group, and around its recomputation."""
+        """The contexts for a group's forward pass and for its recomputation."""
         kept: list[_Call] = []
         return _Keep(self, group, kept), _Give(self, kept)
 
 
 class _Call:
-    """One call of attention: which operator, what waits, and the random state that it left."""
+    """One attention call: its operator, its kept outputs, and the random state after it."""
 
     def __init__(self, operator: str, device: torch.device, waiting: WaitingOutputs) -> None:
         self.operator, self._device, self._waiting = operator, device, waiting
         self._random = _random_state(device)
 
     def repeat(self) -> Outputs:
-        """As if it ran: dropout that comes after it must draw what it drew in the forward pass."""
+        """Return the outputs and set the random state as after the call, so that later dropout draws the same as in the forward
+        pass."""
         _set_random_state(self._device, self._random)
         return self._waiting.restore()
 
@@ -144,7 +145,7 @@ class _Give(TorchDispatchMode):
         self._owner, self._kept, self._next = owner, kept, 0
 
     def __enter__(self) -> _Give:
-        self._next = 0  # a graph that is kept may be run backward again
+        self._next = 0  # a retained graph may be run backward again
         super().__enter__()
         return self
 
@@ -158,9 +159,9 @@ class _Give(TorchDispatchMode):
 
 
 def detached(value: Any) -> Any:
-    """An alias without a graph that shares the version counter; what is no tensor, as it is.
+    """An alias without a graph that shares the version counter; a value that is not a tensor is returned unchanged.
 
-    Below autograd `detach` would start a counter of its own, were it not for the key (as in torch/utils/checkpoint.py, 2.13).
+    Below autograd, `detach` would start a new counter without this dispatch key (as in torch/utils/checkpoint.py, 2.13).
     """
     if not isinstance(value, torch.Tensor):
         return value

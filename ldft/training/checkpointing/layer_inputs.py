@@ -1,17 +1,18 @@
-"""Layer inputs that wait in host memory: out while the forward pass goes on, back one ahead of the backward pass.
+"""Layer inputs in host memory: copied out during the forward pass, copied back one group ahead of the backward pass.
 
     forward   compute |  group 0  |  group 1  |  group 2  | loss
               to host |  0        |  1        |             the last input stays: its backward comes first
     backward  compute |  group 2  |  group 1  |  group 0  |
               to device  1        |  0        |
 
-Host memory is one arena, made before training and cut into a slot a group, in exact bytes; the same slots serve every
-micro-batch. On the device at most two inputs exist at any time: the one in use and the one on its way. For that, backward
-alternates between two buffers, made at its start and dropped at its end. When the input of a group is asked for, autograd has
-finished with the group after it (it runs nodes in the reverse order of the forward pass), so its buffer takes the group before.
+Host memory is one arena, allocated before training and divided into one slot per group, with no rounding; every micro-batch
+reuses the slots. The device holds at most two inputs at any time: the one in use and the one being copied. The backward pass
+alternates between two buffers, allocated at its start and dropped at its end. When a group's input is requested, autograd has
+finished the following group (it runs nodes in the reverse order of the forward pass), so that group's buffer receives the input of
+the preceding one.
 
-Why a buffer or an input is never freed or overwritten too early: see copies.py. A slot belongs to the latest forward pass. An
-earlier one that never had its backward is forgotten; to run it after all is an error, not a wrong gradient.
+copies.py explains why a buffer or an input is never freed or overwritten too early. A slot belongs to the latest forward pass. An
+earlier pass without a backward is discarded; calling its backward later raises an error, and never gives a wrong gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ldft.training.checkpointing.copies import Lane, Lanes, arenas, as_bytes, la
 
 @dataclass(slots=True)
 class _Slot:
-    """Room for one input in host memory, and which forward pass filled it, with what."""
+    """Host memory for one input, with the forward pass that filled it and the input's layout."""
 
     bytes: torch.Tensor
     forward: int = -1
@@ -42,7 +43,7 @@ class _Slot:
 
 @dataclass(slots=True)
 class _Buffer:
-    """Room for one input on the device: what it holds, and the end of the copy that brought it."""
+    """Device memory for one input: which input it holds, and the end of the copy into it."""
 
     bytes: torch.Tensor
     holds: tuple[int, int]
@@ -51,10 +52,11 @@ class _Buffer:
 
 
 class HostInputs:
-    """Keeps the input of every group but the last in host memory. Raises HostMemoryError when that cannot be had.
+    """Keeps the input of every group but the last in host memory. Raises HostMemoryError if that memory cannot be allocated.
 
-    groups: of layers in one forward pass. bytes_each: of the largest input. placement: of the memory; None: wherever the process
-    allocates. pin: register it, so that copies run beside the computation. lanes: None: some of its own.
+    groups: layer groups per forward pass. bytes_each: bytes of the largest input. placement: of the memory; None: the process
+    policy.
+    pin: register the memory, so that copies overlap computation. lanes: None: create new ones.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class HostInputs:
         self._forward = 0
 
     def host_tensors(self) -> list[torch.Tensor]:
-        """The memory that inputs wait in, for an audit by role."""
+        """The memory for inputs, for the audit by role."""
         return self._arenas
 
     def keep(self, group: int, hidden_states: torch.Tensor) -> KeptInput:
@@ -87,7 +89,7 @@ class HostInputs:
         if group == 0:
             self._forward += 1
             self._drop_buffers()
-        # Of a strided input a contiguous copy leaves; it is the copy that must stay until it has.
+        # A strided input is copied out through a contiguous copy, which must stay alive until the transfer has ended.
         source = hidden_states.detach() if hidden_states.is_contiguous() else hidden_states.detach().contiguous()
         kept = KeptInput(self, group, self._forward, hidden_states.requires_grad, source._version)
         if group == len(self._slots):
@@ -102,12 +104,12 @@ class HostInputs:
                 "no batch may have more tokens than train.micro_batch_size * seq_len.tokens"
             )
         slot.forward = self._forward
-        # Until the compute stream has waited for the copy, the input must stay: the allocator would give its memory away.
+        # Keep the input alive until the compute stream has waited for the copy, or the allocator would reuse its memory.
         self._leaving = kept, source, self._lanes.copy(Lane.to_host, slot.bytes[: slot.used], as_bytes(source))
         return kept
 
     def _release_left(self) -> None:
-        """The input before has had a whole group's time to leave: wait for it, which takes no time, and let it go."""
+        """Release the previous input: its copy had a whole group's time, so waiting for it takes almost no time."""
         if self._leaving:
             kept, source, end = self._leaving
             self._leaving = None
@@ -115,7 +117,7 @@ class HostInputs:
             kept.check(source)
 
     def restore(self, kept: KeptInput) -> torch.Tensor:
-        """The input on the device again, in the backward pass; the one before it sets out."""
+        """Return the input to the device in the backward pass, and start copying the preceding one."""
         if kept.stayed is None:
             states = self._arrived(kept.group, kept.forward)
         else:
@@ -135,7 +137,7 @@ class HostInputs:
         return buffer.bytes[: slot.used].view(slot.dtype).view(slot.shape)
 
     def _bring(self, group: int, forward: int) -> _Buffer:
-        """The buffer that holds this input, or will once its copy has ended."""
+        """The buffer that holds this input now or once its copy has ended."""
         slot = self._slots[group]
         if slot.forward != forward:
             raise RuntimeError(
@@ -144,7 +146,7 @@ class HostInputs:
             )
         buffer = self._buffers[group % 2]
         if buffer is None or buffer.bytes.numel() < slot.used:
-            # From the compute stream's memory; the copy is behind whatever that stream still does in it.
+            # Allocated on the compute stream; the copy starts after any work that stream still does in this memory.
             buffer = _Buffer(torch.empty(slot.used, dtype=torch.uint8, device=self._device), (-1, -1), None)
             self._buffers[group % 2] = buffer
         if buffer.holds != (group, forward):
@@ -153,7 +155,7 @@ class HostInputs:
         return buffer
 
     def _drop_buffers(self) -> None:
-        """Give the buffers back, those with a copy that nobody waited for (the backward pass had failed) after it."""
+        """Free the buffers. If nobody waited for a buffer's copy (the backward pass failed), wait for it first."""
         for buffer in self._buffers:
             if buffer and not buffer.waited:
                 self._lanes.wait(buffer.end)
@@ -162,7 +164,7 @@ class HostInputs:
 
 @dataclass(slots=True)
 class KeptInput:
-    """One input that waits."""
+    """One kept input."""
 
     owner: HostInputs
     group: int
@@ -175,7 +177,7 @@ class KeptInput:
         return self.owner.restore(self)
 
     def check(self, input: torch.Tensor) -> None:
-        """Raise where the layer has written into its own input: what waits may be either state of it."""
+        """Raise if the layer has modified its own input: the kept copy may be from before or after."""
         if input._version != self.version:
             raise RuntimeError(
                 f"checkpointing: a layer of group {self.group} changes its input in place; use checkpointing=none"

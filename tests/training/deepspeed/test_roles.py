@@ -25,7 +25,7 @@ NANO = ("model=nano", "data=repeat", "seq_len.tokens=8", "train.iterations=4", "
         "checkpointing=gpu", "optimizer.learning_rate=2e-3", "launch.device=cpu")  # fmt: skip
 PARAMETERS = 1_122_624
 SUB_GROUPS = "offload.deepspeed={zero_optimization:{sub_group_size:400000}}"
-# Every role by itself, in every kind that one node allows; the weighted one by stripes.
+# Every role alone, with every kind that one node allows; the weighted kind by stripes.
 PLACED = [
     "numa.scope=roles",
     f"numa.roles.master_weights.nodes=[{NODE}]",
@@ -94,7 +94,7 @@ def stock_trains(shape: str) -> bool:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Every shape as stock DeepSpeed trains it, with exact arenas, and with every role placed by itself."""
+    """Every shape with stock DeepSpeed, with exact arenas, and with every role placed alone."""
     cases = {}
     for name, overrides in SHAPES.items():
         if request.param == 2 and name not in ON_TWO_RANKS:
