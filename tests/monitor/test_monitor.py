@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.test_failures import ENDLESS, Running
-from tests.test_sampler import HOLDS, numastat, start
 
 from ldft import results
 from tests.conftest import FAST
+from tests.monitor.test_sampler import HOLDS, numastat, start
+from tests.runner.test_failures import ENDLESS, Running
 
 _ = start  # a fixture
 NOBODY = 65534

@@ -19,11 +19,11 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from test_failures import memory_group
 
 from ldft import results
 from ldft.results import schema
 from tests.conftest import long
+from tests.runner.test_failures import memory_group
 
 # Nothing that a cell need not have: two iterations of sixteen tokens, no operators to load.
 SHORT = ("model=nano", "offload=none", "train.iterations=2", "train.warmup_iterations=1")
