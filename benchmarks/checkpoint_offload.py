@@ -78,7 +78,8 @@ class Subject:
             loss: torch.Tensor = self.network(input_ids=self.tokens, labels=self.tokens).loss
             return loss
         states = self.network.model(input_ids=self.tokens).last_hidden_state[0, :-1]
-        labels, total = self.tokens[0, 1:], states.new_zeros((), dtype=torch.float32)
+        labels = self.tokens[0, 1:]
+        total: torch.Tensor = states.new_zeros((), dtype=torch.float32)
         for first in range(0, len(labels), _CHUNK):
             part = slice(first, first + _CHUNK)
             total = total + checkpoint(self._chunk, states[part], labels[part], use_reentrant=False)
@@ -113,11 +114,17 @@ class Subject:
 
     def _inputs(self) -> HostInputs:
         pin = self.device.type == "cuda"
-        return self._once("cpu", lambda: HostInputs(len(self.layers), self.input_bytes, self.device, pin=pin))
+        kept: HostInputs = self._once(
+            "cpu", lambda: HostInputs(len(self.layers), self.input_bytes, self.device, pin=pin)
+        )
+        return kept
 
     def _outputs(self) -> HostOutputs:
         size, pin = host_estimate.attention_output_bytes(self.config), self.device.type == "cuda"
-        return self._once("cpu+attention", lambda: HostOutputs(len(self.layers), 1, size, self.device, pin=pin))
+        kept: HostOutputs = self._once(
+            "cpu+attention", lambda: HostOutputs(len(self.layers), 1, size, self.device, pin=pin)
+        )
+        return kept
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._kept:
@@ -216,7 +223,7 @@ def run(shape: str, modes: list[str], rounds: int, device: torch.device) -> list
 
 def report(samples: list[dict[str, Any]], modes: list[str]) -> None:
     def median(name: str, key: str) -> float:
-        return statistics.median(s[key] for s in samples if s["mode"] == name and not s["warmup"])
+        return float(statistics.median(s[key] for s in samples if s["mode"] == name and not s["warmup"]))
 
     first = samples[0]
     layers, size = first["layers"], first["layer_input_bytes"]
@@ -256,7 +263,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     arguments = parser.parse_args()
-    device = torch.device(arguments.device, 0 if arguments.device == "cuda" else None)
+    device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
     torch.manual_seed(0)
     commit, dirty = environment.source_commit()
     machine = {

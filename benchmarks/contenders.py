@@ -37,8 +37,8 @@ Settings = dict[str, Any]
 def stock(config: Config) -> Settings:
     """The settings that a DeepSpeed user must write: batch, precision, optimizer and offload; the rest is DeepSpeed's default."""
     ours = deepspeed_config.build(config)
-    written = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    written += ("bf16", "fp16", "optimizer", "steps_per_print")
+    written = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"]
+    written += ["bf16", "fp16", "optimizer", "steps_per_print"]
     zero = {name: ours["zero_optimization"][name] for name in ("stage", "offload_param", "offload_optimizer")}
     return {name: ours[name] for name in written} | {"zero_optimization": zero}
 

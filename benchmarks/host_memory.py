@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ldft import _native, environment
-from ldft.memory import allocator
+from ldft.memory import placing
 from ldft.memory.probe import process_memory
 
 GIB = 1 << 30
@@ -56,7 +56,7 @@ def grow(gib: float) -> float:
     return time.perf_counter() - start
 
 
-def tensor_elements(shape: tuple[Any, ...]) -> list[int]:
+def tensor_elements(shape: tuple[int, ...]) -> list[int]:
     """Elements of every weight of a model."""
     layers, hidden, wide, heads, kv_heads, head, vocabulary, tied, biases = shape
     query, key = heads * head, kv_heads * head
@@ -215,7 +215,7 @@ def main() -> None:
     for name, why in missing.items():
         print(f"left out: {name} ({why})")
     # Growing is what --grow is for; the machine's size as shown may lag behind.
-    allocator.settings.capacity_gib = arguments.grow or None
+    placing.settings.capacity_gib = arguments.grow or None
 
     limit = limits(min(8.0, *arguments.gib))
     # Unmeasured: the first registration of this size also builds page tables that later ones find.

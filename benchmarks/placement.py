@@ -39,7 +39,9 @@ def run(mode: str, overrides: list[str], folder: Path) -> pa.Table:
 
 def needed_gib(row: dict[str, Any]) -> float:
     """GiB that roles and layer inputs need, over all ranks."""
-    sizes = {(entry["host"], entry["rank"], entry["role"]): entry["bytes"] for entry in row["roles"]}
+    sizes: dict[tuple[str, int, str], int] = {
+        (entry["host"], entry["rank"], entry["role"]): entry["bytes"] for entry in row["roles"]
+    }
     return sum(sizes.values()) / 2**30
 
 

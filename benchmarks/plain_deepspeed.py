@@ -15,6 +15,7 @@ import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
     os.environ.setdefault(name, value)
@@ -80,7 +81,7 @@ engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters
 init_s = time.time() - start
 
 
-def mark():
+def mark() -> Any:
     """A time stamp in the order of the device's work; readable after synchronising."""
     if not cuda:
         return time.perf_counter()
@@ -101,7 +102,7 @@ def peak_host_gib() -> float:
     return (int(fields["VmHWM"].split()[0]) - int(fields["RssFile"].split()[0])) / 2**20
 
 
-def write(samples: dict) -> None:
+def write(samples: dict[str, Any]) -> None:
     """Collective over all ranks; called after every iteration, so that a run that dies leaves its results so far."""
     here = (peak_host_gib(), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)
     everywhere = [here] * int(os.environ["WORLD_SIZE"])
@@ -122,7 +123,7 @@ def write(samples: dict) -> None:
 train = config["train"]
 shape = (train["micro_batch_size"], config["seq_len"]["tokens"])
 torch.manual_seed(1 + rank)
-samples: dict = {name: [] for name in ("iteration_s", "forward_s", "backward_s", "step_s", "loss")}
+samples: dict[str, Any] = {name: [] for name in ("iteration_s", "forward_s", "backward_s", "step_s", "loss")}
 # Around everything, since gradient checkpointing recomputes attention in the backward pass.
 with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if options.attention == "sdpa_cudnn" else nullcontext():
     for _ in range(train["iterations"]):

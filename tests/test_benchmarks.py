@@ -20,6 +20,16 @@ from tests.conftest import long
 FOLDER = PACKAGE_DIR.parent / "benchmarks"
 
 
+def run(script: str, out: Path, *words: str) -> str:
+    """Run a benchmark on the CPU to its end; returns what it prints."""
+    command = [sys.executable, str(FOLDER / script), str(out), *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.fixture
 def contenders(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(FOLDER))
@@ -57,13 +67,9 @@ def test_peers_differ_from_ours_in_what_their_names_say(contenders) -> None:
 @long
 def test_runs_leave_raw_samples(tmp_path: Path) -> None:
     out = tmp_path / "training.parquet"
-    command = [sys.executable, FOLDER / "training.py", out, "--contenders", "ours-as-plain", "seed", "plain-same"]
-    command += ["--note", "a test", "--timeout", "300", "model=nano", "seq_len.tokens=32", "train.iterations=3"]
-    command += ["train.warmup_iterations=1"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["--contenders", "ours-as-plain", "seed", "plain-same", "--note", "a test", "--timeout", "300"]
+    words += ["model=nano", "seq_len.tokens=32", "train.iterations=3", "train.warmup_iterations=1"]
+    said = run("training.py", out, *words)
     records = {record["contender"]: record for record in pq.read_table(out).to_pylist()}
     assert list(records) == ["ours-as-plain", "seed", "plain-same"]
     for record in records.values():
@@ -75,7 +81,7 @@ def test_runs_leave_raw_samples(tmp_path: Path) -> None:
     for total, *spent in zip(records["plain-same"]["iteration_s"], *parts, strict=True):
         assert 0.5 * total < sum(spent) <= total
     assert json.loads(records["seed"]["deepspeed_config_json"])["zero_optimization"]["sub_group_size"] == 0
-    assert "ours x" in done.stdout and done.stdout.count(": ok in") == 3
+    assert "ours x" in said and said.count(": ok in") == 3
 
 
 @long
@@ -83,18 +89,15 @@ def test_scaling_sets_each_number_of_ranks_beside_the_fewest(tmp_path: Path) -> 
     if len(physical_cores(frozenset(os.sched_getaffinity(0)))) < 2:
         pytest.skip("needs two cores")
     out = tmp_path / "scaling.parquet"
-    command = [sys.executable, FOLDER / "scaling.py", out, "--ranks", "1", "2", "--cores", "1", "--timeout", "300"]
-    command += ["model=nano", "seq_len.tokens=32", "train.iterations=2", "train.warmup_iterations=1"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["--ranks", "1", "2", "--cores", "1", "--timeout", "300"]
+    words += ["model=nano", "seq_len.tokens=32", "train.iterations=2", "train.warmup_iterations=1"]
+    said = run("scaling.py", out, *words)
     records = pq.read_table(out).to_pylist()
     assert [(record["ranks"], record["cores"], record["status"]) for record in records] == [(1, 1, "ok"), (2, 1, "ok")]
     assert [record["tokens_per_iteration"] for record in records] == [32, 64]
     settings = [json.loads(record["config_json"]) for record in records]
     assert [(one["launch"]["num_ranks"], one["results"]["dir"]) for one in settings] == [(1, "results"), (2, "results")]
-    alone, together = (line.split() for line in done.stdout.splitlines()[-2:])
+    alone, together = (line.split() for line in said.splitlines()[-2:])
     assert (alone[1], alone[6], together[1]) == ("1", "1.000", "2")
     rate = float(together[4]) / 2
     assert float(together[5]) == pytest.approx(rate, abs=1)
@@ -104,9 +107,9 @@ def test_scaling_sets_each_number_of_ranks_beside_the_fewest(tmp_path: Path) -> 
 @long
 def test_the_benchmark_of_the_trace_runs_with_and_without_it(tmp_path: Path) -> None:
     out = tmp_path / "monitor.parquet"
-    command = [sys.executable, FOLDER / "monitor.py", out, "--rounds", "1", "--interval", "0.5"]
-    command += ["model=nano", "seq_len.tokens=64", "train.iterations=3", "train.warmup_iterations=1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = ["--rounds", "1", "--interval", "0.5"]
+    words += ["model=nano", "seq_len.tokens=64", "train.iterations=3", "train.warmup_iterations=1"]
+    said = run("monitor.py", out, *words)
     records = pq.read_table(out).to_pylist()
     assert [(record["interval_s"], record["samples"] > 0) for record in records] == [(0.0, False), (0.5, True)]
-    assert "tokens/s with samples over without, by round: " in done.stdout
+    assert "tokens/s with samples over without, by round: " in said

@@ -93,4 +93,4 @@ def test_a_machine_without_a_driver_has_none(show, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pynvml, "nvmlInit", fail)
     show(None)
     assert environment.gpus() == environment.gpu_addresses() == ()
-    assert environment.compute_capability() is environment.gpu_memory_gib() is None
+    assert environment.compute_capability() is None and environment.gpu_memory_gib() is None

@@ -30,7 +30,7 @@ class LdftSweeper(Sweeper):
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         assert self._context is not None
-        tree = self._context.config_loader.load_sweep_config(self._config, overrides).copy()
+        tree: DictConfig = self._context.config_loader.load_sweep_config(self._config, overrides).copy()
         tree._set_flag(["struct", "readonly"], [False, False])
         del tree["hydra"]
         return tree

@@ -92,7 +92,7 @@ def is_alive(folder: Path) -> bool:
     except OSError:
         return False
     if started.get("here") == _here():
-        return _process_start(started["pid"]) == started["pid_start"]
+        return bool(_process_start(started["pid"]) == started["pid_start"])
     return time.time() - beat < HEARTBEAT_DEAD_S
 
 

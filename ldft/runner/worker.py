@@ -96,7 +96,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     from ldft.training.deepspeed import operators, role_memory
 
     device_type = config.launch.device.name
-    device = torch.device(device_type, int(os.environ["LOCAL_RANK"]) if device_type == "cuda" else None)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)
         cuda_build.check(device)

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from ldft.config import Config, run_id
 from ldft.config.root import flatten
@@ -100,6 +101,21 @@ def rows(tmp_path: Path) -> Rows:
 def new_rows(tmp_path: Path) -> Callable[[str], Rows]:
     """More than one results folder."""
     return lambda name: Rows(tmp_path / name)
+
+
+def drawn(figure: Figure | str) -> Figure:
+    """The figure of rows that have something to draw."""
+    assert isinstance(figure, Figure), figure
+    return figure
+
+
+def artists(figure: Figure) -> dict[str, list[Any]]:
+    """Lines, bars and marks by their gid."""
+    found: dict[str, list[Any]] = {}
+    for artist in figure.findobj():
+        if gid := artist.get_gid():
+            found.setdefault(gid, []).append(artist)
+    return found
 
 
 def role(name: str, node: int, gib: float, share: float, asked: float | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import random
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -14,28 +15,25 @@ import pytest
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ldft.config import Config
 from multirun_analysis import load, style
 from multirun_analysis.figures import FIGURES, groups_to_compare, speedup, write_all
-from tests.analysis.conftest import Rows, node, role
+from tests.analysis.conftest import Rows, artists, drawn, node, role
 from tests.synthetic_samples import whole_run
 
 LENGTHS = (4096, 8192, 16384)
 
 
-def _artist(figure: Figure, gid: str) -> Artist:
-    found = [artist for artist in figure.findobj(lambda artist: artist.get_gid() == gid)]
-    assert len(found) == 1, f"{len(found)} artists {gid}; there are {sorted(_gids(figure))}"
-    return found[0]
-
-
-def _gids(figure: Figure) -> set[str]:
-    return {artist.get_gid() for artist in figure.findobj(lambda artist: artist.get_gid() is not None)}
+def _artist(figure: Figure, gid: str) -> Any:
+    found = artists(figure)
+    assert len(found.get(gid, [])) == 1, f"{len(found.get(gid, []))} artists {gid}; there are {sorted(found)}"
+    return found[gid][0]
 
 
 def _title(figure: Figure) -> str:
-    return " ".join(figure._suptitle.get_text().split())
+    return " ".join(figure.get_suptitle().split())
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def df(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 
 
 def test_throughput_has_each_cell_at_its_length(df) -> None:
-    figure = FIGURES["throughput"](df)
+    figure = drawn(FIGURES["throughput"](df))
     line = _artist(figure, "ok|llama3_8b|cxl_aware")
     # Neighbouring points are shifted by less than a tenth of a doubling.
     assert [round(x) for x in line.get_xdata()] == pytest.approx(LENGTHS, rel=0.1)
@@ -89,10 +87,10 @@ def test_throughput_has_each_cell_at_its_length(df) -> None:
 
 @pytest.mark.parametrize("name", ["throughput", "peak_memory"])
 def test_failed_cells_are_marked_at_their_length_in_their_colour(df, name: str) -> None:
-    figure = FIGURES[name](df)
-    marks = {gid for gid in _gids(figure) if gid.startswith("failed")}
+    figure = drawn(FIGURES[name](df))
+    marks = {gid for gid in artists(figure) if gid.startswith("failed")}
     assert marks == {"failed|llama3_8b|default|OOM", "failed|qwen2_5_7b|default|timeout"}
-    mark = figure.findobj(lambda artist: artist.get_gid() == "failed|llama3_8b|default|OOM")[0]
+    mark = _artist(figure, "failed|llama3_8b|default|OOM")
     assert list(mark.get_xdata()) == [16384] and mark.get_color() == style.POLICIES["default"][0]
     low, high = mark.axes.get_ylim()
     assert low < mark.get_ydata()[0] < 0 < high
@@ -101,8 +99,8 @@ def test_failed_cells_are_marked_at_their_length_in_their_colour(df, name: str) 
 
 
 def test_phases_are_bars_of_the_median_seconds(df) -> None:
-    figure = FIGURES["phases"](df)
-    bars = [artist for artist in figure.findobj() if artist.get_gid() == "16k cxl_aware|backward"]
+    figure = drawn(FIGURES["phases"](df))
+    bars = artists(figure)["16k cxl_aware|backward"]
     assert [bar.get_width() for bar in bars] == pytest.approx([0.6 * 16384 / 1100, 0.6 * 16384 / 2200])
     assert [bar.get_x() for bar in bars] == pytest.approx([0.3 * 16384 / 1100, 0.3 * 16384 / 2200])
     notes = [text.get_text() for axes in figure.axes for text in axes.texts]
@@ -111,7 +109,7 @@ def test_phases_are_bars_of_the_median_seconds(df) -> None:
 
 
 def test_speedup_is_over_the_baseline_and_fills_what_differs(df) -> None:
-    figure = speedup(df)
+    figure = drawn(speedup(df))
     line = _artist(figure, "speedup|llama3_8b|cxl_aware")
     assert line.get_ydata() == pytest.approx([1.1, 1.1])  # no baseline at 16k: it failed there
     assert len(_artist(figure, "differs|llama3_8b|cxl_aware").get_ydata()) == 2
@@ -122,7 +120,7 @@ def test_speedup_is_over_the_baseline_and_fills_what_differs(df) -> None:
 
 
 def test_peak_memory_shows_device_and_host(df) -> None:
-    figure = FIGURES["peak_memory"](df)
+    figure = drawn(FIGURES["peak_memory"](df))
     assert list(_artist(figure, "peak_vram_gib|llama3_8b|cxl_aware").get_ydata()) == [4, 8, 16]
     assert list(_artist(figure, "peak_host_gib|qwen2_5_7b|default").get_ydata()) == [8, 16]
     labels = {axes.get_ylabel() for axes in figure.axes}
@@ -130,17 +128,17 @@ def test_peak_memory_shows_device_and_host(df) -> None:
 
 
 def test_memory_by_node_and_role_are_stacked_bars(df) -> None:
-    figure = FIGURES["memory_by_node"](df)
-    bars = [artist for artist in figure.findobj() if artist.get_gid() == "8k default|node 3"]
+    figure = drawn(FIGURES["memory_by_node"](df))
+    bars = artists(figure)["8k default|node 3"]
     assert [bar.get_width() for bar in bars] == [16, 16] and [bar.get_x() for bar in bars] == [8, 8]
     assert "node 0 33%, node 3 67%" in _title(figure)
-    figure = FIGURES["memory_by_role"](df)
-    bar = next(artist for artist in figure.findobj() if artist.get_gid() == "8k default|momentum")
+    figure = drawn(FIGURES["memory_by_role"](df))
+    bar = artists(figure)["8k default|momentum"][0]
     assert bar.get_width() == pytest.approx(3.0)
 
 
 def test_placement_asked_and_found_are_ring_and_dot(df) -> None:
-    figure = FIGURES["placement"](df)
+    figure = drawn(FIGURES["placement"](df))
     name = "llama3_8b 4k cxl_aware: momentum"
     assert list(_artist(figure, f"asked|{name}|3").get_xdata()) == [0.75]
     assert list(_artist(figure, f"found|{name}|3").get_xdata()) == [0.74]
@@ -148,7 +146,7 @@ def test_placement_asked_and_found_are_ring_and_dot(df) -> None:
 
 
 def test_predictions_lie_against_the_measured_peak(df) -> None:
-    figure = FIGURES["predicted"](df)
+    figure = drawn(FIGURES["predicted"](df))
     dots = _artist(figure, "host|cxl_aware")
     assert sorted(dots.get_xdata()) == [8, 8, 16, 16, 32, 32]
     assert sorted(dots.get_ydata()) == pytest.approx([8.8, 8.8, 17.6, 17.6, 35.2, 35.2])
@@ -158,11 +156,11 @@ def test_predictions_lie_against_the_measured_peak(df) -> None:
 def test_nothing_overlaps_or_is_cut(df) -> None:
     """Titles and legends lie inside the figure, tick labels beside each other."""
     for name, draw in FIGURES.items():
-        figure = draw(df)
+        figure = drawn(draw(df))
         with style.styled():
             FigureCanvasAgg(figure).draw()
         whole = figure.bbox
-        inside = [figure._suptitle, *figure.legends, *(axes.title for axes in figure.axes)]
+        inside: list[Artist] = [*figure.texts, *figure.legends, *(axes.title for axes in figure.axes)]
         inside += [label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label)]
         inside += [label for axes in figure.axes for label in axes.get_yticklabels()]
         for artist in inside:
@@ -181,7 +179,7 @@ def test_failures_have_room_where_lengths_are_many(rows) -> None:
         rows.add(tokens=tokens, policy="default", status="oom_host" if place > 6 else "ok")
         rows.add(tokens=tokens, policy="striped", status="skipped" if place > 6 else "ok")
         rows.add(tokens=tokens, policy="striped", seed=1, status="interrupted" if place > 5 else "ok")
-    figure = FIGURES["throughput"](load(rows.folder))
+    figure = drawn(FIGURES["throughput"](load(rows.folder)))
     with style.styled():
         FigureCanvasAgg(figure).draw()
     axes = figure.axes[0]
@@ -205,7 +203,7 @@ def test_labels_of_many_keys_are_wrapped_and_their_marks_differ(rows) -> None:
             rows.add(tokens=1024, policy=policy, config=partial(varied, number), roles=found)
     table = load(rows.folder)
     for name in ("throughput", "placement"):
-        figure = FIGURES[name](table)
+        figure = drawn(FIGURES[name](table))
         with style.styled(), warnings.catch_warnings():
             warnings.simplefilter("error")  # matplotlib's, of a layout that found no room
             FigureCanvasAgg(figure).draw()
@@ -215,7 +213,9 @@ def test_labels_of_many_keys_are_wrapped_and_their_marks_differ(rows) -> None:
         boxes = [text.get_window_extent() for text in texts if text.get_text()]
         assert boxes and all(whole.x0 <= box.x0 and box.x1 <= whole.x1 for box in boxes), name
         if name == "throughput":
-            looks = [(h.get_color(), h.get_marker()) for h in figure.legends[0].legend_handles[:-1]]
+            looks = [
+                (h.get_color(), h.get_marker()) for h in figure.legends[0].legend_handles[:-1] if isinstance(h, Line2D)
+            ]
             assert len(set(looks)) == len(looks) == 8
 
 
@@ -224,7 +224,7 @@ def test_the_same_rows_give_the_same_files(df, tmp_path: Path) -> None:
     some = df[df.model.eq("llama3_8b") & df.seq_len_tokens.gt(4096)]
     first, missing = write_all(some, tmp_path / "a", groups=["numa"])
     assert not missing and len(first) == 2 * len(FIGURES)
-    again = style.save(FIGURES["throughput"](some), tmp_path / "b", "throughput")
+    again = style.save(drawn(FIGURES["throughput"](some)), tmp_path / "b", "throughput")
     for path in again:
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name
     assert dict(mpl.rcParams) == before  # the caller's settings are left alone

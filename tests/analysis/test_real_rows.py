@@ -10,6 +10,7 @@ import pytest
 from multirun_analysis import cells, compare, load, memory_by_node, phases
 from multirun_analysis.__main__ import main
 from multirun_analysis.figures import throughput
+from tests.analysis.conftest import artists, drawn
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +38,10 @@ def test_real_rows_become_tables_and_figures(ldft, folder: Path, capsys: pytest.
     line = compare(df, by="checkpointing", baseline="cpu").iloc[0]
     expected = ok.set_index("variant").tokens_per_s
     assert line.speedup == pytest.approx(expected["checkpointing=none"] / expected["checkpointing=cpu"])
-    figure = throughput(df)
-    points = next(a for a in figure.findobj() if a.get_gid() == "ok|nano|checkpointing=none")
+    figure = artists(drawn(throughput(df)))
+    (points,) = figure["ok|nano|checkpointing=none"]
     assert list(points.get_ydata()) == [expected["checkpointing=none"]]
-    marks = [a for a in figure.findobj() if str(a.get_gid()).startswith("failed")]
+    marks = [mark for gid, marks in figure.items() if gid.startswith("failed") for mark in marks]
     assert [list(mark.get_xdata()) for mark in marks] == [[128]]
     assert main([str(folder)]) == 0
     out = capsys.readouterr().out

@@ -13,6 +13,7 @@ from multirun_analysis import load
 from multirun_analysis.__main__ import main
 from multirun_analysis.figures import throughput
 from multirun_analysis.notebooks import execute
+from tests.analysis.conftest import artists, drawn
 from tests.conftest import long
 
 
@@ -39,19 +40,19 @@ def test_a_smoke_sweep_and_a_failed_run_become_figures_and_a_notebook(tmp_path: 
     assert df.status.value_counts().to_dict() == {"ok": 12, "timeout": 1}
 
     points = {}
-    figure = throughput(df)
-    for artist in figure.findobj():
-        kind, *cell = str(artist.get_gid()).split("|")
+    figure = artists(drawn(throughput(df)))
+    for gid, (artist, *_) in figure.items():
+        kind, *cell = gid.split("|")
         if kind == "ok":
             points[tuple(cell)] = dict(zip(map(int, artist.get_xdata()), artist.get_ydata(), strict=True))
     ok = df[df.ok]
     # Each point against its row: figures may move a marker aside by a little, not the value.
-    drawn = sorted(value for line in points.values() for value in line.values())
-    assert drawn == pytest.approx(sorted(ok.tokens_per_s)) and len(drawn) == 12
+    values = sorted(value for line in points.values() for value in line.values())
+    assert values == pytest.approx(sorted(ok.tokens_per_s)) and len(values) == 12
     for model in ("nano", "tiny"):
         mine = sorted(value for cell, line in points.items() if cell[0] == model for value in line.values())
         assert mine == pytest.approx(sorted(ok[ok.model == model].tokens_per_s))
-    marks = [artist for artist in figure.findobj() if str(artist.get_gid()).startswith("failed")]
+    marks = [mark for gid, marks in figure.items() if gid.startswith("failed") for mark in marks]
     assert [list(mark.get_xdata()) for mark in marks] == [[4096]]
 
     assert main([str(folder)]) == 0

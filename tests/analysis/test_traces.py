@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from ldft.errors import ResultsError
 from ldft.monitor import trace
@@ -15,7 +14,7 @@ from ldft.monitor.samples import Sample
 from multirun_analysis import load, traces
 from multirun_analysis.__main__ import main
 from multirun_analysis.figures import devices_over_time, memory_over_time
-from tests.analysis.conftest import Rows
+from tests.analysis.conftest import Rows, artists, drawn
 from tests.synthetic_samples import whole_run
 
 GIB = 1 << 30
@@ -30,10 +29,6 @@ def add(rows: Rows, samples: list[Sample]) -> Path:
     """A row with a trace beside it; returns the trace."""
     row = rows.add(policy="weighted_0_3", device_type="cuda", peak_host_gib=320.0, samples=samples)
     return row.parent / trace.TRACE_FILE
-
-
-def gids(figure: Figure) -> dict[str, object]:
-    return {a.get_gid(): a for a in figure.findobj(lambda a: a.get_gid() is not None)}
 
 
 def test_tables_are_the_sums_of_the_samples(rows, samples) -> None:
@@ -65,25 +60,25 @@ def test_tables_are_the_sums_of_the_samples(rows, samples) -> None:
 def test_the_figure_names_the_peak_and_marks_the_phases(rows, samples) -> None:
     add(rows, samples)
     df = load(rows.folder)
-    figure = memory_over_time(df)
+    figure = drawn(memory_over_time(df))
     by_node = traces.memory_by_node(traces.read(df.iloc[0])).sum(axis=1)
-    found = gids(figure)
+    found = artists(figure)
     assert {"area|node 0", "area|node 3", "area|momentum", "area|other", "phase|train"} <= set(found)
-    peak = found["peak"].get_xydata()[0]
+    peak = found["peak"][0].get_xydata()[0]
     assert tuple(peak) == (by_node.idxmax(), by_node.max())
     assert [text.get_text() for text in figure.axes[1].texts] == ["start", "model", "training"]
-    title = " ".join(figure._suptitle.get_text().split())
+    title = " ".join(figure.get_suptitle().split())
     assert title.startswith("Host memory of tiny 1k weighted_0_3 peaks at ") and "in iteration" in title
     assert title.split(" peaks at ")[1].startswith(f"{by_node.max():.0f} GiB")
     # The highest area of the nodes ends where their sum is.
-    tops = found["area|node 3"].get_paths()[0].vertices[:, 1]
+    tops = found["area|node 3"][0].get_paths()[0].vertices[:, 1]
     assert tops.max() == pytest.approx(by_node.max())
 
 
 def test_no_text_of_the_figures_lies_over_another(rows, samples) -> None:
     add(rows, samples)
     for draw in (memory_over_time, devices_over_time):
-        figure = draw(load(rows.folder))
+        figure = drawn(draw(load(rows.folder)))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         for axes in figure.axes:
@@ -93,11 +88,11 @@ def test_no_text_of_the_figures_lies_over_another(rows, samples) -> None:
 
 def test_devices_are_drawn_of_every_rank(rows, samples) -> None:
     add(rows, samples)
-    figure = devices_over_time(load(rows.folder))
-    found = gids(figure)
+    figure = drawn(devices_over_time(load(rows.folder)))
+    found = artists(figure)
     assert {"vram|0", "vram|1", "pcie|rx", "pcie|tx"} <= set(found)
     both = [rank.device.pcie_tx_kb_per_s // 1000 for rank in samples[7].runs[0].ranks]
-    assert found["pcie|tx"].get_ydata()[7] == pytest.approx(sum(both) / 1000)
+    assert found["pcie|tx"][0].get_ydata()[7] == pytest.approx(sum(both) / 1000)
 
 
 def test_without_a_trace_a_sentence_stands_in_its_place(rows, samples) -> None:
@@ -109,7 +104,7 @@ def test_without_a_trace_a_sentence_stands_in_its_place(rows, samples) -> None:
         == ("no row has a trace; runs leave one with monitor.interval_s above 0")
     )
     path = add(rows, samples)
-    assert isinstance(memory_over_time(load(rows.folder)), Figure)
+    drawn(memory_over_time(load(rows.folder)))
     path.write_bytes(b"PAR1 torn")
     with pytest.raises(ResultsError, match=r"cannot read .*trace\.parquet.*; run the cell again"):
         memory_over_time(load(rows.folder))

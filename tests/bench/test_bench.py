@@ -46,7 +46,7 @@ def test_rows_profile_and_the_plan_that_uses_it(tmp_path: Path) -> None:
     assert len(one) == 4 * 2 * (1 + 2)  # kernels, sizes, processes of both counts
     assert (one["gb_per_s"] > 0).all() and one["samples_s"].map(len).eq(3).all()
     assert one["elements"].mul(4).equals(one["array_bytes"])
-    adam = duckdb.sql(f"select traffic_bytes / elements from '{file}' where kernel = 'adam'").fetchall()
+    adam = duckdb.execute(f"select traffic_bytes / elements from '{file}' where kernel = 'adam'").fetchall()
     assert {each for (each,) in adam} == {28.0}
     text = (tmp_path / "config" / "ldft" / "hardware").glob("*.json")
     assert len(list(text)) == 1 and not list(tmp_path.rglob("*.tmp"))

@@ -108,7 +108,8 @@ class Fake(dict):
         for rank in range(num_ranks):
             (folder / f"rank-{rank}.json").write_text('{"iteration_s": [1.0, 1.0, 1.0, 1.0, 2.0], "init": {}, '
                                                       '"model_tflop_dense": 1, "model_tflop_attention": 1}')  # fmt: skip
-        self.exits, self.pids = [RankExit(rank, 0, None, 0.0, False) for rank in range(num_ranks)], []
+        self.exits = [RankExit(rank, 0, None, 0.0, False) for rank in range(num_ranks)]
+        self.pids: list[int] = []
         self.by_rank: dict[int, int] = {}
         return self
 

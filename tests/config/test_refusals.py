@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from ldft import environment, results
-from ldft.cli import command
 from ldft.results import __main__
 from ldft.runner import parent
 from ldft.sweep import status
@@ -52,7 +51,7 @@ def test_a_bug_says_internal_error_and_keeps_its_traceback(ldft: CLI, monkeypatc
     assert "injected" in log.read_text() and str(log) in done.stderr
 
     # Outside any attempt the log lies where the command was given.
-    monkeypatch.setattr(command.parent, "run", broken)
+    monkeypatch.setattr(parent, "run", broken)
     done = ldft("model=nano")
     assert done.exit_code == 1 and done.stderr.count("\n") == 1 and "internal error" in done.stderr
     assert "injected" in Path("ldft-internal-error.log").read_text()

@@ -16,7 +16,11 @@ def gradients(network: nn.Module, tokens: int, seed: int = 0) -> list[torch.Tens
     torch.manual_seed(seed)
     batch = torch.randint(512, (1, tokens), device="cuda")
     network(input_ids=batch, labels=batch).loss.backward()
-    return [parameter.grad.clone() for parameter in network.parameters()]
+    found = []
+    for parameter in network.parameters():
+        assert parameter.grad is not None
+        found.append(parameter.grad.clone())
+    return found
 
 
 def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:

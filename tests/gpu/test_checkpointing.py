@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ldft import results
@@ -30,7 +31,7 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def build(precision: str, dropout: float = 0.0) -> nn.Module:
+def build(precision: str, dropout: float = 0.0) -> PreTrainedModel:
     config = compose(
         *("model=nano", f"model.num_layers={LAYERS}", f"model.hidden_size={HIDDEN}", "model.vocab_size=512"),
         *("offload=none", "checkpointing=none", f"train.precision={precision}", "launch.device=cuda"),

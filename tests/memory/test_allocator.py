@@ -40,7 +40,7 @@ def test_every_dtype_is_zero_and_writable(dtype):
         warnings.simplefilter("ignore")  # torch calls some of its dtypes experimental or deprecated
         tensor = allocate((3, 5, 2), dtype, HERE)
     assert tensor.shape == (3, 5, 2) and tensor.dtype == dtype and tensor.is_contiguous()
-    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), 0, (30 * dtype.itemsize,))
+    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), 0, (30 * dtype.itemsize,), (1,))
     assert int(flat.sum()) == 0
     flat.fill_(255)
 
@@ -92,6 +92,7 @@ def test_views_keep_the_memory_alive():
 def test_numpy_and_parameters_take_it():
     parameter = torch.nn.Parameter(allocate((100, 100), torch.float32, HERE))
     ((parameter - 1) ** 2).sum().backward()
+    assert parameter.grad is not None
     parameter.data.sub_(parameter.grad)
     assert float(parameter.detach().sum()) == 20000
     array = allocate(10, torch.float32, HERE).numpy()

@@ -15,6 +15,7 @@ from ldft.memory.cost_model import Bandwidths, DoesNotFit, shares_of, step_s, st
 from ldft.preflight.strategies import greedy
 from multirun_analysis import published as published_tables
 
+Budgets = dict[tuple[int, ...], float]
 GIB = 2**30
 ROLES = {"momentum": 4, "variance": 4, "master_gradients": 4, "master_weights": 4, "compute_weights": 2}
 # Bytes a parameter, by role, of full offload.
@@ -111,7 +112,8 @@ def test_optimal_keeps_the_budgets_reaches_the_bound_and_beats_the_greedy(stream
         total = sum(sizes.values())
         near = chance.uniform(0.1, 1.3) * total
         far = max(0.0, 1.01 * total - near) + chance.uniform(0.0, 1.0) * total
-        budgets = {(node,): near / len(local) for node in local} | {(node,): far / len(cxl) for node in cxl}
+        budgets: Budgets = {(node,): near / len(local) for node in local}
+        budgets |= {(node,): far / len(cxl) for node in cxl}
         shares = shares_of(cost_model.solve(sizes, bandwidths, budgets, gpus, streams=streams))
         for members, budget in budgets.items():
             held = sum(sizes[role] * of.get(node, 0.0) for role, of in shares.items() for node in members)
@@ -132,7 +134,8 @@ def test_the_bound_is_that_of_a_search_over_all_placements() -> None:
     bandwidths = Bandwidths(
         cpu={0: 278e9, 3: 69e9}, h2d={0: 55e9, 3: 53e9}, d2h={0: 55e9, 3: 37e9}, link_h2d=55e9, link_d2h=55e9
     )
-    sizes, budgets = {"momentum": 30e9, "compute_weights": 10e9}, {(0,): 25e9, (3,): 30e9}
+    sizes = {"momentum": 30e9, "compute_weights": 10e9}
+    budgets: Budgets = {(0,): 25e9, (3,): 30e9}
     best = float("inf")
     for a, b in itertools.product(range(101), repeat=2):
         shares = {"momentum": {0: a / 100, 3: 1 - a / 100}, "compute_weights": {0: b / 100, 3: 1 - b / 100}}

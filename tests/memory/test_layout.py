@@ -33,6 +33,7 @@ def test_stripes_give_every_node_its_pages_exactly(topology, weights, size):
         at += length
     assert at == size
     need = bytes_by_node(found, size)
+    assert need is not None
     for node, weight in zip((0, 2), weights, strict=True):
         assert abs(need.get(node, 0) - size * weight / sum(weights)) < PAGE
     assert len(found.ranges) <= MOST_STRIPES
@@ -49,12 +50,13 @@ def test_three_nodes_and_whole_huge_pages(topology):
 
 def test_mappings_never_run_out(topology, monkeypatch):
     used = 0
-    monkeypatch.setattr(layout._native, "usage", lambda: (0, 0, used))
+    monkeypatch.setattr(_native, "usage", lambda: (0, 0, used))
     limit = int(layout._MAP_COUNT.read_text())
     for _ in range(2000):  # two thousand tensors of 64 GiB each
         found = plan(weighted((0, 2), (1, 2), "stripes"), topology, 64 * GIB, True)
         used += len(found.ranges)
-        assert bytes_by_node(found, 64 * GIB)[0] == pytest.approx(64 * GIB / 3, abs=PAGE)
+        need = bytes_by_node(found, 64 * GIB)
+        assert need is not None and need[0] == pytest.approx(64 * GIB / 3, abs=PAGE)
     assert used < 0.6 * limit
 
 

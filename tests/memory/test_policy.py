@@ -66,7 +66,7 @@ def test_shares(topology):
     assert Placement(kind="bind", nodes=(0, 2)).shares() is None
     assert Placement().shares() is None
     assert Placement(kind="interleave").resolve(topology).shares() == pytest.approx({0: 1 / 3, 1: 1 / 3, 2: 1 / 3})
-    assert Placement(kind="weighted_interleave", nodes=[0, 2], weights=[1, 3]).shares() == {0: 0.25, 2: 0.75}
+    assert Placement(kind="weighted_interleave", nodes=(0, 2), weights=(1, 3)).shares() == {0: 0.25, 2: 0.75}
 
 
 def test_the_kernel_is_never_asked_to_bind(topology):

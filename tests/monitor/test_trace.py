@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ldft.monitor import trace
+from ldft.monitor.sampler import Sampler
 from ldft.monitor.samples import Sample
 from ldft.monitor.trace import TRACE_FILE, Recorder
 from ldft.results import schema
@@ -67,7 +68,7 @@ def test_a_trace_says_what_its_columns_are_and_duckdb_reads_it(ldft) -> None:
     for column in trace.COLUMNS:
         described = schema.field(column.name).metadata
         assert described == {b"unit": column.unit.encode(), b"description": column.description.encode()}
-    found = duckdb.sql(
+    found = duckdb.execute(
         f"select epoch(time), phase, unnest(memory, recursive := true) from read_parquet('{path}')"
     ).fetchall()
     assert found and all(len(line) == 5 and line[4] > 0 for line in found)
@@ -164,7 +165,7 @@ def test_a_bug_in_sampling_is_shown_and_noted_and_the_run_goes_on(tmp_path, monk
         raise ZeroDivisionError("a bug")
 
     shown = []
-    monkeypatch.setattr(trace.Sampler, "sample", broken)
+    monkeypatch.setattr(Sampler, "sample", broken)
     monkeypatch.setattr(threading, "excepthook", lambda about: shown.append(about.exc_type))
     recorder = Recorder(tmp_path, 0.05)
     with recorder.sampling([1]):

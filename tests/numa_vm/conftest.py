@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from numa_vm import machine
+from . import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 # Twice and more what they take on two busy cores.
@@ -42,7 +42,7 @@ def guest_cases(numa_vm: Path, request: pytest.FixtureRequest) -> dict[str, dict
     wanted = [item.callspec.params["name"] for item in tests if hasattr(item, "callspec")]
     words = ["env", f"PYTHONPATH={ROOT / 'tests'}", sys.executable, "-m", "numa_vm.suite", str(path), *wanted]
     try:
-        status = boot(numa_vm, words, CASES_LIMIT_S)
+        status: int | str = boot(numa_vm, words, CASES_LIMIT_S)
     except (machine.MachineError, TimeoutError) as error:
         if not path.exists():
             pytest.fail(f"numa-vm: {error}", pytrace=False)

@@ -5,10 +5,10 @@ import os
 import time
 from pathlib import Path
 
-from numa_vm.guest_full import FULL, ROOM_MIB, nearly_full
-from numa_vm.guest_placement import PAGE, allocate, check_shares, reader, set_kernel_weights
-from numa_vm.guest_process import ALL, Child
-from numa_vm.suite import Cases, check
+from .guest_full import FULL, ROOM_MIB, nearly_full
+from .guest_placement import PAGE, allocate, check_shares, reader, set_kernel_weights
+from .guest_process import ALL, Child
+from .suite import Cases, check
 
 CASES = Cases()
 KHUGEPAGED = Path("/sys/kernel/mm/transparent_hugepage/khugepaged")
@@ -29,8 +29,8 @@ def busy_khugepaged():
     files = [KHUGEPAGED / name for name in ("pages_to_scan", "scan_sleep_millisecs", "alloc_sleep_millisecs")]
     before = [file.read_text() for file in files]
     try:
-        for file, value in zip(files, (1 << 20, 0, 0), strict=True):
-            file.write_text(str(value))
+        for file, value in zip(files, (str(1 << 20), "0", "0"), strict=True):
+            file.write_text(value)
         yield
     finally:
         for file, value in zip(files, before, strict=True):

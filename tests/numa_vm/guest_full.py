@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from numa_vm.guest_placement import PAGE, allocate, check_shares, placement, reader
-from numa_vm.suite import Cases, check
+from .guest_placement import PAGE, allocate, check_shares, placement, reader
+from .suite import Cases, check
 
 CASES = Cases()
 FULL, ROOM_MIB, TIMES = 3, 48, 100

@@ -8,8 +8,8 @@ import functools
 import os
 from pathlib import Path
 
-from numa_vm.reader import Reader
-from numa_vm.suite import Cases, check
+from .reader import Reader
+from .suite import Cases, check
 
 CASES = Cases()
 WEIGHTS = Path("/sys/kernel/mm/mempolicy/weighted_interleave")
@@ -177,7 +177,7 @@ def many_tensors() -> dict:
     """Twelve live tensors; every second one is freed and allocated anew with other weights; none disturbs another."""
     set_kernel_weights((0, 3), (1, 2))
     names = [name for name in KINDS if not (name.startswith("weighted_kernel") and name != "weighted_kernel_1_2")]
-    live = {}
+    live: dict[int, tuple] = {}
     for turn in range(2):
         for place, mib in enumerate((16, 24, 40, 17, 33, 64, 16, 20, 48, 31, 16, 24)):
             if turn and place % 2:

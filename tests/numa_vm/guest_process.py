@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from numa_vm.guest_placement import WEIGHTS, reader, set_kernel_weights
-from numa_vm.suite import Cases, check
+from .guest_placement import WEIGHTS, reader, set_kernel_weights
+from .suite import Cases, check
 
 CASES = Cases()
 ALL = (0, 1, 2, 3)

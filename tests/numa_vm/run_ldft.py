@@ -11,8 +11,8 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from numa_vm import machine
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.numa_vm import machine
 
 LIMIT_S = 900
 

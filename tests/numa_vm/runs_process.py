@@ -1,6 +1,6 @@
 """Whole runs: one policy for all memory of the worker, the kernel's weighted interleave and the caller's own."""
 
-from numa_vm.whole import Runs, Seen
+from .whole import Runs, Seen
 
 RUNS = Runs()
 WITHIN = 0.05

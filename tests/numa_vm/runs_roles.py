@@ -1,6 +1,6 @@
 """Whole runs with each role placed alone. The row has the requested shares, and the watcher finds DeepSpeed's own tensors there."""
 
-from numa_vm.whole import Runs, Seen
+from .whole import Runs, Seen
 
 RUNS = Runs()
 PARAMETERS = 1_122_624

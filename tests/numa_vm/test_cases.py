@@ -2,7 +2,7 @@
 
 import pytest
 
-from numa_vm import guest_drift, guest_full, guest_placement, guest_process
+from . import guest_drift, guest_full, guest_placement, guest_process
 
 
 @pytest.mark.parametrize("name", guest_placement.CASES)

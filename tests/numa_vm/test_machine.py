@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from numa_vm import machine
+from . import machine
 
 SCRIPT = Path(machine.__file__)
 LOOK = """

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from ldft import results
-from numa_vm import machine, whole
-from numa_vm.conftest import ROOT, boot
+
+from . import machine, whole
+from .conftest import ROOT, boot
 
 RUNS = whole.all_runs()
 # More memory than the cases have: the file pages of Python's libraries take some, and a node that is full of them is passed over.
@@ -19,7 +20,7 @@ NODES = "cpu:2048 cpu:2048 mem:1536 mem:1536"
 def runs(numa_vm: Path, request: pytest.FixtureRequest) -> Path:
     """The folder with what the runs of the selected tests left, of this session alone."""
     tests = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
-    wanted = [item.callspec.params["name"] for item in tests]
+    wanted = [item.callspec.params["name"] for item in tests if hasattr(item, "callspec")]
     folder = numa_vm / "runs"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from numa_vm.reader import Reader, integers
+from .reader import Reader, integers
 
 MODULES = ["runs_process", "runs_roles"]
 SMALL = ("model=nano", "seq_len.tokens=16", "train.iterations=3", "train.warmup_iterations=1")

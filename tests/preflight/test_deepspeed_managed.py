@@ -140,14 +140,15 @@ def test_swap_files_of_a_run_that_was_killed_go_before_the_space_is_looked_at(tm
         swap_files.check(config, settings)
     assert left.exists(), "a check only looks: dry runs do no more"
     outcome = []
-    monkeypatch.setattr(fit, "check", lambda config: outcome.append(left.exists()) or stop_here())
+
+    def look_and_stop(config: Config) -> None:
+        outcome.append(left.exists())
+        raise ConfigError("here", "far enough")
+
+    monkeypatch.setattr(fit, "check", look_and_stop)
     config.launch.device, config.results.dir = Device.cpu, str(tmp_path / "results")
     assert parent.run(config).row["error_message"] == "here: far enough" and outcome == [False]
     assert not list(tmp_path.glob("ldft-swap-*"))
-
-
-def stop_here() -> None:
-    raise ConfigError("here", "far enough")
 
 
 def test_where_locks_do_not_work_no_swap_folder_is_judged(tmp_path, other_run, monkeypatch) -> None:

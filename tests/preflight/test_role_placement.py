@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_every_role_has_its_keys() -> None:
         ({"kind": NumaKind.interleave}, Placement(kind="interleave")),
     ],
 )
-def test_the_kind_follows_from_what_is_given(given: dict[str, object], placement: Placement | None) -> None:
+def test_the_kind_follows_from_what_is_given(given: dict[str, Any], placement: Placement | None) -> None:
     assert RoleConfig(**given).placement == placement
 
 

@@ -85,7 +85,7 @@ def test_a_death_in_the_middle_of_compaction_loses_and_doubles_nothing(ten, monk
     assert sorted(seeds(ten)) == list(range(10))
     assert [path.name for path in ten.iterdir() if path.name.endswith(".tmp")] == []
     query = f"select count(*) from read_parquet('{ten}/**/row*.parquet', union_by_name=true)"
-    assert duckdb.sql(query).fetchall() == [(10,)]
+    assert duckdb.execute(query).fetchall() == [(10,)]
 
 
 @pytest.mark.parametrize("moment", ["before the loose files are listed", "after"])

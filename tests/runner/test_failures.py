@@ -26,7 +26,7 @@ ENDLESS = ("train.iterations=100000", "train.warmup_iterations=1")
 class Running:
     """A `python -m ldft` that is at work, and its processes."""
 
-    def __init__(self, command: list[str], folder: Path, **options: object) -> None:
+    def __init__(self, command: list[str], folder: Path, **options: Any) -> None:
         self.results_dir = folder / "results"
         self.process = subprocess.Popen(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
@@ -67,7 +67,7 @@ class Running:
 def start(tmp_path: Path, command: Callable[..., list[str]]) -> Iterator[Callable[..., Running]]:
     runs = []
 
-    def begin(*overrides: str, **options: object) -> Running:
+    def begin(*overrides: str, **options: Any) -> Running:
         runs.append(Running(command(*overrides), tmp_path, **options))
         return runs[-1]
 

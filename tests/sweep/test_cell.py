@@ -168,7 +168,7 @@ def test_a_claim_is_judged_also_where_a_container_hides_the_boot_id(tmp_path, mo
 @pytest.mark.parametrize("in_sweep", [False, True])
 def test_being_told_to_stop_while_weights_are_fetched_is_an_interrupted_row(tmp_path, monkeypatch, in_sweep) -> None:
     mine = (in_a_sweep if in_sweep else config)(results__dir=str(tmp_path))
-    beats = []
+    beats: list[bool | str] = []
 
     def fetch(config: Config, *, fetch: bool) -> None:
         folder = attempt.folder_of(tmp_path, run_id(mine), 1)

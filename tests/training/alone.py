@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def stock(folder: Path) -> None:
@@ -53,17 +54,17 @@ def skip_step() -> None:
 
     real, calls = HostOptimizer.update, []
 
-    def update(self: object, *arguments: object, **named: object) -> object:
+    def update(self: Any, *arguments: Any, **named: Any) -> Any:
         calls.append(1)
         return None if len(calls) == 4 else real(self, *arguments, **named)
 
-    HostOptimizer.update = update
+    HostOptimizer.update = update  # type: ignore[method-assign]  # the planted fault
 
 
 def local_gradients() -> None:
     import torch.distributed as dist
 
-    def keep_mine(output: object, entries: object, *arguments: object, **named: object) -> None:
+    def keep_mine(output: Any, entries: Any, *arguments: Any, **named: Any) -> None:
         output.copy_(entries.view(-1).chunk(dist.get_world_size())[dist.get_rank()].view_as(output))
 
     for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
@@ -77,8 +78,8 @@ def use_liger() -> None:
 
     real = model.build
 
-    def build(*arguments: object) -> object:
-        network = real(*arguments)
+    def build(*arguments: Any, **named: Any) -> Any:
+        network = real(*arguments, **named)
         liger_kernels.bind_loss(network)
         return network
 
@@ -91,7 +92,7 @@ def frozen() -> None:
 
     from ldft.training import loop
 
-    def weights(engine: object) -> dict[str, torch.Tensor]:
+    def weights(engine: Any) -> dict[str, torch.Tensor]:
         found = {}
         for name, parameter in engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters(parameter):
@@ -100,9 +101,9 @@ def frozen() -> None:
 
     real = loop.run
 
-    def run(config: object, engine: object, *others: object) -> object:
+    def run(config: Any, engine: Any, *others: Any, **named: Any) -> Any:
         before = weights(engine)
-        samples = real(config, engine, *others)
+        samples = real(config, engine, *others, **named)
         after = weights(engine)
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}

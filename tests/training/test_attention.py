@@ -33,7 +33,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
             return name
 
         monkeypatch.setattr(environment, "compute_capability", lambda: capability)
-        monkeypatch.setattr(attention.metadata, "distribution", distribution)
+        monkeypatch.setattr(metadata, "distribution", distribution)
 
     return be
 
@@ -133,8 +133,8 @@ def test_what_cannot_run_is_refused_in_one_line(machine, capability, packages, o
 
 def test_every_kind_runs_where_all_is_there(machine) -> None:
     machine((9, 0), "flash-attn", "flash-attn-3", "flash-attn-4")
-    for kind in attention.AttentionKind:
-        if kind is not attention.AttentionKind.auto:
+    for kind in AttentionKind:
+        if kind is not AttentionKind.auto:
             assert attention.choose(config_of("cuda", *HEADS_128, f"attention={kind.name}")) is kind
 
 
@@ -182,9 +182,9 @@ def test_a_window_counts_where_transformers_makes_sdpa_a_mask(monkeypatch, token
     network, masks = model.build(config, {}, torch.device("cpu")), []
     real = torch.nn.functional.scaled_dot_product_attention
 
-    def note(*arguments, attn_mask=None, **named):
-        masks.append(attn_mask)
-        return real(*arguments, attn_mask=attn_mask, **named)
+    def note(*arguments, **named):
+        masks.append(named.get("attn_mask"))
+        return real(*arguments, **named)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
     network(input_ids=data.batch(config, 0, 0, 0))

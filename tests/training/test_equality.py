@@ -75,7 +75,7 @@ def plain_pytorch(config_json: str, rule: Any = None) -> list[float]:
     optimizer = (rule or torch.optim.AdamW)(
         network.parameters(),
         lr=rates.learning_rate,
-        betas=tuple(rates.betas),
+        betas=(rates.betas[0], rates.betas[1]),
         eps=rates.eps,
         weight_decay=rates.weight_decay,
     )

@@ -64,7 +64,7 @@ def test_flash_attention_is_wired_as_transformers_wants_it() -> None:
         assert kind.name in AttentionInterface().valid_keys()
         version = int(kind.name[-1])
         wanted = FLASH_ATTENTION_COMPATIBILITY_MATRIX[version]
-        assert capability[0] == wanted.get("cuda_min_major_version", 8)
+        assert capability and capability[0] == wanted.get("cuda_min_major_version", 8)
         assert f'"{package}"' in inspect.getsource(inspect.unwrap(wanted["general_availability_check"]))
         config = config_of("tiny", kind, CheckpointingMode.none)
         network = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.hf_config(config.model))]

@@ -44,7 +44,11 @@ def plain_peft(config: Config) -> list[float]:
     assert len(trained) == len(start)
     rates = config.optimizer
     optimizer = torch.optim.AdamW(
-        trained, lr=rates.learning_rate, betas=tuple(rates.betas), eps=rates.eps, weight_decay=rates.weight_decay
+        trained,
+        lr=rates.learning_rate,
+        betas=(rates.betas[0], rates.betas[1]),
+        eps=rates.eps,
+        weight_decay=rates.weight_decay,
     )
     losses = []
     for iteration in range(config.train.iterations):

@@ -56,7 +56,7 @@ class HostOutputs:
         what = f"checkpointing.keep_attention: host keeps {slots} attention outputs"
         less = " or checkpointing.keep_attention=none"
         self._arenas = arenas(slots, bytes_each, placement, pin=pin, what=what, less=less)
-        self._slots = [row for arena in self._arenas for row in arena]
+        self._slots: list[torch.Tensor] = [row for arena in self._arenas for row in arena]
         self._owner = [-1] * slots
         self._sizes: dict[Key, int] = {}
         self._leaving: list[tuple[Held, list[Any]]] = []
@@ -207,6 +207,7 @@ def _is_large(value: Any) -> bool:
 
 def _pack(tensor: torch.Tensor) -> tuple[torch.Tensor, _Layout]:
     """The tensor with its dimensions in the order of memory, contiguous, and how to undo that. Copies only where it has gaps."""
-    order = tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: -strides[dim]))
     source = tensor.permute(order).contiguous()
     return source, _Layout(tuple(source.shape), order, source.dtype, source.nbytes)

@@ -146,7 +146,7 @@ class Checkpointing:
         return checkpoint(body, hidden_states.new_empty(0), use_reentrant=False, context_fn=contexts)
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that transformers can checkpoint, in the order in which they run."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 

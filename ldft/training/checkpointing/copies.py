@@ -47,7 +47,8 @@ class CudaLanes:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-        return stream.record_event()
+        end: torch.cuda.Event = stream.record_event()
+        return end
 
     def wait(self, end: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(end)

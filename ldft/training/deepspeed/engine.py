@@ -43,7 +43,8 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], aren
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    own, fused = None, deepspeed_config.fuses_step(config, settings)
+    own: torch.optim.Optimizer | None = None
+    fused = deepspeed_config.fuses_step(config, settings)
     if fused:
         own = (HostLion if config.optimizer.name == "lion" else HostAdamW)(trainable, **settings["optimizer"]["params"])
     elif config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:

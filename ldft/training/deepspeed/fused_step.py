@@ -20,7 +20,7 @@ from deepspeed.runtime.zero import stage3
 log = logging.getLogger(__name__)
 _Stock: Any = stage3.DeepSpeedZeroOptimizer_Stage3
 # Methods that are overridden, and names that the overrides use. From DeepSpeed 0.19.8.
-NEEDED = (
+NEEDED: tuple[str, ...] = (
     "has_overflow",
     "unscale_and_clip_grads",
     "_optimizer_step",

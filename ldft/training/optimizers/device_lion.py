@@ -22,7 +22,7 @@ class DeviceLion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, and no loss to return
         """Update every parameter that has a gradient. Takes no closure."""
         assert closure is None
         for group in self.param_groups:

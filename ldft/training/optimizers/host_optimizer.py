@@ -25,7 +25,7 @@ class HostOptimizer(torch.optim.Optimizer):
     fp32_optimizer_states = True  # the name in DeepSpeed's optimizers
 
     @torch.no_grad()
-    def step(self, closure: Any = None, **more: Any) -> None:
+    def step(self, closure: Any = None, **more: Any) -> None:  # type: ignore[override]  # no closure, and no loss to return
         """Update every parameter that has a gradient; more: arguments of `update`. Takes no closure."""
         assert closure is None
         for group in self.param_groups:

@@ -22,12 +22,12 @@ class Part:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._storage = weakref.ref(tensor.untyped_storage())
-        self._place = tensor.storage_offset(), (tensor.numel(),)
+        self._begin, self._size = int(tensor.storage_offset()), tensor.numel()
 
     def tensor(self, what: str) -> torch.Tensor:
         storage = self._storage()
         assert storage is not None, f"the {what} was freed before the copy"
-        return torch.empty(0, dtype=torch.uint8).set_(storage, *self._place)
+        return torch.empty(0, dtype=torch.uint8).set_(storage, self._begin, (self._size,), (1,))
 
 
 @dataclass(eq=False)

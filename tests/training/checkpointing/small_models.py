@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ldft.training import model
 from ldft.training.checkpointing import checkpointing
@@ -32,7 +34,7 @@ FAMILIES = {
 }
 
 
-def build(family: str = "llama", *overrides: str, dropout: float = 0.0, precision: str = "fp32") -> nn.Module:
+def build(family: str = "llama", *overrides: str, dropout: float = 0.0, precision: str = "fp32") -> PreTrainedModel:
     """A small model without checkpointing, in training mode; `dropout` of attention weights."""
     config = compose(
         "model=nano",
@@ -91,14 +93,17 @@ KEEPERS: dict[str, Callable[[int], checkpointing.Keeper]] = {
 }
 
 
-class TupleLayer(checkpointing.GradientCheckpointingLayer):
+Output = tuple[torch.Tensor, torch.Tensor, None]
+
+
+class TupleLayer(GradientCheckpointingLayer):
     """Its input by keyword, a tensor and two other values out, dropout inside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.dropout = nn.Linear(HIDDEN, HIDDEN), nn.Dropout(0.5)
 
-    def forward(self, hidden_states: torch.Tensor, scale: float, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, hidden_states: torch.Tensor, scale: float, shift: torch.Tensor) -> Output:
         states = hidden_states + self.dropout(torch.tanh(self.linear(hidden_states * scale + shift)))
         return states, states.mean(), None
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldft.training.checkpointing.checkpointing import Checkpointing, DeviceInputs
 from ldft.training.checkpointing.copies import Lane
-from tests.training.checkpointing.lazy_lanes import LazyLanes
+from tests.training.checkpointing.lazy_lanes import Copy, LazyLanes
 from tests.training.checkpointing.small_models import (
     FAMILIES,
     HIDDEN,
@@ -99,25 +99,23 @@ def test_one_slot_a_group_but_the_last_reused_by_every_micro_batch() -> None:
 
 
 def test_the_next_input_sets_out_before_the_group_is_recomputed_and_two_buffers_serve_all() -> None:
-    network, lanes = build(), LazyLanes()
+    class Noting(LazyLanes):
+        def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> Copy:
+            slot = begins.index((target if lane is Lane.to_host else source).data_ptr())
+            seen.append(f"{'out' if lane is Lane.to_host else 'back'} {slot}")
+            return super().copy(lane, target, source)
+
+        def wait(self, end: Copy) -> None:
+            seen.append(f"wait {begins.index(end.slot)}")
+            super().wait(end)
+
+    network, lanes = build(), Noting()
     store = keeper(lanes=lanes)
     Checkpointing(network, store)
     seen: list[str] = []
     begins = [row.data_ptr() for arena in store.host_tensors() for row in arena]
     for number, layer in enumerate(network.model.layers):
         layer.input_layernorm.register_forward_pre_hook(lambda *_, number=number: seen.append(f"run {number}"))
-    copy, wait = lanes.copy, lanes.wait
-
-    def noting_copy(lane: Lane, target: torch.Tensor, source: torch.Tensor) -> object:
-        slot = begins.index((target if lane is Lane.to_host else source).data_ptr())
-        seen.append(f"{'out' if lane is Lane.to_host else 'back'} {slot}")
-        return copy(lane, target, source)
-
-    def noting_wait(end: object) -> None:
-        seen.append(f"wait {begins.index(end.slot)}")
-        wait(end)
-
-    lanes.copy, lanes.wait = noting_copy, noting_wait
     loss = loss_of(network, batch())
     seen.append("loss")
     loss.backward()
@@ -133,7 +131,7 @@ def test_at_most_two_inputs_are_on_the_device_at_any_time() -> None:
     class Watching(LazyLanes):
         most = 0
 
-        def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> object:
+        def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> Copy:
             on_device = target if lane is Lane.to_device else source
             inputs.append(weakref.ref(on_device.untyped_storage()))
             self.most = max(self.most, alive(inputs))

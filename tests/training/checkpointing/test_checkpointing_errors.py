@@ -18,6 +18,7 @@ from tests.training.checkpointing.small_models import (
     CPU,
     KEEPERS,
     LAYERS,
+    Output,
     TupleLayer,
     TupleModel,
     batch,
@@ -73,7 +74,9 @@ def test_backward_twice_over_one_graph() -> None:
     loss = loss_of(network, batch(1))
     loss.backward(retain_graph=True)
     loss.backward()
-    assert equal([p.grad for p in network.parameters()], [2 * gradient for gradient in once])
+    assert equal(
+        [p.grad for p in network.parameters()], [None if gradient is None else 2 * gradient for gradient in once]
+    )
 
 
 def test_nothing_is_kept_in_eval_mode_or_without_gradients() -> None:
@@ -101,7 +104,7 @@ def test_a_batch_longer_than_expected_is_an_error() -> None:
 @pytest.mark.parametrize("number", [1, LAYERS - 1])
 def test_a_layer_that_writes_into_its_input_is_an_error(number: int) -> None:
     class Writing(TupleLayer):
-        def forward(self, hidden_states: torch.Tensor, scale: float, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def forward(self, hidden_states: torch.Tensor, scale: float, shift: torch.Tensor) -> Output:
             outputs = super().forward(hidden_states, scale, shift)
             hidden_states.detach().mul_(2)
             return outputs

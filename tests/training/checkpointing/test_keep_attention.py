@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +22,13 @@ from ldft.training.checkpointing.checkpointing import Checkpointing, DeviceInput
 from ldft.training.checkpointing.copies import Lane
 from ldft.training.checkpointing.keep_attention import OPERATORS, DeviceOutputs, KeptAttention, Store
 from tests.conftest import compose
-from tests.training.checkpointing.lazy_lanes import POISON, LazyLanes
+from tests.training.checkpointing.lazy_lanes import POISON, Copy, LazyLanes
 from tests.training.checkpointing.small_models import (
     CPU,
     HIDDEN,
     LAYERS,
     TOKENS,
+    Output,
     TupleLayer,
     TupleModel,
     alive,
@@ -149,7 +149,7 @@ class AttentionLayer(TupleLayer):
 
     calls = 1
 
-    def forward(self, hidden_states: torch.Tensor, scale: float, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, hidden_states: torch.Tensor, scale: float, shift: torch.Tensor) -> Output:
         states = self.linear(hidden_states * scale + shift)
         for _ in range(self.calls):
             # Permuted, as kernels return it.
@@ -220,7 +220,7 @@ def test_attention_that_is_no_known_operator_is_an_error() -> None:
 
 def test_at_most_two_outputs_come_back_at_any_time_and_the_next_sets_out_before_it_is_asked_for() -> None:
     class Watching(LazyLanes):
-        def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> object:
+        def copy(self, lane: Lane, target: torch.Tensor, source: torch.Tensor) -> Copy:
             if lane is Lane.to_device:
                 back.append(weakref.ref(target.untyped_storage()))
             seen.append(f"{lane.name} {alive(back)}")
@@ -273,7 +273,9 @@ def test_backward_twice_over_one_graph_and_late(name: str) -> None:
     loss = loss_of(network, batch(1))
     loss.backward(retain_graph=True)
     loss.backward()
-    assert equal([p.grad for p in network.parameters()], [2 * gradient for gradient in once])
+    assert equal(
+        [p.grad for p in network.parameters()], [None if gradient is None else 2 * gradient for gradient in once]
+    )
     loss = loss_of(network, batch(2))
     assert equal(train(network, [batch(1)]), once)
     if name == "device":
@@ -300,8 +302,9 @@ def test_the_estimate_is_what_is_allocated_and_too_little_of_it_is_one_line() ->
     ):
         config = compose("model=nano", "model.num_layers=5", "seq_len.tokens=64", "launch.device=cpu", *line)
         config.checkpointing.keep_attention = type(config.checkpointing.keep_attention).host
-        layers = SimpleNamespace(modules=lambda: [TupleLayer() for _ in range(5)])
+        layers = nn.ModuleList(TupleLayer() for _ in range(5))
         installed = checkpointing.install(config, layers, CPU)
+        assert installed is not None
         assert sum(tensor.nbytes for tensor in installed.host_tensors()) == host_estimate.checkpoint_bytes(config), line
     config = compose("model=llama3_8b", "seq_len=1m", "checkpointing=gpu", "launch.device=cpu", "model.num_layers=2")
     config.checkpointing.keep_attention = type(config.checkpointing.keep_attention).host

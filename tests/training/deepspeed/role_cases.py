@@ -72,7 +72,7 @@ def overflows(engine: Any, rank: int) -> list[tuple[bool, bool]]:
 def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """Losses, and where every role is after the last iteration."""
     config, fault = from_dict(json.loads(case["config"])), case.get("fault", "")
-    device = torch.device(config.launch.device.name, rank if config.launch.device is Device.cuda else None)
+    device = torch.device("cuda", rank) if config.launch.device is Device.cuda else torch.device("cpu")
     settings = deepspeed_config.build(config)
     arenas = role_memory.arenas_of(resolve(config, deepspeed=settings), rank)
     network = model.build(config, settings, device, arenas)

@@ -81,9 +81,9 @@ def run_cases(
         with (folder / f"log-{rank}").open("w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     codes = [process.wait(timeout=900) for process in processes]
-    log = (folder / "log-0").read_text()
-    assert codes == [0] * ranks, log[-3000:]
-    assert "before `optimizer.step()`" not in log, "torch's schedule has not seen the update"
+    said = (folder / "log-0").read_text()
+    assert codes == [0] * ranks, said[-3000:]
+    assert "before `optimizer.step()`" not in said, "torch's schedule has not seen the update"
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -167,7 +167,9 @@ def test_every_byte_of_every_role_is_in_its_arena(trained: list[dict[str, Any]],
 
 def test_faults_are_found_by_name_and_loading_a_checkpoint_is_mended(tmp_path: Path) -> None:
     moved = ("compute_weights", "master_weights", "master_gradients", "momentum", "variance", "compute_gradients")
-    cases = {role: {"config": config_json("train.iterations=2"), "fault": f"move {role}"} for role in moved}
+    cases: dict[str, dict[str, Any]] = {
+        role: {"config": config_json("train.iterations=2"), "fault": f"move {role}"} for role in moved
+    }
     cases["overlap"] = {"config": config_json("train.iterations=2", SUB_GROUPS), "fault": "overlap"}
     for stage in ("3", "2"):
         shape = ["offload=optimizer"] if stage == "2" else []

@@ -19,7 +19,7 @@ class PaperLion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure, and no loss to return
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for weight in group["params"]:
