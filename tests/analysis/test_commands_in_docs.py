@@ -166,7 +166,7 @@ def test_every_override_named_in_a_sentence_exists() -> None:
     for path in DOCUMENTS:
         for code in code_lines(path.read_text()):
             for word in code.split():
-                found = re.fullmatch(r"\+?([a-z_]+(?:[./][a-z_0-9]+)*)=(\S*)", word)
+                found = re.fullmatch(r"\+?([a-z_]+(?:[./][a-z_0-9]+)*)=(?!=)(\S*)", word)
                 if not found or found[1] in NO_OVERRIDES:
                     continue
                 key, value = found.groups()
