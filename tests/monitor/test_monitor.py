@@ -135,9 +135,9 @@ def test_another_user_sees_what_may_be_seen_and_that_the_rest_may_not(running) -
         pytest.skip("needs to become another user (root)")
     # Everything is imported before: what that user may read of this checkout does not matter.
     code = (
-        "import contextlib, io, os, sys\nfrom ldft.monitor import live as monitor\nsys.argv[1:] = sys.argv[1].split()\n"
-        "with contextlib.redirect_stdout(io.StringIO()): monitor.main()\n"
-        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\nsys.exit(monitor.main())"
+        "import contextlib, io, os, sys\nfrom ldft.monitor import live\nsys.argv[1:] = sys.argv[1].split()\n"
+        "with contextlib.redirect_stdout(io.StringIO()): live.main()\n"
+        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\nsys.exit(live.main())"
     )
 
     def as_nobody(words: str) -> str:
@@ -150,7 +150,7 @@ def test_another_user_sees_what_may_be_seen_and_that_the_rest_may_not(running) -
     assert run["forbidden"] and run["user"] == "root"
     assert all(rank["memory"] is None and rank["cores_busy"] is not None for rank in run["ranks"])
     text = as_nobody("--once")
-    assert "some figures are readable only by root" in text and "config not readable" in text
+    assert "some figures may be read by root alone" in text and "config not readable" in text
 
 
 def test_numbers_of_any_process_are_numastats(start) -> None:
@@ -194,7 +194,7 @@ def test_a_command_without_ranks_yet_is_named(command, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--interval", "0"], "--interval: 0 is not a valid interval; use 0.05 seconds or more"),
+        (["--interval", "0"], "--interval: 0 is no time between samples; use 0.05 seconds or more"),
         (["--interval", "x"], "--interval: invalid float value: 'x'"),
         (["--results", "/nowhere"], "--results: /nowhere is not a folder; name the results.dir of a run"),
         (["--pid", "x"], "--pid: invalid int value: 'x'"),
