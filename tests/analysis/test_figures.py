@@ -90,7 +90,7 @@ def test_failed_cells_are_marked_at_their_length_in_their_colour(df, name: str) 
     figure = drawn(FIGURES[name](df))
     marks = {gid for gid in artists(figure) if gid.startswith("failed")}
     assert marks == {"failed|llama3_8b|default|OOM", "failed|qwen2_5_7b|default|timeout"}
-    mark = _artist(figure, "failed|llama3_8b|default|OOM")
+    mark = artists(figure)["failed|llama3_8b|default|OOM"][0]
     assert list(mark.get_xdata()) == [16384] and mark.get_color() == style.POLICIES["default"][0]
     low, high = mark.axes.get_ylim()
     assert low < mark.get_ydata()[0] < 0 < high

@@ -135,7 +135,7 @@ def test_another_user_sees_what_may_be_seen_and_that_the_rest_may_not(running) -
         pytest.skip("needs to become another user (root)")
     # Everything is imported before: what that user may read of this checkout does not matter.
     code = (
-        "import contextlib, io, os, sys\nfrom ldft import monitor\nsys.argv[1:] = sys.argv[1].split()\n"
+        "import contextlib, io, os, sys\nfrom ldft.monitor import live as monitor\nsys.argv[1:] = sys.argv[1].split()\n"
         "with contextlib.redirect_stdout(io.StringIO()): monitor.main()\n"
         f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\nsys.exit(monitor.main())"
     )
