@@ -35,7 +35,9 @@ def test_more_ranks_than_gpus_and_old_gpus_are_refused(ldft: CLI, monkeypatch: p
     )
     done = ldft("train.precision=bf16")
     assert (
-        done.exit_code == 2 and "train.precision: bf16 needs" in done.stderr and "here is 7.5; use fp16" in done.stderr
+        done.exit_code == 2
+        and "train.precision: bf16 needs" in done.stderr
+        and "this one has 7.5; use fp16" in done.stderr
     )
 
 

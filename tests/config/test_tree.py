@@ -132,7 +132,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
         "attention: sdpa; Liger Kernel: no; every weight is trained",
         "update: adamw, by ldft's fused step in host memory",
         "memory policy of the ranks (numa=default): ",
-        "process: 901.12 MiB",
+        "process: 737.28 MiB",
         "processes: 2 x",
         "rank 1:",
         "master_weights: 29.92 GiB",  # 4 bytes a parameter, over all ranks
