@@ -152,7 +152,7 @@ def test_another_user_sees_what_may_be_seen_and_that_the_rest_may_not(running) -
     assert run["forbidden"] and run["user"] == "root"
     assert all(rank["memory"] is None and rank["cores_busy"] is not None for rank in run["ranks"])
     text = as_nobody("--once")
-    assert "some figures may be read by root alone" in text and "config not readable" in text
+    assert "some figures are readable only by root" in text and "config not readable" in text
 
 
 def test_numbers_of_any_process_are_numastats(start) -> None:
@@ -196,7 +196,7 @@ def test_a_command_without_ranks_yet_is_named(command, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--interval", "0"], "--interval: 0 is no time between samples; use 0.05 seconds or more"),
+        (["--interval", "0"], "--interval: 0 is not a valid interval; use 0.05 seconds or more"),
         (["--interval", "x"], "--interval: invalid float value: 'x'"),
         (["--results", "/nowhere"], "--results: /nowhere is not a folder; name the results.dir of a run"),
         (["--pid", "x"], "--pid: invalid int value: 'x'"),
