@@ -57,33 +57,39 @@ def free_on_node(id: int, sysfs: Path = SYSFS) -> int | None:
 def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Bytes until this process's tightest memory cgroup is full (not counting page cache that it can drop); None: no limit."""
     left: list[int] = []
-    try:
-        lines = (proc / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, used, prefix = cgroups, "memory.max", "memory.current", ""
-            if not (root / "cgroup.controllers").exists():
-                root = cgroups / "unified"
-        elif "memory" in controllers.split(","):
-            root, prefix = cgroups / "memory", "total_"
-            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        rooms = (_room(folder, limit, used, prefix) for folder in with_ancestors(root, path))
-        left += [room for room in rooms if room is not None]
+    for version, folder in cgroup_folders("memory", proc, cgroups):
+        names = ("memory.max", "memory.current", "")
+        if version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        room = _room(folder, *names)
+        if room is not None:
+            left.append(room)
     return min(left, default=None)
 
 
-def with_ancestors(root: Path, path: str) -> list[Path]:
-    """Folders of a cgroup and of all its ancestors: each of them may set a limit.
+def cgroup_folders(controller: str, proc: Path = PROC, cgroups: Path = CGROUPS) -> list[tuple[int, Path]]:
+    """(cgroup version, folder) of this process's cgroups with a controller and of all their ancestors: each may set a limit.
 
     In a container, the path may be the host's path, of which only the end is visible here.
     """
-    folder = root / path.strip("/")
-    return [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found: list[tuple[int, Path]] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            version, root = 2, cgroups if (cgroups / "cgroup.controllers").exists() else cgroups / "unified"
+        elif controller in controllers.split(","):
+            # Version 1 mounts controllers that go together in one folder, which has both names.
+            mounts = [cgroups / name for name in (controllers, controller)]
+            version, root = 1, next((mount for mount in mounts if mount.is_dir()), mounts[-1])
+        else:
+            continue
+        folder = root / path.strip("/")
+        found += [(version, place) for place in (folder, *folder.parents) if place.is_relative_to(root)]
+    return found
 
 
 def _room(folder: Path, limit: str, used: str, prefix: str) -> int | None:

@@ -97,9 +97,8 @@ class Recorder:
             if last:
                 break
             due = max(due + self.interval_s, time.monotonic())  # missed times are skipped
-            last = ended.wait(
-                due - time.monotonic()
-            )  # one more sample: ranks that are about to be stopped are still there
+            # Then one more sample: ranks that are about to be stopped are still there.
+            last = ended.wait(due - time.monotonic())
         self._failed = False
 
     def add(self, sample: Sample) -> None:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from ldft import _native
-from ldft.memory.limits import CGROUPS, PROC, with_ancestors
+from ldft.memory.limits import CGROUPS, PROC, cgroup_folders
 from ldft.memory.topology import SYSFS, parse_list
 from ldft.preflight import host_estimate, strategies
 from ldft.preflight.selection import Selection
@@ -56,21 +56,8 @@ def cpus(proc: Path = PROC, cgroups: Path = CGROUPS, sysfs: Path = SYSFS) -> Cpu
 
 def quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> float | None:
     """CPUs that this process's tightest cgroup (version 1 or 2) allows; None: no limit."""
-    try:
-        lines = (proc / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    found: list[float] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root = cgroups if (cgroups / "cgroup.controllers").exists() else cgroups / "unified"
-        elif "cpu" in controllers.split(","):
-            root = next((cgroups / name for name in (controllers, "cpu") if (cgroups / name).is_dir()), cgroups / "cpu")
-        else:
-            continue
-        found += [limit for folder in with_ancestors(root, path) if (limit := _limit(folder)) is not None]
-    return min(found, default=None)
+    limits = (_limit(folder) for _, folder in cgroup_folders("cpu", proc, cgroups))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _limit(folder: Path) -> float | None:
