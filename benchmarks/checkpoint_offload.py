@@ -37,6 +37,7 @@ from ldft import environment
 from ldft.cli import composition
 from ldft.config import Config, from_dict
 from ldft.preflight import host_estimate, liger
+from ldft.preflight.selection import select
 from ldft.runner import checks
 from ldft.training import loop, model
 from ldft.training.checkpointing.attention_outputs import HostOutputs
@@ -64,7 +65,7 @@ class Subject:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.network = model.build(config, {}, device)
+        self.network = model.build(select(config), device)
         # Liger's loss comes without logits of all tokens.
         self.fused = liger.wanted(config)
         self.layers = decoder_layers(self.network)

@@ -31,7 +31,8 @@ from ldft import environment
 from ldft.cli import composition
 from ldft.config import AttentionKind, Config, Device, from_dict
 from ldft.errors import ConfigError
-from ldft.preflight import attention, deepspeed_config, liger
+from ldft.preflight import attention, liger
+from ldft.preflight.selection import select
 from ldft.runner import checks
 from ldft.training import data, liger_kernels, model
 from ldft.training.checkpointing import checkpointing
@@ -71,10 +72,10 @@ def train(overrides: list[str]) -> dict[str, Any]:
     """Losses of one variant."""
     begin = time.perf_counter()
     config, device = config_of(overrides), torch.device("cuda", 0)
-    settings = deepspeed_config.build(config)
-    network = model.build(config, settings, device)
+    run = select(config)
+    network = model.build(run, device)
     held = checkpointing.install(config, network, device)
-    built = engine.build(config, network, settings, None)
+    built = engine.build(run, network, None)
     losses = []
     for iteration in range(config.train.iterations):
         tokens = data.batch(config, iteration, 0, 0).to(device)

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ldft import files
 from ldft.bench import profile
 from ldft.bench.nodes import ARRAYS, COPIES, CPU_KERNELS, SCHEMA, NodeSet, measure, processes
 from ldft.errors import ConfigError, LdftError, ResultsError
@@ -48,13 +49,11 @@ def _numbers(text: str, separator: str) -> tuple[int, ...]:
 
 def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary)
-        temporary.replace(path)
+        with files.replacing(path) as file:
+            pq.write_table(table, file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ResultsError(f"cannot write {path}: {error.strerror}; name another file") from error
 
 
@@ -162,7 +161,7 @@ def main() -> int:
         if lacks:
             print(f"ldft: profile: {path} is unchanged: {lacks}")
         else:
-            bandwidths.save(found, path)
+            profile.save(found, path)
             print(f"ldft: profile: {path}: {json.dumps(found['bandwidth'])}")
         return 0
     except KeyboardInterrupt:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ldft import files
 from ldft.bench.nodes import COPIES, NodeSet
 from ldft.memory.limits import free_memory, free_on_node
 from ldft.memory.topology import Topology
 
 # An array of this size exceeds the caches of most machines, and Adam uses four.
 _LEAST, _MOST = 64 << 20, 1 << 30
+
+
+def save(profile: Mapping[str, Any], path: Path) -> None:
+    """Write a profile atomically. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as file:
+        file.write(json.dumps(profile, indent=2).encode() + b"\n")
 
 
 def make(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -31,14 +31,6 @@ def profile_path(host: str | None = None) -> Path:
     return folder / "ldft" / "hardware" / f"{host or socket.gethostname()}.json"
 
 
-def save(profile: Mapping[str, Any], path: Path) -> None:
-    """Write a profile atomically. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(profile, indent=2) + "\n")
-    temporary.replace(path)
-
-
 def bandwidths(given: Mapping[str, Any]) -> Bandwidths | None:
     """Bandwidths from `numa.bandwidth`, else from this machine's profile; None if there is neither. Raises ConfigError."""
     if given:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ldft import proc
 from ldft.memory.probe import CATEGORIES, MIB, MemoryTable, process_memory
 from ldft.monitor import processes, view
 from ldft.monitor.sampler import SHARE, Pace, Sampler
@@ -52,7 +53,7 @@ class Watch:
         if self._pace.is_due(SHARE):
             with self._pace.reading():
                 self._runs, self.parents = processes.find(self._results)
-        self.parents = [one for one in self.parents if processes.stat(one.pid)]
+        self.parents = [one for one in self.parents if proc.stat(one.pid)]
         return self._sampler.sample(self._runs)
 
 
@@ -111,7 +112,7 @@ def _of_processes(arguments: argparse.Namespace) -> Iterator[list[str]]:
     """The lines of each sample of processes, until all have ended. Large processes are read less often than requested."""
     pace = Pace()
     for _ in _moments(arguments.interval, arguments.once):
-        if not any(map(processes.stat, arguments.pid)):  # a zombie process would still have an empty table
+        if not any(map(proc.stat, arguments.pid)):  # a zombie process would still have an empty table
             return
         if not pace.is_due(SHARE_OF_PROCESSES):
             continue

@@ -6,18 +6,9 @@ import pwd
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldft import proc
+
 PROC = Path("/proc")
-
-
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """The part of /proc/PID/stat that is used here."""
-
-    parent: int
-    ticks: int
-    """CPU time in clock ticks, user and system, including children that have ended and were waited for."""
-    start: int
-    """Start time, clock ticks since boot: unique together with the pid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +31,9 @@ class Parent:
     """Its results folder; None if its working directory may not be read."""
 
 
-def stat(pid: int) -> Stat | None:
-    """None for a process that has ended, waited for or not."""
-    text = _text(pid, "stat")
-    # The process name, in parentheses, may itself contain parentheses and spaces.
-    values = (text or "").rpartition(")")[2].split()
-    if len(values) < 20 or values[0] in "ZX":
-        return None
-    return Stat(parent=int(values[1]), ticks=sum(map(int, values[11:15])), start=int(values[19]))
-
-
 def ticks_of_family(pid: int) -> int | None:
     """CPU ticks of a process and, recursively, of the processes that its main thread started; None if it has ended."""
-    known = stat(pid)
+    known = proc.stat(pid)
     if known is None:
         return None
     children = _text(pid, f"task/{pid}/children") or ""
@@ -101,7 +82,7 @@ def find(results: Path | None = None) -> tuple[list[Run], list[Parent]]:
     runs: dict[Path, list[int]] = {}
     busy = set()
     for pid, folder in ranks.items():
-        known = stat(pid)
+        known = proc.stat(pid)
         # A process forked by a rank looks like the rank until it executes another program.
         if known is not None and known.parent not in ranks:
             runs.setdefault(folder, []).append(pid)
@@ -115,7 +96,7 @@ def find(results: Path | None = None) -> tuple[list[Run], list[Parent]]:
 
 
 def _parent(pid: int, words: list[str], commands: dict[int, list[str]]) -> Parent | None:
-    known, user = stat(pid), user_of(pid)
+    known, user = proc.stat(pid), user_of(pid)
     if known is None or user is None or known.parent in commands:
         return None
     named = [word.removeprefix("results.dir=") for word in words if word.startswith("results.dir=")]

@@ -19,8 +19,9 @@ from typing import Any
 from ldft.memory.probe import process_memory
 from ldft.memory.topology import SYSFS, node_meminfo, parse_list, read_meminfo
 from ldft.monitor.gpu_use import Gpus
-from ldft.monitor.processes import Run, rank_of, stat, ticks_of_family, user_of
+from ldft.monitor.processes import Run, rank_of, ticks_of_family, user_of
 from ldft.monitor.samples import DeviceUse, NodeUse, RankUse, RoleUse, RunUse, Sample
+from ldft.proc import stat
 
 # Fraction of one core for each kind of expensive reading. Including cheap ones, the total is under 1% at one sample per second.
 SHARE = 0.003

@@ -6,7 +6,6 @@ select time, phase, unnest(memory, recursive := true) from trace;
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ldft import files
 from ldft.monitor.processes import Run
 from ldft.monitor.sampler import SHARE_WHILE_PREPARING, Sampler
 from ldft.monitor.samples import Sample
@@ -114,17 +114,12 @@ class Recorder:
         if not self._samples:
             return None, notes
         target = self._folder / TRACE_FILE
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         run_id, attempt = self._folder.parent.name, self._folder.name.removeprefix("attempt-")
         described = {"run_id": run_id, "attempt": attempt, "host": socket.gethostname()}
         try:
-            with temporary.open("wb") as file:
+            with files.replacing(target, sync=True) as file:
                 write(self._samples, file, described | {"interval_s": f"{self.interval_s:g}"})
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             return None, [*notes, f"no trace: cannot write {TRACE_FILE}: {error.strerror}"]
         return target, notes
 

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldft import files, proc
 from ldft.errors import ConfigError
 
 # If a process cannot be looked up from here and its heartbeat is older than this, it counts as dead.
@@ -35,13 +36,8 @@ DEEPSPEED = "deepspeed.json"
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value))
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with files.replacing(path) as file:
+        file.write(json.dumps(value).encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -53,14 +49,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _process_start(pid: int | str) -> str | None:
-    """Start time of a process, in clock ticks since boot: unique together with its pid. None if it has ended."""
-    try:
-        # The process name, in parentheses, may itself contain parentheses and spaces.
-        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if values[0] in "ZX" else values[19]
+def _process_start(pid: int) -> str | None:
+    """Start time of a process, unique together with its pid. None if it has ended."""
+    found = proc.stat(pid)
+    return str(found.start) if found else None
 
 
 def _here() -> str:

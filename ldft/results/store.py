@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ldft import files
 from ldft.errors import ResultsError
 from ldft.results.schema import ROW_FILE, schema
 
@@ -38,18 +39,12 @@ def write_row(row: dict[str, Any], path: Path) -> None:
     unknown = sorted(row.keys() - set(target.names))
     assert not unknown, f"columns without a schema entry: {unknown}"
     table = pa.Table.from_pylist([{name: row.get(name) for name in target.names}], schema=target)
-    # The temporary name is hidden and has no parquet suffix, so no reader's pattern matches it.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with files.replacing(path, sync=True) as file:
             # Dictionaries, statistics and compression help only files with many rows: without them, a file of one row has half the
             # size and takes a third of the time.
             pq.write_table(table, file, use_dictionary=False, write_statistics=False, compression="none")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ResultsError(
             f"cannot write {path}: {error.strerror}; free space or choose another results.dir"
         ) from error
@@ -222,16 +217,11 @@ def _num_rows(path: Path) -> int:
 
 
 def _write(table: pa.Table, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with files.replacing(target, sync=True) as file:
             pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(target)
         folder = os.open(target.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ResultsError(f"cannot write {target}: {error.strerror}; nothing was removed") from error

@@ -51,7 +51,7 @@ def resolution(config: Config) -> str | None:
     return f"{text} (auto{because})"
 
 
-def warnings(run: Selection) -> list[str]:
+def warnings(run: Resolved) -> list[str]:
     """Warnings about settings that work but are slow. Empty if the machine is an assumed one."""
     if environment.gpus_are_assumed():
         return []

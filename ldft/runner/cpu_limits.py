@@ -18,8 +18,8 @@ from pathlib import Path
 from ldft import _native
 from ldft.memory.limits import CGROUPS, PROC, cgroup_folders
 from ldft.memory.topology import SYSFS, parse_list
-from ldft.preflight import host_estimate, strategies
-from ldft.preflight.selection import Selection
+from ldft.preflight import strategies
+from ldft.preflight.resolved import Resolved
 from ldft.runner import core_binding
 
 # With few cores, do not warn if the update takes less than this.
@@ -76,7 +76,7 @@ def threads(cores: list[int], num_ranks: int, quota: float | None) -> int:
     return len(cores) if quota is None else max(1, min(len(cores), math.floor(quota / num_ranks)))
 
 
-def warnings(run: Selection, have: Cpus | None = None) -> list[str]:
+def warnings(run: Resolved, have: Cpus | None = None) -> list[str]:
     """A warning with the expected update time if ranks share cores or may use less than half of the machine's cores."""
     config, have = run.config, have or cpus()
     bytes_ = _update_bytes(run)
@@ -101,10 +101,10 @@ def warnings(run: Selection, have: Cpus | None = None) -> list[str]:
     ]
 
 
-def _update_bytes(run: Selection) -> float:
+def _update_bytes(run: Resolved) -> float:
     """Bytes that the CPU update moves, over all ranks; 0 if the device updates."""
     accesses = strategies.streams(run)["optimizer", "cpu"]
-    sizes = host_estimate.host_bytes(run.config)
+    sizes = run.estimate.roles
     if "momentum" not in sizes:
         return 0.0
     return float(run.config.launch.num_ranks * sum(size * accesses.get(role, 0) for role, size in sizes.items()))

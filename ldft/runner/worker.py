@@ -116,16 +116,15 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     )
 
     report.phase("model", f"building {config.model.name}")
-    run = complete(selection)
-    settings = swap_files.placed(run.deepspeed)
-    engines.check(settings)
+    run = complete(dataclasses.replace(selection, deepspeed=swap_files.placed(selection.deepspeed)))
+    engines.check(run.deepspeed)
     arenas = role_memory.arenas_of(run, rank)
-    network = model.build(config, settings, device, arenas)
+    network = model.build(run, device, arenas)
     tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
     dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
     name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
     report.put(
-        deepspeed_config_json=json.dumps(settings),
+        deepspeed_config_json=json.dumps(run.deepspeed),
         parameters=model.num_parameters(network),
         trainable_parameters=model.num_parameters(network, trainable=True),
         attention=network.config._attn_implementation,
@@ -148,7 +147,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     )
 
     report.phase("engine", "initialising DeepSpeed")
-    engine = engines.build(config, network, settings, arenas)
+    engine = engines.build(run, network, arenas)
     if arenas is not None:
         arenas.of("activations").blocks = activations
     report.put(

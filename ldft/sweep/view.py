@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldft.errors import ConfigError
-from ldft.preflight.selection import select
+from ldft.preflight.resolved import resolve
 from ldft.results.history import History, Row
 from ldft.runner import checks
 from ldft.sweep import cell
@@ -163,7 +163,7 @@ class View:
         kinds = {(one.model.name, one.launch.num_ranks, one.train.precision): one for one in configs}
         for config in kinds.values() if not elsewhere else ():
             with contextlib.suppress(ConfigError):  # a refused cell records this in its row
-                for warning in checks.warnings(select(config)):
+                for warning in checks.warnings(resolve(config)):
                     self.say(f"ldft: warning: {config.model.name}: {warning}")
         for one in self._plan.cells:
             row = history.row(one.run_id, history.latest_number(one.run_id))

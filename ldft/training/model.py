@@ -24,10 +24,11 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ldft.config import AttentionKind, Config, ModelConfig, OffloadDevice, Precision, Weights
+from ldft.config import AttentionKind, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.preflight import attention, families, liger
+from ldft.preflight import families
+from ldft.preflight.selection import Selection
 from ldft.training import liger_kernels, pretrained
 from ldft.training.attention_kernels import cudnn, repeated_heads
 from ldft.training.deepspeed import arena_hooks, layout
@@ -88,28 +89,25 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
         raise ConfigError("model", f"transformers refuses this {model.family}: {reason}") from error
 
 
-def build(
-    config: Config, deepspeed_config: dict[str, Any], device: torch.device, arenas: Arenas | None = None
-) -> PreTrainedModel:
+def build(run: Selection, device: torch.device, arenas: Arenas | None = None) -> PreTrainedModel:
     """The model on `device`, in the compute precision, with weights drawn from train.seed or read from a folder.
 
     Under ZeRO-3 each parameter is sharded over the ranks when it is created: no rank ever holds a full copy. With arenas, shards in
     host memory are in the arenas from the start.
     """
+    config = run.config
     dtype = DTYPES[config.train.precision]
     partitioned = config.offload.stage == 3
-    kind = attention.choose(config)
-    if kind is AttentionKind.sdpa_cudnn:
+    if run.attention is AttentionKind.sdpa_cudnn:
         cudnn.register()
-    repeats = attention.repeats_heads(config, kind)
-    if repeats:
+    if run.repeats_heads:
         repeated_heads.register()
-    implementation = repeated_heads.NAME if repeats else kind.name
+    implementation = repeated_heads.NAME if run.repeats_heads else run.attention.name
     architecture = hf_config(config.model)
-    _check_attention(kind, architecture)
+    _check_attention(run.attention, architecture)
     # Use an explicit context: transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO.
     # Pass no dtype, it follows from the config: DeepSpeed uses a given one only if the device also computes in fp16 (0.19.8).
-    construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
+    construct = deepspeed.zero.Init(config_dict_or_path=run.deepspeed) if partitioned else nullcontext()
     host: AbstractContextManager[None] = nullcontext()
     if arenas is not None and config.offload.parameters is OffloadDevice.cpu:
         host = arena_hooks.weights(arenas, _parts(architecture, config.launch.num_ranks), dtype)
@@ -120,12 +118,12 @@ def build(
     initialize(model, config.train.seed, partitioned=partitioned, only_buffers=from_files)
     if from_files:
         pretrained.load(model, config.model, partitioned=partitioned)
-    if liger.wanted(config):
+    if run.liger:
         liger_kernels.apply(model)
     if config.lora.rank:
         from ldft.training import lora  # peft takes a second to import
 
-        lora.add(model, config, deepspeed_config, device)
+        lora.add(model, config, run.deepspeed, device)
     model.train()
     return model
 

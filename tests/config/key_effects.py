@@ -21,6 +21,7 @@ from ldft.memory.topology import Node, Topology
 from ldft.monitor import trace
 from ldft.preflight import deepspeed_config, fit, liger
 from ldft.preflight.resolved import resolve
+from ldft.preflight.selection import select
 from ldft.results import store
 from ldft.results.history import History
 from ldft.runner import dry_run, launch, node_memory, parent
@@ -48,14 +49,14 @@ def architecture(config: Config) -> Any:
 
 def built_model(config: Config) -> Any:
     config.offload.stage = 0
-    network = model.build(config, {}, torch.device("cpu"))
+    network = model.build(select(config), torch.device("cpu"))
     return next(network.parameters()).detach().sum().item(), network.dtype
 
 
 def waiting_inputs(config: Config) -> Any:
     """Bytes that wait in host memory, and how often the first layer runs in one step."""
     config.offload.stage = 0
-    network = model.build(config, {}, torch.device("cpu"))
+    network = model.build(select(config), torch.device("cpu"))
     installed = checkpointing.install(config, network, torch.device("cpu"))
     runs: list[int] = []
     network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -66,7 +67,7 @@ def waiting_inputs(config: Config) -> Any:
 
 def attention_that_runs(config: Config) -> Any:
     config.offload.stage = 0
-    return model.build(config, {}, torch.device("cpu")).config._attn_implementation
+    return model.build(select(config), torch.device("cpu")).config._attn_implementation
 
 
 def uses_liger(config: Config) -> Any:
@@ -77,7 +78,7 @@ def uses_liger(config: Config) -> Any:
 def adapters(config: Config) -> Any:
     """Trainable parameters by name, scales and dropout."""
     config.offload.stage = 0
-    network = model.build(config, {}, torch.device("cpu"))
+    network = model.build(select(config), torch.device("cpu"))
     layers = [module for module in network.modules() if hasattr(module, "lora_A")]
     sizes = {name: parameter.shape for name, parameter in network.named_parameters() if parameter.requires_grad}
     return sizes, [(layer.scaling, str(layer.lora_dropout)) for layer in layers]
@@ -97,7 +98,7 @@ def weights_folder(config: Config) -> Any:
 
 def loaded_weights(config: Config) -> Any:
     config.offload.stage = 0
-    return next(model.build(config, {}, torch.device("cpu")).parameters()).detach().sum().item()
+    return next(model.build(select(config), torch.device("cpu")).parameters()).detach().sum().item()
 
 
 class Fake(dict):

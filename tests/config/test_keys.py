@@ -13,6 +13,7 @@ import torch
 from hydra.errors import ConfigCompositionException
 
 from ldft.config import Config, columns, from_dict, to_dict
+from ldft.preflight.selection import select
 from ldft.preflight.strategies import ROLES
 from ldft.training import model
 from tests.config.key_effects import (
@@ -181,7 +182,7 @@ def test_changing_a_key_shows(key: str, places: dict[str, str], tmp_path: Path) 
 
     if "$SAVED" in (value, *(line.partition("=")[2] for line in beside)):
         saved = compose(*overrides()[:4], "model.vocab_size=32", "train.seed=5", "offload.stage=0")
-        model.build(saved, {}, torch.device("cpu")).save_pretrained(tmp_path / "saved")
+        model.build(select(saved), torch.device("cpu")).save_pretrained(tmp_path / "saved")
     before = compose(*overrides())
     try:
         after = compose(*overrides(f"{key}={value}"))

@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from ldft.errors import ConfigError
 from ldft.preflight import attention
+from ldft.preflight.selection import select
 from ldft.training import model
 from ldft.training.attention_kernels import cudnn, repeated_heads
 from tests.gpu.machine import allocated, cuda_config, kinds
@@ -137,7 +138,7 @@ def test_fp32_with_grouped_heads_stores_no_scores() -> None:
     config = cuda_config("model=nano", "model.num_attention_heads=8", "seq_len.tokens=8192", "offload=none",
                          "checkpointing=none", "kernels.liger=false", "train.precision=fp32")  # fmt: skip
     assert config.model.num_key_value_heads < 8
-    network = model.build(config, {}, torch.device("cuda"))
+    network = model.build(select(config), torch.device("cuda"))
     peaks = {}
     for name in (network.config._attn_implementation, "sdpa"):
         network.set_attn_implementation(name)

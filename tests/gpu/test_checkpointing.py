@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ldft import results
+from ldft.preflight.selection import select
 from ldft.training import model
 from ldft.training.checkpointing.checkpointing import Checkpointing, DeviceInputs
 from ldft.training.checkpointing.copies import CudaLanes
@@ -36,7 +37,7 @@ def build(precision: str, dropout: float = 0.0) -> PreTrainedModel:
         *("model=nano", f"model.num_layers={LAYERS}", f"model.hidden_size={HIDDEN}", "model.vocab_size=512"),
         *("offload=none", "checkpointing=none", f"train.precision={precision}", "launch.device=cuda"),
     )
-    network = model.build(config, {}, device())
+    network = model.build(select(config), device())
     if dropout:
         for layer in network.model.layers:
             layer.mlp.register_forward_hook(lambda _, __, output: nn.functional.dropout(output, dropout))

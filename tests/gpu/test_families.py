@@ -9,6 +9,7 @@ import torch
 
 from ldft.config import Config
 from ldft.config.checkpointing import CheckpointingMode
+from ldft.preflight.selection import select
 from ldft.training import data, model
 from ldft.training.checkpointing import checkpointing
 from tests.gpu.machine import cuda_config, kinds
@@ -29,7 +30,7 @@ def config_of(name: str, *overrides: str) -> Config:
 
 
 def loss_and_gradients(config: Config) -> tuple[float, torch.Tensor]:
-    network = model.build(config, {}, CUDA)
+    network = model.build(select(config), CUDA)
     held = checkpointing.install(config, network, CUDA, pin=True)
     tokens = data.batch(config, 0, 0, 0).to(CUDA)
     loss = network(input_ids=tokens, labels=tokens).loss

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from ldft.config import Config
 from ldft.errors import ConfigError
 from ldft.preflight import host_estimate
+from ldft.preflight.selection import select
 from ldft.training import model
 from ldft.training.checkpointing.attention_outputs import HostOutputs
 from ldft.training.checkpointing.checkpointing import Checkpointing, DeviceInputs
@@ -64,7 +65,7 @@ def outputs(config: Config, every: int, lanes: CudaLanes | None) -> HostOutputs:
 def test_gradients_are_those_with_attention_computed_again(kind: str, dropout: float) -> None:
     """Dropout of attention and, drawn after it in the same layer, of the MLP. No synchronisation between passes."""
     config = config_of(kind)
-    network = model.build(config, {}, device())
+    network = model.build(select(config), device())
     for layer in network.model.layers:
         layer.self_attn.attention_dropout = dropout
         if dropout:
@@ -97,7 +98,7 @@ def test_gradients_are_those_with_attention_computed_again(kind: str, dropout: f
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_runs_once_a_layer(kind: str) -> None:
     config = config_of(kind)
-    network = model.build(config, {}, device())
+    network = model.build(select(config), device())
 
     def calls() -> int:
         gradients(network, TOKENS)
@@ -118,7 +119,7 @@ def test_attention_runs_once_a_layer(kind: str) -> None:
 def test_memory_beyond_that_of_inputs_in_host_memory() -> None:
     """In host memory: at most two outputs and one input more on the device; and nothing stays there."""
     config = config_of("sdpa_cudnn", "seq_len.tokens=32768")
-    network = model.build(config, {}, device())
+    network = model.build(select(config), device())
     tokens = torch.randint(512, (1, 32768), device="cuda")
     out, size = host_estimate.attention_output_bytes(config), host_estimate.layer_input_bytes(config)
     peaks = {}

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ldft.preflight import deepspeed_config, liger
+from ldft.preflight import liger
 from ldft.preflight.resolved import resolve
+from ldft.preflight.selection import select
 from ldft.training import data, liger_kernels, model
 from ldft.training.deepspeed import engine, role_memory
 from tests.gpu.machine import allocated, cuda_config, process_group
@@ -24,7 +25,7 @@ CUDA = torch.device("cuda", 0)
 def results(*overrides: str) -> tuple[float, dict[str, torch.Tensor], int]:
     """Loss, gradients by name and patched modules."""
     config = cuda_config("model=nano", *SMALL, "offload=none", *overrides)
-    network = model.build(config, {}, CUDA)
+    network = model.build(select(config), CUDA)
     tokens = data.batch(config, 0, 0, 0).to(CUDA)
     output = network(input_ids=tokens, labels=tokens)
     output.loss.backward()
@@ -85,10 +86,10 @@ def test_trains_under_deepspeed_as_the_stock_model(group: None, overrides: tuple
         rate = 2e-2 if "lora=r8" in overrides else 2e-3
         beside = (f"optimizer.learning_rate={rate}", "data=repeat", "memory.pinning=none", f"kernels.liger={used}")
         config = cuda_config("model=nano", *SMALL, *overrides, *beside)
-        settings = deepspeed_config.build(config)
-        arenas = role_memory.arenas_of(resolve(config, deepspeed=settings), 0)
-        network = model.build(config, settings, CUDA, arenas)
-        built = engine.build(config, network, settings, arenas)
+        run = resolve(config)
+        arenas = role_memory.arenas_of(run, 0)
+        network = model.build(run, CUDA, arenas)
+        built = engine.build(run, network, arenas)
         losses.append([])
         for iteration in range(5):
             for step in range(config.train.gradient_accumulation_steps):

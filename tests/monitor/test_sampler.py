@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ldft import proc
 from ldft.memory.probe import process_memory
 from ldft.monitor import processes, sampler
 from ldft.monitor.processes import Run
@@ -157,5 +158,5 @@ def test_role_bytes_whose_nodes_nobody_knows_are_on_none(start, tmp_path) -> Non
 def test_a_process_that_is_gone_is_nothing() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
-    assert processes.stat(gone.pid) is None and processes.user_of(gone.pid) is None
+    assert proc.stat(gone.pid) is None and processes.user_of(gone.pid) is None
     assert processes.rank_of(gone.pid) is None and processes.ticks_of_family(gone.pid) is None

@@ -17,7 +17,6 @@ import deepspeed
 import torch
 
 from ldft.config import from_dict
-from ldft.preflight import deepspeed_config
 from ldft.preflight.selection import select
 from ldft.training import data, model
 from ldft.training.deepspeed import operators
@@ -61,10 +60,10 @@ def main() -> None:
         verbose=False,
     )
     for name, config in configs.items():
-        settings = deepspeed_config.build(config)
-        network = model.build(config, settings, torch.device("cpu"))
+        run = select(config)
+        network = model.build(run, torch.device("cpu"))
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        running, *_ = deepspeed.initialize(model=network, model_parameters=trained, config=settings)
+        running, *_ = deepspeed.initialize(model=network, model_parameters=trained, config=run.deepspeed)
         gradients: dict[str, int] = {}
         for step in range(config.train.gradient_accumulation_steps):
             tokens = data.batch(config, 0, step, rank)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ldft.bench import profile as profiles
 from ldft.config import Config
 from ldft.errors import ConfigError
 from ldft.memory import bandwidths, cost_model
@@ -126,9 +127,9 @@ def test_optimal_finds_the_machines_profile_and_says_how_to_make_one(
     with pytest.raises(ConfigError, match=r"^numa\.bandwidth: .*python -m ldft.bench nodes, or give numa.bandwidth$"):
         assign(config("optimal"), machine())
     profile = {"bandwidth": {"node0": {"cpu": 278}, "node1": {"cpu": 69}}}
-    bandwidths.save(profile, bandwidths.profile_path())
+    profiles.save(profile, bandwidths.profile_path())
     assert assign(config("optimal"), machine())[0]["momentum"].nodes
-    bandwidths.save({"bandwidth": {"node0": {"cpu": 278}}}, bandwidths.profile_path())
+    profiles.save({"bandwidth": {"node0": {"cpu": 278}}}, bandwidths.profile_path())
     with pytest.raises(ConfigError, match=r"^numa\.bandwidth: node 1 is missing \(nodes: 0\)"):
         assign(config("optimal"), machine())
     bandwidths.profile_path().write_text(json.dumps(profile)[:20])
@@ -142,7 +143,7 @@ def test_a_damaged_profile_stops_optimal_alone(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    bandwidths.save({}, bandwidths.profile_path())
+    profiles.save({}, bandwidths.profile_path())
     bandwidths.profile_path().write_text(text)
     for strategy in ("local_only", "cxl_aware"):
         assert "modelled_traffic_s" not in fit.predictions(resolve(config(strategy), topology=machine()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldft import results
-from ldft.preflight.selection import select
+from ldft.preflight.resolved import resolve
 from ldft.runner import cpu_limits
 from ldft.runner.cpu_limits import Cpus
 from tests.conftest import compose
@@ -60,7 +60,7 @@ def test_this_machine() -> None:
 )
 def test_where_cores_are_too_few(ranks: int, have: Cpus, limit: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_limits, "_core_bytes_per_s", lambda: 8e9)
-    said = cpu_limits.warnings(select(compose(*LARGE, f"launch.num_ranks={ranks}")), have)
+    said = cpu_limits.warnings(resolve(compose(*LARGE, f"launch.num_ranks={ranks}")), have)
     if limit is None:
         assert said == []
         return
@@ -75,8 +75,8 @@ def test_where_cores_are_too_few(ranks: int, have: Cpus, limit: str | None, monk
 def test_nothing_to_say_where_the_device_updates_or_the_update_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_limits, "_core_bytes_per_s", lambda: 8e9)
     few = Cpus(1, None, 64)
-    assert cpu_limits.warnings(select(compose(*LARGE, "offload=none")), few) == []
-    assert cpu_limits.warnings(select(compose("model=nano")), few) == []
+    assert cpu_limits.warnings(resolve(compose(*LARGE, "offload=none")), few) == []
+    assert cpu_limits.warnings(resolve(compose("model=nano")), few) == []
 
 
 def test_the_speed_of_a_core_is_measured() -> None:

@@ -37,7 +37,7 @@ def stock(folder: Path) -> None:
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=0, world_size=1
     )
-    network = model.build(config, settings, torch.device("cpu"))
+    network = model.build(select(config, deepspeed=settings), torch.device("cpu"))
     engine, *_ = deepspeed.initialize(model=network, model_parameters=network.parameters(), config=settings)
     losses = []
     for iteration in range(config.train.iterations):

@@ -12,6 +12,7 @@ from ldft import environment
 from ldft.config import AttentionKind, Config, Device
 from ldft.errors import CombinationError, ConfigError
 from ldft.preflight import attention
+from ldft.preflight.selection import select
 from ldft.training import data, model
 from ldft.training.attention_kernels import cudnn
 from tests.conftest import compose, options
@@ -142,7 +143,7 @@ def cudnn_model(machine, *overrides: str):
     """A model on the CPU that was told to use cuDNN's attention, and a batch."""
     machine((9, 0))
     config = config_of("cuda", *PLAIN, "offload=none", "attention=sdpa_cudnn", "kernels.liger=false", *overrides)
-    return model.build(config, {}, torch.device("cpu")), data.batch(config, 0, 0, 0)
+    return model.build(select(config), torch.device("cpu")), data.batch(config, 0, 0, 0)
 
 
 def test_where_cudnn_cannot_run_nothing_else_does(machine) -> None:
@@ -179,7 +180,7 @@ def test_cudnn_gets_what_sdpa_gets_and_no_mask_for_a_full_causal_batch(machine, 
 def test_a_window_counts_where_transformers_makes_sdpa_a_mask(monkeypatch, tokens) -> None:
     window = ("model.family=mistral", "model.sliding_window=16", f"seq_len.tokens={tokens}")
     config = config_of("cpu", *PLAIN, *window, "offload=none", "attention=sdpa")
-    network, masks = model.build(config, {}, torch.device("cpu")), []
+    network, masks = model.build(select(config), torch.device("cpu")), []
     real = torch.nn.functional.scaled_dot_product_attention
 
     def note(*arguments, **named):
@@ -214,7 +215,7 @@ def test_repeated_heads_give_what_groups_give_without_asking_for_groups(machine,
     beside = ("model.family=mistral", f"model.sliding_window={window}", "seq_len.tokens=48", "train.micro_batch_size=2")
     machine((7, 0))
     config = config_of("cuda", *PLAIN, "offload=none", "kernels.liger=false", "train.precision=fp32", *beside)
-    network, tokens = model.build(config, {}, torch.device("cpu")), data.batch(config, 0, 0, 0)
+    network, tokens = model.build(select(config), torch.device("cpu")), data.batch(config, 0, 0, 0)
     assert network.config._attn_implementation == "sdpa_repeated_heads"
     calls = []
     real = torch.nn.functional.scaled_dot_product_attention

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ldft.config import Device
+from ldft.preflight.selection import select
 from ldft.training import model
 from tests.conftest import FAST, compose, long
 
@@ -42,7 +43,7 @@ def test_pretrained_on_two_ranks_trains_as_the_weights_it_was_saved_from(
     ]  # fmt: skip
     config = compose("model=nano", "offload=none", "train.seed=5", *beside)
     config.launch.device = Device.cpu
-    model.build(config, {}, torch.device("cpu")).save_pretrained(tmp_path / "saved", max_shard_size="50KB")
+    model.build(select(config), torch.device("cpu")).save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     drawn = ldft(*beside, "train.seed=5")
     loaded = ldft(*beside, "train.seed=9", "model.weights=pretrained", f"model.path={tmp_path}/saved")
     assert loaded.exit_code == 0, loaded.stdout + loaded.stderr

@@ -66,11 +66,12 @@ def plain_pytorch(config_json: str, rule: Any = None) -> list[float]:
     import torch
 
     from ldft.config import from_dict
+    from ldft.preflight.selection import select
     from ldft.training import data, model
 
     config = from_dict(json.loads(config_json))
     config.offload.stage = 0
-    network = model.build(config, {}, torch.device("cpu"))
+    network = model.build(select(config), torch.device("cpu"))
     rates = config.optimizer
     optimizer = (rule or torch.optim.AdamW)(
         network.parameters(),

@@ -14,6 +14,7 @@ from ldft.config import AttentionKind, Config, Device, OffloadDevice, Precision,
 from ldft.config.checkpointing import CheckpointingMode
 from ldft.errors import ConfigError
 from ldft.preflight import attention
+from ldft.preflight.selection import select
 from ldft.training import data, model
 from ldft.training.checkpointing import checkpointing
 from tests.conftest import compose
@@ -32,7 +33,7 @@ def config_of(name: str, kind: AttentionKind, mode: CheckpointingMode) -> Config
 
 def gradients(config: Config) -> list[torch.Tensor]:
     """Loss and gradients."""
-    network = model.build(config, {}, CPU)
+    network = model.build(select(config), CPU)
     checkpointing.install(config, network, CPU)
     tokens = data.batch(config, 0, 0, 0)
     loss = network(input_ids=tokens, labels=tokens).loss

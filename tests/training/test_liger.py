@@ -11,6 +11,7 @@ import torch
 from ldft.config import Config, Device
 from ldft.errors import CombinationError, ConfigError
 from ldft.preflight import liger
+from ldft.preflight.selection import select
 from ldft.training import liger_kernels, model
 from tests.conftest import compose
 from tests.training.test_equality import alone, run_once  # noqa: F401
@@ -33,7 +34,7 @@ def config_of(*overrides: str) -> Config:
 
 
 def build(*overrides: str):
-    return model.build(config_of(*SMALL, *overrides), {}, torch.device("cpu"))
+    return model.build(select(config_of(*SMALL, *overrides)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", liger.FAMILIES)

@@ -13,6 +13,7 @@ from ldft.config import Config, Device, from_dict, to_dict
 from ldft.config.checkpointing import CheckpointingMode
 from ldft.errors import ConfigError
 from ldft.preflight import parameter_counts
+from ldft.preflight.selection import select
 from ldft.training import data, flops, model
 from ldft.training.checkpointing import checkpointing
 from tests.conftest import compose
@@ -34,11 +35,11 @@ def plain_peft(config: Config) -> list[float]:
     config = from_dict(json.loads(json.dumps(to_dict(config))))
     config.offload.stage = 0
     start = {
-        name: p.detach().clone() for name, p in model.build(config, {}, CPU).named_parameters() if ".lora_" in name
+        name: p.detach().clone() for name, p in model.build(select(config), CPU).named_parameters() if ".lora_" in name
     }
     config.lora.rank = 0
     settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS)
-    network = peft.get_peft_model(model.build(config, {}, CPU), settings)
+    network = peft.get_peft_model(model.build(select(config), CPU), settings)
     network.load_state_dict({f"base_model.model.{name}": value for name, value in start.items()}, strict=False)
     trained = [p for p in network.parameters() if p.requires_grad]
     assert len(trained) == len(start)
@@ -77,7 +78,7 @@ def test_trains_adapters_alone_and_as_plain_peft(reference: list[float], tmp_pat
 
 def test_the_row_counts_what_is_trained(run_once, reference: list[float]) -> None:  # noqa: F811
     row = run_once(*LORA, "checkpointing=gpu")
-    network = model.build(config_of("offload=none"), {}, CPU)
+    network = model.build(select(config_of("offload=none")), CPU)
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     assert parameter_counts.total(parameter_counts.trained_sizes(config_of())) == trained
@@ -89,11 +90,11 @@ def test_the_row_counts_what_is_trained(run_once, reference: list[float]) -> Non
 def test_a_frozen_weight_costs_four_flops_a_token_and_a_trained_one_six() -> None:
     def dense(*overrides: str) -> float:
         config = config_of("offload=none", *overrides)
-        return flops.model_tflop(model.build(config, {}, CPU), config.model, 1, 64)[0] * 1e12
+        return flops.model_tflop(model.build(select(config), CPU), config.model, 1, 64)[0] * 1e12
 
     base = dense("lora=none")
     adapters = dense() - base * 4 / 6
-    network = model.build(config_of("offload=none"), {}, CPU)
+    network = model.build(select(config_of("offload=none")), CPU)
     assert adapters == pytest.approx(6 * sum(p.numel() for p in network.parameters() if p.requires_grad))
 
 
@@ -102,7 +103,7 @@ def test_gradients_reach_the_adapters_with_every_checkpointing_mode(mode: Checkp
     gradients = []
     for chosen in (CheckpointingMode.none, mode):
         config = config_of("offload=none", f"checkpointing={chosen.name}", "lora.dropout=0.3")
-        network = model.build(config, {}, CPU)
+        network = model.build(select(config), CPU)
         checkpointing.install(config, network, CPU)
         tokens = data.batch(config, 0, 0, 0)
         torch.manual_seed(3)  # of the dropout
@@ -116,7 +117,7 @@ def test_gradients_reach_the_adapters_with_every_checkpointing_mode(mode: Checkp
 
 def test_base_weights_and_adapters_depend_on_seed_and_name_only() -> None:
     def build(*overrides: str) -> dict[str, torch.Tensor]:
-        network = model.build(config_of("offload=none", *overrides), {}, CPU)
+        network = model.build(select(config_of("offload=none", *overrides)), CPU)
         return {name.replace(".base_layer", ""): p.detach() for name, p in network.named_parameters()}
 
     whole, few, none, other = build(), build("lora.target_modules=[v_proj]"), build("lora=none"), build("train.seed=1")
@@ -130,4 +131,4 @@ def test_base_weights_and_adapters_depend_on_seed_and_name_only() -> None:
 
 def test_layers_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^lora.target_modules: \['wq'\]: .*not found"):
-        model.build(config_of("offload=none", "lora.target_modules=[wq]"), {}, CPU)
+        model.build(select(config_of("offload=none", "lora.target_modules=[wq]")), CPU)

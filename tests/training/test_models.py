@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 
 from ldft.config import Config, Device, ModelConfig, OffloadDevice, Precision, SeqLenConfig
 from ldft.preflight import parameter_counts
+from ldft.preflight.selection import select
 from ldft.training import data, flops, model
 from tests.conftest import compose, options
 
@@ -64,7 +65,7 @@ def test_trains_at_reduced_depth(name: str) -> None:
     config.launch.device, config.train.precision = Device.cpu, Precision.fp32  # the fast one, at this size
     config.offload.stage = 0
     config.offload.parameters = config.offload.optimizer = OffloadDevice.none
-    network = model.build(config, {}, torch.device("cpu"))
+    network = model.build(select(config), torch.device("cpu"))
     assert parameter_counts.num_parameters(config.model) == model.num_parameters(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     tokens = data.batch(config, 0, 0, 0)
@@ -88,7 +89,7 @@ def test_attention_flops_count_what_a_window_lets_a_token_see(name: str, windowe
     config.launch.device, config.offload.stage = Device.cpu, 0
     config.model.num_layers = 2
     config.model.sliding_window = window if windowed else 0
-    network = model.build(config, {}, torch.device("cpu"))
+    network = model.build(select(config), torch.device("cpu"))
     counted = flops.model_tflop(network, config.model, tokens, tokens)[1] * 1e12
     # Pairs of a token and one that it sees, itself counted as half, as the causal half of a square has it.
     whole = sum(t + 0.5 for t in range(tokens))
@@ -106,7 +107,7 @@ def test_window_and_soft_caps_change_what_gemma_computes() -> None:
         config.launch.device, config.offload.stage = Device.cpu, 0
         for key, value in changes.items():
             setattr(config.model, key, value)
-        network = model.build(config, {}, torch.device("cpu")).eval()
+        network = model.build(select(config), torch.device("cpu")).eval()
         # Random weights give small scores, which no cap would touch.
         with torch.no_grad():
             for layer in network.model.layers:

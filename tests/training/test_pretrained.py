@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from ldft.config import Config, Device
 from ldft.errors import ConfigError
-from ldft.preflight import deepspeed_config
 from ldft.preflight.selection import select
 from ldft.training import model, safetensors_index
 from ldft.training.deepspeed import operators
@@ -33,7 +32,7 @@ def config_of(*overrides: str) -> Config:
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A folder of several shards, and the weights in it."""
-    network = model.build(config_of("train.seed=5", "offload=none"), {}, CPU)
+    network = model.build(select(config_of("train.seed=5", "offload=none")), CPU)
     network.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
     return tmp_path / "saved", {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
@@ -42,7 +41,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 def test_loads_what_was_saved(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, weights = saved
     config = config_of("offload=none", "model.weights=pretrained", f"model.path={folder}", "train.seed=9")
-    network = model.build(config, {}, CPU)
+    network = model.build(select(config), CPU)
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, weights[name]), name
     with torch.no_grad():
@@ -53,7 +52,7 @@ def test_loads_what_was_saved(saved: tuple[Path, dict[str, torch.Tensor]]) -> No
 def test_fewer_layers_take_the_first_ones(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, weights = saved
     config = config_of("offload=none", "model.weights=pretrained", f"model.path={folder}", "model.num_layers=1")
-    network = model.build(config, {}, CPU)
+    network = model.build(select(config), CPU)
     assert all(torch.equal(parameter, weights[name]) for name, parameter in network.named_parameters())
 
 
@@ -100,7 +99,7 @@ def test_under_zero_3_only_one_parameter_is_whole_at_a_time(
 
     monkeypatch.setattr(deepspeed.zero, "GatheredParameters", Noting)
     config = config_of("offload=full", "model.weights=pretrained", f"model.path={folder}")
-    network = model.build(config, deepspeed_config.build(config), CPU)
+    network = model.build(select(config), CPU)
     assert sizes == [1] * len(weights)
     for name, parameter in network.named_parameters():
         with stock(parameter):
@@ -114,16 +113,16 @@ def test_what_does_not_fit_is_refused(saved: tuple[Path, dict[str, torch.Tensor]
     with pytest.raises(
         ConfigError, match=r"model.path: .* is \[512, 64\] in .*saved, \[256, 64\] in nano; choose the model="
     ):
-        model.build(config_of(*base, "model.vocab_size=256"), {}, CPU)
+        model.build(select(config_of(*base, "model.vocab_size=256")), CPU)
     with pytest.raises(ConfigError, match=r"has no tensor model.layers.2\.\S+, which nano needs; choose the model="):
-        model.build(config_of(*base, "model.num_layers=3"), {}, CPU)
+        model.build(select(config_of(*base, "model.num_layers=3")), CPU)
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
         if "model.norm.weight" in tensors:
             tensors.pop("model.norm.weight")
             save_file(tensors or {"other": torch.zeros(1)}, file)
     with pytest.raises(ConfigError, match=r"has no tensor model.norm.weight"):
-        model.build(config_of(*base), {}, CPU)
+        model.build(select(config_of(*base)), CPU)
 
 
 def test_a_file_cut_short_is_refused_at_any_length(saved: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -178,7 +177,7 @@ def test_the_hub_is_asked_for_the_published_name(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_zero_3_draws_the_same_weights_in_the_precision_asked_for(process_group: None, precision: str) -> None:
     whole, split = (
-        model.build(config, deepspeed_config.build(config), CPU)
+        model.build(select(config), CPU)
         for config in (config_of(f"offload={offload}", f"train.precision={precision}") for offload in ("none", "full"))
     )
     for (name, expected), parameter in zip(whole.named_parameters(), split.parameters(), strict=True):

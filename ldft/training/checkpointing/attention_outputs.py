@@ -1,17 +1,18 @@
-"""Outputs of attention that wait in host memory, beside the layer inputs (layer_inputs.py) and in the same lanes.
+"""Attention outputs in host memory, beside the layer inputs (layer_inputs.py) and over the same lanes.
 
     forward   compute |  layer 0  |  layer 1  |  layer 2  | loss
-              to host |       0   |       1   |             those of the last group stay: its backward comes first
+              to host |       0   |       1   |             the last group's stay: its backward comes first
     backward  compute |  layer 2  |  layer 1  |  layer 0  |
               to device    1      |    0      |
 
-An output leaves while the rest of its layer runs and is let go at the end of its group. It comes back one call ahead: when the
-recomputation asks for one, the next to be asked for sets out. Of a single layer a group there are two on the device at most,
-the one in use and the one on its way; of several, those of the group under way are in use together, as are its other activations.
+An output is copied out while the rest of its layer runs, and freed on the device at the end of its group. It is copied back one
+call ahead: when the recomputation requests an output, the copy of the next one begins. With one layer per group, at most two
+outputs are on the device: the one in use and the one being copied. With several, a group's outputs are all in use together, like
+its other activations.
 
-A slot takes all that one call of attention returned but what is small. Device memory for what comes back is new each time: autograd
-frees it as it goes, earlier than buffers of ours could be free. Why that is safe: see copies.py; one that is on its way is held
-here until the compute stream has waited for its copy.
+A slot holds all tensors that one call of attention returned, except small ones. Each copy back gets new device memory: autograd
+frees it earlier than a fixed buffer would become free. copies.py explains why that is safe; a tensor whose copy is under way is
+referenced here until the compute stream has waited for that copy.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from ldft.memory.policy import Placement
-from ldft.training.checkpointing.copies import Lane, Lanes, aligned, arenas, as_bytes, lanes_of
+from ldft.training.checkpointing.copies import HostSlots, Lane, Lanes, aligned, as_bytes
 from ldft.training.checkpointing.keep_attention import Held, Outputs, detached
 
 # Smaller ones, such as the state of a generator, are not worth a copy.
@@ -32,11 +33,12 @@ Key = tuple[int, int]
 """Group and position in it."""
 
 
-class HostOutputs:
-    """Keeps what attention returns in host memory, but for the last group. Raises HostMemoryError when that cannot be had.
+class HostOutputs(HostSlots):
+    """Keeps the outputs of attention in host memory, except for the last group. Raises HostMemoryError if that memory cannot be
+    allocated.
 
-    groups: of `every` layers each, with one call of attention a layer. bytes_each: of what one call returns. placement, pin: as
-    for HostInputs. lanes: those of the inputs; None: some of its own.
+    groups: layer groups per forward pass. every: layers in a group; each calls attention once. bytes_each: bytes of all tensors
+    that one call returns. placement, pin: as for HostInputs. lanes: those of the inputs; None: create new ones.
     """
 
     def __init__(
@@ -50,22 +52,16 @@ class HostOutputs:
         pin: bool = False,
         lanes: Lanes | None = None,
     ) -> None:
-        self._device, self._lanes = device, lanes or lanes_of(device)
-        self._groups, self._every = groups, every
         slots = (groups - 1) * every
         what = f"checkpointing.keep_attention: host keeps {slots} attention outputs"
         less = " or checkpointing.keep_attention=none"
-        self._arenas = arenas(slots, bytes_each, placement, pin=pin, what=what, less=less)
-        self._slots: list[torch.Tensor] = [row for arena in self._arenas for row in arena]
+        super().__init__(slots, bytes_each, device, placement, pin=pin, lanes=lanes, what=what, less=less)
+        self._groups, self._every = groups, every
         self._owner = [-1] * slots
         self._sizes: dict[Key, int] = {}
         self._leaving: list[tuple[Held, list[Any]]] = []
         self._coming: tuple[Key, torch.Tensor, Any] | None = None
         self._forward = 0
-
-    def host_tensors(self) -> list[torch.Tensor]:
-        """The memory that outputs wait in, for an audit by role."""
-        return self._arenas
 
     def keep(self, group: int, position: int, outputs: Outputs) -> KeptOutputs:
         """Take what one call of attention returned, in the forward pass."""
@@ -89,7 +85,7 @@ class HostOutputs:
         return kept
 
     def _send(self, kept: KeptOutputs, sources: list[torch.Tensor]) -> list[Any]:
-        """Begin the copies into a slot. Returns what must stay until they have ended: sources and ends."""
+        """Begin the copies into a slot. Returns sources and ends, which the caller keeps until the copies have ended."""
         slot, number = self._slot(kept.key), self._number(kept.key)
         self._owner[number] = -1
         size = sum(aligned(source.nbytes) for source in sources)
@@ -107,11 +103,11 @@ class HostOutputs:
         return sent
 
     def end(self, group: int) -> None:
-        """The group's forward pass has ended: its last output has had the rest of a layer to leave."""
+        """The group's forward pass has ended; its last output was being copied during the rest of its layer."""
         self._release_left()
 
     def _release_left(self) -> None:
-        """Wait for what leaves, which takes no time by now, and let it go."""
+        """Wait for the copies out, which have normally ended by now, and drop their sources."""
         leaving, self._leaving = self._leaving, []
         for held, sent in leaving:
             for _, end in sent:
@@ -119,7 +115,7 @@ class HostOutputs:
             held.check()
 
     def restore(self, kept: KeptOutputs) -> Outputs:
-        """All that the call returned, on the device, in the backward pass; the next to be asked for sets out."""
+        """All that the call returned, on the device, in the backward pass. Begins the copy of the output that is requested next."""
         outputs = kept.stayed.restore() if kept.stayed else self._arrived(kept)
         after = self._after(kept.key)
         if after in self._sizes and after[0] < self._groups - 1:
@@ -127,7 +123,7 @@ class HostOutputs:
         return outputs
 
     def _after(self, key: Key) -> Key:
-        """Which output the backward pass asks for next: groups backward, within one forward."""
+        """The output that the backward pass requests next: groups in reverse order, layers of a group in forward order."""
         group, position = key
         return (group, position + 1) if (group, position + 1) in self._sizes else (group - 1, 0)
 
@@ -145,7 +141,7 @@ class HostOutputs:
         return tuple(outputs)
 
     def _bring(self, key: Key, forward: int) -> tuple[torch.Tensor, Any]:
-        """The device memory that holds this output, or will once its copy has ended."""
+        """Device memory that holds this output once the returned end is reached."""
         if self._owner[self._number(key)] != forward:
             raise RuntimeError(
                 "checkpointing: this loss is of an earlier forward pass, whose attention outputs a later one has replaced; "
@@ -159,7 +155,7 @@ class HostOutputs:
         return self._coming[1:]
 
     def _drop_coming(self) -> None:
-        """Give back what nobody asked for (the backward pass had failed), after its copy."""
+        """Drop an output that was never requested, because the backward pass failed, once its copy has ended."""
         if self._coming:
             self._lanes.wait(self._coming[2])
         self._coming = None
@@ -168,12 +164,12 @@ class HostOutputs:
         return key[0] * self._every + key[1]
 
     def _slot(self, key: Key) -> torch.Tensor:
-        return self._slots[self._number(key)]
+        return self._rows[self._number(key)]
 
 
 @dataclass(slots=True)
 class KeptOutputs:
-    """What one call of attention returned: each large tensor as the layout of what waits in the slot, the rest as it is."""
+    """What one call of attention returned: for each large tensor its layout in the slot, small values as they are."""
 
     owner: HostOutputs
     key: Key
@@ -187,12 +183,12 @@ class KeptOutputs:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How a tensor lies in a contiguous run of bytes: outputs are often permuted, as backward kernels may want them."""
+    """How a tensor is stored in contiguous bytes. Outputs are often permuted, and backward kernels may need the same strides."""
 
     shape: tuple[int, ...]
-    """In the order of memory."""
+    """From the largest stride to the smallest."""
     order: tuple[int, ...]
-    """The tensor's dimensions in that order."""
+    """The tensor's dimensions in the same order."""
     dtype: torch.dtype
     size: int
 
@@ -206,7 +202,7 @@ def _is_large(value: Any) -> bool:
 
 
 def _pack(tensor: torch.Tensor) -> tuple[torch.Tensor, _Layout]:
-    """The tensor with its dimensions in the order of memory, contiguous, and how to undo that. Copies only where it has gaps."""
+    """The tensor with its dimensions by descending stride, contiguous, and how to undo that. Copies only if it has gaps."""
     strides = tensor.stride()
     order = tuple(sorted(range(tensor.dim()), key=lambda dim: -strides[dim]))
     source = tensor.permute(order).contiguous()

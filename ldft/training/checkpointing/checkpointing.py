@@ -1,21 +1,21 @@
 """Gradient checkpointing: of each group of `checkpointing.every` decoder layers only the input is kept, on the device or in host
-memory, and the backward pass runs the group again. The output of attention can be kept too: keep_attention.py. Of a model's layers
-the first `checkpointing.layers` are checkpointed; activations of the others live shortest, around the turn to the backward pass.
+memory, and the backward pass runs the group again. The attention output can be kept as well (keep_attention.py). Only the first
+`checkpointing.layers` layers are checkpointed, because the activations of the last layers live shortest.
 
-How: transformers calls a layer through `layer._gradient_checkpointing_func(run, hidden_states)` when checkpointing is on, with
-everything else (masks, position embeddings, ...) bound to `run`. We put a function of ours there, layer by layer: no code of torch,
-transformers or the model is replaced, and every signature fits. It calls torch's own non-reentrant checkpoint around a
-closure that takes its input from the forward pass the first time and from where it waits the second time.
+When checkpointing is on, transformers calls a layer through `layer._gradient_checkpointing_func(run, hidden_states)`, with
+everything else (masks, position embeddings, ...) bound to `run`. ldft sets this attribute of each layer, so it works for every
+layer signature without replacing code of torch, transformers or the model. Its function calls torch's non-reentrant checkpoint
+around a closure, which gets its input from the forward pass the first time and from the kept copy the second time.
 
-Why not an autograd function of ours that runs the layer without a graph and calls backward inside (the reentrant way):
-  - torch's stops the recomputation at the last tensor that is needed, which spares the layer's last matrix product; the
-    reentrant way computes it again: 2.6% of a step of a 3B model at 32k tokens, by its FLOPs.
-  - The layer's nodes are in the graph, so DeepSpeed's hooks on modules and parameters fire as without us, inputs need not require a
-    gradient (LoRA), and outputs may be tuples. Random states of CPU and device, autocast and errors are torch's to handle.
-Why not hooks on saved tensors to move the input: the closure needs nothing but torch's documented `checkpoint`.
+Why not an autograd function that runs the layer without a graph and calls backward inside (reentrant checkpointing):
+  - torch's non-reentrant checkpoint stops the recomputation at the last tensor that is needed, which saves the layer's last matrix
+    product: 2.6% of the FLOPs of a step of a 3B model at 32k tokens.
+  - The layer's nodes are in the graph, so DeepSpeed's hooks on modules and parameters run as usual, inputs need not require a
+    gradient (LoRA), and outputs may be tuples. torch handles random states of CPU and device, autocast and errors.
+Why not hooks on saved tensors to move the input: the closure needs only torch's documented `checkpoint`.
 
-A group of several layers is one checkpoint: all but its last layer hand their input on and note what to run; the last runs all.
-So between the layers of a group the model sees the group's input, and `output_hidden_states` shows that.
+A group of several layers is one checkpoint: each layer but the last returns its input unchanged and records what to run, and the
+last runs all of them. So between the layers of a group the model sees the group's input, as `output_hidden_states` shows.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from ldft.training.checkpointing.layer_inputs import HostInputs
 
 
 class WaitingInput(Protocol):
-    """One input that waits for its backward pass."""
+    """One input, kept for its backward pass."""
 
     def restore(self) -> torch.Tensor:
-        """The input on the device, detached, requiring a gradient as it did."""
+        """The input on the device, detached; it requires a gradient if it did before."""
 
 
 class Keeper(Protocol):
@@ -53,11 +53,11 @@ class Keeper(Protocol):
         """Take the input of a group in the forward pass; groups come in order, and 0 begins a new forward pass."""
 
     def host_tensors(self) -> list[torch.Tensor]:
-        """The host memory in which inputs wait, made before training; empty if none."""
+        """The host memory that holds inputs, allocated before training; empty if none."""
 
 
 class DeviceInputs:
-    """Inputs stay where they are."""
+    """Keeps inputs on the device."""
 
     class _Held:
         def __init__(self, hidden_states: torch.Tensor) -> None:
@@ -74,10 +74,10 @@ class DeviceInputs:
 
 
 class Checkpointing:
-    """On the decoder layers of a model from construction to `remove()`; acts in training mode with gradients enabled.
+    """Installed on a model's decoder layers from construction to `remove()`; active in training mode with gradients enabled.
 
-    `every` layers make a group; the last group may be shorter. One forward pass at a time: its backward comes before the next.
-    attention: what keeps the outputs of attention; None: the backward pass computes them again. layers: how many, from the first;
+    A group has `every` layers; the last group may be shorter. Each forward pass must be followed by its backward pass before the
+    next. attention: keeps the attention outputs; None: the backward pass recomputes them. layers: how many layers, from the first;
     None: all.
     """
 
@@ -99,16 +99,16 @@ class Checkpointing:
             layer.gradient_checkpointing = True
 
     def remove(self) -> None:
-        """Take it off: layers keep their activations again."""
+        """Uninstall: layers keep their activations again."""
         for layer in self._layers:
             layer.gradient_checkpointing = False
 
     def host_tensors(self) -> list[torch.Tensor]:
-        """The host memory in which layer inputs and attention outputs wait; empty if they stay on the device."""
+        """The host memory for layer inputs and attention outputs; empty if they stay on the device."""
         return self._keeper.host_tensors() + (self._attention.store.host_tensors() if self._attention else [])
 
     def _call(self, index: int, run: Callable[..., Any], *inputs: torch.Tensor) -> Any:
-        if not inputs:  # a model that passes everything by keyword
+        if not inputs:  # some models pass everything by keyword
             assert isinstance(run, partial)
             keywords = dict(run.keywords)
             inputs, run = (keywords.pop("hidden_states"),), partial(run.func, *run.args, **keywords)
@@ -117,7 +117,7 @@ class Checkpointing:
             return run(hidden_states, *rest)
         group, position = divmod(index, self._every)
         if position == 0:
-            self._runs = []  # what a forward pass that failed may have left
+            self._runs = []  # left over if a forward pass failed
         elif len(self._runs) != position or self._passed_on != (hidden_states.data_ptr(), hidden_states.shape):
             raise RuntimeError(
                 f"checkpointing.every={self._every}: layer {index} did not get what layer {index - 1} returned; this model needs "
@@ -132,7 +132,7 @@ class Checkpointing:
 
     def _group(self, group: int, runs: list[Callable[[torch.Tensor], Any]], hidden_states: torch.Tensor) -> Any:
         waiting = self._keeper.keep(group, hidden_states)
-        # Emptied by the forward pass, so that the closure, which lives until backward, does not hold the input.
+        # Emptied in the forward pass, because the closure lives until backward and would keep the input alive.
         fresh = [hidden_states]
 
         def body(_: torch.Tensor) -> Any:
@@ -141,13 +141,13 @@ class Checkpointing:
                 states = run(states)
             return states
 
-        # The empty tensor tells torch on which device to keep the random state.
+        # The empty tensor tells torch which device's random state to keep.
         contexts = partial(self._attention.contexts, group) if self._attention else noop_context_fn
         return checkpoint(body, hidden_states.new_empty(0), use_reentrant=False, context_fn=contexts)
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that transformers can checkpoint, in the order in which they run."""
+    """The layers that transformers can checkpoint, in execution order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -159,9 +159,9 @@ def install(
     *,
     pin: bool = False,
 ) -> Checkpointing | None:
-    """Checkpointing as the config says; None where no layer is checkpointed.
+    """Install checkpointing as configured; returns None if no layer is checkpointed.
 
-    What waits in host memory gets it here, by `placement`, pinned if `pin`: HostMemoryError now rather than in training.
+    Host memory is allocated here, by `placement` and pinned if `pin`, so that HostMemoryError is raised now and not in training.
     """
     settings = config.checkpointing
     layers = settings.recomputed(len(decoder_layers(model)))

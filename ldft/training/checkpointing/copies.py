@@ -91,6 +91,35 @@ def arenas(
     return made
 
 
+class HostSlots:
+    """Equal slots of host memory for tensors that leave the device, and the lanes to and from them.
+
+    count: number of slots. bytes_each: bytes of the largest tensor. lanes: None: create new ones. The rest as for `arenas`.
+    Raises HostMemoryError if the memory cannot be allocated.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        bytes_each: int,
+        device: torch.device,
+        placement: Placement | None,
+        *,
+        pin: bool,
+        lanes: Lanes | None,
+        what: str,
+        less: str,
+    ) -> None:
+        self._device = device
+        self._lanes = lanes or lanes_of(device)
+        self._arenas = arenas(count, bytes_each, placement, pin=pin, what=what, less=less)
+        self._rows: list[torch.Tensor] = [row for arena in self._arenas for row in arena]
+
+    def host_tensors(self) -> list[torch.Tensor]:
+        """The memory of all slots, for the audit by role."""
+        return self._arenas
+
+
 def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ldft.memory.policy import Placement
-from ldft.training.checkpointing.copies import Lane, Lanes, arenas, as_bytes, lanes_of
+from ldft.training.checkpointing.copies import HostSlots, Lane, Lanes, as_bytes
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class _Buffer:
     waited: bool = False
 
 
-class HostInputs:
+class HostInputs(HostSlots):
     """Keeps the input of every group but the last in host memory. Raises HostMemoryError if that memory cannot be allocated.
 
     groups: layer groups per forward pass. bytes_each: bytes of the largest input. placement: of the memory; None: the process
@@ -69,19 +69,13 @@ class HostInputs:
         pin: bool = False,
         lanes: Lanes | None = None,
     ) -> None:
-        self._device = device
-        self._lanes = lanes or lanes_of(device)
         what = f"checkpointing.mode: cpu keeps {groups - 1} layer inputs"
         less = ", a higher checkpointing.every or checkpointing=gpu"
-        self._arenas = arenas(groups - 1, bytes_each, placement, pin=pin, what=what, less=less)
-        self._slots = [_Slot(row) for arena in self._arenas for row in arena]
+        super().__init__(groups - 1, bytes_each, device, placement, pin=pin, lanes=lanes, what=what, less=less)
+        self._slots = [_Slot(row) for row in self._rows]
         self._buffers: list[_Buffer | None] = [None, None]
         self._leaving: tuple[KeptInput, torch.Tensor, Any] | None = None
         self._forward = 0
-
-    def host_tensors(self) -> list[torch.Tensor]:
-        """The memory for inputs, for the audit by role."""
-        return self._arenas
 
     def keep(self, group: int, hidden_states: torch.Tensor) -> KeptInput:
         """Take the input of a group, in the forward pass; groups come in order."""

@@ -11,10 +11,10 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from transformers import PreTrainedModel
 
-from ldft.config import Config, OffloadDevice
+from ldft.config import OffloadDevice
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.preflight import deepspeed_config
+from ldft.preflight.selection import Selection
 from ldft.training import schedule
 from ldft.training.deepspeed import arena_hooks, audit, fused_step, layout, rebinding, roles
 from ldft.training.optimizers.device_lion import DeviceLion
@@ -33,19 +33,20 @@ def check(settings: dict[str, Any]) -> None:
         raise ConfigError("offload.deepspeed", f"DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
-def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], arenas: Arenas | None) -> Any:
+def build(run: Selection, model: PreTrainedModel, arenas: Arenas | None) -> Any:
     """The engine, with the learning-rate schedule; its `get_lr()` returns the rate of the next update.
 
     With arenas, every offloaded tensor, including the moments, is in its role's arena. Raises HostMemoryError and AuditError.
     """
+
+    config, settings = run.config, run.deepspeed
 
     def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: schedule.factor(config, update))
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own: torch.optim.Optimizer | None = None
-    fused = deepspeed_config.fuses_step(config, settings)
-    if fused:
+    if run.fused_step:
         own = (HostLion if config.optimizer.name == "lion" else HostAdamW)(trainable, **settings["optimizer"]["params"])
     elif config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
         own = DeviceLion(trainable, **settings["optimizer"]["params"])
@@ -54,7 +55,7 @@ def build(config: Config, model: PreTrainedModel, settings: dict[str, Any], aren
             model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
         )
     layout.require_known_layout(engine.optimizer)
-    if fused:
+    if run.fused_step:
         fused_step.install(engine)
     if arenas is not None:
         rebinding.settle(engine, arenas)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ldft.preflight.selection import select
 from ldft.training import model
 from ldft.training.checkpointing import checkpointing
 from ldft.training.checkpointing.checkpointing import DeviceInputs
@@ -48,7 +49,7 @@ def build(family: str = "llama", *overrides: str, dropout: float = 0.0, precisio
         *FAMILIES[family],
         *overrides,
     )
-    network = model.build(config, {}, CPU)
+    network = model.build(select(config), CPU)
     for module in network.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = dropout

@@ -22,7 +22,6 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ldft.config import Device, from_dict
 from ldft.errors import LdftError
-from ldft.preflight import deepspeed_config
 from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from ldft.training import data, model
@@ -73,10 +72,10 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """Losses, and where every role is after the last iteration."""
     config, fault = from_dict(json.loads(case["config"])), case.get("fault", "")
     device = torch.device("cuda", rank) if config.launch.device is Device.cuda else torch.device("cpu")
-    settings = deepspeed_config.build(config)
-    arenas = role_memory.arenas_of(resolve(config, deepspeed=settings), rank)
-    network = model.build(config, settings, device, arenas)
-    engine = engines.build(config, network, settings, arenas)
+    run = resolve(config)
+    arenas = role_memory.arenas_of(run, rank)
+    network = model.build(run, device, arenas)
+    engine = engines.build(run, network, arenas)
     said: dict[str, Any] = {"loss": [], "state_before": len(engine.optimizer.state)}
     said["zero"] = type(engine.optimizer).__name__
     said["moved_at_start"] = arenas.moved_bytes if arenas else None

@@ -27,8 +27,8 @@ def optimizer(*overrides: str) -> Iterator[Any]:
     """The optimizer of a live engine."""
     run = resolve(compose("model=nano", "launch.device=cpu", "train.precision=bf16", *overrides))
     arenas = role_memory.arenas_of(run, 0)
-    network = model.build(run.config, run.deepspeed, torch.device("cpu"), arenas)
-    built = engine.build(run.config, network, run.deepspeed, arenas)
+    network = model.build(run, torch.device("cpu"), arenas)
+    built = engine.build(run, network, arenas)
     yield built.optimizer
     built.destroy()
 
