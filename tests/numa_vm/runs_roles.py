@@ -4,15 +4,10 @@ from .whole import Runs, Seen
 
 RUNS = Runs()
 PARAMETERS = 1_122_624
-# Bytes a parameter with full offload and AdamW in bf16.
-BYTES = {
-    "master_weights": 4,
-    "master_gradients": 4,
-    "momentum": 4,
-    "variance": 4,
-    "compute_weights": 2,
-    "compute_gradients": 2,
-}
+# Bytes a parameter with full offload and AdamW. The emulated CPU has no bf16 of its own where QEMU cannot emulate AVX-512, so
+# `train.precision=auto` computes in fp32 there.
+BYTES = dict.fromkeys(("master_weights", "master_gradients", "momentum", "variance"), 4)
+COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 PAGE = 4096
 # Where a role ends within a page, and the stripe that the last page belongs to.
 STRAY_PAGES = 2
@@ -20,12 +15,14 @@ STRAY_PAGES = 2
 
 def check_roles(row, seen: Seen, wanted: dict[str, dict[int, float]]) -> None:
     """Asked, reported and seen from outside agree, to a page or two; and the bytes are exact."""
+    width = COMPUTE_BYTES[row["cfg.train.precision"]]
+    sizes = BYTES | {"compute_weights": width, "compute_gradients": width}
     by_role: dict[str, dict[int, dict]] = {}
     for entry in row["roles"]:
         by_role.setdefault(entry["role"], {})[entry["node"]] = entry
     for role, shares in wanted.items():
         entries = by_role[role]
-        size = BYTES[role] * PARAMETERS if role in BYTES else next(iter(entries.values()))["bytes"]
+        size = sizes[role] * PARAMETERS if role in sizes else next(iter(entries.values()))["bytes"]
         pages = -(-size // PAGE)
         assert {entry["bytes"] for entry in entries.values()} == {size}, entries
         asked = {node: entry["requested_share"] for node, entry in entries.items() if entry["requested_share"]}
