@@ -51,6 +51,18 @@ class ModelConfig:
     head_dim: int = 16
     """Width of a head, elements."""
 
+    num_experts: int = 0
+    """Routed experts of a mixture-of-experts layer; 0 for a dense model."""
+
+    num_experts_per_token: int = 0
+    """Routed experts that compute each token; 0 for a dense model."""
+
+    expert_intermediate_size: int = 0
+    """Width of one routed expert's MLP, elements; 0 for model.intermediate_size."""
+
+    router_aux_loss: float = 0.0
+    """Coefficient of the router's load-balancing loss, which is added to the loss; 0 for none."""
+
     vocab_size: int = 256
     """Rows of the token embedding."""
 
@@ -97,6 +109,7 @@ class ModelConfig:
         for key in ("sliding_window", "attention_softcap", "logit_softcap"):
             if not getattr(self, key) >= 0:
                 raise ConfigError(f"model.{key}", f"{getattr(self, key):g} is negative; use 0 for none, or more")
+        self._validate_experts()
         if not self.rope_theta > 0:
             raise ConfigError("model.rope_theta", f"{self.rope_theta:g} is not positive; use the base of the family")
         if self.weights is Weights.pretrained and not self.path and not self.hf_id:
@@ -105,3 +118,19 @@ class ModelConfig:
             )
         if self.weights is Weights.random and self.path:
             raise ConfigError("model.path", f"'{self.path}' is not read with model.weights=random; use pretrained")
+
+    def _validate_experts(self) -> None:
+        for key in ("num_experts", "num_experts_per_token", "expert_intermediate_size", "router_aux_loss"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError(f"model.{key}", f"{getattr(self, key):g} is negative; use 0 for none, or more")
+            if not self.num_experts and getattr(self, key):
+                raise ConfigError(
+                    f"model.{key}",
+                    f"{getattr(self, key):g} has no effect without experts; set model.num_experts, or use 0",
+                )
+        if self.num_experts and not 1 <= self.num_experts_per_token <= self.num_experts:
+            raise ConfigError(
+                "model.num_experts_per_token",
+                f"{self.num_experts_per_token} of model.num_experts={self.num_experts} is not possible; "
+                f"use 1 to {self.num_experts}",
+            )

@@ -34,6 +34,13 @@ from ldft.errors import CombinationError, ConfigError
 _NOT_IDENTITY = (
     *("results", "launch.timeout_s", "memory.vram_gib", "monitor", "sweep", "rerun", "dry_run", "force", "asked"),
 )
+# Keys that were added later. With its default such a key is left out, so the runs from before it existed keep their identity.
+_LATER = (
+    "model.num_experts",
+    "model.num_experts_per_token",
+    "model.expert_intermediate_size",
+    "model.router_aux_loss",
+)
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.
 _IDENTITY_VERSION = 1
 
@@ -184,10 +191,12 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _identity(config: Config, without: tuple[str, ...] = ()) -> str:
+    defaults = flatten(Config())
     identity = {
         key: value
         for key, value in flatten(config).items()
         if not any(key == name or key.startswith(name + ".") for name in _NOT_IDENTITY + without)
+        and not (key in _LATER and value == defaults[key])
     }
     text = json.dumps({"version": _IDENTITY_VERSION, **identity}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -16,13 +16,29 @@ from ldft.errors import ConfigError
 WHOLE_HEADS = ("gemma2", "llama")
 
 
+def _models() -> Path:
+    spec = find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0], "models")
+
+
+@cache
+def config_keys(family: str) -> frozenset[str]:
+    """Keys that the family's transformers config declares itself, read from its source; empty if they are not found there."""
+    # The text part of a model with several kinds of input is declared in that model's file.
+    folder = family.removesuffix("_text")
+    file = _models() / folder / f"configuration_{folder}.py"
+    source = file.read_text() if re.fullmatch(r"\w+", folder) and file.is_file() else ""
+    classes = re.split(r"^(?=class )", source, flags=re.MULTILINE)
+    own = next((text for text in classes if f'    model_type = "{family}"\n' in text), "")
+    return frozenset(re.findall(r"^    (\w+): .*=", own, re.MULTILINE))
+
+
 @cache
 def causal() -> frozenset[str]:
     """Every `model_type` for which the installed transformers has a causal language model, read from its source; empty if its
     source has no such table."""
-    spec = find_spec("transformers")
-    assert spec is not None and spec.submodule_search_locations
-    file = Path(spec.submodule_search_locations[0], "models", "auto", "modeling_auto.py")
+    file = _models() / "auto" / "modeling_auto.py"
     source = file.read_text() if file.is_file() else ""
     table = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)", source, re.DOTALL | re.MULTILINE)
     return frozenset(re.findall(r'\("([^"]+)", ', table[0] if table else ""))

@@ -9,7 +9,7 @@ from ldft import environment
 from ldft.config import Config, DataKind, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.topology import read_topology
-from ldft.preflight import families, parameter_counts, resolved
+from ldft.preflight import experts, families, parameter_counts, resolved
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
 from ldft.runner import cpu_limits, swap_files
@@ -89,6 +89,7 @@ def check_machine(config: Config) -> Resolved:
                 f"bf16 needs a GPU of compute capability 8.0 (Ampere) or higher, this one has {lowest[0]}.{lowest[1]}; use fp16",
             )
     families.check(config.model, families.causal())
+    experts.check(config.model)
     parameter_counts.check_adapted(config)
     return resolved.resolve(config, topology=topology)
 

@@ -4,6 +4,7 @@ seed."""
 from __future__ import annotations
 
 import difflib
+import functools
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ldft.config import AttentionKind, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.preflight import families
+from ldft.preflight import experts, families
 from ldft.preflight.selection import Selection
 from ldft.training import liger_kernels, pretrained
 from ldft.training.attention_kernels import cudnn, repeated_heads
@@ -56,6 +57,7 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
+        **experts.keys(model, functools.partial(hasattr, family)),
     }
     if model.family == "qwen2":
         values["use_sliding_window"] = model.sliding_window > 0

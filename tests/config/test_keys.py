@@ -46,6 +46,7 @@ from tests.config.key_effects import (
 from tests.conftest import compose
 
 BANDWIDTH = "{node0:{cpu:200},node1:{cpu:200},node2:{cpu:50},node3:{cpu:50}}"
+MIXTRAL = ["model.family=mixtral", "model.num_experts=4", "model.num_experts_per_token=2"]
 # key -> (what it is changed to, where that must show, what else is set before and after). A new key without an entry fails the
 # test; there are no exemptions.
 CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
@@ -60,6 +61,10 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "model.num_attention_heads": ("8", architecture, []),
     "model.num_key_value_heads": ("4", architecture, []),
     "model.head_dim": ("32", architecture, []),
+    "model.num_experts": ("6", architecture, MIXTRAL),
+    "model.num_experts_per_token": ("3", architecture, MIXTRAL),
+    "model.expert_intermediate_size": ("32", architecture, [*MIXTRAL, "model.family=qwen3_moe"]),
+    "model.router_aux_loss": ("0.02", architecture, MIXTRAL),
     "model.vocab_size": ("32", architecture, []),
     "model.max_position_embeddings": ("4096", architecture, []),
     "model.rope_theta": ("5000", architecture, []),

@@ -235,8 +235,12 @@ def test_identity_leaves_out_what_is_not_measured() -> None:
         for key, value in flatten(same).items()
         if key not in ("launch.timeout_s", "memory.vram_gib", "rerun", "dry_run", "force", "asked")
         and key.partition(".")[0] not in ("results", "monitor", "sweep")
+        and "expert" not in key
+        and key != "model.router_aux_loss"
     }
     assert run_id(same) == hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:12]
-    other = compose("launch.device=cpu")
-    other.launch.device = Device.cuda
-    assert run_id(other) != run_id(same)
+    for change in ({"launch.device": Device.cuda}, {"model.num_experts": 4}, {"model.router_aux_loss": 0.5}):
+        other = compose("launch.device=cpu")
+        for key, value in change.items():
+            setattr(getattr(other, key.partition(".")[0]), key.partition(".")[2], value)
+        assert run_id(other) != run_id(same), change
