@@ -19,7 +19,8 @@ class LoraConfig:
     """Fraction of an adapter's inputs dropped in training."""
 
     target_modules: list[str] = field(default_factory=list)
-    """Names of the linear layers with adapters, e.g. [q_proj,v_proj]; empty: every linear layer of attention and MLP."""
+    """Names of the linear layers with adapters, e.g. [q_proj,v_proj]; empty: every linear layer of attention and MLP. The weights
+    of experts have no adapters."""
 
     def validate(self) -> None:
         if self.rank < 0:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldft.config import Config, Device, Precision
 from ldft.errors import CombinationError
-from ldft.preflight.parameter_counts import frozen_sizes, total, trained_sizes, width
+from ldft.preflight.parameter_counts import frozen_sizes, parameter_sizes, total, trained_sizes, width
 
 
 def moved_by(settings: dict[str, Any]) -> str | None:
@@ -104,8 +104,5 @@ def swap_bytes(config: Config, settings: dict[str, Any]) -> int:
 
 def nvme_sizes(config: Config) -> dict[str, Any]:
     """Keys of `zero_optimization.offload_param` in elements: each buffer holds one rank's shard of the largest weight."""
-    model = config.model
-    largest = model.hidden_size * max(
-        model.vocab_size, model.intermediate_size, model.num_attention_heads * model.head_dim
-    )
+    largest = max(parameter_sizes(config.model))
     return {"buffer_count": 5, "buffer_size": math.ceil(largest / config.launch.num_ranks) + 4096, "max_in_cpu": 0}

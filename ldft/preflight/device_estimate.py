@@ -4,7 +4,8 @@ This estimates torch's peak of allocated memory; tests/preflight/measured_vram.c
 that the allocator reserves but does not use are added (CONTEXT, FRAGMENTATION).
 
 H: hidden size, I: MLP width, Q and K: total widths of query heads and of key heads, T: tokens per micro-batch, V: vocabulary size,
-w: bytes per number in compute precision, P: parameters, N: ranks.
+w: bytes per number in compute precision, P: parameters, N: ranks. In a layer with experts, k: experts that compute a token, E: all
+experts, I: the width of one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 
 from ldft.config import Config, Device, OffloadDevice
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
-from ldft.preflight import attention, parameter_counts
+from ldft.preflight import attention, decoder_layers, experts, parameter_counts
 from ldft.preflight.selection import Selection
 
 Parts = dict[str, int]
@@ -208,11 +209,13 @@ def _inside(run: Selection, recomputed: bool) -> int:
     """
     config = run.config
     model = config.model
-    inside = parameter_counts.width(config) * tokens(config) * (
-        2 * model.hidden_size + model.intermediate_size
-    ) + _scores(run, 2)
-    if "down_proj" in parameter_counts.adapted(config):
-        inside += parameter_counts.width(config) * tokens(config) * (model.intermediate_size + 2 * model.hidden_size)
+    sparse = decoder_layers.largest(model)
+    of_experts = model.num_experts_per_token * (model.hidden_size + experts.expert_width(model))
+    width = of_experts if sparse else model.intermediate_size
+    inside = parameter_counts.width(config) * tokens(config) * (2 * model.hidden_size + width) + _scores(run, 2)
+    if "down_proj" in parameter_counts.adapted(config, sparse):
+        inputs = decoder_layers.linears(model, sparse)["down_proj"][0]
+        inside += parameter_counts.width(config) * tokens(config) * (inputs + 2 * model.hidden_size)
     if not recomputed:
         return inside
     every = config.checkpointing.every
@@ -229,12 +232,25 @@ def _kept(run: Selection) -> int:
     repeats = run.repeats_heads
     queries = model.num_attention_heads * model.head_dim
     keys = queries if repeats else model.num_key_value_heads * model.head_dim
-    elements = 3 * model.hidden_size + 2 * queries + 2 * keys + 3 * model.intermediate_size
+    sparse = decoder_layers.largest(model)
+    elements = 3 * model.hidden_size + 2 * queries + 2 * keys
+    elements += _experts(config) if sparse else 3 * model.intermediate_size
     kept = parameter_counts.width(config) * tokens(config) * elements + _scores(run, 4)
     if config.lora.dropout:
-        inputs = sum(inputs for inputs, _ in parameter_counts.adapted(config).values())
+        inputs = sum(inputs for inputs, _ in parameter_counts.adapted(config, sparse).values())
         kept += (parameter_counts.width(config) + 1) * tokens(config) * inputs
     return kept
+
+
+def _experts(config: Config) -> int:
+    """Elements a token that a layer's experts keep: k (2 H + 4 I) + 3 E, and 4 times the width of the shared expert.
+
+    Each of the k experts gets a copy of the token, H, and returns H; it keeps both halves of its MLP, the activation of one, and
+    their product. The router keeps its logits and probabilities, the latter in fp32.
+    """
+    model = config.model
+    each = 2 * model.hidden_size + 4 * experts.expert_width(model)
+    return model.num_experts_per_token * each + 3 * model.num_experts + 4 * decoder_layers.shared_width(model)
 
 
 def _layer_gradient(run: Selection) -> Parts:

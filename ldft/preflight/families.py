@@ -13,7 +13,7 @@ from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 
 # Families whose transformers config requires num_attention_heads to divide hidden_size even if head_dim is given.
-WHOLE_HEADS = ("gemma2", "llama")
+WHOLE_HEADS = ("gemma2", "gemma3_text", "llama")
 
 
 def _models() -> Path:

@@ -3,76 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 from ldft.config import Config, ModelConfig, Precision
 from ldft.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """Differences of a family's parameters from Llama's."""
-
-    qkv_bias: bool = False
-    norms_per_layer: int = 2
-    fused: bool = False
-    """Whether queries, keys and values are one matrix, and gate and up another."""
-
-
-# Families with exact counts, which a test compares with transformers. Others are counted as Llama.
-FAMILIES = {
-    "llama": _Family(),
-    "mistral": _Family(),
-    "phi3": _Family(fused=True),
-    "qwen2": _Family(qkv_bias=True),
-    "gemma2": _Family(norms_per_layer=4),
-}
-
-
-def linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Name -> (inputs, outputs) of the linear modules of one decoder layer."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    if FAMILIES.get(model.family, _Family()).fused:
-        return {
-            "qkv_proj": (hidden, queries + 2 * keys),
-            "o_proj": (queries, hidden),
-            "gate_up_proj": (hidden, 2 * inner),
-            "down_proj": (inner, hidden),
-        }
-    return {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, inner),
-        "up_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
-    }
+from ldft.preflight import decoder_layers
 
 
 def layer_sizes(model: ModelConfig) -> Counter[int]:
-    """Elements -> number of parameters of that size in one decoder layer."""
-    family = FAMILIES.get(model.family, _Family())
-    sizes = Counter(inputs * outputs for inputs, outputs in linears(model).values())
-    if family.qkv_bias:
-        sizes.update(linears(model)[name][1] for name in ("q_proj", "k_proj", "v_proj"))
-    sizes[model.hidden_size] += family.norms_per_layer
-    return sizes
+    """Elements -> number of parameters of that size in one decoder layer, the largest."""
+    return decoder_layers.sizes(model, decoder_layers.largest(model))
 
 
 def parameter_sizes(model: ModelConfig) -> Counter[int]:
     """Elements -> number of parameters of that size in the model; a tied embedding counts once."""
-    sizes = Counter({size: model.num_layers * count for size, count in layer_sizes(model).items()})
+    sizes: Counter[int] = Counter()
+    for sparse, layers in decoder_layers.kinds(model).items():
+        for size, count in decoder_layers.sizes(model, sparse).items():
+            sizes[size] += layers * count
     sizes[embedding_parameters(model)] += 1 if model.tie_word_embeddings else 2
     sizes[model.hidden_size] += 1
     return sizes
 
 
-def adapted(config: Config) -> dict[str, tuple[int, int]]:
-    """The linear modules of a layer that have an adapter, as in linears()."""
+def adapted(config: Config, sparse: bool) -> dict[str, tuple[int, int]]:
+    """The linear modules of a decoder layer that have an adapter, as in decoder_layers.linears()."""
     named = config.lora.target_modules
-    found = linears(config.model) if config.lora.rank else {}
+    found = decoder_layers.linears(config.model, sparse) if config.lora.rank else {}
     return {name: shape for name, shape in found.items() if not named or name in named}
 
 
@@ -82,9 +38,10 @@ def trained_sizes(config: Config) -> Counter[int]:
     if not rank:
         return parameter_sizes(model)
     sizes: Counter[int] = Counter()
-    for inputs, outputs in adapted(config).values():
-        sizes[rank * inputs] += model.num_layers
-        sizes[rank * outputs] += model.num_layers
+    for sparse, layers in decoder_layers.kinds(model).items():
+        for inputs, outputs in adapted(config, sparse).values():
+            sizes[rank * inputs] += layers
+            sizes[rank * outputs] += layers
     if "lm_head" in named:
         sizes.update((rank * model.hidden_size, rank * model.vocab_size))
     return sizes
@@ -92,11 +49,18 @@ def trained_sizes(config: Config) -> Counter[int]:
 
 def check_adapted(config: Config) -> None:
     """Raise ConfigError if lora.target_modules names a module that the model lacks. For other families, peft checks it."""
-    known = [*linears(config.model), "lm_head"]
-    for name in config.lora.target_modules if config.model.family in FAMILIES else ():
-        if name not in known:
+    model = config.model
+    if model.family not in decoder_layers.FAMILIES:
+        return
+    known = dict.fromkeys(
+        name for sparse in decoder_layers.kinds(model) for name in decoder_layers.linears(model, sparse)
+    )
+    for name in config.lora.target_modules:
+        if name not in known and name != "lm_head":
+            experts = "; the weights of experts have no adapters" if model.num_experts else ""
             raise ConfigError(
-                "lora.target_modules", f"'{name}' is not a linear layer of {config.model.name}; use {', '.join(known)}"
+                "lora.target_modules",
+                f"'{name}' is not a linear layer of {model.name}; use {', '.join([*known, 'lm_head'])}{experts}",
             )
 
 
@@ -115,7 +79,7 @@ def embedding_parameters(model: ModelConfig) -> int:
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one decoder layer."""
+    """Parameters of the largest decoder layer."""
     return total(layer_sizes(model))
 
 

@@ -26,8 +26,8 @@ defaults prefetch waste device memory:
 
 from __future__ import annotations
 
-from ldft.config import Config, ModelConfig, OffloadDevice
-from ldft.preflight.parameter_counts import layer_parameters
+from ldft.config import Config, OffloadDevice
+from ldft.preflight.parameter_counts import layer_parameters, layer_sizes
 
 # DeepSpeed's own defaults, written out. All in elements.
 DEFAULTS = {
@@ -42,11 +42,6 @@ DEFAULTS = {
 _LEAST = 5_000_000
 
 
-def largest_matrix(model: ModelConfig) -> int:
-    """Elements of the largest weight of a decoder layer."""
-    return model.hidden_size * max(model.intermediate_size, model.num_attention_heads * model.head_dim)
-
-
 def sizes(config: Config) -> dict[str, int | bool]:
     """Keys of `zero_optimization` for stage 3.
 
@@ -54,7 +49,7 @@ def sizes(config: Config) -> dict[str, int | bool]:
     """
     if config.offload.parameters is OffloadDevice.none or config.offload.deepspeed_file:
         return {**DEFAULTS, "contiguous_gradients": True}
-    layer, matrix = layer_parameters(config.model), largest_matrix(config.model)
+    layer, matrix = layer_parameters(config.model), max(layer_sizes(config.model))
     fitted = {
         "reduce_bucket_size": matrix,
         "stage3_prefetch_bucket_size": matrix,

@@ -13,7 +13,7 @@ from pathlib import Path
 from ldft import environment
 from ldft.config import Config, DataKind, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
-from ldft.preflight import deepspeed_managed, fit, parameter_counts, placement_text
+from ldft.preflight import decoder_layers, deepspeed_managed, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved
 from ldft.runner import checks, cpu_limits, parent
@@ -77,7 +77,7 @@ def summarize(config: Config) -> tuple[str, str]:
 def _what(run: Resolved) -> list[str]:
     config = run.config
     model, train = config.model, config.train
-    exact = "" if model.family in parameter_counts.FAMILIES else "about "
+    exact = "" if model.family in decoder_layers.FAMILIES else "about "
     weights = f"pretrained, from {model.path or 'the hub: ' + model.hf_id}"
     if model.weights is Weights.random:
         weights = f"random, train.seed={train.seed}"

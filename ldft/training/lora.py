@@ -10,6 +10,7 @@ import deepspeed
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 from ldft.config import Config, LoraConfig
@@ -26,12 +27,11 @@ def add(model: PreTrainedModel, config: Config, deepspeed_config: dict[str, Any]
     """
     dtype, partitioned = model.dtype, config.offload.stage == 3
     construct = deepspeed.zero.Init(config_dict_or_path=deepspeed_config) if partitioned else nullcontext()
-    settings = _peft_config(config.lora)
     previous = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with construct, device:
-            peft.inject_adapter_in_model(settings, model)
+            inject(model, config.lora)
     except ValueError as error:
         raise ConfigError(
             "lora.target_modules", f"{config.lora.target_modules}: {' '.join(str(error).split())}"
@@ -41,16 +41,27 @@ def add(model: PreTrainedModel, config: Config, deepspeed_config: dict[str, Any]
     draw(model, config.train.seed, partitioned=partitioned)
 
 
-def _peft_config(lora: LoraConfig) -> peft.LoraConfig:
-    return peft.LoraConfig(
+def inject(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Freeze the model and put uninitialised adapters on lora.target_modules or, if empty, on every linear layer but the output
+    projection. Raises ValueError if a layer does not exist.
+
+    Weights of experts get none. Of some mixtures of experts peft (0.21) would adapt them too, for adapters from the time when each
+    expert had linear layers of its own, and compute the adapted weights of all experts for it. It knows these models by their
+    config, hence the module around the model, which has none.
+    """
+    head, around = model.get_output_embeddings(), nn.Module()
+    around.add_module("model", model)
+    # Not their subclasses, e.g. routers that return more than a product.
+    linear = [name for name, module in around.named_modules() if type(module) is nn.Linear and module is not head]
+    settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2.0 * lora.rank,
         lora_dropout=lora.dropout,
-        # peft's name for every linear layer but the output projection.
-        target_modules=lora.target_modules or "all-linear",
+        target_modules=lora.target_modules or linear,
         task_type="CAUSAL_LM",
         init_lora_weights=False,
     )
+    peft.inject_adapter_in_model(settings, around)
 
 
 @torch.no_grad()

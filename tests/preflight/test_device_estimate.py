@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldft import environment
-from ldft.preflight import device_estimate, parameter_counts, zero_buckets
+from ldft.preflight import decoder_layers, device_estimate, zero_buckets
 from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from tests.conftest import compose
@@ -78,7 +78,8 @@ def test_repeated_keys_and_values_are_kept_instead_of_those_of_groups(monkeypatc
 
 
 def test_dropout_keeps_an_input_and_a_mask_for_each_adapter() -> None:
-    inputs = sum(inputs for inputs, _ in parameter_counts.linears(compose("model=llama3_1b").model).values())
+    modules = decoder_layers.linears(compose("model=llama3_1b").model, sparse=False)
+    inputs = sum(inputs for inputs, _ in modules.values())
     assert activations("lora=r16", "lora.dropout=0.1") - activations("lora=r16") == 16 * (2 + 1) * 4096 * inputs
     two = activations("lora=r16", "lora.dropout=0.1", "lora.target_modules=[q_proj,down_proj]") - activations(
         "lora=r16"

@@ -18,43 +18,45 @@ from transformers import AutoModelForCausalLM
 from ldft import environment
 from ldft.config import Config, from_dict, to_dict
 from ldft.config.checkpointing import CheckpointingMode
+from ldft.errors import ConfigError
 from ldft.preflight import host_estimate, parameter_counts
 from ldft.preflight.resolved import resolve
 from ldft.training import lora, model
 from tests.conftest import IN_CI, compose
 
-
-@pytest.mark.parametrize("family", sorted(parameter_counts.FAMILIES))
-def test_every_parameters_size_is_transformers_own(family: str) -> None:
-    line = [
-        "model=nano",
-        f"model.family={family}",
-        "model.num_layers=3",
-        "model.intermediate_size=100",
-        "model.vocab_size=50",
-    ]
-    for tied in ("true", "false"):
-        config = compose(*line, f"model.tie_word_embeddings={tied}").model
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(model.hf_config(config), attn_implementation="eager")
-            built.tie_weights()
-        assert parameter_counts.parameter_sizes(config) == Counter(
-            parameter.numel() for parameter in built.parameters()
-        )
+MIXTURE = ["model.num_experts=4", "model.num_experts_per_token=2"]
+ADAPTED = {
+    "every linear": [],
+    "two": ["lora.target_modules=[q_proj,down_proj]"],
+    "the head": ["lora.target_modules=[v_proj,lm_head]"],
+    "attention of a mixture": ["model.family=mixtral", *MIXTURE],
+    "one dense layer of three": ["model.family=qwen3_moe", *MIXTURE, "+model.extra.mlp_only_layers=[1]"],
+    "a shared expert": ["model.family=qwen2_moe", *MIXTURE, "+model.extra.shared_expert_intermediate_size=24"],
+    "fused": ["model.family=phi3"],
+}
 
 
-@pytest.mark.parametrize("targets", ["[]", "[q_proj,down_proj]", "[v_proj,lm_head]"])
-def test_every_adapters_size_is_pefts_own(targets: str) -> None:
-    import peft
-
-    config = compose("model=nano", "model.vocab_size=50", "model.tie_word_embeddings=false", "lora=r8",
-                     f"lora.target_modules={targets}", "launch.device=cpu")  # fmt: skip
+@pytest.mark.parametrize("case", ADAPTED)
+def test_every_adapters_size_is_pefts_own(case: str) -> None:
+    config = compose("model=nano", "model.num_layers=3", "model.vocab_size=50", "model.tie_word_embeddings=false", "lora=r8",
+                     *ADAPTED[case], "launch.device=cpu")  # fmt: skip
+    parameter_counts.check_adapted(config)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(model.hf_config(config.model), attn_implementation="eager")
-        peft.inject_adapter_in_model(lora._peft_config(config.lora), built)
+        lora.inject(built, config.lora)
     trained = Counter(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
     frozen = Counter(parameter.numel() for parameter in built.parameters() if not parameter.requires_grad)
     assert parameter_counts.trained_sizes(config) == trained and parameter_counts.frozen_sizes(config) == frozen
+
+
+def test_an_adapter_on_experts_is_refused() -> None:
+    config = compose("model=nano", "model.family=mixtral", *MIXTURE, "lora=r8", "lora.target_modules=[gate_up_proj]")
+    with pytest.raises(ConfigError) as refused:
+        parameter_counts.check_adapted(config)
+    assert str(refused.value) == (
+        "lora.target_modules: 'gate_up_proj' is not a linear layer of nano; use q_proj, k_proj, v_proj, o_proj, lm_head; the "
+        "weights of experts have no adapters"
+    )
 
 
 # Odd sizes, so that two ranks need padding everywhere.
