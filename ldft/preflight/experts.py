@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ldft.config import ModelConfig
+from ldft.config import Config, ModelConfig
 from ldft.errors import ConfigError
 from ldft.preflight import families
 
@@ -88,3 +88,10 @@ def check(model: ModelConfig) -> None:
     declared = families.config_keys(model.family)
     if "vocab_size" in declared:
         keys(model, declared.__contains__)
+
+
+def notes(config: Config) -> list[str]:
+    """A note that adapters leave the experts as they are."""
+    if not config.model.num_experts or not config.lora.rank:
+        return []
+    return ["lora: the weights of experts have no adapters and are not trained"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from ldft import environment
 from ldft.config import Config, DataKind, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
-from ldft.preflight import decoder_layers, deepspeed_managed, fit, parameter_counts, placement_text
+from ldft.preflight import decoder_layers, deepspeed_managed, experts, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved
 from ldft.runner import checks, cpu_limits, parent
@@ -41,7 +41,14 @@ def _describe(config: Config) -> str:
     lines = ["ldft: dry run: nothing is started or written", *_what(run), *_processes(config)]
     lines += [
         *(f"warning: {warning}" for warning in checks.warnings(run)),
-        *(f"note: {note}" for note in [*deepspeed_managed.notes(config, run.deepspeed), *placement_text.notes(run)]),
+        *(
+            f"note: {note}"
+            for note in [
+                *experts.notes(config),
+                *deepspeed_managed.notes(config, run.deepspeed),
+                *placement_text.notes(run),
+            ]
+        ),
         *_bytes(run),
         *placement_text.lines(run),
         *_files(config),

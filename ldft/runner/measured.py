@@ -45,11 +45,18 @@ def columns(config: Config, exits: list[RankExit], reports: list[dict[str, Any]]
         median_s = statistics.median(counted)
         row["iteration_median_s"] = median_s
         row["tokens_per_s"] = tokens_per_iteration(config) / median_s
-        tflop = (first["model_tflop_dense"] + first["model_tflop_attention"]) / config.launch.num_ranks
-        row["model_tflops_per_s"] = tflop / median_s
-        if first.get("peak_tflops_per_s"):
-            row["mfu"] = row["model_tflops_per_s"] / first["peak_tflops_per_s"]
+        if first["model_tflop_dense"] is not None:
+            tflop = (first["model_tflop_dense"] + first["model_tflop_attention"]) / config.launch.num_ranks
+            row["model_tflops_per_s"] = tflop / median_s
+            if first.get("peak_tflops_per_s"):
+                row["mfu"] = row["model_tflops_per_s"] / first["peak_tflops_per_s"]
     return row
+
+
+def notes(reports: list[dict[str, Any]]) -> list[str]:
+    """A note on model FLOPs that are null because they are not known."""
+    unknown = reports[0].get("model_tflop_unknown")
+    return [f"model_tflop_dense and what follows from it are null: ldft cannot count {unknown}"] if unknown else []
 
 
 def warnings(row: dict[str, Any]) -> list[str]:

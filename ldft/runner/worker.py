@@ -121,7 +121,6 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     arenas = role_memory.arenas_of(run, rank)
     network = model.build(run, device, arenas)
     tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
-    dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
     name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
     report.put(
         deepspeed_config_json=json.dumps(run.deepspeed),
@@ -130,8 +129,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
         attention=network.config._attn_implementation,
         liger_modules=liger_kernels.count_modules(network),
         fused_step=run.fused_step,
-        model_tflop_dense=dense,
-        model_tflop_attention=attention,
+        **flops.columns(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens),
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
         **role_memory.at_work(role_memory.so_far(arenas, [])),
     )
