@@ -70,3 +70,13 @@ def warnings(row: dict[str, Any]) -> list[str]:
             f"short{remedy}"
         )
     return found
+
+
+def notes(row: dict[str, Any]) -> list[str]:
+    """Notes on documents and sequences that were left out."""
+    found = []
+    if skipped := row.get("documents_skipped"):
+        found.append(f"data.path: {skipped} of {row['documents_read']} documents are null or empty and were left out")
+    if skipped := row.get("sequences_skipped"):
+        found.append(f"data.loss=assistant: {skipped} sequences without a token of the assistant were left out")
+    return found

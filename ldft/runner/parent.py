@@ -76,7 +76,7 @@ def run(
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= node_memory.columns(reports, row["hosts"][0])
         row |= measured.columns(config, exits, reports) | _judged(decision, folder, results_dir)
-        row["notes"] += measured.warnings(row) + node_memory.notes(row)
+        row["notes"] += measured.warnings(row) + measured.notes(row) + node_memory.notes(row)
         row["parent_s"] = -waited_s  # _row adds the total duration
     return Outcome(row["status"], row, folder / schema.ROW_FILE, num_said)
 
@@ -97,13 +97,18 @@ def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
     config.validate()
     ready = checks.check_machine(config)
     swap_files.prepare(config, ready.deepspeed)
-    checks.check_inputs(ready, fetch=True)
+    inputs = checks.check_inputs(ready, fetch=True)
     operators.prepare_cache(ready)
     row |= fit.predictions(ready)
     fit.check(ready)
     restore_kernel_weights()  # a run that died may have left them changed
     warnings = checks.warnings(ready)
-    row["notes"] = [*warnings, *deepspeed_managed.notes(config, ready.deepspeed), *placement_text.notes(ready)]
+    row["notes"] = [
+        *warnings,
+        *deepspeed_managed.notes(config, ready.deepspeed),
+        *placement_text.notes(ready),
+        *inputs,
+    ]
     return ready, warnings
 
 
