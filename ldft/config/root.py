@@ -40,6 +40,8 @@ _LATER = (
     "model.num_experts_per_token",
     "model.expert_intermediate_size",
     "model.router_aux_loss",
+    "data.column",
+    "data.loss",
 )
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.
 _IDENTITY_VERSION = 1

@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 
 from ldft import environment
-from ldft.config import Config, DataKind, Device, Precision, Weights
+from ldft.config import Config, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.topology import read_topology
-from ldft.preflight import experts, families, parameter_counts, resolved
+from ldft.preflight import deepspeed_managed, experts, families, parameter_counts, placement_text, resolved
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
 from ldft.runner import cpu_limits, swap_files
-from ldft.training import safetensors_index, text
+from ldft.training import safetensors_index
+from ldft.training.text import check as data_check
 
 
 def resolve(config: Config) -> None:
@@ -68,6 +69,11 @@ def warnings(run: Resolved) -> list[str]:
     return found
 
 
+def notes(run: Resolved) -> list[str]:
+    """What else a reader of the row must know about these settings."""
+    return [*experts.notes(run.config), *deepspeed_managed.notes(run.config, run.deepspeed), *placement_text.notes(run)]
+
+
 def check_machine(config: Config) -> Resolved:
     """The resolved run. Raises ConfigError if the config needs something that this machine lacks."""
     topology = read_topology()
@@ -94,14 +100,14 @@ def check_machine(config: Config) -> Resolved:
     return resolved.resolve(config, topology=topology)
 
 
-def check_inputs(run: Selection, *, fetch: bool) -> None:
-    """Raise ConfigError if a file that the config names cannot be used. fetch: download weights from the hub if needed."""
+def check_inputs(run: Selection, *, fetch: bool) -> list[str]:
+    """Notes on the files that the config names. Raises ConfigError if one cannot be used. fetch: download weights from the hub if
+    needed."""
     config = run.config
     swap_files.check(config, run.deepspeed)
     if config.model.weights is Weights.pretrained and (fetch or config.model.path):
         safetensors_index.index(safetensors_index.folder(config.model, fetch=fetch))
-    if config.data.kind is DataKind.text:
-        text.check(config.data, config.model.vocab_size)
+    return data_check.check(config) if config.data.reads_file else []
 
 
 def check_results_dir(folder: Path) -> None:

@@ -90,7 +90,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     import deepspeed
     import torch
 
-    from ldft.training import cuda_build, flops, liger_kernels, loop, model, snapshot
+    from ldft.training import cuda_build, data, flops, liger_kernels, loop, model, snapshot
     from ldft.training.checkpointing import checkpointing
     from ldft.training.deepspeed import engine as engines
     from ldft.training.deepspeed import operators, role_memory
@@ -104,6 +104,10 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
 
     report.phase("operators", "loading DeepSpeed's operators")
     operators.load(selection, say=lambda text: report.put(phase_text=text))
+
+    if config.data.reads_file:  # before the model is built: what the parent did not find in the file ends the run early
+        report.phase("data", f"reading {config.data.path}")
+        report.put(**data.read(config))
 
     report.phase("rendezvous", "waiting for all ranks")
     deepspeed.init_distributed(
