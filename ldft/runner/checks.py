@@ -13,7 +13,7 @@ from ldft.preflight import experts, families, parameter_counts, resolved
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
 from ldft.runner import cpu_limits, swap_files
-from ldft.training import safetensors_index, text
+from ldft.training import checkpoint_faults, safetensors_index, text
 
 
 def resolve(config: Config) -> None:
@@ -99,7 +99,8 @@ def check_inputs(run: Selection, *, fetch: bool) -> None:
     config = run.config
     swap_files.check(config, run.deepspeed)
     if config.model.weights is Weights.pretrained and (fetch or config.model.path):
-        safetensors_index.index(safetensors_index.folder(config.model, fetch=fetch))
+        path = safetensors_index.folder(config.model, fetch=fetch)
+        checkpoint_faults.check(path, safetensors_index.index(path))
     if config.data.kind is DataKind.text:
         text.check(config.data, config.model.vocab_size)
 
