@@ -13,7 +13,7 @@ from ldft.preflight import deepspeed_managed, experts, families, parameter_count
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
 from ldft.runner import cpu_limits, swap_files
-from ldft.training import safetensors_index
+from ldft.training import checkpoint_faults, safetensors_index
 from ldft.training.text import check as data_check
 
 
@@ -106,7 +106,8 @@ def check_inputs(run: Selection, *, fetch: bool) -> list[str]:
     config = run.config
     swap_files.check(config, run.deepspeed)
     if config.model.weights is Weights.pretrained and (fetch or config.model.path):
-        safetensors_index.index(safetensors_index.folder(config.model, fetch=fetch))
+        path = safetensors_index.folder(config.model, fetch=fetch)
+        checkpoint_faults.check(path, safetensors_index.index(path))
     return data_check.check(config) if config.data.reads_file else []
 
 

@@ -76,7 +76,8 @@ def run(
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= node_memory.columns(reports, row["hosts"][0])
         row |= measured.columns(config, exits, reports) | _judged(decision, folder, results_dir)
-        row["notes"] += measured.warnings(row) + measured.notes(row, reports) + node_memory.notes(row)
+        row["notes"] += [*reports[0].get("warnings", []), *measured.warnings(row)]
+        row["notes"] += [*measured.notes(row, reports), *node_memory.notes(row)]
         row["parent_s"] = -waited_s  # _row adds the total duration
     return Outcome(row["status"], row, folder / schema.ROW_FILE, num_said)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import time
@@ -52,6 +53,20 @@ class _Report:
         self._phase_start = None
         self._values["init"] |= parts_s | {"init_s": time.time() - interpreter_start}
         self.put()
+
+
+class _Warnings(logging.Handler):
+    """Puts ldft's warnings in the report, whence they become notes of the row, and in the log."""
+
+    def __init__(self, report: _Report) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+        self._texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+        self._report.put(warnings=self._texts)
+        print(f"ldft: warning: {self._texts[-1]}", file=sys.stderr)
 
 
 def _kind_of(error: BaseException) -> str | None:
@@ -192,6 +207,7 @@ def main() -> int:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     config = from_dict(attempt.read_json(folder / "config.json"))
     report = _Report(folder, rank)
+    logging.getLogger("ldft").addHandler(_Warnings(report))
     try:
         # Before anything imports numpy or torch: a policy applies to a thread and those it starts later, and only to new pages.
         selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)
