@@ -117,7 +117,7 @@ def _checked(given: Mapping[str, Any], at: str, head_dim: int, original: int | N
     for name in required:
         if name not in values:
             raise ConfigError(f"{at}.{name}", f"missing; rope_type={kind} needs {', '.join(required)}")
-    _check_together(values, at, head_dim)
+    check_together(values, at, head_dim)
     return values
 
 
@@ -155,8 +155,11 @@ def _unknown(name: str, value: Any, kind: str, allowed: tuple[str, ...]) -> str:
     )
 
 
-def _check_together(values: Mapping[str, Any], at: str, head_dim: int) -> None:
-    """Conditions on several parameters of a type, at which its formula would fail or turn around."""
+def check_together(values: Mapping[str, Any], at: str, head_dim: int) -> None:
+    """Conditions on several parameters of one layer type. Raises ConfigError where its formula would fail or turn around.
+
+    at: dotted key of the parameters, for the message. head_dim: elements of a head that can be rotated.
+    """
     kind, rotated = values["rope_type"], int(head_dim * values.get(PARTIAL, 1.0))
     if rotated < 2 or rotated % 2:
         raise ConfigError(

@@ -105,6 +105,8 @@ def _windows_and_caps(model: ModelConfig) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, key in _WINDOWS_AND_CAPS.items():
         value = getattr(model, key)
+        if name == "sliding_window" and not value and "sliding_attention" not in _layer_types(model):
+            continue  # no layer uses it, but some families make a mask of it even so
         if reads(model.family, name):
             values[name] = value or None
         elif value:
@@ -112,6 +114,12 @@ def _windows_and_caps(model: ModelConfig) -> dict[str, Any]:
     if reads(model.family, "use_sliding_window"):
         values["use_sliding_window"] = model.sliding_window > 0
     return values
+
+
+def _layer_types(model: ModelConfig) -> list[Any]:
+    """Those that the user named; without any, the family may have layers of each type."""
+    named = model.extra.get("layer_types")
+    return named if isinstance(named, list) else ["sliding_attention"]
 
 
 def _extra(model: ModelConfig, own: set[str]) -> dict[str, Any]:
@@ -171,7 +179,9 @@ def _rope_parameters(
     by_type = parameters_by_layer_type(own)
     if not by_type:
         if "" in asked:
-            return asked[""]
+            found = _share(getattr(own, "rope_parameters", None) or {}) | asked[""]
+            rope.check_together(found, rope.KEY, model.head_dim)
+            return found
         raise ConfigError(
             rope.KEY,
             f"transformers' {model.family} has one rotary embedding for all layers; give one set of parameters",
@@ -186,22 +196,26 @@ def _rope_parameters(
                 rope.KEY,
                 f"transformers' {model.family} reads parameters for each of {types}; give them as {rope.KEY}.<layer type>",
             )
-        # The share of a head that is rotated belongs to the family, like its sizes.
-        own_share = {key: value for key, value in by_type["full_attention"].items() if key == rope.PARTIAL}
-        asked = {"full_attention": own_share | asked[""]}
+        asked = {"full_attention": asked[""]}
     for name in asked:
         if name not in by_type:
             raise ConfigError(
                 f"{rope.KEY}.{name}", f"transformers' {model.family} has no layers of this type; use {types}"
             )
-    found = {name: asked.get(name, by_type[name]) for name in by_type}
-    found = {
-        name: parameters | {"rope_theta": asked.get(name, {}).get("rope_theta", bases[name])}
-        for name, parameters in found.items()
-    }
+    found = {}
+    for name, own_rule in by_type.items():
+        found[name] = (
+            {"rope_theta": bases[name]} | _share(own_rule) | asked.get(name, own_rule | {"rope_theta": bases[name]})
+        )
+        rope.check_together(found[name], f"{rope.KEY}.{name}", model.head_dim)
     # transformers (5.23) reads this parameter of YaRN beside the layer types, not among them.
     truncate = {one["truncate"] for one in found.values() if "truncate" in one}
     return found | ({"truncate": truncate.pop()} if len(truncate) == 1 else {})
+
+
+def _share(own: dict[str, Any]) -> dict[str, Any]:
+    """The share of a head that is rotated, which belongs to the family where nothing is asked for."""
+    return {key: value for key, value in own.items() if key == rope.PARTIAL and value is not None}
 
 
 def parameters_by_layer_type(architecture: PretrainedConfig) -> dict[str, dict[str, Any]]:

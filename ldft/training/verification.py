@@ -50,6 +50,7 @@ def check(network: PreTrainedModel, config: Config, kind: AttentionKind) -> None
     _check_sizes(network, model)
     _check_window_exists(network.config, model)
     seen = watch(network, config.seq_len.tokens)
+    _check_heads(seen.attention, model)
     if seen.failure is not None and not seen.rotations:
         _explain(seen.failure, model)
     _check_rotations(seen.rotations, network, config)
@@ -58,6 +59,7 @@ def check(network: PreTrainedModel, config: Config, kind: AttentionKind) -> None
     _check_attention(seen, model, kind)
     if seen.failure is None and seen.logit_softcap != model.logit_softcap:
         raise ConfigError("model.logit_softcap", _differs(model, model.logit_softcap, seen.logit_softcap))
+    _check_count(network, model)
 
 
 def _differs(model: ModelConfig, asked: Any, found: Any) -> str:
@@ -93,14 +95,6 @@ def _check_sizes(network: PreTrainedModel, model: ModelConfig) -> None:
                 f"{model.intermediate_size} does not arrive: no weight of transformers' {model.family} is as wide; it has "
                 f"{', '.join(map(str, sorted(sizes)))}",
             )
-    built = sum(parameter.numel() for parameter in network.parameters())
-    counted = parameter_counts.num_parameters(model)
-    if model.family in parameter_counts.FAMILIES and built != counted and not any("bias" in key for key in model.extra):
-        raise ConfigError(
-            "model",
-            f"transformers builds {built:,} parameters of this {model.family}, and ldft counts {counted:,}: a key of "
-            "model.extra changes the layers in a way that estimates do not know; leave it out",
-        )
 
 
 def _check_experts(layers: list[Any], model: ModelConfig, experts: int) -> None:
@@ -119,6 +113,17 @@ def _check_experts(layers: list[Any], model: ModelConfig, experts: int) -> None:
     if built and experts not in built:
         raise ConfigError(
             "model.family", f"{model.family}: its config says {experts} experts, and its layers have {max(built)}"
+        )
+
+
+def _check_count(network: PreTrainedModel, model: ModelConfig) -> None:
+    """Estimates are made of ldft's count. Biases do not matter to them, so extra ones are allowed."""
+    built, counted = sum(one.numel() for one in network.parameters()), parameter_counts.num_parameters(model)
+    if model.family in parameter_counts.FAMILIES and built != counted and not any("bias" in key for key in model.extra):
+        raise ConfigError(
+            "model",
+            f"transformers builds {built:,} parameters of this {model.family}, ldft counts {counted:,}, and estimates would be "
+            "wrong; leave out the keys of model.extra that change the layers",
         )
 
 
@@ -153,11 +158,8 @@ def _explain(failure: Exception, model: ModelConfig) -> None:
     ) from failure
 
 
-def _check_attention(seen: Observed, model: ModelConfig, kind: AttentionKind) -> None:
-    if not seen.attention:
-        _check_unseen(model)
-        return
-    for call in seen.attention:
+def _check_heads(calls: list[AttentionCall], model: ModelConfig) -> None:
+    for call in calls:
         for key, found in (
             ("num_attention_heads", call.heads),
             ("num_key_value_heads", call.key_value_heads),
@@ -165,6 +167,13 @@ def _check_attention(seen: Observed, model: ModelConfig, kind: AttentionKind) ->
         ):
             if found != getattr(model, key):
                 raise ConfigError(f"model.{key}", _differs(model, getattr(model, key), found))
+
+
+def _check_attention(seen: Observed, model: ModelConfig, kind: AttentionKind) -> None:
+    if not seen.attention:
+        _check_unseen(model)
+        return
+    for call in seen.attention:
         if (call.softcap or 0) != model.attention_softcap:
             raise ConfigError("model.attention_softcap", _differs(model, model.attention_softcap, call.softcap or 0))
     flash = kind.name.startswith("flash")
@@ -252,7 +261,7 @@ def _check_rotation(rotation: Rotation, parameters: dict[str, Any], network: Pre
     layouts = (inv_freq, torch.cat((inv_freq, inv_freq)), inv_freq.repeat_interleave(2))
     if not any(_alike(rotation.inv_freq, layout) for layout in layouts):
         key, value = at, str(parameters)
-        if parameters["rope_type"] == "default":
+        if parameters["rope_type"] == "default" and parameters.get(rope.PARTIAL, 1.0) == 1:
             key, value = "model.rope_theta", f"{parameters['rope_theta']:g}"
         raise ConfigError(
             key,
