@@ -148,14 +148,14 @@ def _end_of_turn(whole: str, start: int, after: str, content: str, eos: str | No
         after = after.removesuffix(eos)  # some templates end what has no prompt with it (Phi 3)
     if whole.startswith(after):
         return len(after)
-    # Some render a turn otherwise once others follow (Qwen 3 leaves the thinking out). Its content and closing are the same.
-    content = content.strip()
-    at, alone = whole.find(content, start), after.rfind(content)
-    if not content or at < 0 or alone < 0 or whole[start:at].strip():
-        return None
-    closing = after[alone + len(content) :]
-    end = at + len(content)
-    return end + len(closing) if whole.startswith(closing, end) else None
+    # Some render a turn otherwise once others follow (Qwen 3 leaves the thinking out). Its answer and closing are the same.
+    for answer in (content.strip(), content.rpartition("</think>")[2].strip()):
+        at, alone = whole.find(answer, start), after.rfind(answer)
+        end = at + len(answer)
+        closing = after[alone + len(answer) :]
+        if answer and at >= 0 and alone >= 0 and not whole[start:at].strip() and whole.startswith(closing, end):
+            return end + len(closing)
+    return None
 
 
 def _within(encoding: Encoding, spans: list[tuple[int, int]]) -> list[bool]:

@@ -86,13 +86,16 @@ def settings(folder: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError with the line if it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ConfigError(
             "data.tokenizer",
             f"{path}, line {error.lineno}, is not JSON ({error.msg}); fix it or save the tokenizer again",
         ) from None
-    except (ValueError, RecursionError):  # not UTF-8, integers without end, or nested without end
+    except (ValueError, RecursionError):  # not UTF-8, half a surrogate pair, or integers or nesting without end
         raise ConfigError("data.tokenizer", f"{path} is damaged; save the tokenizer again") from None
     except OSError as error:
         raise ConfigError("data.tokenizer", f"cannot read {path} ({error.strerror}); make it readable") from None

@@ -29,10 +29,11 @@ PLAIN = CHATML.replace("G", "").replace("E\n", "\n")
 # Ends what has no prompt with the end token, as Phi 3 does.
 PHI = """{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
-# Shows empty thinking in the last turn alone, as Qwen 3 does.
-QWEN = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
-{{- m.content + '<|im_end|>\\n' }}{% endfor %}
+# Shows thinking in the last turn alone, empty if there is none, as Qwen 3 does.
+QWEN = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% set parts = m.content.split('</think>\\n\\n') %}
+{%- if m.role == 'assistant' and loop.last %}
+{{- (parts[0] if parts | length > 1 else '<think>\\n\\n') + '</think>\\n\\n' }}{% endif %}
+{{- parts[-1] + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 # Prompts for thinking that it then leaves out, as DeepSeek R1 does.
 R1 = """{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}
@@ -133,6 +134,21 @@ def test_without_marks_the_turns_are_what_they_add(
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": TALK}])
     ((ids, kept),) = encode(path, tokenizer, "assistant")
     assert text_of(ids, kept, tokenizer) == f"{TALK[2]['content']}{closing}{before}{TALK[4]['content']}{last}"
+
+
+def test_thinking_that_the_template_leaves_out_of_earlier_turns_is_not_looked_for(
+    folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokenizer = folder(QWEN)
+    answers = ["<think>\nOne.\n</think>\n\nYes.", "<think>\nTwo.\n</think>\n\nNo."]
+    talk = [
+        TALK[1],
+        {"role": "assistant", "content": answers[0]},
+        TALK[3],
+        {"role": "assistant", "content": answers[1]},
+    ]
+    ((ids, kept),) = encode(write_jsonl(tmp_path / "x.jsonl", [{"messages": talk}]), tokenizer, "assistant")
+    assert text_of(ids, kept, tokenizer) == f"Yes.<|im_end|>\n{answers[1]}<|im_end|>\n"
 
 
 def test_parquet_gives_what_jsonl_does(folder: Callable[..., Path], tmp_path: Path) -> None:

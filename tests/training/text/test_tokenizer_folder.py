@@ -127,6 +127,7 @@ def test_an_added_token_beyond_the_vocabulary_is_refused_if_it_can_occur(folder:
         ({"special_tokens_map": "{,}"}, "special_tokens_map.json, line 1, is not JSON ("),
         ({"config": '{"eos_token_id": ' + "9" * 5000 + "}"}, "config.json is damaged"),
         ({"tokenizer_config": {"eos_token": "<gone>"}}, 'eos_token "<gone>" of'),
+        ({"tokenizer_config": {"eos_token": "\ud800"}}, "tokenizer_config.json is damaged; save"),
         ({"tokenizer_config": {"eos_token": 5}}, "eos_token 5 of"),
         ({"tokenizer_config": {"eos_token": ["</s>"]}}, 'eos_token ["</s>"] of'),
         ({"config": {"eos_token_id": 16}}, "has ids up to 16"),
