@@ -27,10 +27,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ldft.config import AttentionKind, ModelConfig, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.preflight import families
+from ldft.preflight import attention, families
 from ldft.preflight.selection import Selection
-from ldft.training import liger_kernels, pretrained
-from ldft.training.attention_kernels import cudnn, repeated_heads
+from ldft.training import attention_kernels, liger_kernels, pretrained
+from ldft.training.attention_kernels import repeated_heads
 from ldft.training.deepspeed import arena_hooks, layout
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
@@ -98,11 +98,8 @@ def build(run: Selection, device: torch.device, arenas: Arenas | None = None) ->
     config = run.config
     dtype = DTYPES[config.train.precision]
     partitioned = config.offload.stage == 3
-    if run.attention is AttentionKind.sdpa_cudnn:
-        cudnn.register()
-    if run.repeats_heads:
-        repeated_heads.register()
     implementation = repeated_heads.NAME if run.repeats_heads else run.attention.name
+    attention_kernels.register(implementation)
     architecture = hf_config(config.model)
     _check_attention(run.attention, architecture)
     # Use an explicit context: transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO.
@@ -139,8 +136,8 @@ def _parts(architecture: PretrainedConfig, ranks: int) -> list[int]:
 def _check_attention(kind: AttentionKind, architecture: PretrainedConfig) -> None:
     """Raise ConfigError if transformers does not have this attention for this family."""
     network = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
-    flash = kind.name.startswith("flash")
-    if kind is AttentionKind.eager or (network._supports_flash_attn if flash else network._supports_sdpa):
+    flag = attention.SPECS[kind].family_flag
+    if not flag or getattr(network, flag):
         return
     raise ConfigError(
         "attention.kind", f"{kind.name}: transformers' {architecture.model_type} does not support it; use eager"
