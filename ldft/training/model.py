@@ -15,10 +15,11 @@ from transformers.initialization import no_init_weights
 from ldft.config import AttentionKind, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
+from ldft.preflight import attention
 from ldft.preflight.selection import Selection
-from ldft.training import liger_kernels, pretrained, verification
+from ldft.training import attention_kernels, liger_kernels, pretrained, verification
 from ldft.training.architecture import hf_config
-from ldft.training.attention_kernels import cudnn, repeated_heads
+from ldft.training.attention_kernels import repeated_heads
 from ldft.training.deepspeed import arena_hooks, layout
 
 __all__ = ["DTYPES", "build", "hf_config", "initialize", "num_parameters"]
@@ -35,11 +36,8 @@ def build(run: Selection, device: torch.device, arenas: Arenas | None = None) ->
     config = run.config
     dtype = DTYPES[config.train.precision]
     partitioned = config.offload.stage == 3
-    if run.attention is AttentionKind.sdpa_cudnn:
-        cudnn.register()
-    if run.repeats_heads:
-        repeated_heads.register()
     implementation = repeated_heads.NAME if run.repeats_heads else run.attention.name
+    attention_kernels.register(implementation)
     architecture = hf_config(config.model)
     _check_attention(run.attention, architecture)
     outline = verification.outline(architecture, config.model)
@@ -72,8 +70,8 @@ def build(run: Selection, device: torch.device, arenas: Arenas | None = None) ->
 def _check_attention(kind: AttentionKind, architecture: PretrainedConfig) -> None:
     """Raise ConfigError if transformers does not have this attention for this family."""
     network = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
-    flash = kind.name.startswith("flash")
-    if kind is AttentionKind.eager or (network._supports_flash_attn if flash else network._supports_sdpa):
+    flag = attention.SPECS[kind].family_flag
+    if not flag or getattr(network, flag):
         return
     raise ConfigError(
         "attention.kind", f"{kind.name}: transformers' {architecture.model_type} does not support it; use eager"

@@ -22,7 +22,9 @@ from ldft.training.optimizers.host_optimizer import HostAdamW, HostLion
 
 
 def check(settings: dict[str, Any]) -> None:
-    """Raise ConfigError if DeepSpeed refuses a value. Needs the process group."""
+    """Raise ConfigError if DeepSpeed refuses a value, and UnknownLayoutError if this release lacks a name that ldft reads.
+    Needs the process group."""
+    layout.require_known_names(settings["zero_optimization"]["stage"])
     try:
         DeepSpeedConfig(settings)
     except pydantic.ValidationError as error:
