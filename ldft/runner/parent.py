@@ -20,7 +20,7 @@ from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError, ResultsError
 from ldft.memory.kernel_weights import kernel_weights, restore_kernel_weights
 from ldft.monitor.trace import TRACE_FILE, Recorder
-from ldft.preflight import deepspeed_managed, fit, placement_text
+from ldft.preflight import deepspeed_managed, deepspeed_refused, fit, placement_text
 from ldft.preflight.resolved import Resolved
 from ldft.results import attempt, schema, store
 from ldft.runner import checks, final_status, launch, measured, node_memory, signals, swap_files
@@ -103,7 +103,12 @@ def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
     fit.check(ready)
     restore_kernel_weights()  # a run that died may have left them changed
     warnings = checks.warnings(ready)
-    row["notes"] = [*warnings, *deepspeed_managed.notes(config, ready.deepspeed), *placement_text.notes(ready)]
+    row["notes"] = [
+        *warnings,
+        *deepspeed_managed.notes(config, ready.deepspeed),
+        *deepspeed_refused.notes(ready.deepspeed),
+        *placement_text.notes(ready),
+    ]
     return ready, warnings
 
 
