@@ -9,7 +9,15 @@ from ldft import environment
 from ldft.config import Config, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.topology import read_topology
-from ldft.preflight import deepspeed_managed, experts, families, parameter_counts, placement_text, resolved
+from ldft.preflight import (
+    deepspeed_managed,
+    deepspeed_refused,
+    experts,
+    families,
+    parameter_counts,
+    placement_text,
+    resolved,
+)
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
 from ldft.runner import cpu_limits, swap_files
@@ -71,7 +79,12 @@ def warnings(run: Resolved) -> list[str]:
 
 def notes(run: Resolved) -> list[str]:
     """What else a reader of the row must know about these settings."""
-    return [*experts.notes(run.config), *deepspeed_managed.notes(run.config, run.deepspeed), *placement_text.notes(run)]
+    return [
+        *experts.notes(run.config),
+        *deepspeed_managed.notes(run.config, run.deepspeed),
+        *deepspeed_refused.notes(run.deepspeed),
+        *placement_text.notes(run),
+    ]
 
 
 def check_machine(config: Config) -> Resolved:

@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ldft.config import AttentionKind, Config, ModelConfig, rope
 from ldft.errors import ConfigError
 from ldft.preflight import parameter_counts
+from ldft.preflight.decoder_layers import FAMILIES as COUNTED_EXACTLY
 from ldft.training import observation
 from ldft.training.architecture import parameters_by_layer_type, reads
 from ldft.training.checkpointing.checkpointing import decoder_layers
@@ -119,7 +120,7 @@ def _check_experts(layers: list[Any], model: ModelConfig, experts: int) -> None:
 def _check_count(network: PreTrainedModel, model: ModelConfig) -> None:
     """Estimates are made of ldft's count. Biases do not matter to them, so extra ones are allowed."""
     built, counted = sum(one.numel() for one in network.parameters()), parameter_counts.num_parameters(model)
-    if model.family in parameter_counts.FAMILIES and built != counted and not any("bias" in key for key in model.extra):
+    if model.family in COUNTED_EXACTLY and built != counted and not any("bias" in key for key in model.extra):
         raise ConfigError(
             "model",
             f"transformers builds {built:,} parameters of this {model.family}, ldft counts {counted:,}, and estimates would be "

@@ -152,8 +152,13 @@ def test_deepspeed_would_have_been_silent() -> None:
 
 
 def test_what_deepspeed_alone_refuses_is_the_users_error_too() -> None:
-    with pytest.raises(ConfigError, match=r"offload.deepspeed: DeepSpeed refuses .*reduce_bucket_size"):
-        engine.check(settings("offload.deepspeed.zero_optimization.reduce_bucket_size=-1"))
+    with pytest.raises(ConfigError, match=r"^offload.deepspeed: DeepSpeed refuses it: bf16_optimizer_states requires"):
+        engine.check(settings("offload.deepspeed.bf16.bf16_optimizer_states=true"))
+    halved = "offload.deepspeed.zero_optimization.offload_optimizer.ratio=0.5"
+    with pytest.raises(
+        ConfigError, match=r"^offload.deepspeed.zero_optimization: DeepSpeed refuses it: .*ZeRO Stage 3"
+    ):
+        engine.check(settings("offload=optimizer", halved))
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
