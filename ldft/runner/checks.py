@@ -20,13 +20,15 @@ from ldft.preflight import (
 )
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
-from ldft.runner import cpu_limits, swap_files
+from ldft.runner import cpu_limits, model_source, swap_files
 from ldft.training import checkpoint_faults, safetensors_index
 from ldft.training.text import check as data_check
 
 
 def resolve(config: Config) -> None:
-    """Replace launch.device=auto and train.precision=auto by values for this machine, and record in `asked` that they were auto."""
+    """Replace launch.device=auto and train.precision=auto by values for this machine, and keys left to a config.json by its values;
+    record it in `asked`. Raises ConfigError if that file cannot be used."""
+    model_source.fill(config)
     if config.launch.device is Device.auto:
         config.asked["launch.device"] = Device.auto.name
         config.launch.device = Device.cuda if environment.gpus() else Device.cpu
@@ -50,14 +52,15 @@ def _native_precision(device: Device) -> tuple[Precision, str]:
     return which, f"compute capability {lowest[0]}.{lowest[1]}; bf16 needs 8.0"
 
 
-def resolution(config: Config) -> str | None:
-    """One line with the resolved values of keys that were auto; None if there are none."""
-    if not config.asked:
-        return None
+def resolutions(config: Config) -> list[str]:
+    """One line for the keys that were auto, with their values, and one for a model that a config.json defines; if there are any."""
     chosen = {"launch.device": config.launch.device.name, "train.precision": config.train.precision.name}
-    text = ", ".join(f"{key}={chosen[key]}" for key in config.asked)
+    text = ", ".join(f"{key}={chosen[key]}" for key in config.asked if key in chosen)
     because = f"; {_native_precision(config.launch.device)[1]}" if "train.precision" in config.asked else ""
-    return f"{text} (auto{because})"
+    lines = [f"{text} (auto{because})"] if text else []
+    if model_source.ASKED in config.asked:
+        lines.append(f"model {config.model.name} {config.asked[model_source.ASKED]}")
+    return lines
 
 
 def warnings(run: Resolved) -> list[str]:

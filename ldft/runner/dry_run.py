@@ -112,9 +112,8 @@ def _trained(config: Config) -> str:
 
 def _processes(config: Config) -> list[str]:
     ranks, device = config.launch.num_ranks, config.launch.device.name
-    resolved = checks.resolution(config)
     command = shlex.join([Path(sys.executable).name, "-m", "ldft.worker", "<attempt>"])
-    lines = [f"resolved: {resolved}"] if resolved else []
+    lines = [f"resolved: {line}" for line in checks.resolutions(config)]
     lines.append(f"processes: {ranks} x {command} on {device}")
     if environment.gpus_are_assumed():
         return lines

@@ -84,8 +84,8 @@ def run(
 
 def _announce(config: Config, warnings: list[str], notes: list[str]) -> int:
     """Print what the user should know before waiting: resolved auto values and notes. Returns the number of notes printed."""
-    if resolved := checks.resolution(config):
-        print(f"ldft: {resolved}")
+    for line in checks.resolutions(config):
+        print(f"ldft: {line}")
     for note in notes:
         print(f"ldft: {'warning' if note in warnings else 'note'}: {note}")
     sys.stdout.flush()
