@@ -35,15 +35,18 @@ LATENT = (
 FAMILIES: dict[str, tuple[tuple[str, ...], str]] = {
     "llama": ((), r"mlp\.up_proj\.weight"),
     "qwen2": ((), r"q_proj\.bias"),
-    "gemma3_text": ((), r"pre_feedforward_layernorm"),
+    "gemma3_text": (("model.sliding_window=16",), r"pre_feedforward_layernorm"),
     "mixtral": (EXPERTS, r"block_sparse_moe\.experts\.3\.w1\.weight"),
     "qwen3_moe": (NARROW, r"mlp\.experts\.11\.gate_proj\.weight"),
     "phimoe": (EXPERTS, r"block_sparse_moe\.experts\.3\.w1\.weight"),
     "granitemoe": (EXPERTS, r"block_sparse_moe\.input_linear\.weight"),
-    "deepseek_v3": ((*NARROW, f"model.extra={LATENT}"), r"mlp\.experts\.11\.gate_proj\.weight"),
+    "deepseek_v3": (
+        (*NARROW, "model.num_key_value_heads=4", f"model.extra={LATENT}"),
+        r"mlp\.experts\.11\.gate_proj\.weight",
+    ),
 }
 # Type in the files, train.precision.
-COMBINATIONS = [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "bf16"), ("fp32", "fp16")]
+COMBINATIONS = [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16")]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
