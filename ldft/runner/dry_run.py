@@ -13,7 +13,7 @@ from pathlib import Path
 from ldft import environment
 from ldft.config import Config, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
-from ldft.preflight import decoder_layers, deepspeed_managed, fit, parameter_counts, placement_text
+from ldft.preflight import decoder_layers, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved
 from ldft.runner import checks, cpu_limits, parent
@@ -38,7 +38,7 @@ def _machine(config: Config) -> AbstractContextManager[None]:
 
 def _describe(config: Config) -> str:
     run, inputs = _check(config)
-    notes = [*deepspeed_managed.notes(config, run.deepspeed), *placement_text.notes(run), *inputs]
+    notes = [*checks.notes(run), *inputs]
     lines = ["ldft: dry run: nothing is started or written", *_what(run), *_processes(config)]
     lines += [
         *(f"warning: {warning}" for warning in checks.warnings(run)),
@@ -112,9 +112,8 @@ def _trained(config: Config) -> str:
 
 def _processes(config: Config) -> list[str]:
     ranks, device = config.launch.num_ranks, config.launch.device.name
-    resolved = checks.resolution(config)
     command = shlex.join([Path(sys.executable).name, "-m", "ldft.worker", "<attempt>"])
-    lines = [f"resolved: {resolved}"] if resolved else []
+    lines = [f"resolved: {line}" for line in checks.resolutions(config)]
     lines.append(f"processes: {ranks} x {command} on {device}")
     if environment.gpus_are_assumed():
         return lines

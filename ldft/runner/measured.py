@@ -45,10 +45,11 @@ def columns(config: Config, exits: list[RankExit], reports: list[dict[str, Any]]
         median_s = statistics.median(counted)
         row["iteration_median_s"] = median_s
         row["tokens_per_s"] = tokens_per_iteration(config) / median_s
-        tflop = (first["model_tflop_dense"] + first["model_tflop_attention"]) / config.launch.num_ranks
-        row["model_tflops_per_s"] = tflop / median_s
-        if first.get("peak_tflops_per_s"):
-            row["mfu"] = row["model_tflops_per_s"] / first["peak_tflops_per_s"]
+        if first["model_tflop_dense"] is not None:
+            tflop = (first["model_tflop_dense"] + first["model_tflop_attention"]) / config.launch.num_ranks
+            row["model_tflops_per_s"] = tflop / median_s
+            if first.get("peak_tflops_per_s"):
+                row["mfu"] = row["model_tflops_per_s"] / first["peak_tflops_per_s"]
     return row
 
 
@@ -72,9 +73,11 @@ def warnings(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def notes(row: dict[str, Any]) -> list[str]:
-    """Notes on documents and sequences that were left out."""
+def notes(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
+    """Notes on model FLOPs that are null because they are not known, and on documents and sequences that were left out."""
     found = []
+    if unknown := reports[0].get("model_tflop_unknown"):
+        found.append(f"model_tflop_dense and what follows from it are null: ldft cannot count {unknown}")
     if skipped := row.get("documents_skipped"):
         found.append(f"data.path: {skipped} of {row['documents_read']} documents are null or empty and were left out")
     if skipped := row.get("sequences_skipped"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import time
@@ -52,6 +53,20 @@ class _Report:
         self._phase_start = None
         self._values["init"] |= parts_s | {"init_s": time.time() - interpreter_start}
         self.put()
+
+
+class _Warnings(logging.Handler):
+    """Puts ldft's warnings in the report, whence they become notes of the row, and in the log."""
+
+    def __init__(self, report: _Report) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+        self._texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+        self._report.put(warnings=self._texts)
+        print(f"ldft: warning: {self._texts[-1]}", file=sys.stderr)
 
 
 def _kind_of(error: BaseException) -> str | None:
@@ -125,7 +140,6 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     arenas = role_memory.arenas_of(run, rank)
     network = model.build(run, device, arenas)
     tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
-    dense, attention = flops.model_tflop(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens)
     name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
     report.put(
         deepspeed_config_json=json.dumps(run.deepspeed),
@@ -134,8 +148,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
         attention=network.config._attn_implementation,
         liger_modules=liger_kernels.count_modules(network),
         fused_step=run.fused_step,
-        model_tflop_dense=dense,
-        model_tflop_attention=attention,
+        **flops.columns(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens),
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
         **role_memory.at_work(role_memory.so_far(arenas, [])),
     )
@@ -194,6 +207,7 @@ def main() -> int:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     config = from_dict(attempt.read_json(folder / "config.json"))
     report = _Report(folder, rank)
+    logging.getLogger("ldft").addHandler(_Warnings(report))
     try:
         # Before anything imports numpy or torch: a policy applies to a thread and those it starts later, and only to new pages.
         selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)
