@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import difflib
-import functools
 import inspect
 import re
 import sys
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -64,7 +63,7 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
-        **experts.keys(model, functools.partial(hasattr, CONFIG_MAPPING[model.family])),
+        **experts.keys(model, partial(hasattr, CONFIG_MAPPING[model.family])),
         **_windows_and_caps(model),
     }
     if reads(model.family, "qk_rope_head_dim") or isinstance(

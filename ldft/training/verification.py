@@ -11,10 +11,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ldft.config import AttentionKind, Config, ModelConfig, rope
 from ldft.errors import ConfigError
-from ldft.preflight import parameter_counts
+from ldft.preflight import decoder_layers, parameter_counts
 from ldft.training import observation
 from ldft.training.architecture import parameters_by_layer_type, reads
-from ldft.training.checkpointing.checkpointing import decoder_layers
+from ldft.training.checkpointing import checkpointing
 from ldft.training.observation import AttentionCall, Observed, Rotation, looks_at_values, watch
 
 # Names of the number of experts in a family's config.
@@ -70,7 +70,7 @@ def _differs(model: ModelConfig, asked: Any, found: Any) -> str:
 
 
 def _check_sizes(network: PreTrainedModel, model: ModelConfig) -> None:
-    layers = decoder_layers(network)
+    layers = checkpointing.decoder_layers(network)
     if layers and len(layers) != model.num_layers:
         raise ConfigError("model.num_layers", _differs(model, model.num_layers, len(layers)))
     embedding, output = network.get_input_embeddings(), network.get_output_embeddings()
@@ -119,7 +119,7 @@ def _check_experts(layers: list[Any], model: ModelConfig, experts: int) -> None:
 def _check_count(network: PreTrainedModel, model: ModelConfig) -> None:
     """Estimates are made of ldft's count. Biases do not matter to them, so extra ones are allowed."""
     built, counted = sum(one.numel() for one in network.parameters()), parameter_counts.num_parameters(model)
-    if model.family in parameter_counts.FAMILIES and built != counted and not any("bias" in key for key in model.extra):
+    if model.family in decoder_layers.FAMILIES and built != counted and not any("bias" in key for key in model.extra):
         raise ConfigError(
             "model",
             f"transformers builds {built:,} parameters of this {model.family}, ldft counts {counted:,}, and estimates would be "

@@ -71,6 +71,8 @@ def config_of(family: str, scaling: dict[str, Any], tokens: int, **values: Any) 
         rope_scaling=scaling,
         sliding_window=8 if windowed else 0,
     )
+    if family in ("gpt_oss", "mixtral", "qwen3_moe"):
+        values = {"num_experts": 4, "num_experts_per_token": 2} | values
     for key, value in values.items():
         setattr(model, key, value)
     model.validate()
