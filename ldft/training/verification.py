@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,6 @@ from ldft.training import observation
 from ldft.training.architecture import parameters_by_layer_type, reads
 from ldft.training.checkpointing import checkpointing
 from ldft.training.observation import AttentionCall, Observed, Rotation, looks_at_values, watch
-
-# Names of the number of experts in a family's config.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def outline(architecture: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
@@ -83,10 +81,8 @@ def _check_sizes(network: PreTrainedModel, model: ModelConfig) -> None:
         tied = output is not None and output.weight is embedding.weight
         if output is not None and tied != model.tie_word_embeddings:
             raise ConfigError("model.tie_word_embeddings", _differs(model, model.tie_word_embeddings, tied))
-    experts = next((number for name in _EXPERTS if (number := getattr(network.config, name, None))), 0)
-    if experts:
-        _check_experts(layers, model, experts)
-    elif layers:
+    _check_experts(layers, model)
+    if layers and not model.num_experts:
         # The MLP's halves may be one matrix.
         sizes = {size for parameter in layers[-1].parameters() for size in parameter.shape}
         if not sizes & {model.intermediate_size, 2 * model.intermediate_size}:
@@ -97,23 +93,18 @@ def _check_sizes(network: PreTrainedModel, model: ModelConfig) -> None:
             )
 
 
-def _check_experts(layers: list[Any], model: ModelConfig, experts: int) -> None:
-    """Where layers have experts: they may all be dense at a reduced depth."""
-    built = {
-        parameter.shape[0]
-        for layer in layers
-        for name, parameter in layer.named_parameters()
-        if "expert" in name and parameter.ndim == 3
-    } | {
-        len(part)
-        for layer in layers
-        for name, part in layer.named_modules()
-        if name.endswith(".experts") and isinstance(part, nn.ModuleList)
-    }
-    if built and experts not in built:
-        raise ConfigError(
-            "model.family", f"{model.family}: its config says {experts} experts, and its layers have {max(built)}"
-        )
+def _check_experts(layers: Sequence[nn.Module], model: ModelConfig) -> None:
+    """Experts are slices of one parameter or modules of a list. At a reduced depth, all layers may be dense."""
+    built = set()
+    for layer in layers:
+        built |= {one.shape[0] for name, one in layer.named_parameters() if "expert" in name and one.ndim == 3}
+        built |= {
+            len(one)
+            for name, one in layer.named_modules()
+            if name.endswith("experts") and isinstance(one, nn.ModuleList)
+        }
+    if built and model.num_experts not in built:
+        raise ConfigError("model.num_experts", _differs(model, model.num_experts, max(built)))
 
 
 def _check_count(network: PreTrainedModel, model: ModelConfig) -> None:
