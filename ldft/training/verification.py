@@ -139,7 +139,7 @@ def _explain(failure: Exception, model: ModelConfig) -> None:
     shares = [parameters.get(rope.PARTIAL, 1.0) for parameters in model.rope_parameters().values()]
     if isinstance(failure, RuntimeError) and any(share != 1 for share in shares):
         raise ConfigError(
-            f"{rope.KEY}.{rope.PARTIAL}",
+            "model.rope_scaling.partial_rotary_factor",
             f"{min(shares)}: transformers' {model.family} rotates whole heads with this rope_type ({reason}); leave it out",
         ) from failure
     raise ConfigError(
@@ -207,7 +207,7 @@ def _check_rotations(rotations: list[Rotation], network: PreTrainedModel, config
     if not rotations:
         if model.rope_scaling:
             raise ConfigError(
-                rope.KEY,
+                "model.rope_scaling",
                 f"{model.rope_scaling}: ldft sees no rotary embedding in transformers' {model.family}; leave it out",
             )
         if model.rope_theta != ModelConfig().rope_theta:
@@ -229,7 +229,7 @@ def _check_rotations(rotations: list[Rotation], network: PreTrainedModel, config
         _check_rotation(rotation, own | parameters, network, config)
     if by_type and "" in asked and model.rope_scaling and all(one.layer_type != "full_attention" for one in rotations):
         raise ConfigError(
-            rope.KEY,
+            "model.rope_scaling",
             f"{model.rope_scaling} reaches no layer: transformers' {model.family} with {model.num_layers} layers has none of "
             "type full_attention; use more layers, or give parameters for each layer type",
         )
@@ -239,13 +239,17 @@ def _check_rotation(rotation: Rotation, parameters: dict[str, Any], network: Pre
     model = config.model
     rotated = getattr(network.config, "qk_rope_head_dim", None) or model.head_dim
     inv_freq, factor = rotary_embedding(parameters, rotated, model.max_position_embeddings, config.seq_len.tokens)
-    at = f"{rope.KEY}.{rotation.layer_type}" if rotation.layer_type in model.rope_scaling else rope.KEY
+    at = (
+        f"model.rope_scaling.{rotation.layer_type}"
+        if rotation.layer_type in model.rope_scaling
+        else "model.rope_scaling"
+    )
     layers = f" in layers of type {rotation.layer_type}" if rotation.layer_type else ""
     pairs = len(inv_freq)
     if len(rotation.inv_freq) not in (pairs, 2 * pairs):
         share = parameters.get(rope.PARTIAL, 1.0)
         raise ConfigError(
-            f"{at}.{rope.PARTIAL}",
+            f"{at}.partial_rotary_factor",
             f"{share:g} does not arrive: transformers' {model.family} rotates another share{layers} with "
             f"rope_type={parameters['rope_type']}; use that of the family, or another rope_type",
         )
