@@ -180,11 +180,12 @@ def _rope_parameters(model: ModelConfig, asked: dict[str, dict[str, Any]], own: 
     attention; layers with a window keep the family's, whose base is model.rope_theta where the family has one base for all.
     """
     by_type = parameters_by_layer_type(own)
+    rotated = getattr(own, "qk_rope_head_dim", None) or model.head_dim
+    if not by_type and "" in asked:
+        whole = _share(getattr(own, "rope_parameters", None) or {}) | asked[""]
+        rope.check_together(whole, "model.rope_scaling", rotated)
+        return whole
     if not by_type:
-        if "" in asked:
-            found = _share(getattr(own, "rope_parameters", None) or {}) | asked[""]
-            rope.check_together(found, "model.rope_scaling", model.head_dim)
-            return found
         raise ConfigError(
             "model.rope_scaling",
             f"transformers' {model.family} has one rotary embedding for all layers; give one set of parameters",
@@ -210,7 +211,7 @@ def _rope_parameters(model: ModelConfig, asked: dict[str, dict[str, Any]], own: 
         found[name] = (
             {"rope_theta": bases[name]} | _share(own_rule) | asked.get(name, own_rule | {"rope_theta": bases[name]})
         )
-        rope.check_together(found[name], f"model.rope_scaling.{name}", model.head_dim)
+        rope.check_together(found[name], f"model.rope_scaling.{name}", rotated)
     return found
 
 
