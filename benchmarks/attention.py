@@ -26,7 +26,7 @@ from ldft import environment
 from ldft.config import AttentionKind, Config, Device
 from ldft.errors import ConfigError
 from ldft.preflight import attention
-from ldft.training.attention_kernels import cudnn
+from ldft.training import attention_kernels
 
 HEADS, HEAD_DIM = 32, 128
 
@@ -98,12 +98,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="the first is warm-up (default 7)")
     parser.add_argument("--out", type=Path, default=Path("attention.parquet"))
     arguments = parser.parse_args()
-    cudnn.register()
     available = kinds()
     for why in available.values():
         if why:
             print(f"left out: {why}")
     running = [kind for kind, why in available.items() if not why]
+    for kind in running:
+        attention_kernels.register(kind)
 
     limit = matmul_tflops_per_s()
     rows: list[dict[str, Any]] = []

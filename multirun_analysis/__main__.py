@@ -46,20 +46,23 @@ def _console() -> Console:
 
 
 def _summarise(arguments: argparse.Namespace) -> int:
+    from ldft.results import places
     from multirun_analysis import figures, terminal
     from multirun_analysis.rows import load
 
     df = load(arguments.folder)
     console = _console()
     if df.empty:
-        console.print(f"no rows in {arguments.folder}; python -m ldft writes one per run", soft_wrap=True)
+        if places.below(arguments.folder):  # load has said where the rows are
+            return 2
+        console.print(places.missing(arguments.folder), soft_wrap=True)
         return 0
     groups = [arguments.by] if arguments.by else figures.groups_to_compare(df)
     if arguments.baseline:
         groups = groups[:1]  # a baseline belongs to one group
     terminal.summarise(df, groups, arguments.baseline, arguments.all, console)
     if not arguments.no_figures:
-        out = arguments.out or arguments.folder / "figures"
+        out = arguments.out or places.results_dir(arguments.folder) / "figures"
         written, missing = figures.write_all(df, out, groups=groups, baseline=arguments.baseline)
         console.print(f"{len(written)} figure files in {out}", soft_wrap=True)
         for name, reason in missing.items():

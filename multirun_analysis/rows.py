@@ -14,6 +14,7 @@ from ldft.config import Config
 from ldft.config.root import flatten
 from ldft.errors import ResultsError
 from ldft.preflight.fit import DoesNotFitError
+from ldft.results import places
 from multirun_analysis import options
 from multirun_analysis.labels import text
 
@@ -57,12 +58,11 @@ def load(path: str | Path) -> pd.DataFrame:
     peak_vram_gib            largest peak_vram_allocated_gib of any rank; NaN without a GPU
     trace_file               the run's trace if it exists, else null; `traces.read(row)` reads it
 
-    Raises ResultsError if `path` is not a folder. A folder without rows gives an empty frame with all columns.
+    path: a results folder, or the folder or file of one run. Raises ResultsError if it does not exist. A folder without rows gives
+    an empty frame with all columns.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ResultsError(f"{folder} is not a folder; name the results.dir of a run or sweep")
-    frame = results.read(folder)
+    folder = places.results_dir(Path(path))
+    frame = results.read(path)
     frame = frame.sort_values(["started_at", "run_id", "attempt"], kind="stable", ignore_index=True)
     traces = [folder / name if isinstance(name, str) else None for name in frame["trace_path"]]
     files = [str(path) if path is not None and path.is_file() else None for path in traces]

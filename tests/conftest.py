@@ -55,6 +55,11 @@ def options(group: str) -> list[str]:
     return composition.groups()[group]
 
 
+def models() -> list[str]:
+    """The options of the group model that hold an architecture: all but from_hf, which reads one."""
+    return [name for name in options("model") if name != "from_hf"]
+
+
 def deepspeed_has_cpu_lion() -> bool:
     """Whether DeepSpeed can run its CPULion without a GPU. From 0.19.8 on it can; before, its vector code was wrong besides."""
     spec = importlib.util.find_spec("deepspeed")

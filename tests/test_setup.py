@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from scripts.setup.environment import Environment
+from scripts.setup.jobs import bytes_of_wheels
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = """
@@ -166,6 +168,30 @@ def test_a_compilers_error_is_shown_with_the_log_and_the_next_attempt_goes_on(ch
     assert any("error: expected ';' before 'return'" in line for line in rest) and len(rest) <= 12, errors
     checkout.source("right")
     assert checkout.make()[0] == 0 and checkout.make() == (0, "", "")
+
+
+def test_wheels_are_counted_while_pip_removes_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "stays.whl").write_bytes(b"four")
+    (tmp_path / "gone.whl").symlink_to(tmp_path / "removed-after-it-was-listed")
+    ended = threading.Event()
+
+    def churn() -> None:
+        for number in range(1_000_000):
+            if ended.is_set():
+                return
+            folder = tmp_path / f"pip-unpack-{number}" / "inner"
+            folder.mkdir(parents=True)
+            (folder / "goes.whl").write_bytes(b"two")
+            shutil.rmtree(folder.parent)
+
+    pip = threading.Thread(target=churn)
+    pip.start()
+    try:
+        sizes = {bytes_of_wheels(tmp_path) for _ in range(3000)}
+    finally:
+        ended.set()
+        pip.join()
+    assert min(sizes) == 4
 
 
 def test_without_a_network_it_is_one_line(checkout: Checkout) -> None:

@@ -130,6 +130,15 @@ def test_every_folder_is_a_room_with_a_rule() -> None:
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()} == ROOMS.keys()
 
 
+def test_the_document_has_the_rooms_in_this_order() -> None:
+    found = re.search(r"From the top: (.*?)\.\n", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
+    assert found
+    levels = [re.findall(r"`(\w+)`", part) for part in found[1].split(",")]
+    level = {name: number for number, names in enumerate(levels) for name in names}
+    assert level.keys() == ROOMS.keys()
+    assert all(level[name] < level[lower] for name, below in ROOMS.items() for lower in below)
+
+
 def test_memory_imports_errors_and_the_native_module_alone() -> None:
     wrong = {
         f"{module} imports {other}"

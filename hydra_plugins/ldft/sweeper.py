@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
@@ -46,9 +47,28 @@ class LdftSweeper(Sweeper):
                 continue
             if not override.is_discrete_sweep():
                 raise HydraException(f"{override.input_line}: a grid needs single values; use choice(), range() or a,b")
-            choices[key.lstrip("+")] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            choices[key.lstrip("+")] = self._values(key, override)
             swept.add(key.lstrip("+"))
         return choices, swept
+
+    @staticmethod
+    def _values(key: str, override: Override) -> list[str]:
+        """The override strings of a swept key. Raises ConfigError if there are none."""
+        from ldft.cli.composition import groups
+        from ldft.errors import ConfigError
+
+        typed, group = (override.input_line or key).partition("=")[2], key.lstrip("+")
+        try:
+            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        except ValueError as error:  # range(1,10,0)
+            raise ConfigError(group, f"{typed}: {error}; name at least one value") from None
+        if values:
+            return values
+        if not typed.startswith("glob("):
+            raise ConfigError(group, f"{typed} contains no value; name at least one")
+        if group not in groups():
+            raise ConfigError(group, f"{typed}: glob() finds options of a group; list the values, as in {key}=a,b")
+        raise ConfigError(group, f"{typed} matches no option; use one of {', '.join(groups()[group])}")
 
     def sweep(self, arguments: list[str]) -> None:
         """Plan all cells, then run them. Pass the exit code directly to ldft.cli, since Hydra does not return it."""

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ldft.cli import composition
+from ldft.cli import composition, overrides
 from ldft.config import from_dict
 from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError, InternalError, LdftError, ResultsError
@@ -90,8 +90,9 @@ def _options_first(arguments: list[str]) -> list[str]:
     known, further = parser.parse_known_intermixed_args(arguments)
     if unknown := [argument for argument in further if argument.startswith("-")]:
         refuse(f"there is no option {unknown[0]}")
-    overrides = [*known.overrides, *further]
-    return [argument for argument in arguments if argument not in overrides] + overrides
+    overrides.check_options(vars(known))
+    given = [*known.overrides, *further]
+    return [argument for argument in arguments if argument not in given] + given
 
 
 def _at_home(override: str) -> str:
@@ -108,6 +109,9 @@ def _report(error: Exception) -> int:
         return 2
     if isinstance(error, yaml.YAMLError):
         _say(composition.bad_yaml(error))
+        return 2
+    if isinstance(error, OSError) and (line := composition.bad_folder(error, _overrides())):
+        _say(line)
         return 2
     if isinstance(error, LdftError):
         _say(str(error))
@@ -127,7 +131,7 @@ def main() -> int:
         return 0
     try:
         sys.argv = [sys.argv[0], *map(_at_home, _options_first(sys.argv[1:]))]
-        composition.check_overrides(_overrides())
+        overrides.check(_overrides())
         _task()
     except KeyboardInterrupt:
         return 130

@@ -15,10 +15,10 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from ldft.cli import hydra_messages
 from ldft.config import Config
 from ldft.config.root import columns
 from ldft.environment import CONF_DIR
-from ldft.errors import ConfigError
 
 # Sections with open key sets, defined outside ldft: new keys need no plus sign.
 OPEN = ("offload.deepspeed", "model.extra", "model.rope_scaling", "numa.bandwidth")
@@ -64,55 +64,51 @@ def groups() -> dict[str, list[str]]:
     return {name: found[name] for name in sorted(found)}
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Raise ConfigError for mistakes that Hydra reports only as a generic error, such as a number in place of an option's name."""
-    known = groups()
-    typed = {key: value for key, _, value in (override.partition("=") for override in overrides)}
-    if typed.get("lora.rank") == "0" and "none" not in typed.get("lora", "none").split(","):
-        raise ConfigError("lora.rank", f"0 contradicts lora={typed['lora']}; use lora=none, or a rank of 1 or more")
-    for override in overrides:
-        key, equals, values = override.partition("=")
-        if equals and not key:
-            raise ConfigError("command line", f"'{override}' has no key; write key=value, e.g. model=tiny")
-        if key in known and values.startswith("["):
-            raise ConfigError(
-                key, f"{values} is a list, and a group takes one option; use {key}=<option>, or -m {key}=a,b"
-            )
-        for value in values.split(","):
-            if key in known and re.fullmatch(r"[-+]?[\d.]+", value):
-                group, _, problem = _no_option(key, value).partition(": ")
-                raise ConfigError(group, problem)
-
-
 def one_line(error: BaseException, overrides: list[str]) -> str:
     """The line for an error from Hydra or OmegaConf; `overrides`: as the user typed them."""
     text = str(error)
     file = re.match(r"In '([^']+)': ", text)
+    if isinstance(error, MissingConfigException) and (error.missing_cfg_file or "").startswith("hydra/"):
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        return hydra_messages.no_option(group, option, error.options or [])
     if file and file[1] != "config" and (line := _of_file(file[1], text)):
         return line
     if isinstance(error, MissingConfigException):
         return _missing(error)
     if isinstance(error, OverrideParseException):
-        return _unparsed(error, overrides)
+        override = getattr(error, "override", "") or next((item for item in overrides if item in text), "")
+        return hydra_messages.unparsed(override or " ".join(overrides))
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     path = re.search(r"full_key: (\S+)", str(cause))
     reason = str(cause).splitlines()[0]
     if path and isinstance(cause, InterpolationResolutionError):
-        return f"{path[1]}: {reason}; name a key that exists, or quote the text"
+        return hydra_messages.interpolation(path[1], _typed(path[1], overrides)[0], reason, _expected(path[1]))
     if path and re.search(r"Key '.*' (?:is not in struct|not in )", str(cause)):
         value = _typed(path[1], overrides)[0] or "..."
         return _unknown_key(path[1], value, f"value {value}")
+    if path and path[1].startswith("hydra."):
+        return f"{path[1]}: {reason}; see python -m ldft --cfg hydra"
     if path:
         quoted = re.search(r"[Vv]alue '(.*?)'", reason) or re.search(r"[Vv]alue '(.*?)'", text)
         typed, exactly = _typed(path[1], overrides)
         value = (typed if exactly or not quoted else quoted[1]) or "the value"
         return f"{path[1]}: '{value}' does not fit; give {_expected(path[1])}"
+    if removed := re.search(r"Could not delete from config. '(.+)' does not exist", text):
+        return _unknown_key(removed[1], "", "to remove")
+    if folder := re.search(r"Additional config directory '(.*)' not found", text):
+        return f"--config-dir: {folder[1]} is not a folder; name one whose subfolders are config groups"
+    if not_listed := re.search(r"(hydra\.searchpath) must be a list of strings\. Got: (.*)", text):
+        return f"{not_listed[1]}: {not_listed[2]} is not a list; write hydra.searchpath=[file:///folder]"
+    if no_group := re.search(r"looks like a config group override, but config group '(.+)' does not exist", text):
+        return no_option(no_group[1], "")
     if appended := re.search(r"To append to your default list use \+(\w+)=(\S+)", text):
         group, option = appended.groups()
         return f"{group}: '{option}' is not in the defaults list, so it needs a plus sign; use +{group}={option}"
     twice = re.match(r"Multiple values for (\w+)\. To override a value use 'override \w+: (.+)'", text)
     if twice:
         return f"{twice[1]}: a config file chooses it a second time; write '- override /{twice[1]}: {twice[2]}' in its defaults"
+    if several := re.search(r"Sweep parameters '([^=']+)=(.+)' requires --multirun", text):
+        return f"{several[1]}: {several[2]} is a sweep; add -m"
     ambiguous = re.search(r"Ambiguous value for argument '(.+)'", text)
     if ambiguous:
         key, _, value = ambiguous[1].partition("=")
@@ -136,7 +132,7 @@ def _of_file(file: str, text: str) -> str:
     if relative := re.search(rf"'{folder}/(\w+)[/@]", text):
         return f"{name}: {relative[1]} has no slash; write '- override /{relative[1]}: <option>' in its defaults"
     if unknown := re.search(r"Could not override '(\w+)'", text):
-        return f"{name}: {_no_option(unknown[1], '')}"
+        return f"{name}: {no_option(unknown[1], '')}"
     if "Cannot merge DictConfig with ListConfig" in text:
         return f"{name}: holds a list; write keys and values, as in 'system: box1'"
     if merged := re.search(r"is not a subclass of (\w+)\. value: (.*)", text):
@@ -149,6 +145,14 @@ def _of_file(file: str, text: str) -> str:
     if path:
         value = re.search(r"[Vv]alue '(.*?)'", text)
         return f"{path[1]}: {repr(value[1]) if value else 'nothing'} in {name} does not fit; give {_expected(path[1])}"
+    return ""
+
+
+def bad_folder(error: OSError, overrides: list[str]) -> str:
+    """The line for a folder of Hydra's (hydra.run.dir, hydra.sweep.dir) that it could not create; empty for another error."""
+    for key, _, value in (override.lstrip("+").partition("=") for override in overrides):
+        if key.startswith("hydra.") and value and str(error.filename or "").startswith(value.strip("\"'")):
+            return f"{key}: cannot create {error.filename} ({error.strerror}); leave it out: ldft writes to results.dir"
     return ""
 
 
@@ -175,10 +179,11 @@ def _missing(error: MissingConfigException) -> str:
     group = group.removeprefix("/")
     if not group:
         return f"{error.missing_cfg_file}: no such config file; see python -m ldft --help"
-    return _no_option(group, option, error.options)
+    return no_option(group, option, error.options)
 
 
-def _no_option(group: str, option: str, options: Any = None) -> str:
+def no_option(group: str, option: str, options: Any = None) -> str:
+    """The line for an option that a group does not have."""
     known = groups()
     names = sorted(options) if options else known.get(group, [])
     if not names:
@@ -194,16 +199,6 @@ def _no_option(group: str, option: str, options: Any = None) -> str:
     plus = "+" if group == "sweep" else ""
     hint = f"did you mean {plus}{group}={close[0]}? " if close else ""
     return f"{group}: '{option}' does not exist; {hint}use one of {', '.join(names)}"
-
-
-def _unparsed(error: OverrideParseException, overrides: list[str]) -> str:
-    override = getattr(error, "override", "") or next((item for item in overrides if item in str(error)), "")
-    what = override or " ".join(overrides)
-    if "=" not in what:
-        return f"{what}: not of the form key=value; write e.g. model=tiny or train.iterations=5"
-    key = what.partition("=")[0]
-    value = what.partition("=")[2]
-    return f"{key}: cannot read {value}; quote text with special characters, as in '{key}=\"{value}\"'"
 
 
 def _hints(name: str, siblings: list[str], prefix: str) -> str:

@@ -2,7 +2,7 @@
 
 from ldft.config.attention import AttentionConfig, AttentionKind
 from ldft.config.checkpointing import CheckpointingConfig
-from ldft.config.data import DataConfig, DataKind
+from ldft.config.data import DataConfig, DataKind, DataLoss
 from ldft.config.kernels import KernelsConfig
 from ldft.config.launch import Device, LaunchConfig
 from ldft.config.lora import LoraConfig
@@ -24,6 +24,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DataKind",
+    "DataLoss",
     "Device",
     "KernelsConfig",
     "LaunchConfig",

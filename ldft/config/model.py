@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from ldft.config import rope
 from ldft.errors import ConfigError
 
 
@@ -73,7 +74,8 @@ class ModelConfig:
     """Base of the rotary position embedding."""
 
     rope_scaling: dict[str, Any] = field(default_factory=dict)
-    """transformers' rope scaling parameters (rope_type, factor, ...); empty for none."""
+    """transformers' rope scaling parameters (rope_type, factor, ...), or one such dict for each layer type of a family that reads
+    one (full_attention, sliding_attention); empty for none."""
 
     sliding_window: int = 0
     """Attention window, tokens, of the layers that have one (the family decides which); 0 for no window."""
@@ -112,6 +114,7 @@ class ModelConfig:
         self._validate_experts()
         if not self.rope_theta > 0:
             raise ConfigError("model.rope_theta", f"{self.rope_theta:g} is not positive; use the base of the family")
+        self.rope_parameters()
         if self.weights is Weights.pretrained and not self.path and not self.hf_id:
             raise ConfigError(
                 "model.path", f"empty, and {self.name} is not on the hub; name a folder with its safetensors"
@@ -134,3 +137,14 @@ class ModelConfig:
                 f"{self.num_experts_per_token} of model.num_experts={self.num_experts} is not possible; "
                 f"use 1 to {self.num_experts}",
             )
+
+    def rope_parameters(self) -> dict[str, dict[str, Any]]:
+        """Parameters of the rotary position embedding as asked for, by layer type: rope.normalised."""
+        # In DeepSeek's attention a part of each head is not rotated.
+        rotated = self.extra.get("qk_rope_head_dim")
+        return rope.normalised(
+            self.rope_scaling,
+            theta=self.rope_theta,
+            head_dim=rotated if isinstance(rotated, int) else self.head_dim,
+            original=self.extra.get(rope.ORIGINAL),
+        )

@@ -40,9 +40,13 @@ _LATER = (
     "model.num_experts_per_token",
     "model.expert_intermediate_size",
     "model.router_aux_loss",
+    "data.column",
+    "data.loss",
 )
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.
 _IDENTITY_VERSION = 1
+FROM_FILE = "${config_json}"
+"""Value of a key of the model that is to be read from the model's config.json. An interpolation, since those fit any type."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,6 +98,9 @@ class Config:
 
     def validate(self) -> None:
         """Check values and combinations that do not depend on the machine. Raises ConfigError."""
+        for key, value in self.asked.items():
+            if value == FROM_FILE:
+                raise ConfigError(key, f"{value} must be read from the model's config.json first")
         for key, value in flatten(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(key, f"{value} is not finite; use a number")
@@ -134,14 +141,19 @@ class Config:
 
 def from_dict(values: DictConfig | dict[str, Any]) -> Config:
     """The typed config from a composed or stored tree. Raises OmegaConf's errors on an unknown key or a wrong type."""
+    plain: Any = values
     if isinstance(values, DictConfig):
         # Convert to plain data first: merging a typed tree would accept the keys that "+key=value" added to it.
-        values = OmegaConf.to_container(values, enum_to_str=True)  # type: ignore[assignment]
-        if values.get("asked"):
-            raise ConfigError("asked", f"{values['asked']}: ldft fills this key in; leave it out")
-    tree = OmegaConf.merge(OmegaConf.structured(Config), values)
+        plain = OmegaConf.to_container(values, enum_to_str=True)
+        if plain.get("asked"):
+            raise ConfigError("asked", f"{plain['asked']}: ldft fills this key in; leave it out")
+    model = plain.get("model", {})
+    open_keys = [key for key, value in model.items() if value == FROM_FILE]
+    plain = {**plain, "model": {key: value for key, value in model.items() if key not in open_keys}}
+    tree = OmegaConf.merge(OmegaConf.structured(Config), plain)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
+    config.asked |= {f"model.{key}": FROM_FILE for key in open_keys}
     return config
 
 

@@ -30,6 +30,8 @@ class AttentionSpec:
     """Whether it stores all S x S scores at once."""
     output_can_be_kept: bool = False
     """Whether it is a single operator that training/checkpointing/keep_attention.py supports."""
+    family_flag: str = "_supports_sdpa"
+    """Attribute of transformers' models that says whether a family works with it; empty: every family does."""
     package: str = ""
     """Package that provides it, by the name that transformers looks for; empty: part of torch or transformers."""
     install: str = ""
@@ -48,6 +50,7 @@ SPECS: dict[AttentionKind, AttentionSpec] = {
         widest_head=256,
         soft_cap=True,
         output_can_be_kept=True,
+        family_flag="_supports_flash_attn",
         package="flash-attn",
         install="pip install 'ldft[flash]' --no-build-isolation",
     ),
@@ -55,6 +58,7 @@ SPECS: dict[AttentionKind, AttentionSpec] = {
         least_capability=(8, 0),
         widest_head=256,
         soft_cap=True,
+        family_flag="_supports_flash_attn",
         package="flash-attn-3",
         install="build hopper/ of github.com/Dao-AILab/flash-attention",
     ),
@@ -62,10 +66,11 @@ SPECS: dict[AttentionKind, AttentionSpec] = {
         least_capability=(9, 0),
         widest_head=256,
         soft_cap=True,
+        family_flag="_supports_flash_attn",
         package="flash-attn-4",
         install="pip install --pre flash-attn-4",
     ),
-    AttentionKind.eager: AttentionSpec(soft_cap=True, stores_scores=True),
+    AttentionKind.eager: AttentionSpec(soft_cap=True, stores_scores=True, family_flag=""),
 }
 # Families with soft caps: transformers has no SDPA for them, even if the caps are 0.
 _CAPPED_FAMILIES = ("gemma2", "vaultgemma")

@@ -10,7 +10,7 @@ from typing import Any
 from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.memory import Pinning
 from ldft.errors import CombinationError
-from ldft.preflight import deepspeed_keys, deepspeed_managed, zero_buckets
+from ldft.preflight import deepspeed_file, deepspeed_keys, deepspeed_managed, deepspeed_refused, zero_buckets
 
 
 def pins(config: Config) -> bool:
@@ -68,11 +68,18 @@ def build(config: Config) -> dict[str, Any]:
     layers = [(config.offload.deepspeed, "offload.deepspeed")]
     if file:
         path = Path(file).expanduser()
-        layers.insert(0, (deepspeed_keys.read_file(path), f"offload.deepspeed_file: {path.name}"))
+        layers.insert(0, (deepspeed_file.read(path), f"offload.deepspeed_file: {path.name}"))
+    own = []
     for values, origin in layers:
         values = deepspeed_keys.cleaned(values, origin)
         deepspeed_keys.check_owned(values, owned, origin)
         merge(settings, _without_owned(values))
+        own.append((values, origin))
+    parameters = settings["optimizer"]["params"]
+    if not parameters.get("torch_adam") and not any("fused" in _parameters(values) for values, _ in own):
+        parameters.pop("fused", None)  # ldft's choice for torch's AdamW only
+    for values, origin in own:
+        deepspeed_refused.check(config, values, settings, origin)
     deepspeed_managed.check(config, settings)
     if fuses_step(config, settings):
         settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -88,6 +95,11 @@ def build(config: Config) -> dict[str, Any]:
             if "pin_memory" in settings["zero_optimization"][name]:
                 settings["zero_optimization"][name]["pin_memory"] = config.launch.device is Device.cuda
     return settings
+
+
+def _parameters(values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = values.get("optimizer", {}).get("params", {})
+    return found
 
 
 def merge(into: dict[str, Any], values: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import operator
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -42,7 +44,17 @@ OWNED = {
     "zero_optimization.offload_optimizer.pin_memory": "memory.pinning",
     "activation_checkpointing": "checkpointing",
 }
-_NOUNS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
+_NOUNS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string",
+    "strings": "a list of strings",
+    "numbers": "a list of numbers",
+}
+_COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+_LARGEST = 2**63 - 1  # what torch can count
+_LONGEST_SHOWN = 80
 
 
 @cache
@@ -74,17 +86,47 @@ def _hint(name: str, section: dict[str, Any], path: str) -> str:
     return "see https://www.deepspeed.ai/docs/config-json/"
 
 
-def _typed(value: Any, kind: str, where: str) -> Any:
-    """The value converted to DeepSpeed's type; raises ConfigError if it has another type."""
-    if kind == "any":
-        return value
+def _typed(value: Any, kind: str | list[str], key: str) -> Any:
+    """The value converted to DeepSpeed's type, a kind of deepspeed_keys.json; raises ConfigError if it has another type or is
+    out of range."""
+    if isinstance(kind, list):
+        if isinstance(value, str) and value.lower() in kind:
+            return value.lower()
+        raise ConfigError(key, f"{shown(value)} does not exist; use one of {', '.join(kind)}")
+    name, *limits = kind.split(" ")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "int" and number and value == int(value):
-        return int(value)  # 1e5 is a float to JSON, YAML and Hydra
-    good = {"bool": isinstance(value, bool), "str": isinstance(value, str), "float": number, "int": False}
-    if not good[kind]:
-        raise ConfigError(where, f"{json.dumps(value)} is not {_NOUNS[kind]}; DeepSpeed needs {_NOUNS[kind]} here")
+    if number and not math.isfinite(value):
+        raise ConfigError(key, f"{value} is not finite; use a number")
+    if name == "int" and number and value == int(value):
+        value = int(value)  # 1e5 is a float to JSON, YAML and Hydra
+        if abs(value) > _LARGEST:
+            raise ConfigError(key, f"{value:.3g} is too large; use at most {_LARGEST:.2g}")
+    good = {
+        "any": True,
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+        "int": isinstance(value, int) and number,
+        "float": number,
+        "strings": isinstance(value, list) and all(isinstance(one, str) for one in value),
+        "numbers": isinstance(value, list) and all(type(one) in (int, float) and math.isfinite(one) for one in value),
+    }
+    if not good[name]:
+        raise ConfigError(key, f"{shown(value)} is not {_NOUNS[name]}; DeepSpeed needs {_NOUNS[name]} here")
+    for sign, limit in zip(limits[::2], limits[1::2], strict=True):
+        if not _COMPARE[sign](value, float(limit)):
+            raise ConfigError(key, f"{shown(value)} is out of range; use a number {sign} {limit}")
     return value
+
+
+def where(origin: str, key: str) -> str:
+    """How errors name a DeepSpeed key. origin: `offload.deepspeed`, or `offload.deepspeed_file: <name>`."""
+    return f"{origin}.{key}" if origin == "offload.deepspeed" else f"{origin}: {key}"
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut short, for messages."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def cleaned(values: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -99,20 +141,20 @@ def cleaned(values: dict[str, Any], origin: str) -> dict[str, Any]:
         names = dict.fromkeys(anywhere, "any") if anywhere else keys
         done: dict[str, Any] = {}
         for name, value in tree.items():
-            where = f"{origin}.{path}{name}" if origin == "offload.deepspeed" else f"{origin}: {path}{name}"
+            key = where(origin, f"{path}{name}")
             if name in known()["removed"].get(path.rstrip("."), ()):
-                raise ConfigError(where, f"DeepSpeed {known()['deepspeed']} has removed this key; leave it out")
+                raise ConfigError(key, f"DeepSpeed {known()['deepspeed']} has removed this key; leave it out")
             if name not in names:
-                raise ConfigError(where, f"DeepSpeed has no such key; {_hint(name, names, path)}")
+                raise ConfigError(key, f"DeepSpeed has no such key; {_hint(name, names, path)}")
             if value is None or value == "auto":
                 continue
             kind = keys if anywhere and isinstance(value, dict) else names[name]
-            if isinstance(kind, str):
-                done[name] = _typed(value, kind, where)
+            if not isinstance(kind, dict):
+                done[name] = _typed(value, kind, key)
             elif isinstance(value, dict):
                 done[name] = section(value, kind, f"{path}{name}.")
             else:
-                raise ConfigError(where, f"{json.dumps(value)} is not a section; write it as {{key: value}}")
+                raise ConfigError(key, f"{shown(value)} is not a section; write it as {{key: value}}")
         return done
 
     return section(values, known()["keys"], "")
@@ -129,31 +171,6 @@ def check_owned(values: dict[str, Any], ours: dict[str, Any], origin: str) -> No
             continue
         if isinstance(value, str) and isinstance(ours.get(key), str) and value.lower() == ours[key].lower():
             continue
-        where = f"{origin}.{key}" if origin == "offload.deepspeed" else f"{origin}: {key}"
         said = f", which makes it {json.dumps(ours[key])}" if key in ours else ""
-        text = f"{json.dumps(value)} contradicts {OWNED[owner]}{said}; leave it out here and set that key"
-        raise ConfigError(where, text)
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON file. Raises ConfigError if it is missing, invalid, or has a key twice."""
-    key = "offload.deepspeed_file"
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
-            raise ConfigError(key, f"{path} has '{twice}' twice in one section; remove one")
-        return dict(pairs)
-
-    try:
-        values = json.loads(path.read_text(), object_pairs_hook=once)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise ConfigError(key, f"cannot read {path} ({reason}); name a DeepSpeed JSON file") from None
-    except json.JSONDecodeError as error:
-        text = f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); fix that line"
-        raise ConfigError(key, text) from None
-    if not isinstance(values, dict):
-        raise ConfigError(key, f"{path} is not a JSON object; write a DeepSpeed config as {{...}}")
-    return values
+        text = f"{shown(value)} contradicts {OWNED[owner]}{said}; leave it out here and set that key"
+        raise ConfigError(where(origin, key), text)

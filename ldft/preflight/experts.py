@@ -17,13 +17,30 @@ _NUMBER = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_expe
 _PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 # Families without such a name have experts as wide as model.intermediate_size says.
 _WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size")
-_AUX_LOSS = ("router_aux_loss_coef", "aux_loss_coef")
+AUX_LOSS = ("router_aux_loss_coef", "aux_loss_coef")
 # A switch in the families that also have dense models.
 _SWITCH = ("enable_moe_block", "is_moe")
 # Families whose experts have no switch, but which are dense with 0 of them.
 _DENSE_WITHOUT = ("granitemoehybrid",)
 # Families that have a coefficient, which their loss leaves out.
 _NO_LOSS = ("llama4_text",)
+
+
+def read(has: Callable[[str], bool], value: Callable[[str], Any]) -> dict[str, Any]:
+    """The experts' keys of ldft from a family's transformers config, the reverse of keys(); empty for a dense model.
+
+    has: whether the family's config class has a key of this name; value: its value.
+    """
+    number, per_token = (next(filter(has, names), None) for names in (_NUMBER, _PER_TOKEN))
+    switch, width, coefficient = (next(filter(has, names), None) for names in (_SWITCH, _WIDTH, AUX_LOSS))
+    if number is None or per_token is None or not value(number) or (switch and not value(switch)):
+        return {}
+    found = {"num_experts": value(number), "num_experts_per_token": value(per_token) or 0}
+    if width:
+        found["expert_intermediate_size"] = value(width) or 0
+    if coefficient and has("output_router_logits") and value("output_router_logits"):
+        found["router_aux_loss"] = float(value(coefficient))
+    return found
 
 
 def keys(model: ModelConfig, has: Callable[[str], bool]) -> dict[str, Any]:
@@ -65,7 +82,7 @@ def keys(model: ModelConfig, has: Callable[[str], bool]) -> dict[str, Any]:
             f"{model.expert_intermediate_size}: transformers' {family} reads the width of its experts from "
             "model.intermediate_size; set that one, and this to 0",
         )
-    coefficient = name_of(_AUX_LOSS)
+    coefficient = name_of(AUX_LOSS)
     lossless = family in _NO_LOSS or coefficient is None or not has("output_router_logits")
     if model.router_aux_loss and lossless:
         raise ConfigError(

@@ -44,8 +44,27 @@ def causal() -> frozenset[str]:
     return frozenset(re.findall(r'\("([^"]+)", ', table[0] if table else ""))
 
 
+@cache
+def text_families(family: str) -> tuple[str, ...] | None:
+    """The causal language models inside a family that also reads images or sound; None if the family is itself a text model.
+
+    Read from transformers' source: such a family's config holds another one for the text, and ignores sizes beside it.
+    """
+    spec = find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0], "models", family.replace("-", "_"))
+    source = "".join(file.read_text() for file in folder.glob("configuration_*.py"))
+    for text in re.split(r"^(?=class )", source, flags=re.MULTILINE):
+        if re.search(rf'^    model_type = "{re.escape(family)}"$', text, re.MULTILINE) and re.search(
+            r'^    sub_configs\w*(?:: [^=]+)? = \{[^}]*"(?:text_config|decoder)"', text, re.MULTILINE
+        ):
+            inside = re.findall(r'^    model_type = "([^"]+)"$', source, re.MULTILINE)
+            return tuple(name for name in inside if name != family and name in causal())
+    return None
+
+
 def check(model: ModelConfig, known: Collection[str]) -> None:
-    """Raise ConfigError if transformers has no such model. The ranks check a family's further keys.
+    """Raise ConfigError if transformers has no such text model. The ranks check a family's further keys.
 
     known: the existing families; empty: the ranks check the family too.
     """
@@ -53,6 +72,12 @@ def check(model: ModelConfig, known: Collection[str]) -> None:
         close = difflib.get_close_matches(model.family, known, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "use a model_type of transformers, e.g. llama"
         raise ConfigError("model.family", f"transformers has no causal language model '{model.family}'; {hint}")
+    inside = text_families(model.family)
+    if inside is not None:
+        fix = f"use {' or '.join(inside)}" if inside else "use a text model"
+        raise ConfigError(
+            "model.family", f"{model.family} also reads images or sound, and ignores the sizes of a text model; {fix}"
+        )
     heads = model.num_attention_heads
     if model.family in WHOLE_HEADS and model.hidden_size % heads:
         multiple = max(1, model.hidden_size // heads) * heads

@@ -57,8 +57,8 @@ def notes(run: Resolved) -> list[str]:
     strategy = STRATEGIES.get(numa.strategy.name)
     budgeted = strategy is not None and strategy.has_budgets
     found = [
-        f"numa.{key}={getattr(numa, key):g} has no effect with numa={numa.name}, which has no budget; cxl_aware, striped and "
-        "optimal have"
+        f"numa.{key}={getattr(numa, key):g} has no effect with numa={numa.name}, which has no budget; use one of "
+        f"{', '.join(name for name, one in STRATEGIES.items() if one.has_budgets)}"
         for key in ("local_budget_gib", "cxl_budget_gib")
         if getattr(numa, key) and not budgeted
     ]

@@ -39,7 +39,7 @@ def main() -> int:
     export.add_argument("-o", "--output", help="file to write; default: standard output")
     arguments = parser.parse_args()
     try:
-        if not Path(arguments.results_dir).is_dir():
+        if not Path(arguments.results_dir).exists():
             print(f"ldft: {arguments.results_dir} is not a folder; name the results.dir of a run", file=sys.stderr)
             return 2
         if arguments.command == "export":

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from ldft import files
 from ldft.errors import ResultsError
+from ldft.results import places, rewritten
 from ldft.results.schema import ROW_FILE, schema
 
 # Merged files with fewer rows are merged again, so that their number stays small.
@@ -69,7 +70,7 @@ def loose_files(results_dir: Path) -> list[Path]:
 
 
 class Reader:
-    """Reads a results folder, repeatedly if needed: no file is read twice.
+    """Reads a results folder, or one run or file of it, repeatedly if needed: no file is read twice.
 
     columns: the columns to read (None: all). unreadable: file -> what is wrong with it.
     """
@@ -78,6 +79,7 @@ class Reader:
         self.results_dir = results_dir
         self.unreadable: dict[Path, str] = {}
         self._columns = columns
+        self._of_one_run: bool | None = None
         self._seen: dict[Path, pa.Table] = {}
         full = schema()
         self._schema = full if columns is None else pa.schema([full.field(name) for name in columns], full.metadata)
@@ -85,25 +87,37 @@ class Reader:
 
     def _load(self, path: Path) -> pa.Table | None:
         if path not in self._seen and path not in self.unreadable:
+            by = ""
             try:
                 # For a file of one row, threads cost more than they save.
-                table = pq.ParquetFile(path).read(columns=self._columns, use_threads=path.name != ROW_FILE)
-                # Column types never change between versions, so ldft did not write a file whose types differ.
-                if not table.schema.equals(self._united):
-                    self._united = pa.unify_schemas([self._united, table.schema], promote_options="permissive")
+                with pq.ParquetFile(path) as file:
+                    table = file.read(columns=self._columns, use_threads=path.name != ROW_FILE)
+                    by = rewritten.writer(file.schema_arrow, file.metadata.created_by or "")
                 if not {"run_id", "attempt"} <= set(table.column_names):
                     raise pa.ArrowInvalid("it has no columns run_id and attempt")
+                # Column types never change between versions, so ldft did not write a file whose types differ.
+                if not table.schema.equals(self._united):
+                    table = rewritten.restored(table, self._schema)
+                    self._united = pa.unify_schemas([self._united, table.schema], promote_options="permissive")
                 self._seen[path] = table
             except FileNotFoundError:
                 raise
             except (OSError, pa.ArrowException) as error:
-                self.unreadable[path] = " ".join(str(error).split())
+                said = f"; {by} wrote it again: restore ldft's own file" if by else ""
+                self.unreadable[path] = " ".join(str(error).split()) + said
         return self._seen.get(path)
 
     def tables(self) -> dict[Path, pa.Table]:
         """The table in each readable file. A row may be in two of them."""
-        if not self.results_dir.is_dir():
+        if not self.results_dir.exists():
             raise ResultsError(f"{self.results_dir} is not a folder; name the results.dir of a run")
+        if self._of_one_run is None:
+            self._of_one_run = places.of_one_run(self.results_dir) is not None
+        if self._of_one_run:
+            found = self.load(places.of_one_run(self.results_dir) or [])
+            if self.results_dir in self.unreadable:
+                raise ResultsError(f"{self.results_dir} contains no rows: {self.unreadable[self.results_dir]}")
+            return found
         # A compaction that ends meanwhile removes files after its merged file has appeared. If the merged files are the same before
         # and after, and no file disappeared during the read, then no row was missed.
         for attempt in range(_ATTEMPTS_TO_READ):
@@ -151,11 +165,13 @@ def keys(table: pa.Table) -> list[tuple[str, int]]:
 
 
 def read_table(results_dir: str | Path, columns: list[str] | None = None) -> pa.Table:
-    """All rows of a results folder. Unreadable files are named on stderr."""
+    """All rows of a results folder, or of one run or file of it. Unreadable files, and rows further down, are named on stderr."""
     reader = Reader(Path(results_dir), columns)
     table = reader.read()
     for path, problem in reader.unreadable.items():
         print(f"ldft: skipped unreadable {path}: {problem}", file=sys.stderr)
+    if not len(table) and not reader.unreadable and places.below(reader.results_dir):
+        print(f"ldft: {places.missing(Path(results_dir))}", file=sys.stderr)
     return table
 
 
@@ -184,6 +200,9 @@ def compact(results_dir: Path) -> int:
     Safe with concurrent writers and readers, and if the process dies: the merged file is written, read back and found complete
     before the files that it replaces are removed. Raises ResultsError if it cannot be written or the folder cannot be locked.
     """
+    if places.of_one_run(results_dir) is not None:
+        folder = places.results_dir(results_dir)
+        raise ResultsError(f"{results_dir} is one run of {folder}; compact the whole folder")
     with _only_one(results_dir) as alone:
         if not alone:
             return 0

@@ -6,18 +6,29 @@ import os
 from pathlib import Path
 
 from ldft import environment
-from ldft.config import Config, DataKind, Device, Precision, Weights
+from ldft.config import Config, Device, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.topology import read_topology
-from ldft.preflight import experts, families, parameter_counts, resolved
+from ldft.preflight import (
+    deepspeed_managed,
+    deepspeed_refused,
+    experts,
+    families,
+    parameter_counts,
+    placement_text,
+    resolved,
+)
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
-from ldft.runner import cpu_limits, swap_files
-from ldft.training import safetensors_index, text
+from ldft.runner import cpu_limits, model_source, swap_files
+from ldft.training import checkpoint_faults, safetensors_index
+from ldft.training.text import check as data_check
 
 
 def resolve(config: Config) -> None:
-    """Replace launch.device=auto and train.precision=auto by values for this machine, and record in `asked` that they were auto."""
+    """Replace launch.device=auto and train.precision=auto by values for this machine, and keys left to a config.json by its values;
+    record it in `asked`. Raises ConfigError if that file cannot be used."""
+    model_source.fill(config)
     if config.launch.device is Device.auto:
         config.asked["launch.device"] = Device.auto.name
         config.launch.device = Device.cuda if environment.gpus() else Device.cpu
@@ -41,14 +52,15 @@ def _native_precision(device: Device) -> tuple[Precision, str]:
     return which, f"compute capability {lowest[0]}.{lowest[1]}; bf16 needs 8.0"
 
 
-def resolution(config: Config) -> str | None:
-    """One line with the resolved values of keys that were auto; None if there are none."""
-    if not config.asked:
-        return None
+def resolutions(config: Config) -> list[str]:
+    """One line for the keys that were auto, with their values, and one for a model that a config.json defines; if there are any."""
     chosen = {"launch.device": config.launch.device.name, "train.precision": config.train.precision.name}
-    text = ", ".join(f"{key}={chosen[key]}" for key in config.asked)
+    text = ", ".join(f"{key}={chosen[key]}" for key in config.asked if key in chosen)
     because = f"; {_native_precision(config.launch.device)[1]}" if "train.precision" in config.asked else ""
-    return f"{text} (auto{because})"
+    lines = [f"{text} (auto{because})"] if text else []
+    if model_source.ASKED in config.asked:
+        lines.append(f"model {config.model.name} {config.asked[model_source.ASKED]}")
+    return lines
 
 
 def warnings(run: Resolved) -> list[str]:
@@ -66,6 +78,16 @@ def warnings(run: Resolved) -> list[str]:
             "AVX2, 3 times with AVX-512 (benchmarks/cpu_precision.py); train.precision=fp32 or auto avoids it"
         )
     return found
+
+
+def notes(run: Resolved) -> list[str]:
+    """What else a reader of the row must know about these settings."""
+    return [
+        *experts.notes(run.config),
+        *deepspeed_managed.notes(run.config, run.deepspeed),
+        *deepspeed_refused.notes(run.deepspeed),
+        *placement_text.notes(run),
+    ]
 
 
 def check_machine(config: Config) -> Resolved:
@@ -94,14 +116,15 @@ def check_machine(config: Config) -> Resolved:
     return resolved.resolve(config, topology=topology)
 
 
-def check_inputs(run: Selection, *, fetch: bool) -> None:
-    """Raise ConfigError if a file that the config names cannot be used. fetch: download weights from the hub if needed."""
+def check_inputs(run: Selection, *, fetch: bool) -> list[str]:
+    """Notes on the files that the config names. Raises ConfigError if one cannot be used. fetch: download weights from the hub if
+    needed."""
     config = run.config
     swap_files.check(config, run.deepspeed)
     if config.model.weights is Weights.pretrained and (fetch or config.model.path):
-        safetensors_index.index(safetensors_index.folder(config.model, fetch=fetch))
-    if config.data.kind is DataKind.text:
-        text.check(config.data, config.model.vocab_size)
+        path = safetensors_index.folder(config.model, fetch=fetch)
+        checkpoint_faults.check(path, safetensors_index.index(path))
+    return data_check.check(config) if config.data.reads_file else []
 
 
 def check_results_dir(folder: Path) -> None:

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ldft import environment
-from ldft.config import Config, DataKind, Device, OffloadDevice, Weights, run_id
+from ldft.config import Config, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
-from ldft.preflight import decoder_layers, deepspeed_managed, experts, fit, parameter_counts, placement_text
+from ldft.preflight import decoder_layers, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved
 from ldft.runner import checks, cpu_limits, parent
@@ -37,18 +37,12 @@ def _machine(config: Config) -> AbstractContextManager[None]:
 
 
 def _describe(config: Config) -> str:
-    run = _check(config)
+    run, inputs = _check(config)
+    notes = [*checks.notes(run), *inputs]
     lines = ["ldft: dry run: nothing is started or written", *_what(run), *_processes(config)]
     lines += [
         *(f"warning: {warning}" for warning in checks.warnings(run)),
-        *(
-            f"note: {note}"
-            for note in [
-                *experts.notes(config),
-                *deepspeed_managed.notes(config, run.deepspeed),
-                *placement_text.notes(run),
-            ]
-        ),
+        *(f"note: {note}" for note in notes),
         *_bytes(run),
         *placement_text.lines(run),
         *_files(config),
@@ -58,18 +52,18 @@ def _describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _check(config: Config) -> Resolved:
+def _check(config: Config) -> tuple[Resolved, list[str]]:
+    """The resolved run, and notes on its files. Raises ConfigError."""
     config.validate()
     run = checks.check_machine(config)
-    checks.check_inputs(run, fetch=False)
-    return run
+    return run, checks.check_inputs(run, fetch=False)
 
 
 def summarize(config: Config) -> tuple[str, str]:
     """One cell of a sweep: its outcome (`fits`, `does not fit`, `skipped`, `invalid`) and the line that explains it."""
     try:
         with _machine(config):
-            run = _check(config)
+            run, _ = _check(config)
             fit.check(run)
     except fit.DoesNotFitError as error:
         return "does not fit", f"does not fit: {error.shortage}"
@@ -89,7 +83,7 @@ def _what(run: Resolved) -> list[str]:
     if model.weights is Weights.random:
         weights = f"random, train.seed={train.seed}"
     sequences = train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks
-    data = f"{config.data.kind.name}{f', {config.data.path}' if config.data.kind is DataKind.text else ''}"
+    data = f"{config.data.kind.name}{f', {config.data.path}' if config.data.reads_file else ''}"
     parameters = f"{exact}{parameter_counts.num_parameters(model):,} parameters"
     return [
         f"model: {model.name}, {model.family}, {model.num_layers} layers, {parameters}",
@@ -118,9 +112,8 @@ def _trained(config: Config) -> str:
 
 def _processes(config: Config) -> list[str]:
     ranks, device = config.launch.num_ranks, config.launch.device.name
-    resolved = checks.resolution(config)
     command = shlex.join([Path(sys.executable).name, "-m", "ldft.worker", "<attempt>"])
-    lines = [f"resolved: {resolved}"] if resolved else []
+    lines = [f"resolved: {line}" for line in checks.resolutions(config)]
     lines.append(f"processes: {ranks} x {command} on {device}")
     if environment.gpus_are_assumed():
         return lines

@@ -53,12 +53,6 @@ def columns(config: Config, exits: list[RankExit], reports: list[dict[str, Any]]
     return row
 
 
-def notes(reports: list[dict[str, Any]]) -> list[str]:
-    """A note on model FLOPs that are null because they are not known."""
-    unknown = reports[0].get("model_tflop_unknown")
-    return [f"model_tflop_dense and what follows from it are null: ldft cannot count {unknown}"] if unknown else []
-
-
 def warnings(row: dict[str, Any]) -> list[str]:
     """Warnings if the loss became NaN or infinite, and if measured iterations are too short because an update was skipped:
     DeepSpeed skips it if fp16 overflows and, in any precision, if the gradient norm is not finite."""
@@ -76,4 +70,16 @@ def warnings(row: dict[str, Any]) -> list[str]:
             f"{skipped} of {len(counted)} iterations after warm-up made no update because gradients overflowed: they are too "
             f"short{remedy}"
         )
+    return found
+
+
+def notes(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
+    """Notes on model FLOPs that are null because they are not known, and on documents and sequences that were left out."""
+    found = []
+    if unknown := reports[0].get("model_tflop_unknown"):
+        found.append(f"model_tflop_dense and what follows from it are null: ldft cannot count {unknown}")
+    if skipped := row.get("documents_skipped"):
+        found.append(f"data.path: {skipped} of {row['documents_read']} documents are null or empty and were left out")
+    if skipped := row.get("sequences_skipped"):
+        found.append(f"data.loss=assistant: {skipped} sequences without a token of the assistant were left out")
     return found

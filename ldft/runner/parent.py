@@ -20,7 +20,7 @@ from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError, ResultsError
 from ldft.memory.kernel_weights import kernel_weights, restore_kernel_weights
 from ldft.monitor.trace import TRACE_FILE, Recorder
-from ldft.preflight import deepspeed_managed, experts, fit, placement_text
+from ldft.preflight import fit
 from ldft.preflight.resolved import Resolved
 from ldft.results import attempt, schema, store
 from ldft.runner import checks, final_status, launch, measured, node_memory, signals, swap_files
@@ -76,15 +76,16 @@ def run(
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= node_memory.columns(reports, row["hosts"][0])
         row |= measured.columns(config, exits, reports) | _judged(decision, folder, results_dir)
-        row["notes"] += measured.warnings(row) + measured.notes(reports) + node_memory.notes(row)
+        row["notes"] += [*reports[0].get("warnings", []), *measured.warnings(row)]
+        row["notes"] += [*measured.notes(row, reports), *node_memory.notes(row)]
         row["parent_s"] = -waited_s  # _row adds the total duration
     return Outcome(row["status"], row, folder / schema.ROW_FILE, num_said)
 
 
 def _announce(config: Config, warnings: list[str], notes: list[str]) -> int:
     """Print what the user should know before waiting: resolved auto values and notes. Returns the number of notes printed."""
-    if resolved := checks.resolution(config):
-        print(f"ldft: {resolved}")
+    for line in checks.resolutions(config):
+        print(f"ldft: {line}")
     for note in notes:
         print(f"ldft: {'warning' if note in warnings else 'note'}: {note}")
     sys.stdout.flush()
@@ -97,18 +98,13 @@ def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
     config.validate()
     ready = checks.check_machine(config)
     swap_files.prepare(config, ready.deepspeed)
-    checks.check_inputs(ready, fetch=True)
+    inputs = checks.check_inputs(ready, fetch=True)
     operators.prepare_cache(ready)
     row |= fit.predictions(ready)
     fit.check(ready)
     restore_kernel_weights()  # a run that died may have left them changed
     warnings = checks.warnings(ready)
-    row["notes"] = [
-        *warnings,
-        *experts.notes(config),
-        *deepspeed_managed.notes(config, ready.deepspeed),
-        *placement_text.notes(ready),
-    ]
+    row["notes"] = [*warnings, *checks.notes(ready), *inputs]
     return ready, warnings
 
 

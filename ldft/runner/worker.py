@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import time
@@ -54,6 +55,20 @@ class _Report:
         self.put()
 
 
+class _Warnings(logging.Handler):
+    """Puts ldft's warnings in the report, whence they become notes of the row, and in the log."""
+
+    def __init__(self, report: _Report) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+        self._texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+        self._report.put(warnings=self._texts)
+        print(f"ldft: warning: {self._texts[-1]}", file=sys.stderr)
+
+
 def _kind_of(error: BaseException) -> str | None:
     """oom_device or oom_host if the exception shows it, else None."""
     import torch
@@ -90,7 +105,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     import deepspeed
     import torch
 
-    from ldft.training import cuda_build, flops, liger_kernels, loop, model, snapshot
+    from ldft.training import cuda_build, data, flops, liger_kernels, loop, model, snapshot
     from ldft.training.checkpointing import checkpointing
     from ldft.training.deepspeed import engine as engines
     from ldft.training.deepspeed import operators, role_memory
@@ -104,6 +119,10 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
 
     report.phase("operators", "loading DeepSpeed's operators")
     operators.load(selection, say=lambda text: report.put(phase_text=text))
+
+    if config.data.reads_file:  # before the model is built: what the parent did not find in the file ends the run early
+        report.phase("data", f"reading {config.data.path}")
+        report.put(**data.read(config))
 
     report.phase("rendezvous", "waiting for all ranks")
     deepspeed.init_distributed(
@@ -188,6 +207,7 @@ def main() -> int:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     config = from_dict(attempt.read_json(folder / "config.json"))
     report = _Report(folder, rank)
+    logging.getLogger("ldft").addHandler(_Warnings(report))
     try:
         # Before anything imports numpy or torch: a policy applies to a thread and those it starts later, and only to new pages.
         selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ldft.errors import LdftError
-from ldft.results import attempt
+from ldft.results import attempt, places
 from ldft.results.history import History
 from ldft.sweep.plan import Cell, Plan, load_plans
 from ldft.sweep.view import Clock, at_work, columns, measured, report_lines
@@ -47,6 +47,13 @@ def lines(plan: Plan, history: History) -> list[str]:
     return [*text, f"ldft: {left}"] if left else text
 
 
+def _no_sweep(folder: Path, name: str | None) -> str:
+    """The line for a results folder without a sweep, or without the one of that name."""
+    line = f"{folder} contains no sweep{f' {name}' if name else ''}"
+    further = places.below(folder)
+    return f"{line}; rows are further down: name one of {', '.join(map(str, further[:3]))}" if further else line
+
+
 def main() -> int:
     """Returns the exit code: 0, or 2 if the folder or the sweep does not exist, or 1 if it cannot be read."""
     parser = Parser(prog="python -m ldft.status", description="Show the progress of a sweep.")
@@ -55,19 +62,18 @@ def main() -> int:
     parser.add_argument("--watch", action="store_true", help="refresh every two seconds until Ctrl-C")
     arguments = parser.parse_args()
     folder = Path(arguments.results_dir)
-    if not folder.is_dir():
+    if not folder.exists():
         print(f"ldft: {folder} is not a folder; name the results.dir of a sweep", file=sys.stderr)
         return 2
+    if places.of_one_run(folder) is not None:
+        folder = places.results_dir(folder)
     history = History(folder)
     try:
         while True:
             history.refresh()
             plans = [plan for plan in load_plans(folder) if arguments.sweep in (None, plan.name)]
             if not plans:
-                print(
-                    f"ldft: {folder} contains no sweep{f' {arguments.sweep}' if arguments.sweep else ''}",
-                    file=sys.stderr,
-                )
+                print(f"ldft: {_no_sweep(folder, arguments.sweep)}", file=sys.stderr)
                 return 2
             text = lines(plans[0], history)
             if arguments.watch:

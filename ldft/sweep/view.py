@@ -157,7 +157,7 @@ class View:
         for path, problem in history.unreadable.items():
             self.say(f"ldft: skipped unreadable {path}: {problem}")
         configs = self._plan.configs.values()
-        for line in dict.fromkeys(line for line in map(checks.resolution, configs) if line):
+        for line in dict.fromkeys(line for one in configs for line in checks.resolutions(one)):
             self.say(f"ldft: {line}")
         # The warnings depend on these keys only.
         kinds = {(one.model.name, one.launch.num_ranks, one.train.precision): one for one in configs}

@@ -32,6 +32,7 @@ class Samples:
     loss: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     skipped_updates: list[int] = field(default_factory=list)
+    loss_tokens: list[int] = field(default_factory=list)
 
 
 class Clock:
@@ -77,7 +78,7 @@ def run(
     gc.freeze()
     gc.disable()
     for iteration in range(config.train.iterations):
-        batches = [data.batch(config, iteration, step, rank).to(device) for step in range(steps)]
+        batches = [data.micro_batch(config, iteration, step, rank).to(device) for step in range(steps)]
         clock = Clock(device)
         losses = []
         learning_rate, skipped = float(engine.get_lr()[0]), engine.skipped_steps
@@ -85,8 +86,8 @@ def run(
         start = time.perf_counter()
         clock.mark()
         with watch(iteration):
-            for tokens in batches:
-                loss = engine(input_ids=tokens, labels=tokens).loss
+            for batch in batches:
+                loss = batch.weighted(engine(input_ids=batch.tokens, labels=batch.labels).loss)
                 clock.mark()
                 engine.backward(loss)
                 clock.mark()
@@ -107,6 +108,7 @@ def run(
         samples.loss.append(float(table[:, 4].mean()))
         samples.learning_rate.append(learning_rate)
         samples.skipped_updates.append(engine.skipped_steps - skipped)
+        samples.loss_tokens.append(data.loss_tokens(config, iteration))
         gc.collect()
         report(samples)
     gc.enable()

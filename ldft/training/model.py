@@ -1,118 +1,55 @@
-"""Build the model from the config: architecture by transformers, weights drawn by name, so that they depend only on name and
-seed."""
+"""Build the model: architecture by transformers, verified before anything large exists; weights drawn by name, so that they depend
+only on name and seed."""
 
 from __future__ import annotations
 
-import difflib
-import functools
 import zlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import deepspeed
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ldft.config import AttentionKind, ModelConfig, OffloadDevice, Precision, Weights
+from ldft.config import AttentionKind, OffloadDevice, Precision, Weights
 from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
-from ldft.preflight import experts, families
+from ldft.preflight import attention
 from ldft.preflight.selection import Selection
-from ldft.training import liger_kernels, pretrained
-from ldft.training.attention_kernels import cudnn, repeated_heads
+from ldft.training import attention_kernels, liger_kernels, pretrained, verification
+from ldft.training.architecture import hf_config
+from ldft.training.attention_kernels import repeated_heads
 from ldft.training.deepspeed import arena_hooks, layout
 
+__all__ = ["DTYPES", "build", "hf_config", "initialize", "num_parameters"]
+
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
-
-
-def hf_config(model: ModelConfig) -> PretrainedConfig:
-    """The architecture as a transformers config. Raises ConfigError if transformers cannot build it."""
-    families.check(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    family = CONFIG_MAPPING[model.family]
-    values: dict[str, Any] = {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
-        "head_dim": model.head_dim,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "rope_parameters": {"rope_type": "default", **model.rope_scaling, "rope_theta": model.rope_theta},
-        "tie_word_embeddings": model.tie_word_embeddings,
-        "use_cache": False,
-        # Random tokens and ldft's own models have no special tokens; a padding index would zero an embedding row.
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        **experts.keys(model, functools.partial(hasattr, family)),
-    }
-    if model.family == "qwen2":
-        values["use_sliding_window"] = model.sliding_window > 0
-    optional = {
-        "sliding_window": ("sliding_window", model.sliding_window),
-        "attn_logit_softcapping": ("attention_softcap", model.attention_softcap),
-        "final_logit_softcapping": ("logit_softcap", model.logit_softcap),
-    }
-    for name, (key, value) in optional.items():
-        if hasattr(family, name):
-            values[name] = value or None  # keep the family's own default from applying
-        elif value:
-            raise ConfigError(f"model.{key}", f"{value:g}: transformers' {model.family} does not support it; use 0")
-    rope_type = values["rope_parameters"]["rope_type"]
-    if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
-        allowed = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
-        raise ConfigError("model.rope_scaling.rope_type", f"'{rope_type}' does not exist; use one of {allowed}")
-    for name in model.extra:
-        if name in values:
-            raise ConfigError(
-                f"model.extra.{name}", "ldft sets this from another key of its config; see the keys of model"
-            )
-        if not hasattr(family, name):
-            close = difflib.get_close_matches(name, [key for key in vars(family) if not key.startswith("_")], n=1)
-            hint = f"did you mean {close[0]}?" if close else "leave it out"
-            raise ConfigError(f"model.extra.{name}", f"transformers' {model.family} has no such key; {hint}")
-    try:
-        return AutoConfig.for_model(model.family, **values, **model.extra)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError("model", f"transformers refuses this {model.family}: {reason}") from error
 
 
 def build(run: Selection, device: torch.device, arenas: Arenas | None = None) -> PreTrainedModel:
     """The model on `device`, in the compute precision, with weights drawn from train.seed or read from a folder.
 
     Under ZeRO-3 each parameter is sharded over the ranks when it is created: no rank ever holds a full copy. With arenas, shards in
-    host memory are in the arenas from the start.
+    host memory are in the arenas from the start. Raises ConfigError if transformers would build another model than the config's.
     """
     config = run.config
     dtype = DTYPES[config.train.precision]
     partitioned = config.offload.stage == 3
-    if run.attention is AttentionKind.sdpa_cudnn:
-        cudnn.register()
-    if run.repeats_heads:
-        repeated_heads.register()
     implementation = repeated_heads.NAME if run.repeats_heads else run.attention.name
+    attention_kernels.register(implementation)
     architecture = hf_config(config.model)
     _check_attention(run.attention, architecture)
+    outline = verification.outline(architecture, config.model)
+    verification.check(outline, config, run.attention)
     # Use an explicit context: transformers' own ZeRO-3 switch would draw weights in another order than without ZeRO.
     # Pass no dtype, it follows from the config: DeepSpeed uses a given one only if the device also computes in fp16 (0.19.8).
     construct = deepspeed.zero.Init(config_dict_or_path=run.deepspeed) if partitioned else nullcontext()
     host: AbstractContextManager[None] = nullcontext()
     if arenas is not None and config.offload.parameters is OffloadDevice.cpu:
-        host = arena_hooks.weights(arenas, _parts(architecture, config.launch.num_ranks), dtype)
+        # A rank's shard of each parameter, in the model's order.
+        shards = [-(-parameter.numel() // config.launch.num_ranks) for parameter in outline.parameters()]
+        host = arena_hooks.weights(arenas, shards, dtype)
     with host, construct, no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=implementation)
     model.tie_weights()
@@ -130,19 +67,11 @@ def build(run: Selection, device: torch.device, arenas: Arenas | None = None) ->
     return model
 
 
-def _parts(architecture: PretrainedConfig, ranks: int) -> list[int]:
-    """Elements of a rank's shard of each parameter under ZeRO-3, in the model's order, from a model on the meta device."""
-    with no_init_weights(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
-    model.tie_weights()
-    return [-(-parameter.numel() // ranks) for parameter in model.parameters()]
-
-
 def _check_attention(kind: AttentionKind, architecture: PretrainedConfig) -> None:
     """Raise ConfigError if transformers does not have this attention for this family."""
     network = MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]
-    flash = kind.name.startswith("flash")
-    if kind is AttentionKind.eager or (network._supports_flash_attn if flash else network._supports_sdpa):
+    flag = attention.SPECS[kind].family_flag
+    if not flag or getattr(network, flag):
         return
     raise ConfigError(
         "attention.kind", f"{kind.name}: transformers' {architecture.model_type} does not support it; use eager"

@@ -83,6 +83,24 @@ def pip(environment: Environment) -> list[str]:
     return [str(environment.python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
 
 
+def bytes_of_wheels(folder: Path) -> int:
+    """Size of all wheels below a folder, from which pip removes files and folders at any moment."""
+    size = 0
+    for below, _, names in os.walk(folder):  # passes over folders that are gone, which Path.rglob does not
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    size += Path(below, name).stat().st_size
+    return size
+
+
+def _is_newer(path: Path, since: float) -> bool:
+    """Whether a file that pip may remove meanwhile was written after a moment."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime >= since
+    return False
+
+
 class Packages(Job):
     """pip installs the dependencies under the constraints."""
 
@@ -111,7 +129,7 @@ class Packages(Job):
             return f"installing packages {min(self._installed(), self.total)}/{self.total}"
         if not self.collected:
             return "looking at packages"
-        size = sum(path.stat().st_size for path in self._files()) / 2**20
+        size = bytes_of_wheels(self._temporary) / 2**20
         return f"downloading packages: {self.collected} so far" + (f", {size:.0f} MiB" if size >= 1 else "")
 
     def summary(self) -> str:
@@ -121,10 +139,7 @@ class Packages(Job):
         records = [
             record for record in self._site.glob("*.dist-info/RECORD") if not record.parent.name.startswith("ldft-")
         ]
-        return sum(record.stat().st_mtime >= self._since for record in records)
-
-    def _files(self) -> list[Path]:
-        return [path for path in self._temporary.rglob("*.whl") if path.is_file()]
+        return sum(_is_newer(record, self._since) for record in records)
 
     def tidy(self) -> None:
         """Remove pip's temporary files."""

@@ -179,6 +179,25 @@ def test_every_override_named_in_a_sentence_exists() -> None:
     assert unknown == [] and seen > 100
 
 
+@pytest.mark.parametrize("group", ["attention", "numa"])
+def test_the_document_of_a_group_has_a_line_for_every_option(group: str) -> None:
+    text = (REPOSITORY / "docs" / f"{group}.md").read_text()
+    named = re.findall(rf"^\| `(?:{group}=)?(\w+)`", text, re.MULTILINE)
+    assert set(composition.groups()[group]) <= set(named)
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md", "docs/upgrading_deepspeed.md"])
+def test_files_and_names_that_a_contributor_is_sent_to_exist(name: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (REPOSITORY / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+    quoted = set(re.findall(r"`([^`\s]+)`", re.sub(r"^    .*$", "", text, flags=re.MULTILINE)))
+    rooms = ["ldft", "tests", "conf", "scripts", "benchmarks", "multirun_analysis", "hydra_plugins", "csrc"]
+    paths = {one for one in quoted if one.split("/")[0] in rooms and "/" in one and not re.search(r"[<*]", one)}
+    assert paths and not {one for one in paths if not (REPOSITORY / one).exists()}
+    sources = "".join(path.read_text() for room in rooms for path in (REPOSITORY / room).rglob("*.py"))
+    identifiers = {one for one in quoted if re.fullmatch(r"_?[A-Z]\w*|_\w+", one)}
+    assert not {one for one in identifiers if one not in sources}
+
+
 def test_the_table_of_options_is_complete() -> None:
     text = (REPOSITORY / "docs" / "configuration.md").read_text()
     lines = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE))

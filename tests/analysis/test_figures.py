@@ -21,6 +21,7 @@ from ldft.config import Config
 from multirun_analysis import load, style
 from multirun_analysis.figures import FIGURES, groups_to_compare, speedup, write_all
 from tests.analysis.conftest import Rows, artists, drawn, node, role
+from tests.conftest import options
 from tests.synthetic_samples import whole_run
 
 LENGTHS = (4096, 8192, 16384)
@@ -231,6 +232,7 @@ def test_the_same_rows_give_the_same_files(df, tmp_path: Path) -> None:
 
 
 def test_a_policy_looks_the_same_in_every_figure_and_unlike_the_others() -> None:
+    assert style.POLICIES.keys() == set(options("numa"))
     looks = list(style.POLICIES.values())
     assert len(set(looks)) == len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
     assert style.policy_style("cxl_aware budget=4")[0] == style.POLICIES["cxl_aware"][0]

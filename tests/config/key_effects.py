@@ -88,6 +88,10 @@ def batches(config: Config) -> Any:
     return [data.batch(config, iteration, 0, 0).tolist() for iteration in range(2)]
 
 
+def labels(config: Config) -> Any:
+    return [data.micro_batch(config, iteration, 0, 0).labels.tolist() for iteration in range(2)]
+
+
 def learning_rates(config: Config) -> Any:
     return [schedule.factor(config, update) for update in range(config.train.iterations)]
 

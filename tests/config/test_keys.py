@@ -30,6 +30,7 @@ from tests.config.key_effects import (
     deepspeed_on_cuda,
     fitting,
     fitting_the_gpu,
+    labels,
     learning_rates,
     loaded_weights,
     placement,
@@ -121,6 +122,8 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "data.kind": ("zeros", batches, []),
     "data.path": ("$OTHER_TEXT", batches, ["data.kind=text", "data.path=$TEXT", "data.tokenizer=$TOKENIZER"]),
     "data.tokenizer": ("$OTHER_TOKENIZER", batches, ["data.kind=text", "data.path=$TEXT", "data.tokenizer=$TOKENIZER"]),
+    "data.column": ("other", batches, ["data.kind=text", "data.path=$ROWS", "data.tokenizer=$TOKENIZER"]),
+    "data.loss": ("assistant", labels, ["data.kind=chat", "data.path=$ROWS", "data.tokenizer=$TOKENIZER"]),
     "train.micro_batch_size": ("2", batches, []),
     "train.gradient_accumulation_steps": ("2", deepspeed, []),
     "train.iterations": ("7", learning_rates, []),
@@ -164,12 +167,17 @@ def places(tmp_path: Path, word_tokenizer: Callable[..., Path], monkeypatch: pyt
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 20)
     (tmp_path / "other.txt").write_text("h g f e d c b a " * 20)
     (tmp_path / "file.json").write_text('{"zero_optimization": {"sub_group_size": 9}}')
+    talk = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a b", "other": "c d", "messages": talk}))
+    tokenizer = word_tokenizer("a b c d e f g h")
+    (tokenizer / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content + ' ' }}{% endfor %}")
     return {
         "$TMP": str(tmp_path),
         "$JSON": str(tmp_path / "file.json"),
         "$TEXT": str(tmp_path / "text.txt"),
+        "$ROWS": str(tmp_path / "rows.jsonl"),
         "$OTHER_TEXT": str(tmp_path / "other.txt"),
-        "$TOKENIZER": str(word_tokenizer("a b c d e f g h")),
+        "$TOKENIZER": str(tokenizer),
         "$OTHER_TOKENIZER": str(word_tokenizer("h a b c d e f g")),
         "$SAVED": str(tmp_path / "saved"),
     }

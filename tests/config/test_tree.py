@@ -17,7 +17,7 @@ from hydra import initialize_config_dir
 
 from ldft.cli import composition
 from ldft.config import Device, from_dict
-from ldft.config.root import flatten
+from ldft.config.root import FROM_FILE, flatten
 from ldft.environment import CONF_DIR
 from tests.conftest import FAST, compose, options
 
@@ -33,9 +33,13 @@ def say(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subpro
 
 @pytest.mark.parametrize(("group", "option"), EVERY)
 def test_every_file_composes_and_is_valid(group: str, option: str) -> None:
-    beside = {"text": ["data.path=a.txt", "data.tokenizer=a"], "nvme": ["offload.nvme_path=a"]}.get(option, [])
+    data = ["data.path=a.jsonl", "data.tokenizer=a"]
+    beside = {"text": data, "chat": data, "nvme": ["offload.nvme_path=a"]}.get(option, [])
     plus = "+" if group == "sweep" else ""  # in no defaults list
     config = compose(f"{plus}{group}={option}", "launch.device=cpu", *beside)
+    if option == "from_hf":  # complete only with a config.json
+        assert {key for key, value in config.asked.items() if value == FROM_FILE} > {"model.name", "model.num_layers"}
+        return
     config.validate()
     assert group != "model" or config.model.name == option
     if group == "seq_len":
@@ -206,7 +210,8 @@ def test_version_is_ours(tmp_path: Path) -> None:
 
 def test_the_parent_imports_neither_torch_nor_what_brings_it(tmp_path: Path) -> None:
     code = (
-        "import sys; from ldft.cli import command; from ldft.training import safetensors_index, schedule, text\n"
+        "import sys; from ldft.cli import command; from ldft.training import safetensors_index, schedule\n"
+        "from ldft.training.text import check, packing\n"
         "sys.argv = ['ldft', 'model=llama3_8b', 'dry_run=true']; assert command.main() == 0\n"
         "print([name for name in ('torch', 'transformers', 'deepspeed', 'pandas') if name in sys.modules])"
     )
@@ -236,11 +241,31 @@ def test_identity_leaves_out_what_is_not_measured() -> None:
         if key not in ("launch.timeout_s", "memory.vram_gib", "rerun", "dry_run", "force", "asked")
         and key.partition(".")[0] not in ("results", "monitor", "sweep")
         and "expert" not in key
-        and key != "model.router_aux_loss"
+        and key not in ("model.router_aux_loss", "data.column", "data.loss")
     }
     assert run_id(same) == hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:12]
-    for change in ({"launch.device": Device.cuda}, {"model.num_experts": 4}, {"model.router_aux_loss": 0.5}):
+    for change in (
+        {"launch.device": Device.cuda},
+        {"model.num_experts": 4},
+        {"model.router_aux_loss": 0.5},
+        {"data.column": "a"},
+    ):
         other = compose("launch.device=cpu")
         for key, value in change.items():
             setattr(getattr(other, key.partition(".")[0]), key.partition(".")[2], value)
         assert run_id(other) != run_id(same), change
+
+
+@pytest.mark.parametrize(
+    ("overrides", "run", "series"),
+    [
+        ("launch.device=cpu", "cd4319c6beff", "2b1bd18d4a88"),
+        ("model=llama3_8b numa=weighted_0_3 launch.device=cuda seq_len=32k", "81a4cc00e428", "b3640212ad52"),
+        ("model=nano launch.device=cpu data=text data.path=a.jsonl data.tokenizer=t", "0308a3997979", "b5105f395cb8"),
+    ],
+)
+def test_identities_of_rows_that_exist_stay(overrides: str, run: str, series: str) -> None:
+    from ldft.config import run_id, series_id
+
+    config = compose(*overrides.split())
+    assert (run_id(config), series_id(config)) == (run, series)

@@ -13,8 +13,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from ldft.errors import ConfigError
 from ldft.preflight import attention
 from ldft.preflight.selection import select
-from ldft.training import model
-from ldft.training.attention_kernels import cudnn, repeated_heads
+from ldft.training import attention_kernels, model
 from tests.gpu.machine import allocated, cuda_config, kinds
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -35,7 +34,7 @@ KINDS = (
 
 def run(kind: str, tensors: list[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
     """Output (batch, tokens, heads, head_dim) and the gradients of query, key and value."""
-    cudnn.register()
+    attention_kernels.register(kind)
     query, key, value = (tensor.detach().requires_grad_() for tensor in tensors)
     module = SimpleNamespace(
         num_key_value_groups=query.shape[1] // key.shape[1],
@@ -114,7 +113,7 @@ def test_the_kernel_that_runs_is_the_one_asked_for_also_when_recomputed(kind: st
     module = SimpleNamespace(
         num_key_value_groups=4, is_causal=True, training=True, config=SimpleNamespace(_attn_implementation=kind)
     )
-    cudnn.register()
+    attention_kernels.register(kind)
 
     def layer(*inputs: torch.Tensor) -> torch.Tensor:
         return AttentionInterface()[kind](module, *inputs, None, scaling=128**-0.5)[0]
@@ -153,7 +152,6 @@ def test_fp32_with_grouped_heads_stores_no_scores() -> None:
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(512, 4, 4), (777, 8, 2), (1, 4, 2), (65, 6, 1)])
 def test_repeated_heads_equal_plain_products_in_fp32(tokens: int, heads: int, kv_heads: int) -> None:
     torch.manual_seed(tokens)
-    repeated_heads.register()
     tensors = [torch.randn(2, tokens, h, 64, device="cuda").transpose(1, 2) for h in (heads, kv_heads, kv_heads)]
     gradient = torch.randn(2, tokens, heads, 64, device="cuda")
     for got, want in zip(run("sdpa_repeated_heads", tensors, gradient), exact(tensors, gradient), strict=True):

@@ -17,7 +17,7 @@ from ldft.errors import ConfigError
 from ldft.preflight import deepspeed_config, deepspeed_keys, zero_buckets
 from ldft.training import schedule
 from ldft.training.deepspeed import engine
-from tests.conftest import compose, options
+from tests.conftest import compose, models, options
 
 SEED = {
     "steps_per_print": 10, "train_batch_size": None, "train_micro_batch_size_per_gpu": None, "gradient_clipping": 0.9,
@@ -103,7 +103,7 @@ def test_what_zero_keeps_on_the_device_follows_the_size_of_a_layer() -> None:
     assert zero["contiguous_gradients"] is False
     # Small models are not cut into small buckets, and no model gets more than DeepSpeed would give it.
     assert settings("model=nano")["zero_optimization"]["reduce_bucket_size"] == 5_000_000
-    for option in options("model"):
+    for option in models():
         fitted = settings(f"model={option}")["zero_optimization"]
         assert all(
             5_000_000 <= fitted[name] <= value for name, value in zero_buckets.DEFAULTS.items() if value > 5_000_000
@@ -152,8 +152,13 @@ def test_deepspeed_would_have_been_silent() -> None:
 
 
 def test_what_deepspeed_alone_refuses_is_the_users_error_too() -> None:
-    with pytest.raises(ConfigError, match=r"offload.deepspeed: DeepSpeed refuses .*reduce_bucket_size"):
-        engine.check(settings("offload.deepspeed.zero_optimization.reduce_bucket_size=-1"))
+    with pytest.raises(ConfigError, match=r"^offload.deepspeed: DeepSpeed refuses it: bf16_optimizer_states requires"):
+        engine.check(settings("offload.deepspeed.bf16.bf16_optimizer_states=true"))
+    halved = "offload.deepspeed.zero_optimization.offload_optimizer.ratio=0.5"
+    with pytest.raises(
+        ConfigError, match=r"^offload.deepspeed.zero_optimization: DeepSpeed refuses it: .*ZeRO Stage 3"
+    ):
+        engine.check(settings("offload=optimizer", halved))
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])

@@ -22,6 +22,10 @@ NULL = {
     "predicted_vram_gib": "no device memory",
     "predicted_vram_json": "no device memory",
     "numa_mechanism": "numa=default",
+    "documents_read": "data=random",
+    "documents_skipped": "data=random",
+    "sequences_skipped": "data=random",
+    "init_data_s": "data=random",
 }
 # What the machine decides.
 EITHER = {

@@ -31,8 +31,8 @@ def test_on_gpus_by_generation(capability, expected, monkeypatch: pytest.MonkeyP
     config = auto(Device.cuda)
     checks.resolve(config)
     assert config.train.precision.name == expected and config.asked == {"train.precision": "auto"}
-    said = checks.resolution(config)
-    assert said and said.startswith(f"train.precision={expected} (auto; compute capability ")
+    (said,) = checks.resolutions(config)
+    assert said.startswith(f"train.precision={expected} (auto; compute capability ")
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import warnings
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AttentionInterface, PreTrainedModel
 
 from ldft import environment
 from ldft.config import AttentionKind, Config, Device
 from ldft.errors import CombinationError, ConfigError
 from ldft.preflight import attention
 from ldft.preflight.selection import select
-from ldft.training import data, model
+from ldft.training import attention_kernels, data, model
 from ldft.training.attention_kernels import cudnn
 from tests.conftest import compose, options
 
@@ -249,6 +251,15 @@ def test_of_torchs_reasons_only_those_of_cudnn_are_given() -> None:
     assert cudnn._reason(attend) == "one; two"
     said = []
     assert cudnn._reason(attend) == "torch gives no reason"
+
+
+def test_every_kind_is_known_to_transformers_or_a_registered_kernel_file() -> None:
+    folder = Path(attention_kernels.__file__).parent
+    assert len(attention_kernels.NAMES) == len([path for path in folder.glob("*.py") if path.stem != "__init__"])
+    for name in attention_kernels.NAMES:
+        attention_kernels.register(name)
+    assert {kind.name for kind in attention.SPECS} <= {"eager", *AttentionInterface()}
+    assert {spec.family_flag for spec in attention.SPECS.values() if spec.family_flag} <= set(dir(PreTrainedModel))
 
 
 def test_every_kind_has_its_spec_and_its_option() -> None:

@@ -91,11 +91,11 @@ def test_flops_that_cannot_be_told_are_null_with_a_note() -> None:
     row = measured.columns(config, [], [report])
     assert row["model_tflop_dense"] is None and row["model_tflop_attention"] is None
     assert "model_tflops_per_s" not in row and "mfu" not in row and row["tokens_per_s"] == TOKENS
-    (note,) = measured.notes([report])
+    (note,) = measured.notes({}, [report])
     assert note.startswith(
         "model_tflop_dense and what follows from it are null: ldft cannot count Conv1d.weight, of shape"
     )
-    assert measured.notes([{"model_tflop_dense": 1.0}]) == []
+    assert measured.notes({}, [{"model_tflop_dense": 1.0}]) == []
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "olmoe", "granitemoe"])

@@ -14,7 +14,7 @@ from ldft.config import Config, Device, ModelConfig, OffloadDevice, Precision, S
 from ldft.preflight import parameter_counts
 from ldft.preflight.selection import select
 from ldft.training import data, flops, model
-from tests.conftest import compose, options
+from tests.conftest import compose, models
 
 # Counts and config.json values as published on the hub, written down apart from conf/.
 PUBLISHED = json.loads((Path(__file__).parents[1] / "config" / "published.json").read_text())
@@ -29,10 +29,10 @@ def meta_count(config) -> int:
 
 
 def test_every_model_is_known_here() -> None:
-    assert sorted(options("model")) == sorted([*PUBLISHED, *OURS])
+    assert sorted(models()) == sorted([*PUBLISHED, *OURS])
 
 
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", models())
 def test_full_depth_has_the_published_count_and_architecture(name: str) -> None:
     config = compose(f"model={name}").model
     built = model.hf_config(config)
@@ -59,7 +59,7 @@ def reduced(published: ModelConfig) -> ModelConfig:
     return published
 
 
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", models())
 def test_trains_at_reduced_depth(name: str) -> None:
     config = Config(model=reduced(compose(f"model={name}").model), seq_len=SeqLenConfig(tokens=48))
     config.launch.device, config.train.precision = Device.cpu, Precision.fp32  # the fast one, at this size

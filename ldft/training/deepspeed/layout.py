@@ -1,15 +1,18 @@
-"""The attributes in which DeepSpeed's parameters and optimizers hold tensors, and a check that this release still has them.
+"""The attributes of DeepSpeed's parameters and optimizers that ldft reads, and a check that this release still has them.
 
 From DeepSpeed 0.19.8 (runtime/zero: stage3.py, stage_1_and_2.py, partition_parameters.py). If a release renames one of them, some
-tensors have no role: their memory is not placed, measured or audited. So ldft refuses to run with such a release.
+tensors have no role: their memory is not placed, measured or audited. So ldft refuses to run with such a release: before it builds
+a model, where DeepSpeed's code mentions a name no more, and again with the live optimizer.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -25,8 +28,23 @@ STAGE_3_OPTIMIZER = (
     "fp32_partitioned_groups_flat",
     "subgroup_to_device",
     "grad_partitions_flat_buffer",
+    "sub_group_to_group_id",
     GRADIENT_VIEWS,
 )
+# Attributes of ZeRO-3's optimizer that ldft reads while DeepSpeed builds it.
+STAGE_3_BUILDING = (
+    "dtype",
+    "fp16_partitioned_groups_flat_numel",
+    "gradient_accumulation_dtype",
+    "master_weights_and_grads_dtype",
+    "params_in_nvme_and_cpu",
+    "partial_offload",
+    "swap_optimizer",
+    "trainable_param_groups",
+)
+# What they add to a parameter.
+STAGE_1_AND_2_OF_PARAMETERS = ("_hp_mapping",)
+STAGE_3_OF_PARAMETERS = ("ds_numel", "ds_shape", "ds_tensor", "partition_numel")
 # Attributes of ZeRO-1/2's optimizer: always, and with the optimizer on the host.
 STAGE_1_AND_2 = ("cpu_offload", "single_partition_of_fp32_groups", "bit16_groups", "optimizer")
 STAGE_1_AND_2_OPTIMIZER = (
@@ -65,14 +83,39 @@ def names(optimizer: Any) -> tuple[str, ...]:
     return ()
 
 
+def require_known_names(stage: int) -> None:
+    """Raise UnknownLayoutError if DeepSpeed's code mentions a name no more that ldft reads at this ZeRO stage."""
+    wanted: dict[type, tuple[str, ...]] = {}
+    if stage == 3:
+        wanted = {Init: STAGE_3_OF_PARAMETERS, DeepSpeedZeroOptimizer_Stage3: STAGE_3 + STAGE_3_BUILDING}
+    elif stage:
+        wanted = {DeepSpeedZeroOptimizer: STAGE_1_AND_2 + STAGE_1_AND_2_OF_PARAMETERS}
+    for owner, names in wanted.items():
+        mentioned = _mentioned(owner)
+        for name in names:
+            if name not in mentioned:
+                raise _unknown(owner, name)
+
+
+def _mentioned(owner: type) -> set[str]:
+    """Every name that the methods of a class and of its bases use, and their own names."""
+    methods = [inspect.unwrap(method) for base in owner.__mro__ for method in vars(base).values() if callable(method)]
+    codes = [method.__code__ for method in methods if inspect.isfunction(method)]
+    return set(dir(owner)).union(*(code.co_names for code in codes))
+
+
+def _unknown(owner: type, name: str) -> UnknownLayoutError:
+    return UnknownLayoutError(
+        f"DeepSpeed {deepspeed.__version__} has no {owner.__name__}.{name}, where ldft finds offloaded tensors "
+        f"(tested with {TESTED}); install deepspeed==0.19.8, or see docs/upgrading_deepspeed.md"
+    )
+
+
 def require_known_layout(optimizer: Any) -> None:
     """Raise UnknownLayoutError if an engine's optimizer lacks an attribute that ldft needs."""
     for name in names(optimizer):
         if not hasattr(optimizer, name):
-            raise UnknownLayoutError(
-                f"DeepSpeed {deepspeed.__version__} has no {type(optimizer).__name__}.{name}, where ldft finds offloaded tensors "
-                f"(tested with {TESTED}); install deepspeed==0.19.8, or see docs/upgrading_deepspeed.md"
-            )
+            raise _unknown(type(optimizer), name)
 
 
 def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

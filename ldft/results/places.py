@@ -1,0 +1,56 @@
+"""Where rows are: in a results folder, or in the folder or file of a single run, which can be named instead of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ldft.results.schema import ROW_FILE
+
+_ATTEMPT = "attempt-"
+# How far below a folder without rows to look for rows, and how many folders to name.
+_DEPTH, _MOST_NAMED = 3, 3
+
+
+def of_one_run(path: Path) -> list[Path] | None:
+    """The row files of one run or file, oldest attempt first, if `path` names such; None for a results folder."""
+    if path.is_file():
+        return [path]
+    if (path / ROW_FILE).is_file():
+        return [path / ROW_FILE]
+    attempts = [found for found in path.glob(f"{_ATTEMPT}*/{ROW_FILE}") if found.is_file()]
+    return sorted(attempts, key=lambda found: (len(found.parent.name), found.parent.name)) or None
+
+
+def results_dir(path: Path) -> Path:
+    """The results folder that `path` belongs to: paths in rows are relative to it."""
+    path = path.absolute()
+    folder = path.parent if path.is_file() else path
+    if folder.name.startswith(_ATTEMPT) and (folder / ROW_FILE).is_file():
+        return folder.parents[1]
+    if folder == path and of_one_run(path):
+        return folder.parent
+    return folder
+
+
+def missing(path: Path) -> str:
+    """The line for a path without rows: where rows are instead, if they are further down."""
+    found = below(path)
+    if not found:
+        return f"no rows in {path}; python -m ldft writes one per run"
+    names = ", ".join(str(folder) for folder in found[:_MOST_NAMED])
+    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return f"no rows in {path}; they are further down: name one of {names}{more}"
+
+
+def below(folder: Path, depth: int = _DEPTH) -> list[Path]:
+    """The results folders below a folder that is none."""
+    found = []
+    with os.scandir(folder) as entries:
+        subfolders = sorted(Path(one.path) for one in entries if one.is_dir() and not one.name.startswith("."))
+    for subfolder in subfolders:
+        if any(subfolder.glob("rows-*.parquet")) or any(subfolder.glob(f"*/{_ATTEMPT}*/{ROW_FILE}")):
+            found.append(subfolder)
+        elif depth > 1 and os.access(subfolder, os.R_OK | os.X_OK):
+            found += below(subfolder, depth - 1)
+    return found

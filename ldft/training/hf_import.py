@@ -1,0 +1,321 @@
+"""Turns a Hugging Face config.json into ldft's model keys, by way of transformers' own config class.
+
+The result is checked: the config that ldft builds from these keys equals the one that transformers reads from the file, in every
+field that changes the model. A field that ldft cannot express is refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from ldft.config import ModelConfig
+from ldft.errors import ConfigError
+from ldft.preflight import experts
+from ldft.training.config_json import ConfigJson
+from ldft.training.model import hf_config
+
+# Fields of transformers' class -> ldft's keys. Rope, windows and heads have their own functions.
+_SIZES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_SOFTCAPS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
+_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers")
+# Fields without effect on what is trained: labels of files, generation, outputs, tasks.
+_NO_EFFECT = {
+    "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id", "model_type",
+    "num_labels", "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "torch_dtype",
+    "transformers_version", "use_cache", "use_mrope", "_name_or_path", "cache_implementation",
+}  # fmt: skip
+# Older names of rope's values, which transformers moves into rope_parameters.
+_ROPE = {
+    *(
+        "rope_parameters",
+        "rope_theta",
+        "rope_scaling",
+        "partial_rotary_factor",
+        "rope_local_base_freq",
+        "rotary_pct",
+        "rotary_emb_base",
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A model read from a config.json."""
+
+    model: ModelConfig
+    notes: list[str]
+    """What the reader should know: parts left out, values that the file does not have."""
+    unused: list[str]
+    """Keys of the file that transformers does not read."""
+
+
+def convert(source: ConfigJson) -> Imported:
+    """The model of a config.json. Raises ConfigError if ldft cannot build the same model, naming the key."""
+    _check(source)
+    with _quiet():
+        whole = _read(source)
+        if whole.is_encoder_decoder:
+            raise source.refusal(f"{whole.model_type} is an encoder-decoder; use a causal language model")
+        return _convert(source, whole, whole.get_text_config())
+
+
+def _convert(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig) -> Imported:
+    family = text.model_type
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise source.refusal(f"transformers has no causal language model for model_type={family}; use one that has")
+    if getattr(text, "is_heterogeneous", False):
+        raise source.refusal(
+            f"the layers of {family} differ in shape (per_layer_config), which ldft cannot express; use another model"
+        )
+    if parts := [name for name in type(text).sub_configs if getattr(text, name, None) is not None]:
+        raise source.refusal(f"{', '.join(parts)}: {family} cannot be had without this part; use a model of text alone")
+    if not _declares(text, "rope_parameters") or not text.rope_parameters:
+        encoder = ", is_decoder=false" if getattr(text, "is_decoder", True) is False else ""
+        raise source.refusal(
+            f"{family} has no rotary position embedding{encoder}; use a causal language model that has one"
+        )
+    given, notes = source.values, []
+    if text is not whole:
+        # The section is found by what was read from it: its name differs between families.
+        name = next(key for key in ("text_config", "decoder", "generator") if getattr(whole, key, None) is text)
+        given = source.values.get(name) or {}
+        notes.append(f"{whole.model_type} has more parts than text; only its text model, {family}, is used")
+    notes += _check_sizes(source, text, given, nested=text is not whole)
+    model = _keys(source, whole, text)
+    try:
+        _fill_extra(model, text)
+        model.validate()
+        built = hf_config(model)
+    except ConfigError as error:
+        raise source.refusal(f"ldft cannot build it: {error}") from error
+    _compare(source, model, text, built)
+    return Imported(model, notes, _unused(source, text, given))
+
+
+def _check(source: ConfigJson) -> None:
+    """Raise ConfigError for a file that transformers need not even be asked about."""
+    values, family = source.values, source.values.get("model_type")
+    if family is None:
+        raise source.refusal(
+            "it has no model_type, so it is no config of a transformers model; use a folder of save_pretrained"
+        )
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(family), CONFIG_MAPPING, n=1)
+        hint = f"did you mean {close[0]}?" if close else "a newer release may have it"
+        if "auto_map" in values:
+            hint = "its code is in the repository (auto_map), and ldft runs no code from there"
+        raise source.refusal(f"transformers {transformers.__version__} has no model_type '{family}'; {hint}")
+    sections = [values, *(value for value in values.values() if isinstance(value, dict))]
+    for key in ("quantization_config", "compression_config"):
+        found = next((section[key] for section in sections if section.get(key)), None)
+        if found is not None:
+            method = found.get("quant_method", "") if isinstance(found, dict) else ""
+            raise source.refusal(
+                f"{key}{f' ({method})' if method else ''}: the weights are quantised, and ldft trains bf16, fp16 or fp32; "
+                "use the unquantised model, or take the key out of a copy to train random weights"
+            )
+    for name in values.get("architectures") or []:
+        if isinstance(name, str) and "For" in name and not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
+            raise source.refusal(f"architectures={name} is not a causal language model; use one that is")
+
+
+def _short(value: Any) -> str:
+    """A value for a message."""
+    text = json.dumps(value, default=str)
+    return text if len(text) < 100 else f"{text[:100]}..."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own messages, which are no lines of ldft's."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _read(source: ConfigJson) -> PretrainedConfig:
+    """The file as transformers reads it."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "config.json")
+        file.write_text(json.dumps(source.values))
+        try:
+            return AutoConfig.from_pretrained(file, trust_remote_code=False)
+        except (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise source.refusal(f"transformers refuses it ({reason[:300]}); correct that key") from error
+
+
+def _declares(text: PretrainedConfig, key: str) -> bool:
+    """Whether the class has this key. An object has every key of its file, also those that nothing reads."""
+    return hasattr(type(text), key) or key in text.attribute_map
+
+
+def _check_sizes(source: ConfigJson, text: PretrainedConfig, given: dict[str, Any], *, nested: bool) -> list[str]:
+    """Raise ConfigError if a size is missing or no whole number. Returns notes.
+
+    Files of save_pretrained have all sizes, except in a nested text_config: there, values equal to the class's are left out.
+    """
+    missing = [key for key in _SIZES if key not in given and text.attribute_map.get(key) not in given]
+    for key in _SIZES:
+        if not _declares(text, key):
+            raise source.refusal(f"{text.model_type} has no {key}, which ldft needs; use another family")
+        if type(value := getattr(text, key)) is not int or value < 1:
+            raise source.refusal(
+                f"{key}={_short(value)}: ldft needs one positive whole number here; correct it, or use another family"
+            )
+    if missing and not nested:
+        raise source.refusal(f"it has no {', '.join(missing)}; fetch the whole file again, or add the key")
+    if missing:
+        return [f"{', '.join(missing)}: not in the file, so from transformers' {text.model_type}"]
+    return []
+
+
+def _keys(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig) -> ModelConfig:
+    """ldft's keys, without extra."""
+    heads = text.num_attention_heads
+    model = ModelConfig(
+        name=source.name,
+        hf_id=source.where if source.key == "model.hf_id" else "",
+        family=text.model_type,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        # The output projection belongs to the whole model.
+        tie_word_embeddings=bool(getattr(whole, "tie_word_embeddings", False)),
+    )
+    for key, name in _SIZES.items():
+        setattr(model, name, getattr(text, key))
+    for key, name in _SOFTCAPS.items():
+        setattr(model, name, float(getattr(text, key, None) or 0))
+    for name, value in experts.read(partial(hasattr, type(text)), partial(getattr, text)).items():
+        setattr(model, name, value)
+    model.sliding_window = text.sliding_window if _windowed(text) else 0
+    model.rope_theta, model.rope_scaling = _rope(text)
+    for key in ("num_key_value_heads", "head_dim", "sliding_window", "num_experts", "num_experts_per_token"):
+        if type(value := getattr(model, key)) is not int:
+            raise source.refusal(f"{key}={_short(value)}: ldft needs one whole number here; use another model")
+    return model
+
+
+def _windowed(text: PretrainedConfig) -> bool:
+    """Whether some layer's attention has a window."""
+    kinds = getattr(text, "layer_types", None)
+    return bool(getattr(text, "sliding_window", None)) and (not kinds or "sliding_attention" in kinds)
+
+
+def _rope(text: PretrainedConfig) -> tuple[float, dict[str, Any]]:
+    """model.rope_theta and model.rope_scaling: flat, or one dict for each layer type."""
+    rope = _plain_rope(text.rope_parameters)
+    nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
+    if nested:
+        main = nested.get("full_attention") or next(iter(nested.values()))
+        return float(main["rope_theta"]), nested
+    theta = float(rope.pop("rope_theta"))
+    if rope.get("partial_rotary_factor") == 1:  # the whole head, which is the default
+        del rope["partial_rotary_factor"]
+    return theta, {} if rope == {"rope_type": "default"} else rope
+
+
+def _plain_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
+    """Rope parameters without null values and without `type`, the older name of rope_type."""
+    return {
+        key: _plain_rope(value) if isinstance(value, dict) else value
+        for key, value in (rope or {}).items()
+        if value is not None and key != "type"
+    }
+
+
+def _relevant(model: ModelConfig, text: PretrainedConfig) -> list[str]:
+    """The fields of the class that change what is trained."""
+    without = _NO_EFFECT | (set() if model.sliding_window else set(_WINDOWS))
+    if not model.router_aux_loss:
+        without |= {*experts.AUX_LOSS, "output_router_logits"}
+    return [field.name for field in fields(text) if field.name not in without and not field.name.endswith("_token_id")]
+
+
+def _fill_extra(model: ModelConfig, text: PretrainedConfig) -> None:
+    """Put what differs from the class's defaults into extra, but not lists that follow from other keys (such as layer_types)."""
+    own = {
+        *_SIZES,
+        *_SOFTCAPS,
+        *_ROPE,
+        "sliding_window",
+        "use_sliding_window",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+    }
+    own |= experts.keys(model, partial(hasattr, type(text))).keys()
+    default = type(text)()
+    differing = {
+        key: getattr(text, key)
+        for key in _relevant(model, text)
+        if key not in own and getattr(text, key) != getattr(default, key)
+    }
+    lists = {key: differing.pop(key) for key in list(differing) if isinstance(differing[key], list)}
+    model.extra = differing
+    try:
+        built = hf_config(model)
+    except ConfigError:  # a list is needed for a valid config
+        model.extra |= lists
+    else:
+        model.extra |= {key: value for key, value in lists.items() if getattr(built, key) != value}
+
+
+def _compare(source: ConfigJson, model: ModelConfig, text: PretrainedConfig, built: PretrainedConfig) -> None:
+    """Raise ConfigError if `built`, ldft's config of the model, is not the file's."""
+    # Where the file leaves these out, transformers works them out as _keys does.
+    for key in set(_relevant(model, text)) - {"head_dim", "num_key_value_heads"}:
+        ours, theirs = getattr(built, key, None), getattr(text, key, None)
+        if key == "rope_parameters":
+            ours, theirs = _plain_rope(ours), _plain_rope(theirs)
+        if ours != theirs and not (key == "tie_word_embeddings" and ours == model.tie_word_embeddings):
+            raise source.refusal(
+                f"{key}={_short(theirs)}: ldft cannot build this {text.model_type}, it would have {_short(ours)}; use another model"
+            )
+
+
+def _unused(source: ConfigJson, text: PretrainedConfig, given: dict[str, Any]) -> list[str]:
+    """Keys of the file that transformers does not read. Raises ConfigError for one that its class lacks but its code reads."""
+    own = {"head_dim", "num_key_value_heads", *_NO_EFFECT, *_ROPE}
+    known = {*vars(type(text)), *(field.name for field in fields(text)), *text.attribute_map, *own}
+    # A trivial value cannot change anything, and token ids and names change no architecture.
+    others = sorted(
+        key
+        for key, value in given.items()
+        if key not in known and value and not key.startswith("_") and not re.search(r"_token_(id|index)$", key)
+    )
+    # The classes declare what they read, but some code looks further: getattr(config, "head_dim", ...).
+    code = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__module__]) if others else ""
+    for key in others:
+        if re.search(rf"config\.{re.escape(key)}\b|config, \"{re.escape(key)}\"", code):
+            raise source.refusal(
+                f"{key}={_short(given[key])}: ldft cannot pass this to transformers' {text.model_type}; use another model"
+            )
+    return others

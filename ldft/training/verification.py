@@ -1,0 +1,299 @@
+"""Refuses a model that is not the one asked for: transformers ignores keys that a family does not read, without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ldft.config import AttentionKind, Config, ModelConfig, rope
+from ldft.errors import ConfigError
+from ldft.preflight import parameter_counts
+from ldft.preflight.decoder_layers import FAMILIES as COUNTED_EXACTLY
+from ldft.training import observation
+from ldft.training.architecture import parameters_by_layer_type, reads
+from ldft.training.checkpointing.checkpointing import decoder_layers
+from ldft.training.observation import AttentionCall, Observed, Rotation, looks_at_values, watch
+
+# Names of the number of experts in a family's config.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def outline(architecture: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
+    """The model on the meta device, for `check`. Raises ConfigError if transformers cannot build it."""
+    try:
+        return observation.build(architecture)
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            "model",
+            f"transformers cannot build this {model.family} ({reason}); correct it, or set what it needs under model.extra",
+        ) from error
+
+
+def check(network: PreTrainedModel, config: Config, kind: AttentionKind) -> None:
+    """Compare a model of observation.build with the config. kind: the run's attention, never auto.
+
+    Raises ConfigError, naming the key, for each value that did not arrive in the model.
+    """
+    model = config.model
+    _check_sizes(network, model)
+    _check_window_exists(network.config, model)
+    seen = watch(network, config.seq_len.tokens)
+    _check_heads(seen.attention, model)
+    if seen.failure is not None and not seen.rotations:
+        _explain(seen.failure, model)
+    _check_rotations(seen.rotations, network, config)
+    if seen.failure is not None:
+        _explain(seen.failure, model)
+    _check_attention(seen, model, kind)
+    if seen.failure is None and seen.logit_softcap != model.logit_softcap:
+        raise ConfigError("model.logit_softcap", _differs(model, model.logit_softcap, seen.logit_softcap))
+    _check_count(network, model)
+
+
+def _differs(model: ModelConfig, asked: Any, found: Any) -> str:
+    def text(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return f"{text(asked)} does not arrive: transformers' {model.family} has {text(found)}; use that, or another model.family"
+
+
+def _check_sizes(network: PreTrainedModel, model: ModelConfig) -> None:
+    layers = decoder_layers(network)
+    if layers and len(layers) != model.num_layers:
+        raise ConfigError("model.num_layers", _differs(model, model.num_layers, len(layers)))
+    embedding, output = network.get_input_embeddings(), network.get_output_embeddings()
+    if embedding is not None:
+        rows, width = embedding.weight.shape
+        if rows != model.vocab_size:
+            raise ConfigError("model.vocab_size", _differs(model, model.vocab_size, rows))
+        if width != model.hidden_size:
+            raise ConfigError("model.hidden_size", _differs(model, model.hidden_size, width))
+        tied = output is not None and output.weight is embedding.weight
+        if output is not None and tied != model.tie_word_embeddings:
+            raise ConfigError("model.tie_word_embeddings", _differs(model, model.tie_word_embeddings, tied))
+    experts = next((number for name in _EXPERTS if (number := getattr(network.config, name, None))), 0)
+    if experts:
+        _check_experts(layers, model, experts)
+    elif layers:
+        # The MLP's halves may be one matrix.
+        sizes = {size for parameter in layers[-1].parameters() for size in parameter.shape}
+        if not sizes & {model.intermediate_size, 2 * model.intermediate_size}:
+            raise ConfigError(
+                "model.intermediate_size",
+                f"{model.intermediate_size} does not arrive: no weight of transformers' {model.family} is as wide; it has "
+                f"{', '.join(map(str, sorted(sizes)))}",
+            )
+
+
+def _check_experts(layers: list[Any], model: ModelConfig, experts: int) -> None:
+    """Where layers have experts: they may all be dense at a reduced depth."""
+    built = {
+        parameter.shape[0]
+        for layer in layers
+        for name, parameter in layer.named_parameters()
+        if "expert" in name and parameter.ndim == 3
+    } | {
+        len(part)
+        for layer in layers
+        for name, part in layer.named_modules()
+        if name.endswith(".experts") and isinstance(part, nn.ModuleList)
+    }
+    if built and experts not in built:
+        raise ConfigError(
+            "model.family", f"{model.family}: its config says {experts} experts, and its layers have {max(built)}"
+        )
+
+
+def _check_count(network: PreTrainedModel, model: ModelConfig) -> None:
+    """Estimates are made of ldft's count. Biases do not matter to them, so extra ones are allowed."""
+    built, counted = sum(one.numel() for one in network.parameters()), parameter_counts.num_parameters(model)
+    if model.family in COUNTED_EXACTLY and built != counted and not any("bias" in key for key in model.extra):
+        raise ConfigError(
+            "model",
+            f"transformers builds {built:,} parameters of this {model.family}, ldft counts {counted:,}, and estimates would be "
+            "wrong; leave out the keys of model.extra that change the layers",
+        )
+
+
+def _check_window_exists(architecture: PretrainedConfig, model: ModelConfig) -> None:
+    """transformers fails in a layer that is to have a window if none is set."""
+    kinds = getattr(architecture, "layer_types", None) or []
+    if model.sliding_window or "sliding_attention" not in kinds:
+        return
+    raise ConfigError(
+        "model.sliding_window",
+        f"0, but {kinds.count('sliding_attention')} of the {len(kinds)} layers of transformers' {model.family} have a window; "
+        f"set its length, or model.extra.layer_types=[{','.join(['full_attention'] * min(len(kinds), 2))}"
+        f"{',...' if len(kinds) > 2 else ''}] for none",
+    )
+
+
+def _explain(failure: Exception, model: ModelConfig) -> None:
+    """Raise ConfigError if the model cannot run. Return if only the meta device cannot run it, which has no values to look at."""
+    if looks_at_values(failure):
+        return
+    reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+    shares = [parameters.get(rope.PARTIAL, 1.0) for parameters in model.rope_parameters().values()]
+    if isinstance(failure, RuntimeError) and any(share != 1 for share in shares):
+        raise ConfigError(
+            f"{rope.KEY}.{rope.PARTIAL}",
+            f"{min(shares)}: transformers' {model.family} rotates whole heads with this rope_type ({reason}); leave it out",
+        ) from failure
+    raise ConfigError(
+        "model.family",
+        f"transformers' {model.family} cannot run with these values ({reason}); correct them, or set what it needs under "
+        "model.extra",
+    ) from failure
+
+
+def _check_heads(calls: list[AttentionCall], model: ModelConfig) -> None:
+    for call in calls:
+        for key, found in (
+            ("num_attention_heads", call.heads),
+            ("num_key_value_heads", call.key_value_heads),
+            ("head_dim", call.head_dim),
+        ):
+            if found != getattr(model, key):
+                raise ConfigError(f"model.{key}", _differs(model, getattr(model, key), found))
+
+
+def _check_attention(seen: Observed, model: ModelConfig, kind: AttentionKind) -> None:
+    if not seen.attention:
+        _check_unseen(model)
+        return
+    for call in seen.attention:
+        if (call.softcap or 0) != model.attention_softcap:
+            raise ConfigError("model.attention_softcap", _differs(model, model.attention_softcap, call.softcap or 0))
+    flash = kind.name.startswith("flash")
+    windows = {_window(call, flash) for call in seen.attention}
+    asked = model.sliding_window
+    if windows - {asked, 0}:
+        raise ConfigError("model.sliding_window", _differs(model, asked, max(windows - {asked})))
+    if asked and asked not in windows and seen.failure is None:
+        fix = "use 0, or name the layers that have one in model.extra.layer_types"
+        if asked in {_window(call, not flash) for call in seen.attention}:
+            fix = (
+                f"{kind.name} attention is not given it; use attention.kind={'sdpa' if flash else 'flash_attention_2'}"
+            )
+        elif reads(model.family, "max_window_layers"):
+            fix = "the first layers have none; set model.extra.max_window_layers to their number, 0 for a window in all"
+        raise ConfigError(
+            "model.sliding_window",
+            f"{asked} reaches no layer of transformers' {model.family} with {model.num_layers} layers: {fix}",
+        )
+
+
+def _window(call: AttentionCall, flash: bool) -> int:
+    return (call.argument_window if flash else call.mask_window) or 0
+
+
+def _check_unseen(model: ModelConfig) -> None:
+    """Where attention cannot be watched, refuse what transformers might ignore."""
+    for key in ("sliding_window", "attention_softcap", "logit_softcap"):
+        if getattr(model, key):
+            raise ConfigError(
+                f"model.{key}",
+                f"{getattr(model, key):g}: ldft cannot see whether transformers' {model.family} follows it; use 0",
+            )
+
+
+def _check_rotations(rotations: list[Rotation], network: PreTrainedModel, config: Config) -> None:
+    model = config.model
+    by_type = parameters_by_layer_type(network.config)
+    asked = model.rope_parameters()
+    if not rotations:
+        if model.rope_scaling:
+            raise ConfigError(
+                rope.KEY,
+                f"{model.rope_scaling}: ldft sees no rotary embedding in transformers' {model.family}; leave it out",
+            )
+        if model.rope_theta != ModelConfig().rope_theta:
+            raise ConfigError(
+                "model.rope_theta",
+                f"{model.rope_theta:g}: ldft sees no rotary embedding in transformers' {model.family}; leave it out",
+            )
+        return
+    for rotation in rotations:
+        name = rotation.layer_type or ""
+        built = by_type.get(name) or (getattr(network.config, "rope_parameters", None) or {})
+        # Where nothing was asked for, the family's own share is rotated, and layers with a window have the family's embedding.
+        parameters = (
+            asked.get(name) or (asked.get("") if name in ("", "full_attention") or not by_type else built) or built
+        )
+        own = {"rope_theta": model.rope_theta} | {
+            key: built[key] for key in ("rope_theta", rope.PARTIAL) if key in built
+        }
+        _check_rotation(rotation, own | parameters, network, config)
+    if by_type and "" in asked and model.rope_scaling and all(one.layer_type != "full_attention" for one in rotations):
+        raise ConfigError(
+            rope.KEY,
+            f"{model.rope_scaling} reaches no layer: transformers' {model.family} with {model.num_layers} layers has none of "
+            "type full_attention; use more layers, or give parameters for each layer type",
+        )
+
+
+def _check_rotation(rotation: Rotation, parameters: dict[str, Any], network: PreTrainedModel, config: Config) -> None:
+    model = config.model
+    rotated = getattr(network.config, "qk_rope_head_dim", None) or model.head_dim
+    inv_freq, factor = rotary_embedding(parameters, rotated, model.max_position_embeddings, config.seq_len.tokens)
+    at = f"{rope.KEY}.{rotation.layer_type}" if rotation.layer_type in model.rope_scaling else rope.KEY
+    layers = f" in layers of type {rotation.layer_type}" if rotation.layer_type else ""
+    pairs = len(inv_freq)
+    if len(rotation.inv_freq) not in (pairs, 2 * pairs):
+        share = parameters.get(rope.PARTIAL, 1.0)
+        raise ConfigError(
+            f"{at}.{rope.PARTIAL}",
+            f"{share:g} does not arrive: transformers' {model.family} rotates another share{layers} with "
+            f"rope_type={parameters['rope_type']}; use that of the family, or another rope_type",
+        )
+    layouts = (inv_freq, torch.cat((inv_freq, inv_freq)), inv_freq.repeat_interleave(2))
+    if not any(_alike(rotation.inv_freq, layout) for layout in layouts):
+        key, value = at, str(parameters)
+        if parameters["rope_type"] == "default" and parameters.get(rope.PARTIAL, 1.0) == 1:
+            key, value = "model.rope_theta", f"{parameters['rope_theta']:g}"
+        raise ConfigError(
+            key,
+            f"{value} does not arrive: transformers' {model.family} rotates by other angles{layers}; use another rope_type "
+            "or model.family",
+        )
+    if not _alike(rotation.factor, torch.full_like(rotation.factor, factor)):
+        raise ConfigError(
+            at,
+            f"{parameters} does not arrive: transformers' {model.family} scales by {float(rotation.factor[0]):g}{layers}, "
+            f"not by {factor:g}; use another rope_type or model.family",
+        )
+
+
+def rotary_embedding(
+    parameters: dict[str, Any], head_dim: int, max_position_embeddings: int, seq_len: int
+) -> tuple[torch.Tensor, float]:
+    """Angle per position of each rotated pair, and the scale, in a sequence of seq_len tokens.
+
+    parameters: of one layer type, as from rope.normalised. By transformers' functions, but not through the family's code.
+    """
+    if parameters["rope_type"] == "default":
+        dim = int(head_dim * parameters.get(rope.PARTIAL, 1.0))
+        return parameters["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
+    carrier = LlamaConfig(
+        head_dim=head_dim, max_position_embeddings=max_position_embeddings, rope_parameters=dict(parameters)
+    )
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](carrier, torch.device("cpu"), seq_len=seq_len)
+    return inv_freq.double(), factor
+
+
+def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """To the precision of fp32 angles."""
+    return found.shape == expected.shape and torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-12)
