@@ -48,6 +48,8 @@ class Family:
     """Whether attention has one number for each query head."""
     expert_biases: bool = False
     """Whether router and experts have biases."""
+    kept_by_expert: int = 4
+    """Arrays of its own width that an expert keeps for the backward pass: two halves, the activation of one, their product."""
     shared_width: int = 0
     """Default width of the expert that computes every token, behind a gate of one output; 0 for none."""
     mixed: bool = False
@@ -73,7 +75,7 @@ FAMILIES = {
     "mixtral": Family(),
     "qwen2_moe": Family(biases={"qkv_bias": _QKV}, biased=True, shared_width=5632, mixed=True),
     "qwen3_moe": Family(biases=_ATTENTION_BIAS, head_norms=HeadNorms.one_head, mixed=True),
-    "gpt_oss": Family(biases=_ATTENTION_BIAS, biased=True, sinks=True, expert_biases=True),
+    "gpt_oss": Family(biases=_ATTENTION_BIAS, biased=True, sinks=True, expert_biases=True, kept_by_expert=7),
     "granitemoe": Family(biases=_ATTENTION_BIAS),
 }
 

@@ -243,14 +243,17 @@ def _kept(run: Selection) -> int:
 
 
 def _experts(config: Config) -> int:
-    """Elements a token that a layer's experts keep: k (2 H + 4 I) + 3 E, and 4 times the width of the shared expert.
+    """Elements a token that a layer's experts keep: k (2 H + 4 I) + 3 E, and H + 4 times its width if there is a shared expert.
 
     Each of the k experts gets a copy of the token, H, and returns H; it keeps both halves of its MLP, the activation of one, and
-    their product. The router keeps its logits and probabilities, the latter in fp32.
+    their product, some families more. The router keeps its logits and probabilities, the latter in fp32.
     """
     model = config.model
-    each = 2 * model.hidden_size + 4 * experts.expert_width(model)
-    return model.num_experts_per_token * each + 3 * model.num_experts + 4 * decoder_layers.shared_width(model)
+    each = 2 * model.hidden_size + decoder_layers.of(model).kept_by_expert * experts.expert_width(model)
+    shared = decoder_layers.shared_width(model)
+    return (
+        model.num_experts_per_token * each + 3 * model.num_experts + (model.hidden_size + 4 * shared if shared else 0)
+    )
 
 
 def _layer_gradient(run: Selection) -> Parts:

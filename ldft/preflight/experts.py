@@ -68,8 +68,8 @@ def keys(model: ModelConfig, has: Callable[[str], bool]) -> dict[str, Any]:
             return {number: 0}
         raise ConfigError(
             "model.num_experts",
-            f"0, but transformers' {family} is a mixture of experts; set it, model.num_experts_per_token and "
-            "model.expert_intermediate_size to the model's own",
+            f"0, but transformers' {family} is a mixture of experts; set it and model.num_experts_per_token, and "
+            f"model.{'expert_' if name_of(_WIDTH) else ''}intermediate_size to the width of one expert",
         )
     found: dict[str, Any] = {number: model.num_experts, per_token: model.num_experts_per_token}
     if switch:

@@ -97,8 +97,11 @@ def test_a_router_loss_is_accepted_where_the_loss_has_one() -> None:
 
 def test_what_has_no_effect_or_is_impossible_is_refused_in_one_line() -> None:
     assert refusal("llama").startswith("model.num_experts: 6: transformers' llama reads no number of experts; use 0")
-    assert "a mixture of experts; set it" in refusal("mixtral", num_experts=0, num_experts_per_token=0)
-    assert "a mixture of experts; set it" in refusal("qwen3_moe", num_experts=0, num_experts_per_token=0)
+    for family, key in (("mixtral", "model.intermediate_size"), ("qwen3_moe", "model.expert_intermediate_size")):
+        assert refusal(family, num_experts=0, num_experts_per_token=0) == (
+            f"model.num_experts: 0, but transformers' {family} is a mixture of experts; set it and model.num_experts_per_token, "
+            f"and {key} to the width of one expert"
+        )
     assert refusal("mixtral", num_experts_per_token=7).startswith(
         "model.num_experts_per_token: 7 of model.num_experts=6 is not possible; use 1 to 6"
     )

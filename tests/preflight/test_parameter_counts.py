@@ -37,6 +37,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((family, MIXED | {"extra": {"mlp_only_layers": [1]}}) for family in ("qwen2_moe", "qwen3_moe")),
     ("qwen3_moe", MIXED | {"extra": {"decoder_sparse_step": 2, "attention_bias": True}, "tie_word_embeddings": True}),
     ("qwen3_moe", MIXED | {"extra": {"mlp_only_layers": [0, 1, 2]}}),
+    ("qwen3_moe", MIXED | {"extra": {"decoder_sparse_step": 3}, "num_layers": 5}),
     ("qwen2_moe", MIXED | {"extra": {"shared_expert_intermediate_size": 35, "qkv_bias": False}}),
 ]  # fmt: skip
 
@@ -64,6 +65,17 @@ def test_every_family_is_tried() -> None:
 def test_every_parameters_size_is_transformers_own(family: str, values: dict[str, Any]) -> None:
     config = odd(family, values)
     assert parameter_counts.parameter_sizes(config) == sizes_of_transformers(model.hf_config(config))
+
+
+def test_the_largest_layer_is_the_one_with_most_parameters() -> None:
+    half = {"extra": {"mlp_only_layers": [1]}}
+    attention = 60 * 14 * (6 + 2 + 2 + 6) + 2 * 60 + 2 * 14
+    dense, sparse = attention + 3 * 60 * 100, attention + 5 * 60 + 5 * 3 * 60 * 22
+    assert parameter_counts.layer_parameters(odd("qwen3_moe", MIXED | half)) == sparse
+    assert parameter_counts.layer_parameters(odd("qwen3_moe", MIXED | half | {"expert_intermediate_size": 2})) == dense
+    assert parameter_counts.layer_parameters(odd("qwen3_moe", MIXED | half | {"intermediate_size": 500})) == (
+        attention + 3 * 60 * 500
+    )
 
 
 def of_published(config: PretrainedConfig) -> ModelConfig:

@@ -98,6 +98,17 @@ def test_flops_that_cannot_be_told_are_null_with_a_note() -> None:
     assert measured.notes({}, [{"model_tflop_dense": 1.0}]) == []
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "olmoe", "granitemoe"])
+def test_one_module_holds_all_experts_of_a_layer(family: str) -> None:
+    """Then every rank runs the same modules in the same order, as ZeRO-3 needs: no block of experts has to be fetched whole."""
+    config = config_of(family, num_experts=7)
+    with torch.device("meta"), no_init_weights():
+        network = AutoModelForCausalLM.from_config(model.hf_config(config.model))
+    lists = [module for module in network.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 7]
+    holders = [m for m in network.modules() if any(p.dim() == 3 and len(p) == 7 for p in m.parameters(recurse=False))]
+    assert not lists and len(holders) == config.model.num_layers
+
+
 AUX = 0.05
 LINES = {
     "full": (
@@ -159,7 +170,7 @@ def test_the_routers_loss_counts_with_its_coefficient_and_reaches_the_router(mod
         found[coefficient] = output, [layer.mlp.gate.weight.grad for layer in network.model.layers]
     (plain, without), (balanced, with_it) = found[0.0], found[AUX]
     assert plain.aux_loss is None and balanced.aux_loss > 0.5
-    assert (balanced.loss - plain.loss).item() == pytest.approx(AUX * float(balanced.aux_loss), rel=1e-4)
+    assert (balanced.loss - plain.loss).item() == pytest.approx(AUX * balanced.aux_loss.item(), rel=1e-4)
     # The first router's gradient by hand: that of the balancing loss alone, added.
     config = config_of("mixtral", router_aux_loss=AUX)
     network = model.build(select(config), CPU)
