@@ -99,8 +99,8 @@ def test_a_width_of_heads_that_does_not_arrive_is_caught() -> None:
 
 
 def test_code_that_ignores_its_config_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    longrope = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 4.0}
-    scaled = config_of("llama", rope_scaling=longrope | {"original_max_position_embeddings": 16})
+    longrope = {"type": "longrope", "short_factor": [1.5] * 8, "long_factor": [2.0] * 8, "factor": 4.0}
+    scaled = config_of("llama", rope_scaling=longrope | {"original_max_position_embeddings": 2 * TOKENS})
     gemma = config_of("gemma2", **GEMMA)
     verified(scaled)
     verified(gemma, AttentionKind.eager)
