@@ -74,6 +74,8 @@ SPECS: dict[AttentionKind, AttentionSpec] = {
 }
 # Families with soft caps: transformers has no SDPA for them, even if the caps are 0.
 _CAPPED_FAMILIES = ("gemma2", "vaultgemma")
+# Families whose attention has sinks, a learned logit for each head: of the kinds here, only eager computes them.
+_SINK_FAMILIES = ("gpt_oss",)
 # Lowest capability for torch's flash kernel, which reads grouped heads (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 _GROUPED_FROM: Capability = (8, 0)
 # cuDNN's kernels are the fastest on the data-centre generations Hopper and Blackwell. Wider heads run on Hopper only, and more
@@ -138,6 +140,8 @@ def _choice(config: Config) -> AttentionKind:
 def _fastest(config: Config, capability: Capability | None) -> AttentionKind:
     model = config.model
     half = config.train.precision is not Precision.fp32
+    if model.family in _SINK_FAMILIES:
+        return AttentionKind.eager
     # SDPA does not support soft caps, and needs a full S x S mask for a window.
     capped = model.attention_softcap > 0 or model.family in _CAPPED_FAMILIES
     plain = AttentionKind.eager if capped else AttentionKind.sdpa
@@ -159,6 +163,10 @@ def _fastest(config: Config, capability: Capability | None) -> AttentionKind:
 def _check(config: Config, kind: AttentionKind, capability: Capability | None) -> None:
     """Raise ConfigError if a kind requested by name cannot run."""
     name, model, spec = kind.name, config.model, SPECS[kind]
+    if model.family in _SINK_FAMILIES and kind is not AttentionKind.eager:
+        raise CombinationError(
+            "attention.kind", f"{name} does not compute the attention sinks of model.family={model.family}; use eager"
+        )
     if model.attention_softcap and not spec.soft_cap:
         raise CombinationError(
             "attention.kind",

@@ -28,8 +28,8 @@ from transformers.utils import logging
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 from ldft.preflight import experts
+from ldft.training.architecture import hf_config, reads
 from ldft.training.config_json import ConfigJson
-from ldft.training.model import hf_config
 
 # Fields of transformers' class -> ldft's keys. Rope, windows and heads have their own functions.
 _SIZES = {
@@ -106,14 +106,15 @@ def _convert(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig
         notes.append(f"{whole.model_type} has more parts than text; only its text model, {family}, is used")
     notes += _check_sizes(source, text, given, nested=text is not whole)
     model = _keys(source, whole, text)
+    undeclared, unused = _strays(text, given)
     try:
-        _fill_extra(model, text)
+        _fill_extra(model, text, undeclared)
         model.validate()
         built = hf_config(model)
     except ConfigError as error:
         raise source.refusal(f"ldft cannot build it: {error}") from error
     _compare(source, model, text, built)
-    return Imported(model, notes, _unused(source, text, given))
+    return Imported(model, notes, unused)
 
 
 def _check(source: ConfigJson) -> None:
@@ -259,7 +260,7 @@ def _relevant(model: ModelConfig, text: PretrainedConfig) -> list[str]:
     return [field.name for field in fields(text) if field.name not in without and not field.name.endswith("_token_id")]
 
 
-def _fill_extra(model: ModelConfig, text: PretrainedConfig) -> None:
+def _fill_extra(model: ModelConfig, text: PretrainedConfig, undeclared: dict[str, Any]) -> None:
     """Put what differs from the class's defaults into extra, but not lists that follow from other keys (such as layer_types)."""
     own = {
         *_SIZES,
@@ -279,7 +280,7 @@ def _fill_extra(model: ModelConfig, text: PretrainedConfig) -> None:
         if key not in own and getattr(text, key) != getattr(default, key)
     }
     lists = {key: differing.pop(key) for key in list(differing) if isinstance(differing[key], list)}
-    model.extra = differing
+    model.extra = differing | undeclared
     try:
         built = hf_config(model)
     except ConfigError:  # a list is needed for a valid config
@@ -301,21 +302,17 @@ def _compare(source: ConfigJson, model: ModelConfig, text: PretrainedConfig, bui
             )
 
 
-def _unused(source: ConfigJson, text: PretrainedConfig, given: dict[str, Any]) -> list[str]:
-    """Keys of the file that transformers does not read. Raises ConfigError for one that its class lacks but its code reads."""
-    own = {"head_dim", "num_key_value_heads", *_NO_EFFECT, *_ROPE}
-    known = {*vars(type(text)), *(field.name for field in fields(text)), *text.attribute_map, *own}
+def _strays(text: PretrainedConfig, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Keys of the file that transformers' class does not declare: those that the model's code reads all the same, as
+    getattr(config, "attention_head_dim", ...), and the names of those that nothing reads."""
+    family, own = text.model_type, {"head_dim", "num_key_value_heads", *_NO_EFFECT, *_ROPE}
     # A trivial value cannot change anything, and token ids and names change no architecture.
     others = sorted(
         key
         for key, value in given.items()
-        if key not in known and value and not key.startswith("_") and not re.search(r"_token_(id|index)$", key)
+        if key not in own and value and not _declares(text, key) and not re.search(r"^_|_token_(id|index)$", key)
     )
-    # The classes declare what they read, but some code looks further: getattr(config, "head_dim", ...).
     code = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__module__]) if others else ""
-    for key in others:
-        if re.search(rf"config\.{re.escape(key)}\b|config, \"{re.escape(key)}\"", code):
-            raise source.refusal(
-                f"{key}={_short(given[key])}: ldft cannot pass this to transformers' {text.model_type}; use another model"
-            )
-    return others
+    used = {key for key in others if re.search(rf"config\.{re.escape(key)}\b|config, \"{re.escape(key)}\"", code)}
+    # What only the class's constructor reads shows in the fields that it fills.
+    return {key: given[key] for key in others if key in used}, [key for key in others if not reads(family, key)]

@@ -64,15 +64,16 @@ def _text(source: config_json.ConfigJson, name: str) -> str:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    from ldft.training.architecture import hf_config
     from ldft.training.hf_import import convert
-    from ldft.training.model import hf_config, num_parameters
 
     imported = convert(source)
     with torch.device("meta"), no_init_weights():
         network = AutoModelForCausalLM.from_config(hf_config(imported.model))
     network.tie_weights()
+    count = sum(parameter.numel() for parameter in network.parameters())
     published = f"published as {imported.model.hf_id}" if imported.model.hf_id else f"from {source.where}"
-    comment = [f"{imported.model.family}, {published}: {num_parameters(network):,} parameters."]
+    comment = [f"{imported.model.family}, {published}: {count:,} parameters."]
     notes = list(imported.notes)
     if imported.unused:
         notes.append(f"transformers does not read these keys of the file: {', '.join(imported.unused)}")

@@ -53,6 +53,7 @@ def config_of(device: str, *overrides: str) -> Config:
         (None, (), PLAIN, "sdpa"),
         (None, ("flash-attn",), CAPS, "eager"),
         ((9, 0), ("flash-attn",), HEADS_128, "sdpa_cudnn"),
+        ((9, 0), ("flash-attn",), ("model=gpt_oss_20b",), "eager"),  # nothing else computes its sinks
         ((10, 0), (), HEADS_128, "sdpa_cudnn"),
         ((9, 0), ("flash-attn",), HEADS_256, "flash_attention_2"),
         ((9, 0), (), HEADS_256, "sdpa"),
@@ -132,6 +133,13 @@ def test_what_cannot_run_is_refused_in_one_line(machine, capability, packages, o
     with pytest.raises(ConfigError, match=f"attention.kind: .*{says}") as caught:
         attention.choose(config_of("cuda" if capability else "cpu", *overrides))
     assert caught.type is error and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "sdpa_cudnn", "flash_attention_2"])
+def test_a_kind_that_would_leave_out_sinks_is_refused(machine, kind: str) -> None:
+    machine((9, 0), "flash-attn")
+    with pytest.raises(CombinationError, match=rf"^attention.kind: {kind} does not compute the attention sinks"):
+        attention.choose(config_of("cuda", "model=gpt_oss_20b", f"attention={kind}"))
 
 
 def test_every_kind_runs_where_all_is_there(machine) -> None:

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from ldft.preflight import parameter_counts
 from ldft.training import config_json, hf_import
-from ldft.training.model import hf_config
+from ldft.training.architecture import hf_config
 from tests.conftest import compose, models
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published_configs.json").read_text())
@@ -58,11 +58,7 @@ def rotations(network: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{name} {length} {kind}", part
 
 
-# One rotary embedding for each layer type, which ldft's keys cannot express yet.
-BY_LAYER_TYPE = ("google/gemma-3-4b-it", "google/gemma-3-1b-it", "allenai/Olmo-3-7B-Think-DPO")
-
-
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in BY_LAYER_TYPE])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_file_gives_the_published_model(name: str, tmp_path: Path) -> None:
     entry, values = PUBLISHED[name], published(name)
     assert entry["source"]
