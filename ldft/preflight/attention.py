@@ -74,6 +74,8 @@ SPECS: dict[AttentionKind, AttentionSpec] = {
 }
 # Families with soft caps: transformers has no SDPA for them, even if the caps are 0.
 _CAPPED_FAMILIES = ("gemma2", "vaultgemma")
+# Families whose attention has sinks, one number a head: transformers has neither SDPA for them nor the flash kernels below.
+_SINK_FAMILIES = ("gpt_oss",)
 # Lowest capability for torch's flash kernel, which reads grouped heads (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 _GROUPED_FROM: Capability = (8, 0)
 # cuDNN's kernels are the fastest on the data-centre generations Hopper and Blackwell. Wider heads run on Hopper only, and more
@@ -137,6 +139,8 @@ def _choice(config: Config) -> AttentionKind:
 
 def _fastest(config: Config, capability: Capability | None) -> AttentionKind:
     model = config.model
+    if model.family in _SINK_FAMILIES:
+        return AttentionKind.eager
     half = config.train.precision is not Precision.fp32
     # SDPA does not support soft caps, and needs a full S x S mask for a window.
     capped = model.attention_softcap > 0 or model.family in _CAPPED_FAMILIES
