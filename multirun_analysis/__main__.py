@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ldft import closed_pipe
 from ldft.errors import LdftError
 from ldft.terminal import Parser
 
@@ -80,6 +81,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@closed_pipe.work_on
 def main(argv: list[str] | None = None) -> int:
     """Returns exit code 0, or 2 after printing one line if the folder, the group or the baseline does not exist."""
     words = sys.argv[1:] if argv is None else argv

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "bench": {"memory", "runner", "training"},
     "cli": {"config", "results", "runner", "sweep"},
 }
-SHARED = {"errors", "environment", "files", "proc", "terminal", "_native"}
+SHARED = {"closed_pipe", "errors", "environment", "files", "proc", "terminal", "_native"}
 TORCH = ("torch", "deepspeed", "transformers", "peft", "liger_kernel", "accelerate")
 
 # Modules of DeepSpeed that no document of it names, and attributes that it keeps for itself.

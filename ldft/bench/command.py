@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldft import files
+from ldft import closed_pipe, files
 from ldft.bench import profile
 from ldft.bench.nodes import ARRAYS, COPIES, CPU_KERNELS, SCHEMA, NodeSet, measure, processes
 from ldft.errors import ConfigError, LdftError, ResultsError
@@ -122,6 +122,7 @@ def _parser() -> Parser:
     return parser
 
 
+@closed_pipe.work_on
 def main() -> int:
     """Returns the exit code: 0, or 1 if nothing could be measured or written, or 2 for invalid input."""
     from ldft import environment

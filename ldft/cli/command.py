@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from ldft import closed_pipe
 from ldft.cli import composition, overrides
 from ldft.config import from_dict
 from ldft.environment import CONF_DIR
@@ -121,6 +122,7 @@ def _report(error: Exception) -> int:
     return 1
 
 
+@closed_pipe.work_on
 def main() -> int:
     """Entry point of `ldft` and `python -m ldft`; returns the exit code."""
     # Makes Hydra raise composition errors instead of printing them itself.

@@ -13,7 +13,6 @@ from typing import Any
 
 from ldft.errors import ConfigError
 
-KEY = "model.rope_scaling"
 ORIGINAL = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
 
@@ -82,19 +81,20 @@ def normalised(
     """
     nested = [name for name, value in scaling.items() if isinstance(value, Mapping)]
     if not nested:
-        found = _checked(scaling, KEY, head_dim, original)
+        found = _checked(scaling, "model.rope_scaling", head_dim, original)
         if found.setdefault("rope_theta", theta) != theta:
             raise ConfigError(
-                f"{KEY}.rope_theta",
+                "model.rope_scaling.rope_theta",
                 f"{found['rope_theta']:g} contradicts model.rope_theta={theta:g}; set only that one",
             )
         return {"": found}
     for name, value in scaling.items():
         if name not in nested:
             raise ConfigError(
-                f"{KEY}.{name}", f"{value} stands beside parameters by layer type; move it into {' or '.join(nested)}"
+                f"model.rope_scaling.{name}",
+                f"{value} stands beside parameters by layer type; move it into {' or '.join(nested)}",
             )
-    return {name: _checked(scaling[name], f"{KEY}.{name}", head_dim, original) for name in nested}
+    return {name: _checked(scaling[name], f"model.rope_scaling.{name}", head_dim, original) for name in nested}
 
 
 def _checked(given: Mapping[str, Any], at: str, head_dim: int, original: int | None) -> dict[str, Any]:
@@ -105,7 +105,8 @@ def _checked(given: Mapping[str, Any], at: str, head_dim: int, original: int | N
     required, optional = TYPES[kind].required, TYPES[kind].optional
     if original is not None and ORIGINAL in required + optional and values.setdefault(ORIGINAL, original) != original:
         raise ConfigError(
-            f"{at}.{ORIGINAL}", f"{values[ORIGINAL]} contradicts model.extra.{ORIGINAL}={original}; leave one out"
+            f"{at}.original_max_position_embeddings",
+            f"{values[ORIGINAL]} contradicts model.extra.original_max_position_embeddings={original}; leave one out",
         )
     allowed = (*_COMMON, *required, *optional)
     for name, value in values.items():
@@ -163,7 +164,7 @@ def check_together(values: Mapping[str, Any], at: str, head_dim: int) -> None:
     kind, rotated = values["rope_type"], int(head_dim * values.get(PARTIAL, 1.0))
     if rotated < 2 or rotated % 2:
         raise ConfigError(
-            f"{at}.{PARTIAL}",
+            f"{at}.partial_rotary_factor",
             f"{values.get(PARTIAL, 1.0)} rotates {rotated} of {head_dim} elements; use a share that rotates pairs",
         )
     if kind == "dynamic" and rotated == 2:

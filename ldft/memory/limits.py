@@ -14,6 +14,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 # GiB.
 RESERVE_SHARE, RESERVE_MOST = 64, 1 << 30
 _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" by a number near 2^63
+# By cgroup version. Beyond memory.high a process is not killed, but slowed down so much that its times mean nothing.
+_LIMITS = {2: ("memory.max", "memory.high"), 1: ("memory.limit_in_bytes",)}
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -39,10 +41,8 @@ def free_memory(
         available += capacity_bytes - total
         total, limit = capacity_bytes, "memory.capacity_gib"
     best = Free(bytes=max(0, available - min(RESERVE_MOST, total // RESERVE_SHARE)), limit=limit)
-    left = cgroup_left(proc, cgroups)
-    return (
-        Free(bytes=max(0, left), limit="the cgroup's memory limit") if left is not None and left < best.bytes else best
-    )
+    tightest = _tightest_cgroup(proc, cgroups)
+    return tightest if tightest is not None and tightest.bytes < best.bytes else best
 
 
 def free_on_node(id: int, sysfs: Path = SYSFS) -> int | None:
@@ -56,15 +56,20 @@ def free_on_node(id: int, sysfs: Path = SYSFS) -> int | None:
 
 def cgroup_left(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Bytes until this process's tightest memory cgroup is full (not counting page cache that it can drop); None: no limit."""
-    left: list[int] = []
+    tightest = _tightest_cgroup(proc, cgroups)
+    return None if tightest is None else tightest.bytes
+
+
+def _tightest_cgroup(proc: Path, cgroups: Path) -> Free | None:
+    """What the tightest of this process's memory cgroups leaves, and the name of its limit; None: no limit."""
+    found = []
     for version, folder in cgroup_folders("memory", proc, cgroups):
-        names = ("memory.max", "memory.current", "")
-        if version == 1:
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        room = _room(folder, *names)
-        if room is not None:
-            left.append(room)
-    return min(left, default=None)
+        for name in _LIMITS[version]:
+            room = _room(folder, name, version)
+            if room is not None:
+                of = "/" + "/".join(folder.relative_to(cgroups).parts)
+                found.append(Free(bytes=max(0, room), limit=f"the cgroup's memory limit ({name} of {of})"))
+    return min(found, key=lambda free: free.bytes, default=None)
 
 
 def cgroup_folders(controller: str, proc: Path = PROC, cgroups: Path = CGROUPS) -> list[tuple[int, Path]]:
@@ -92,7 +97,8 @@ def cgroup_folders(controller: str, proc: Path = PROC, cgroups: Path = CGROUPS) 
     return found
 
 
-def _room(folder: Path, limit: str, used: str, prefix: str) -> int | None:
+def _room(folder: Path, limit: str, version: int) -> int | None:
+    used, prefix = ("memory.current", "") if version == 2 else ("memory.usage_in_bytes", "total_")
     # Count both LRU lists, as for a node: files mapped by several runs (weights) move to the active list but are still reclaimable.
     cache = {f"{prefix}active_file", f"{prefix}inactive_file"}
     try:

@@ -11,7 +11,6 @@ Reads /proc, sysfs, the runs' own reports and NVML; needs no root and interrupts
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -21,15 +20,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ldft import proc
+from ldft import closed_pipe, proc
 from ldft.memory.probe import CATEGORIES, MIB, MemoryTable, process_memory
 from ldft.monitor import processes, view
 from ldft.monitor.sampler import SHARE, Pace, Sampler
 from ldft.monitor.samples import Sample
 from ldft.terminal import Parser
 
-# The exit code that shells show when the reader of a pipe has gone.
-_PIPE_CLOSED = 141
 _SHORTEST_S = 0.05
 _BETWEEN_TWO_S = 0.3
 _UNREADABLE = "cannot be read: it ended, or belongs to another user"
@@ -180,6 +177,7 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@closed_pipe.stop
 def main() -> int:
     """Returns the exit code: 0; 1 if none of the given processes can be read; 2 for invalid arguments; 130 after Ctrl-C."""
     arguments = _arguments()
@@ -187,7 +185,3 @@ def main() -> int:
         return _show(arguments)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # e.g. | head: keep the interpreter from complaining at exit too
-        with contextlib.suppress(BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _PIPE_CLOSED

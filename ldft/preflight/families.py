@@ -50,9 +50,7 @@ def text_families(family: str) -> tuple[str, ...] | None:
 
     Read from transformers' source: such a family's config holds another one for the text, and ignores sizes beside it.
     """
-    spec = find_spec("transformers")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0], "models", family.replace("-", "_"))
+    folder = _models() / family.replace("-", "_")
     source = "".join(file.read_text() for file in folder.glob("configuration_*.py"))
     for text in re.split(r"^(?=class )", source, flags=re.MULTILINE):
         if re.search(rf'^    model_type = "{re.escape(family)}"$', text, re.MULTILINE) and re.search(

@@ -81,7 +81,7 @@ def _by_strategy(
             f"needs; {'name nodes of another socket' if len(topology.memory_nodes) > 1 else 'use numa=local_only'}, or see README, "
             '"Trying it without NUMA hardware"',
         )
-    sizes = {role: float(ranks * size) for role, size in expected.items() if role not in asked and size > 0}
+    sizes = {role: float(ranks * size) for role, size in expected.items() if role not in asked}
     budgets = _budgets(run, local, cxl, asked, expected, process)
     turns = [role for role in strategy.in_turns if role in sizes]
     rest = {role: size for role, size in sizes.items() if role not in turns}

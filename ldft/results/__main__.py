@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ldft import closed_pipe
 from ldft.errors import ResultsError
 from ldft.results import read, store
 from ldft.terminal import Parser
@@ -27,6 +28,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
+@closed_pipe.stop
 def main() -> int:
     """`python -m ldft.results`; returns the exit code."""
     parser = Parser(prog="python -m ldft.results", description="Compact or export a folder of rows.")

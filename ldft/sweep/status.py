@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from ldft import closed_pipe
 from ldft.errors import LdftError
 from ldft.results import attempt, places
 from ldft.results.history import History
@@ -54,6 +55,7 @@ def _no_sweep(folder: Path, name: str | None) -> str:
     return f"{line}; rows are further down: name one of {', '.join(map(str, further[:3]))}" if further else line
 
 
+@closed_pipe.stop
 def main() -> int:
     """Returns the exit code: 0, or 2 if the folder or the sweep does not exist, or 1 if it cannot be read."""
     parser = Parser(prog="python -m ldft.status", description="Show the progress of a sweep.")

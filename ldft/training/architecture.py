@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import difflib
-import functools
 import inspect
 import re
 import sys
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -24,11 +23,11 @@ from ldft.preflight import experts, families
 
 # Where ldft's own keys of these names of config.json are.
 _ELSEWHERE = {
-    rope.PARTIAL: f"{rope.KEY}.{rope.PARTIAL}",
-    rope.ORIGINAL: f"{rope.KEY}.{rope.ORIGINAL}",
+    rope.PARTIAL: "model.rope_scaling.partial_rotary_factor",
+    rope.ORIGINAL: "model.rope_scaling.original_max_position_embeddings",
     "rope_theta": "model.rope_theta",
-    "rope_scaling": rope.KEY,
-    "rope_parameters": rope.KEY,
+    "rope_scaling": "model.rope_scaling",
+    "rope_parameters": "model.rope_scaling",
 }
 # transformers' names of ldft's keys that are 0 for none.
 _WINDOWS_AND_CAPS = {
@@ -46,7 +45,7 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
     for parameters in asked.values():
         if parameters["rope_type"] not in known:
             raise ConfigError(
-                f"{rope.KEY}.rope_type",
+                "model.rope_scaling.rope_type",
                 f"'{parameters['rope_type']}' does not exist in this transformers; use one of {', '.join(known)}",
             )
     values: dict[str, Any] = {
@@ -64,7 +63,7 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
-        **experts.keys(model, functools.partial(hasattr, CONFIG_MAPPING[model.family])),
+        **experts.keys(model, partial(hasattr, CONFIG_MAPPING[model.family])),
         **_windows_and_caps(model),
     }
     if reads(model.family, "qk_rope_head_dim") or isinstance(
@@ -77,7 +76,13 @@ def hf_config(model: ModelConfig) -> PretrainedConfig:
     if reads(model.family, rope.ORIGINAL) and rope.ORIGINAL in asked.get("", {}):
         values[rope.ORIGINAL] = asked[""][rope.ORIGINAL]
     own = _made(model, values | extra)
-    return _made(model, values | extra | {"rope_parameters": _rope_parameters(model, asked, own)}, rope.KEY)
+    parameters = _rope_parameters(model, asked, own)
+    architecture = _made(model, values | extra | {"rope_parameters": parameters}, "model.rope_scaling")
+    # transformers reads this parameter of YaRN beside the layer types, not among them (5.23), and would not accept it there (5.17).
+    for one in parameters_by_layer_type(architecture).values():
+        if "truncate" in one:
+            architecture.rope_parameters["truncate"] = one["truncate"]
+    return architecture
 
 
 def _made(model: ModelConfig, values: dict[str, Any], key: str = "model") -> PretrainedConfig:
@@ -168,22 +173,21 @@ def reads(family: str, key: str) -> bool:
     )
 
 
-def _rope_parameters(
-    model: ModelConfig, asked: dict[str, dict[str, Any]], own: PretrainedConfig
-) -> dict[str, Any] | None:
+def _rope_parameters(model: ModelConfig, asked: dict[str, dict[str, Any]], own: PretrainedConfig) -> dict[str, Any]:
     """rope_parameters as the family reads them: one dict, or one for each layer type.
 
     own: the same architecture with the family's own rotary embedding. Parameters without a layer type are those of full
     attention; layers with a window keep the family's, whose base is model.rope_theta where the family has one base for all.
     """
     by_type = parameters_by_layer_type(own)
+    rotated = getattr(own, "qk_rope_head_dim", None) or model.head_dim
+    if not by_type and "" in asked:
+        whole = _share(getattr(own, "rope_parameters", None) or {}) | asked[""]
+        rope.check_together(whole, "model.rope_scaling", rotated)
+        return whole
     if not by_type:
-        if "" in asked:
-            found = _share(getattr(own, "rope_parameters", None) or {}) | asked[""]
-            rope.check_together(found, rope.KEY, model.head_dim)
-            return found
         raise ConfigError(
-            rope.KEY,
+            "model.rope_scaling",
             f"transformers' {model.family} has one rotary embedding for all layers; give one set of parameters",
         )
     types = ", ".join(by_type)
@@ -193,24 +197,22 @@ def _rope_parameters(
     if "" in asked:
         if "full_attention" not in by_type:
             raise ConfigError(
-                rope.KEY,
-                f"transformers' {model.family} reads parameters for each of {types}; give them as {rope.KEY}.<layer type>",
+                "model.rope_scaling",
+                f"transformers' {model.family} reads parameters for each of {types}; give them as model.rope_scaling.<layer type>",
             )
         asked = {"full_attention": asked[""]}
     for name in asked:
         if name not in by_type:
             raise ConfigError(
-                f"{rope.KEY}.{name}", f"transformers' {model.family} has no layers of this type; use {types}"
+                f"model.rope_scaling.{name}", f"transformers' {model.family} has no layers of this type; use {types}"
             )
-    found = {}
+    found: dict[str, Any] = {}
     for name, own_rule in by_type.items():
         found[name] = (
             {"rope_theta": bases[name]} | _share(own_rule) | asked.get(name, own_rule | {"rope_theta": bases[name]})
         )
-        rope.check_together(found[name], f"{rope.KEY}.{name}", model.head_dim)
-    # transformers (5.23) reads this parameter of YaRN beside the layer types, not among them.
-    truncate = {one["truncate"] for one in found.values() if "truncate" in one}
-    return found | ({"truncate": truncate.pop()} if len(truncate) == 1 else {})
+        rope.check_together(found[name], f"model.rope_scaling.{name}", rotated)
+    return found
 
 
 def _share(own: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,15 +12,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ldft.config import AttentionKind, Config, ModelConfig, rope
 from ldft.errors import ConfigError
-from ldft.preflight import parameter_counts
-from ldft.preflight.decoder_layers import FAMILIES as COUNTED_EXACTLY
+from ldft.preflight import decoder_layers, parameter_counts
 from ldft.training import observation
 from ldft.training.architecture import parameters_by_layer_type, reads
-from ldft.training.checkpointing.checkpointing import decoder_layers
+from ldft.training.checkpointing import checkpointing
 from ldft.training.observation import AttentionCall, Observed, Rotation, looks_at_values, watch
-
-# Names of the number of experts in a family's config.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def outline(architecture: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
@@ -71,7 +68,7 @@ def _differs(model: ModelConfig, asked: Any, found: Any) -> str:
 
 
 def _check_sizes(network: PreTrainedModel, model: ModelConfig) -> None:
-    layers = decoder_layers(network)
+    layers = checkpointing.decoder_layers(network)
     if layers and len(layers) != model.num_layers:
         raise ConfigError("model.num_layers", _differs(model, model.num_layers, len(layers)))
     embedding, output = network.get_input_embeddings(), network.get_output_embeddings()
@@ -84,10 +81,8 @@ def _check_sizes(network: PreTrainedModel, model: ModelConfig) -> None:
         tied = output is not None and output.weight is embedding.weight
         if output is not None and tied != model.tie_word_embeddings:
             raise ConfigError("model.tie_word_embeddings", _differs(model, model.tie_word_embeddings, tied))
-    experts = next((number for name in _EXPERTS if (number := getattr(network.config, name, None))), 0)
-    if experts:
-        _check_experts(layers, model, experts)
-    elif layers:
+    _check_experts(layers, model)
+    if layers and not model.num_experts:
         # The MLP's halves may be one matrix.
         sizes = {size for parameter in layers[-1].parameters() for size in parameter.shape}
         if not sizes & {model.intermediate_size, 2 * model.intermediate_size}:
@@ -98,29 +93,24 @@ def _check_sizes(network: PreTrainedModel, model: ModelConfig) -> None:
             )
 
 
-def _check_experts(layers: list[Any], model: ModelConfig, experts: int) -> None:
-    """Where layers have experts: they may all be dense at a reduced depth."""
-    built = {
-        parameter.shape[0]
-        for layer in layers
-        for name, parameter in layer.named_parameters()
-        if "expert" in name and parameter.ndim == 3
-    } | {
-        len(part)
-        for layer in layers
-        for name, part in layer.named_modules()
-        if name.endswith(".experts") and isinstance(part, nn.ModuleList)
-    }
-    if built and experts not in built:
-        raise ConfigError(
-            "model.family", f"{model.family}: its config says {experts} experts, and its layers have {max(built)}"
-        )
+def _check_experts(layers: Sequence[nn.Module], model: ModelConfig) -> None:
+    """Experts are slices of one parameter or modules of a list. At a reduced depth, all layers may be dense."""
+    built = set()
+    for layer in layers:
+        built |= {one.shape[0] for name, one in layer.named_parameters() if "expert" in name and one.ndim == 3}
+        built |= {
+            len(one)
+            for name, one in layer.named_modules()
+            if name.endswith("experts") and isinstance(one, nn.ModuleList)
+        }
+    if built and model.num_experts not in built:
+        raise ConfigError("model.num_experts", _differs(model, model.num_experts, max(built)))
 
 
 def _check_count(network: PreTrainedModel, model: ModelConfig) -> None:
     """Estimates are made of ldft's count. Biases do not matter to them, so extra ones are allowed."""
     built, counted = sum(one.numel() for one in network.parameters()), parameter_counts.num_parameters(model)
-    if model.family in COUNTED_EXACTLY and built != counted and not any("bias" in key for key in model.extra):
+    if model.family in decoder_layers.FAMILIES and built != counted and not any("bias" in key for key in model.extra):
         raise ConfigError(
             "model",
             f"transformers builds {built:,} parameters of this {model.family}, ldft counts {counted:,}, and estimates would be "
@@ -149,7 +139,7 @@ def _explain(failure: Exception, model: ModelConfig) -> None:
     shares = [parameters.get(rope.PARTIAL, 1.0) for parameters in model.rope_parameters().values()]
     if isinstance(failure, RuntimeError) and any(share != 1 for share in shares):
         raise ConfigError(
-            f"{rope.KEY}.{rope.PARTIAL}",
+            "model.rope_scaling.partial_rotary_factor",
             f"{min(shares)}: transformers' {model.family} rotates whole heads with this rope_type ({reason}); leave it out",
         ) from failure
     raise ConfigError(
@@ -217,7 +207,7 @@ def _check_rotations(rotations: list[Rotation], network: PreTrainedModel, config
     if not rotations:
         if model.rope_scaling:
             raise ConfigError(
-                rope.KEY,
+                "model.rope_scaling",
                 f"{model.rope_scaling}: ldft sees no rotary embedding in transformers' {model.family}; leave it out",
             )
         if model.rope_theta != ModelConfig().rope_theta:
@@ -239,7 +229,7 @@ def _check_rotations(rotations: list[Rotation], network: PreTrainedModel, config
         _check_rotation(rotation, own | parameters, network, config)
     if by_type and "" in asked and model.rope_scaling and all(one.layer_type != "full_attention" for one in rotations):
         raise ConfigError(
-            rope.KEY,
+            "model.rope_scaling",
             f"{model.rope_scaling} reaches no layer: transformers' {model.family} with {model.num_layers} layers has none of "
             "type full_attention; use more layers, or give parameters for each layer type",
         )
@@ -249,13 +239,17 @@ def _check_rotation(rotation: Rotation, parameters: dict[str, Any], network: Pre
     model = config.model
     rotated = getattr(network.config, "qk_rope_head_dim", None) or model.head_dim
     inv_freq, factor = rotary_embedding(parameters, rotated, model.max_position_embeddings, config.seq_len.tokens)
-    at = f"{rope.KEY}.{rotation.layer_type}" if rotation.layer_type in model.rope_scaling else rope.KEY
+    at = (
+        f"model.rope_scaling.{rotation.layer_type}"
+        if rotation.layer_type in model.rope_scaling
+        else "model.rope_scaling"
+    )
     layers = f" in layers of type {rotation.layer_type}" if rotation.layer_type else ""
     pairs = len(inv_freq)
     if len(rotation.inv_freq) not in (pairs, 2 * pairs):
         share = parameters.get(rope.PARTIAL, 1.0)
         raise ConfigError(
-            f"{at}.{rope.PARTIAL}",
+            f"{at}.partial_rotary_factor",
             f"{share:g} does not arrive: transformers' {model.family} rotates another share{layers} with "
             f"rope_type={parameters['rope_type']}; use that of the family, or another rope_type",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from ldft.errors import ResultsError
 from multirun_analysis import compare, diff, load
@@ -49,6 +50,17 @@ def test_the_interval_covers_the_true_ratio_as_often_as_stated() -> None:
             ratio = speed_ratio([a], [b], confidence)
             covered += ratio["low"] <= 1.5 <= ratio["high"]
         assert covered / 400 >= confidence - 0.03, (confidence, covered)
+
+
+def test_the_width_for_unequal_noise_is_that_of_welch_and_satterthwaite() -> None:
+    """Against scipy's own Welch test: a noisy run and a quiet one have fewer degrees of freedom than their samples."""
+    noisy, quiet = np.exp([0.0, 0.2, -0.1, 0.3, -0.4]), np.exp([0.0, 0.01, -0.01, 0.02, -0.02, 0.015, 0.0])
+    theirs = stats.ttest_ind(np.log(noisy), np.log(quiet), equal_var=False)
+    assert 4 < theirs.df < 4.2  # pooled samples would have 10
+    error = np.sqrt(np.pi / 2) * np.sqrt(np.var(np.log(noisy), ddof=1) / 5 + np.var(np.log(quiet), ddof=1) / 7)
+    ratio = speed_ratio([noisy], [quiet])
+    width = (np.log(ratio["high"]) - np.log(ratio["low"])) / 2
+    assert width == pytest.approx(stats.t.ppf(0.975, theirs.df) * error, rel=1e-9)
 
 
 def test_the_ratio_is_that_of_medians_after_warmup(rows) -> None:

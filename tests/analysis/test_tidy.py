@@ -104,6 +104,7 @@ def test_process_policies_have_shares_asked_and_found(rows) -> None:
         ["interleave_0_3", "process", 3],
     ]
     assert table.difference.tolist() == pytest.approx([0.1, -0.1])
+    assert table.bytes.tolist() == [5 * 2**30] * 2  # what was added on all nodes of the host, in bytes as for roles
 
 
 def test_a_policy_inherited_from_numactl_is_no_default(rows) -> None:

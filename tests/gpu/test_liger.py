@@ -22,12 +22,14 @@ SMALL = ("model.num_layers=2", "model.num_attention_heads=4", "model.num_key_val
 CUDA = torch.device("cuda", 0)
 
 
-def results(*overrides: str) -> tuple[float, dict[str, torch.Tensor], int]:
-    """Loss, gradients by name and patched modules."""
+def results(*overrides: str, untrained: int = 0) -> tuple[float, dict[str, torch.Tensor], int]:
+    """Loss, gradients by name and patched modules. untrained: leading tokens of each sequence that are not trained on."""
     config = cuda_config("model=nano", *SMALL, "offload=none", *overrides)
     network = model.build(select(config), CUDA)
     tokens = data.batch(config, 0, 0, 0).to(CUDA)
-    output = network(input_ids=tokens, labels=tokens)
+    labels = tokens.clone()
+    labels[:, :untrained] = data.IGNORED
+    output = network(input_ids=tokens, labels=labels)
     output.loss.backward()
     assert (output.logits is None) == (config.kernels.liger is True)
     gradients = {name: p.grad.float() for name, p in network.named_parameters()}
@@ -50,6 +52,17 @@ def test_loss_and_gradients_are_those_of_the_stock_model(family: str, tied: str)
         ours, theirs = ((side[name] - gradient).norm() / size for side in (got, expected))
         # Liger adds up the gradient of the output projection in bf16, chunk by chunk.
         assert ours < 2 * theirs + 5e-3, (name, ours.item(), theirs.item())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_tokens_that_are_not_trained_on_count_as_little_as_in_the_stock_model(family: str) -> None:
+    beside = [f"model.family={family}", "train.precision=fp32"]
+    expected, gradients, _ = results(*beside, "kernels.liger=false", untrained=290)
+    loss, got, _ = results(*beside, "kernels.liger=true", untrained=290)
+    whole, _, _ = results(*beside, "kernels.liger=true")
+    assert abs(loss - expected) < 2e-3 * expected and abs(whole - expected) > 10 * abs(loss - expected)
+    for name, gradient in gradients.items():
+        assert (got[name] - gradient).norm() < 2e-2 * gradient.norm().clamp(min=1e-8), name
 
 
 def test_no_logits_are_stored() -> None:

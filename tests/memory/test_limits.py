@@ -51,6 +51,28 @@ def test_the_tightest_ancestor_of_cgroup_v2_counts(tmp_path, proc, write, path):
         assert cgroup_left(folder, root) is None
 
 
+@pytest.mark.parametrize(
+    ("own", "parent", "left", "limit"),
+    [
+        (("max", "12"), ("20", "max"), 5, "memory.high of /job/rank"),
+        (("10", "12"), ("max", "max"), 3, "memory.max of /job/rank"),
+        (("max", "max"), ("20", "11"), 1, "memory.high of /job"),  # an ancestor's counts too
+        (("11", "8"), ("max", "max"), 1, "memory.high of /job/rank"),
+        (("max", "6"), ("max", "max"), 0, "memory.high of /job/rank"),  # used up: never negative
+    ],
+)
+def test_memory_high_counts_as_memory_max_does(tmp_path, proc, write, own, parent, left, limit):
+    files = {"cgroup.controllers": "memory"}
+    for place, limits, used in (("job/rank", own, 7), ("job", parent, 10)):
+        for name, gib in zip(("memory.max", "memory.high"), limits, strict=True):
+            files[f"{place}/{name}"] = gib if gib == "max" else str(int(gib) * GIB)
+        files |= {f"{place}/memory.current": str(used * GIB), f"{place}/memory.stat": "anon 1"}
+    folder, root = proc("0::/job/rank"), write(tmp_path / "cgroup", files)
+    free = free_memory(proc=folder, cgroups=root)
+    assert (free.bytes, free.limit) == (left * GIB, f"the cgroup's memory limit ({limit})")
+    assert cgroup_left(folder, root) == left * GIB
+
+
 def test_cgroup_v1(tmp_path, proc, write):
     root = write(
         tmp_path / "cgroup",

@@ -202,3 +202,17 @@ def test_the_plan_is_shown_with_its_modelled_time() -> None:
     ]
     (line,) = placement_text.lines(resolve(compose("launch.device=cpu"), topology=machine()))
     assert line.startswith("memory policy of the ranks (numa=default): ")
+
+
+def test_a_role_placed_by_hand_takes_nothing_of_the_budget_for_the_others() -> None:
+    by_hand = config("cxl_aware", "numa.local_budget_gib=35", "numa.roles.momentum.nodes=[1]")
+    placements = assign(by_hand, machine())[0]
+    assert placements["momentum"] == Placement(kind="bind", nodes=(1,))
+    assert placements["variance"] == Placement(kind="bind", nodes=(0,))  # 30 of 35 GiB: fits alone, not beside momentum
+
+
+@pytest.mark.parametrize("strategy", ["striped", "cxl_aware"])
+def test_a_role_without_bytes_is_not_placed(strategy: str) -> None:
+    made = config(strategy, "checkpointing.layers=0", "numa.local_budget_gib=100")
+    assert "activations" not in host_estimate.host_bytes(made)
+    assert assign(made, machine())[0].get("activations", Placement()) == Placement()

@@ -64,15 +64,19 @@ def config_of(family: str, scaling: dict[str, Any], tokens: int, **values: Any) 
         num_key_value_heads=2,
         vocab_size=64,
         intermediate_size=96,
-        num_layers=6 if windowed else 1,
+        num_layers=2 if windowed else 1,
         head_dim=DIM,
         max_position_embeddings=LONGEST,
         rope_theta=THETA,
         rope_scaling=scaling,
         sliding_window=8 if windowed else 0,
     )
+    if family in ("gpt_oss", "mixtral", "qwen3_moe"):
+        values = {"num_experts": 4, "num_experts_per_token": 2} | values
     for key, value in values.items():
         setattr(model, key, value)
+    if windowed:
+        model.extra = {"layer_types": ["sliding_attention", "full_attention"]} | model.extra
     model.validate()
     return Config(model=model, seq_len=SeqLenConfig(tokens=tokens))
 
@@ -184,10 +188,18 @@ def test_layers_with_a_window_keep_the_rule_of_their_family() -> None:
     assert_rotates(olmo["sliding_attention"], {}, 100)
 
 
+ALL_SLIDING = {"layer_types": ["sliding_attention"] * 2}  # as the first five layers of Gemma 3 are
+
+
 @pytest.mark.parametrize(
     ("family", "scaling", "values", "says"),
     [
-        ("gemma3_text", SCALINGS["linear"], {"num_layers": 2}, r"rope_scaling: .* reaches no layer: .* full_attention"),
+        (
+            "gemma3_text",
+            SCALINGS["linear"],
+            {"extra": ALL_SLIDING},
+            r"rope_scaling: .* reaches no layer: .* full_attention",
+        ),
         ("llama", {"full_attention": SCALINGS["linear"]}, {}, r"rope_scaling: .* one rotary embedding for all layers"),
         ("gemma3_text", {"global": SCALINGS["linear"]}, {}, r"rope_scaling.global: .* use .*full_attention"),
         ("gpt2", SCALINGS["linear"], {}, r"rope_scaling: .* no rotary embedding in transformers' gpt2"),

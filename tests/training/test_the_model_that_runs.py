@@ -21,10 +21,13 @@ from ldft.training.architecture import hf_config, reads
 from tests.conftest import compose
 
 TOKENS = 100
+EXPERTS = ("deepseek_v2", "gpt_oss", "llama4_text", "olmoe", "qwen3_moe", "qwen3_next")
 
 
 def config_of(family: str, **values: Any) -> Config:
     sizes = {"hidden_size": 64, "num_key_value_heads": 2, "vocab_size": 80, "intermediate_size": 96} | values
+    if family in EXPERTS:
+        sizes = {"num_experts": 4, "num_experts_per_token": 2} | sizes
     return Config(model=ModelConfig(family=family, **sizes), seq_len=SeqLenConfig(tokens=TOKENS))
 
 
@@ -77,6 +80,14 @@ def test_another_model_is_caught(key: str, wrong: Callable[[PretrainedConfig], N
     wrong(architecture)
     with pytest.raises(ConfigError, match=f"^{key}: "):
         verification.check(verification.outline(architecture, config.model), config, AttentionKind.eager)
+
+
+def test_another_number_of_experts_is_caught() -> None:
+    config = config_of("qwen3_moe", num_experts=4, num_experts_per_token=2)
+    architecture = hf_config(config.model)
+    architecture.num_local_experts = 3
+    with pytest.raises(ConfigError, match=r"^model.num_experts: 4 does not arrive: transformers' qwen3_moe has 3"):
+        verification.check(verification.outline(architecture, config.model), config, AttentionKind.sdpa)
 
 
 def test_a_width_of_heads_that_does_not_arrive_is_caught() -> None:
@@ -161,8 +172,8 @@ def test_windows_reach_the_layers_that_have_one(
         ("gpt_neox", {}, r"num_key_value_heads: 2 does not arrive: transformers' gpt_neox has 4"),
         ("bart", {}, r"num_layers: 2 does not arrive: transformers' bart has"),
         ("bloom", {"rope_theta": 5e5}, r"rope_theta: 500000: ldft sees no rotary embedding in transformers' bloom"),
-        ("bailing_hybrid", {"tie_word_embeddings": True}, r"tie_word_embeddings: True does not arrive"),
-        ("deepseek_v2", {"num_key_value_heads": 4, "head_dim": 192}, r"family: .*deepseek_v2 cannot run with these"),
+        ("xlstm", {"tie_word_embeddings": True}, r"tie_word_embeddings: True does not arrive"),
+        ("ministral3", {}, r"family: .*cannot run with these values \(TypeError: "),
         ("plbart", {}, r": transformers cannot build this plbart"),
         ("llama", {"extra": {"rms_norm_epz": 1.0}}, r"extra.rms_norm_epz: .* did you mean rms_norm_eps\?"),
         ("llama", {"extra": {"validate_rope": 1.0}}, r"extra.validate_rope: .* has no such key"),

@@ -25,6 +25,10 @@ CHATML = """{{- bos_token }}{% for m in messages %}
 {%- else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 MARKED = CHATML.replace("G", "{% generation %}").replace("E\n", "{% endgeneration %}\n")
+# Its blocks begin and end within words.
+WITHIN = """{% for m in messages %}{% if m.role == 'assistant' %}
+{{- 'Y' }}{% generation %}{{ 'es? It i' }}{% endgeneration %}{{ 's.' }}
+{%- else %}{{ m.content }}{% endif %}{% endfor %}"""
 PLAIN = CHATML.replace("G", "").replace("E\n", "\n")
 # Ends what has no prompt with the end token, as Phi 3 does.
 PHI = """{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}
@@ -103,17 +107,18 @@ def test_ids_are_those_of_apply_chat_template(template: str, folder: Callable[..
         assert ids == reference.apply_chat_template(talk, return_dict=False) and kept is None
 
 
+@pytest.mark.parametrize("template", [MARKED, WITHIN], ids=["marked", "within"])
 def test_the_mask_is_that_of_transformers_where_the_template_marks_turns(
-    folder: Callable[..., Path], tmp_path: Path
+    template: str, folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    tokenizer = folder(MARKED)
+    tokenizer = folder(template)
     reference = AutoTokenizer.from_pretrained(tokenizer)
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": TALK}, {"messages": TALK[:2]}])
     found = encode(path, tokenizer, "assistant")
     for (ids, kept), talk in zip(found, (TALK, TALK[:2]), strict=True):
         masked = reference.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
         assert ids == masked["input_ids"] and kept == [bool(one) for one in masked["assistant_masks"]]
-    answers = [f"{TALK[n]['content']}<|im_end|>\n" for n in (2, 4)]
+    answers = [f"{TALK[n]['content']}<|im_end|>\n" for n in (2, 4)] if template == MARKED else ["Yes? It is"] * 2
     assert text_of(*found[0], tokenizer) == "".join(answers) and not any(found[1][1] or [])
 
 
@@ -207,28 +212,45 @@ def test_a_wrong_conversation_is_refused_with_its_line(
 
 
 @pytest.mark.parametrize(
-    ("template", "loss", "says"),
+    ("template", "says"),
     [
-        (None, "all", "data.tokenizer: F cannot render conversations (no chat template); add chat_template.jinja"),
-        ("{% if %}", "all", "data.tokenizer: F: its chat template is broken in line 1 ("),
-        ("{{ raise_exception('system\nfirst') }}", "all", "line 1, is refused by the chat template (system first)"),
-        ("{{ nothing.at.all }}", "all", "is refused by the chat template ('nothing' is undefined)"),
-        ("{{ 'a' + 5 }}", "all", "is refused by the chat template (can only concatenate str"),
-        ("{{ 1 / 0 }}", "all", "is refused by the chat template (division by zero)"),
-        ("{% for m in messages %}{{ messages | length ~ m.content }}{% endfor %}", "assistant",
-         "data.loss: assistant: D, line 1, message 3: the chat template does not show where the turn begins"),
+        (None, "data.tokenizer: F cannot render conversations (no chat template); add chat_template.jinja"),
+        ("{% if %}", "data.tokenizer: F: its chat template is broken in line 1 ("),
+        ("{{ raise_exception('system\nfirst') }}", "line 1, is refused by the chat template (system first)"),
+        ("{{ nothing.at.all }}", "is refused by the chat template ('nothing' is undefined)"),
+        ("{{ 'a' + 5 }}", "is refused by the chat template (can only concatenate str"),
+        ("{{ 1 / 0 }}", "is refused by the chat template (division by zero)"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_template_that_fails_is_one_line(
-    template: str | None, loss: str, says: str, folder: Callable[..., Path], tmp_path: Path
+    template: str | None, says: str, folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     tokenizer = folder(template)
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": TALK}])
     with pytest.raises(ConfigError) as raised:
-        encode(path, tokenizer, loss)
+        encode(path, tokenizer)
     line = str(raised.value)
-    assert says.replace("F", str(tokenizer)).replace("D", str(path)) in line and "\n" not in line
+    assert says.replace("F", str(tokenizer)) in line and "\n" not in line
+
+
+@pytest.mark.parametrize("talk", [TALK, TALK[1:3], TALK[2:4]], ids=["several turns", "one turn", "no prompt"])
+def test_turns_that_cannot_be_told_apart_are_refused(
+    talk: list[dict[str, str]], folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every message depends on the number of messages; or the assistant speaks first, and nothing shows where its turn begins."""
+    tokenizer = folder(
+        PLAIN
+        if talk[0]["role"] == "assistant"
+        else "{% for m in messages %}{{ messages | length ~ m.content }}{% endfor %}"
+    )
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": talk}])
+    number = 1 + [message["role"] for message in talk].index("assistant")
+    with pytest.raises(ConfigError) as raised:
+        encode(path, tokenizer, "assistant")
+    assert str(raised.value).startswith(
+        f"data.loss: assistant: {path}, line 1, message {number}: the chat template does not show where the turn begins and ends"
+    )
 
 
 def test_the_template_is_found_where_transformers_finds_it(folder: Callable[..., Path], tmp_path: Path) -> None:
