@@ -9,9 +9,9 @@ import pytest
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ldft.config import ModelConfig
+from ldft.config import AttentionKind, Config, Device, ModelConfig, Precision
 from ldft.errors import ConfigError
-from ldft.preflight import experts, families
+from ldft.preflight import attention, experts, families
 from ldft.training import model
 
 # Values that any mixture of experts accepts.
@@ -118,3 +118,11 @@ def test_what_has_no_effect_or_is_impossible_is_refused_in_one_line() -> None:
     assert "set that one, and this to 0" in refusal("mixtral", expert_intermediate_size=40)
     assert "transformers' glm4_moe has no such loss" in refusal("glm4_moe", router_aux_loss=0.1)
     assert "transformers' llama4_text has no such loss" in refusal("llama4_text", router_aux_loss=0.1)
+
+
+def test_the_attention_of_gpt_oss_is_the_one_that_transformers_has() -> None:
+    config = Config(model=of("gpt_oss", sliding_window=64))
+    config.launch.device, config.train.precision = Device.cpu, Precision.bf16
+    assert attention.choose(config) is AttentionKind.eager
+    network = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING["gpt_oss"]]
+    assert not network._supports_sdpa and "flash_attention_2" not in str(network._compatible_flash_implementations)

@@ -19,7 +19,7 @@ from ldft.preflight import (
 from ldft.preflight.selection import select
 from ldft.training import model
 from tests.conftest import compose
-from tests.training.test_experts import config_of
+from tests.training.test_mixtures import config_of
 
 CPU = torch.device("cpu")
 MIXTRAL = ("model=llama3_8b", "model.family=mixtral", "model.vocab_size=32000", "launch.device=cuda", "seq_len=4k")

@@ -20,7 +20,7 @@ from ldft.training import model
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parents[1] / "training" / "published_configs.json").read_text())
 # Different in each place, so that no two parameters of a layer have the same size by chance.
 ODD = ModelConfig(num_layers=3, hidden_size=60, intermediate_size=100, num_attention_heads=6, num_key_value_heads=2,
-                  head_dim=14, vocab_size=51)  # fmt: skip
+                  head_dim=12, vocab_size=51)  # fmt: skip
 EXPERTS = {"num_experts": 5, "num_experts_per_token": 3}
 MIXED = EXPERTS | {"expert_intermediate_size": 22}
 MIXTURES = ("mixtral", "gpt_oss", "granitemoe", "qwen2_moe", "qwen3_moe")
@@ -69,7 +69,7 @@ def test_every_parameters_size_is_transformers_own(family: str, values: dict[str
 
 def test_the_largest_layer_is_the_one_with_most_parameters() -> None:
     half = {"extra": {"mlp_only_layers": [1]}}
-    attention = 60 * 14 * (6 + 2 + 2 + 6) + 2 * 60 + 2 * 14
+    attention = 60 * 12 * (6 + 2 + 2 + 6) + 2 * 60 + 2 * 12
     dense, sparse = attention + 3 * 60 * 100, attention + 5 * 60 + 5 * 3 * 60 * 22
     assert parameter_counts.layer_parameters(odd("qwen3_moe", MIXED | half)) == sparse
     assert parameter_counts.layer_parameters(odd("qwen3_moe", MIXED | half | {"expert_intermediate_size": 2})) == dense
