@@ -16,7 +16,7 @@ from pathlib import Path
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json"]
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "*quant*_config.json"]
 # Mistral publishes the same weights twice, once under its own names; Meta keeps the originals in a folder.
 _NOT_FROM_HUB = ["consolidated*", "original/*"]
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
