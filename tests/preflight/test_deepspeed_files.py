@@ -216,6 +216,9 @@ WRONG = {
         "memory.pinning=torch",
     ],
     '{"optimizer": {"params": {"maximize": true}}}': ["optimizer.params.maximize: true", "maximises the loss"],
+    '{"gradient_clipping": 1.0}': [
+        "gradient_clipping: 1.0 contradicts optimizer.gradient_clipping, which makes it 0.9"
+    ],
     '{"fp8": {"enabled": true}}': ["fp8: DeepSpeed has no such key"],
 }
 
