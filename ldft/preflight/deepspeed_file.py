@@ -71,6 +71,8 @@ def _unquoted(context: Any, text: str, begin: int) -> tuple[Any, int]:
         value, end = scantfnns(context, text, begin)
     except OverflowError:  # 1e999
         raise hjson.HjsonDecodeError("the number is too large", text, begin) from None
+    if type(value) is int and re.search("[.eE]", text[begin:end]):
+        return float(text[begin:end]), end  # hjson makes 1 of 1.0, and a message would not show what the file has
     if isinstance(value, str) and re.search(r"[],:\"{}[]", value):
         raise hjson.HjsonDecodeError(f"'{value}' is neither a number nor in quotes", text, begin)
     return value, end

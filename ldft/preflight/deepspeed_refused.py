@@ -14,6 +14,7 @@ from ldft.config import Config, Device, OffloadDevice
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
 from ldft.preflight import deepspeed_keys
+from ldft.preflight.parameter_counts import frozen_sizes, total, trained_sizes
 
 # Section -> the package that DeepSpeed imports when the section is enabled.
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
@@ -44,6 +45,7 @@ _ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "weight_quantization.post_init_quant": ((), _INFERENCE),
     "checkpoint.writer": ((), _NO_CHECKPOINTS),
     "datastates_ckpt": ((), _NO_CHECKPOINTS),
+    "zero_optimization.legacy_stage1": ((False,), "is not supported in deepspeed >= 0.5.9; leave it out"),
     "optimizer.params.maximize": ((False,), "maximises the loss; leave it out"),
     "optimizer.params.differentiable": ((False,), "keeps a graph of each update; leave it out"),
 }
@@ -132,12 +134,12 @@ def _depending(config: Config, own: dict[str, Any], settings: dict[str, Any]) ->
             yield key, f"{value}: ZeRO++ needs offload.stage=3, not {stage}; leave it out"
         if name == "zero_hpz_partition_size" and ranks % own[key]:
             yield key, f"{value} does not divide launch.num_ranks={ranks}; use a divisor, or leave it out"
-    if stage == 3 and zero.get("reduce_scatter", True):
+    if stage in (2, 3) and zero.get("reduce_scatter", True):
         for key, one in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
             if own.get(key, one) != one:
                 yield (
                     key,
-                    f"{deepspeed_keys.shown(own[key])} is not supported with ZeRO-3 with reduce scatter enabled; add "
+                    f"{deepspeed_keys.shown(own[key])} is not supported with ZeRO-{stage} with reduce scatter enabled; add "
                     "zero_optimization.reduce_scatter=false, or leave it out",
                 )
     if own.get("gradient_allreduce_op") == "sum" and stage == 3:
@@ -150,6 +152,14 @@ def _depending(config: Config, own: dict[str, Any], settings: dict[str, Any]) ->
         )
     if own.get("aio.use_gds") and config.launch.device is not Device.cuda:
         yield "aio.use_gds", f"true needs launch.device=cuda, not {config.launch.device.name}; use false"
+    threshold = "zero_optimization.stage3_module_granularity_threshold"
+    whole = total(trained_sizes(config)) + total(frozen_sizes(config))
+    # DeepSpeed compares it with parameters / (1 + modules below), and a model has more modules than layers.
+    if stage == 3 and own.get(threshold, 0) > (most := whole // (1 + config.model.num_layers)):
+        yield (
+            threshold,
+            f"{own[threshold]} takes the whole model for one module (unknown parameter type); use less than {most}",
+        )
     precision = config.train.precision.name
     for name in ("param_dtype", "grad_accum_dtype"):
         asked = own.get(f"data_types.{name}")

@@ -201,6 +201,10 @@ WRONG = {
     '{"gradient_allreduce_op": "sum"}': ["gradient_allreduce_op: sum is not supported with ZeRO stage 3; use mean"],
     '{"prescale_gradients": true}': ["prescale_gradients: true is not supported with ZeRO-3", "reduce_scatter=false"],
     '{"gradient_predivide_factor": 2}': ["gradient_predivide_factor: 2 is not supported with ZeRO-3"],
+    '{"zero_optimization": {"legacy_stage1": true}}': ["zero_optimization.legacy_stage1: true: is not supported"],
+    '{"zero_optimization": {"stage3_module_granularity_threshold": 1e8}}': [
+        "granularity_threshold: 100000000 takes the whole"
+    ],
     '{"data_types": {"param_dtype": "fp32"}}': ["data_types.param_dtype: fp32 contradicts train.precision=bf16"],
     '{"aio": {"use_gds": true}}': ["aio.use_gds: true needs launch.device=cuda"],
     '{"optimizer": {"params": {"amsgrad": true}}}': [
@@ -212,6 +216,9 @@ WRONG = {
         "memory.pinning=torch",
     ],
     '{"optimizer": {"params": {"maximize": true}}}': ["optimizer.params.maximize: true", "maximises the loss"],
+    '{"gradient_clipping": 1.0}': [
+        "gradient_clipping: 1.0 contradicts optimizer.gradient_clipping, which makes it 0.9"
+    ],
     '{"fp8": {"enabled": true}}': ["fp8: DeepSpeed has no such key"],
 }
 
@@ -241,6 +248,7 @@ def test_the_same_keys_on_the_command_line_are_named_as_typed_there(write) -> No
             "false updates the weights",
         ),
         ('{"data_types": {"grad_accum_dtype": "fp32"}}', ["offload=none"], "unsupported mix"),
+        ('{"prescale_gradients": true}', ["offload=optimizer"], "not supported with ZeRO-2"),
         ('{"zero_optimization": {"compute_grad_norm": false}}', ["offload=optimizer"], "needs the norm"),
     ],
 )
@@ -248,7 +256,7 @@ def test_keys_that_only_some_runs_can_use(write, content: str, overrides: list[s
     path = write(content)
     with pytest.raises(ConfigError, match=problem):
         settings(path, *overrides)
-    able = ["offload=optimizer", "optimizer.gradient_clipping=0"]
+    able = ["offload=optimizer", "optimizer.gradient_clipping=0", "offload.stage=1"]
     assert settings(path, *able)
 
 

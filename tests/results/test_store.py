@@ -75,7 +75,7 @@ def test_a_death_in_the_middle_of_compaction_loses_and_doubles_nothing(ten, monk
         if step == "write_table":
             patch.setattr(pq, "write_table", die)
         elif step == "rename":
-            patch.setattr(Path, "rename", die)
+            patch.setattr(Path, "replace", die)
         else:
             patch.setattr(Path, "unlink", die_at_the_fourth)
         with pytest.raises(Died):
