@@ -108,9 +108,9 @@ def _check_experts(layers: Sequence[nn.Module], model: ModelConfig) -> None:
 
 
 def _check_count(network: PreTrainedModel, model: ModelConfig) -> None:
-    """Estimates are made of ldft's count. Biases do not matter to them, so extra ones are allowed."""
+    """Estimates are made of ldft's count."""
     built, counted = sum(one.numel() for one in network.parameters()), parameter_counts.num_parameters(model)
-    if model.family in decoder_layers.FAMILIES and built != counted and not any("bias" in key for key in model.extra):
+    if model.family in decoder_layers.FAMILIES and built != counted:
         raise ConfigError(
             "model",
             f"transformers builds {built:,} parameters of this {model.family}, ldft counts {counted:,}, and estimates would be "
