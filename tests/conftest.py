@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Half a minute or more: `make test` is to stay under ten minutes on two cores.
 IN_CI = os.environ.get("CI") == "true"
 long = pytest.mark.skipif(not IN_CI, reason="long; CI=true make test runs it")
+
+
+@pytest.fixture(autouse=True)
+def loggers_stay_as_they_are() -> Iterator[None]:
+    """Hydra switches off every logger when the command line runs in this process; later tests read what they log."""
+    before = logging.root.level
+    yield
+    logging.root.setLevel(before)
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @dataclass(slots=True)

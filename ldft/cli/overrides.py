@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from ldft.cli import composition
 from ldft.errors import ConfigError
 
@@ -81,13 +84,22 @@ def _check_prefix(key: str, value: str) -> None:
         raise ConfigError(name, f"exists already, so it needs no {prefix}; use {name}={value}")
 
 
+def _is_text(override: str) -> bool:
+    """Whether Hydra reads the value as text; also for what it cannot read at all, which it says itself."""
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return True
+    return value is not None and not isinstance(value, bool | int | float)
+
+
 def _check_option(key: str, value: str) -> None:
-    """Numbers and lists in place of an option's name."""
+    """Lists, numbers and other values in place of an option's name, which Hydra takes for a bug of its caller."""
     if key not in composition.groups():
         return
     if value.startswith("["):
         raise ConfigError(key, f"{value} is a list, and a group takes one option; use {key}=<option>, or -m {key}=a,b")
     for option in value.split(","):
-        if re.fullmatch(r"[-+]?[\d.]+", option):
+        if not _is_text(f"{key}={option}"):
             group, _, problem = composition.no_option(key, option).partition(": ")
             raise ConfigError(group, problem)

@@ -139,7 +139,8 @@ def _check(source: ConfigJson) -> None:
                 f"{key}{f' ({method})' if method else ''}: the weights are quantised, and ldft trains bf16, fp16 or fp32; "
                 "use the unquantised model, or take the key out of a copy to train random weights"
             )
-    for name in values.get("architectures") or []:
+    names = values.get("architectures")
+    for name in names if isinstance(names, list) else ():
         if isinstance(name, str) and "For" in name and not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
             raise source.refusal(f"architectures={name} is not a causal language model; use one that is")
 
@@ -217,7 +218,7 @@ def _keys(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig) -
     for name, value in experts.read(partial(hasattr, type(text)), partial(getattr, text)).items():
         setattr(model, name, value)
     model.sliding_window = text.sliding_window if _windowed(text) else 0
-    model.rope_theta, model.rope_scaling = _rope(text)
+    model.rope_theta, model.rope_scaling = _rope(source, text)
     for key in ("num_key_value_heads", "head_dim", "sliding_window", "num_experts", "num_experts_per_token"):
         if type(value := getattr(model, key)) is not int:
             raise source.refusal(f"{key}={_short(value)}: ldft needs one whole number here; use another model")
@@ -230,17 +231,27 @@ def _windowed(text: PretrainedConfig) -> bool:
     return bool(getattr(text, "sliding_window", None)) and (not kinds or "sliding_attention" in kinds)
 
 
-def _rope(text: PretrainedConfig) -> tuple[float, dict[str, Any]]:
+def _rope(source: ConfigJson, text: PretrainedConfig) -> tuple[float, dict[str, Any]]:
     """model.rope_theta and model.rope_scaling: flat, or one dict for each layer type."""
     rope = _plain_rope(text.rope_parameters)
     nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
     if nested:
         main = nested.get("full_attention") or next(iter(nested.values()))
-        return float(main["rope_theta"]), nested
-    theta = float(rope.pop("rope_theta"))
+        return _theta(source, main), nested
+    theta = _theta(source, rope)
+    del rope["rope_theta"]
     if rope.get("partial_rotary_factor") == 1:  # the whole head, which is the default
         del rope["partial_rotary_factor"]
     return theta, {} if rope == {"rope_type": "default"} else rope
+
+
+def _theta(source: ConfigJson, rope: dict[str, Any]) -> float:
+    theta = rope.get("rope_theta")
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise source.refusal(
+            f"rope_theta is {_short(theta)} in {_short(rope)}; write the base of the rotary embedding there"
+        )
+    return float(theta)
 
 
 def _plain_rope(rope: dict[str, Any] | None) -> dict[str, Any]:

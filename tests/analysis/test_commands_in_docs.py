@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -19,6 +20,7 @@ from ldft.config import Device, from_dict
 from ldft.config import columns as config_columns
 from ldft.environment import CONF_DIR
 from ldft.runner import checks
+from tests.training.test_published_configs import published
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -29,6 +31,10 @@ FREE = ("offload.deepspeed.", "model.extra.", "model.rope_scaling.", "numa.bandw
 # What has the form of an override and is none: Python, flags of other programs, labels.
 NO_OVERRIDES = {"group", "key", "initial_job_idx", "pin", "install", "seccomp", "num_layers"}
 PLACEHOLDERS = {"<name>": "my_model", "<folder>": "my_conf"}
+# Options that the documents tell a reader to make, and models that they take from elsewhere.
+MADE = ("my_model", "mine")
+ELSEWHERE = ("~/models/Qwen3-8B", "~/models/Olmo-3-7B")
+ON_THE_HUB = "model.hf_id=Qwen/Qwen3-8B"
 # Parses the options of a module as it would, and ends there.
 PARSE_ONLY = """
 import argparse, runpy, sys
@@ -116,13 +122,17 @@ def test_commands_are_found() -> None:
 def test_every_run_composes(entry: tuple[str, list[str]], tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     nano = (CONF_DIR / "model" / "nano.yaml").read_text()
-    (tmp_path / "model" / "my_model.yaml").write_text(nano.replace("name: nano", "name: my_model"))
+    for name in MADE:
+        (tmp_path / "model" / f"{name}.yaml").write_text(nano.replace("name: nano", f"name: {name}"))
+    (tmp_path / "config.json").write_text(json.dumps(published("Qwen/Qwen3-8B")))
     flags = {word for word in entry[1] if word.startswith("-")}
     assert flags <= {"-m", "--help", "--cfg", "--config-dir", "--version"}
     composition.register()
     for cell in cells(entry[1]):
         for mark, meant in PLACEHOLDERS.items():
             cell = [word.replace(mark, meant) for word in cell]
+        for there in (ON_THE_HUB, *(f"model.path={folder}" for folder in ELSEWHERE)):
+            cell = [word.replace(there, f"model.path={tmp_path}") for word in cell]
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             config = from_dict(hydra_compose("config", [f"hydra.searchpath=[file://{tmp_path}]", *cell]))
         config.launch.device = Device.cuda  # what most of them are for
@@ -143,8 +153,9 @@ def test_every_run_composes(entry: tuple[str, list[str]], tmp_path: Path) -> Non
     ids=label,
 )
 def test_every_other_module_takes_its_options(entry: tuple[str, list[str]], tmp_path: Path) -> None:
+    words = [*itertools.takewhile(lambda word: word != ">", entry[1][2:])]
     done = subprocess.run(
-        [sys.executable, "-c", PARSE_ONLY, *entry[1][2:]], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", PARSE_ONLY, *words], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "parsed"), done.stderr
 
@@ -172,8 +183,8 @@ def test_every_override_named_in_a_sentence_exists() -> None:
                 key, value = found.groups()
                 seen += 1
                 if key in groups:
-                    options = [one for one in value.split(",") if one and not re.search(r"[<.]|my_model", one)]
-                    unknown += [f"{path.name}: {word}" for one in options if one not in groups[key]]
+                    options = [one for one in value.split(",") if one and not re.search(r"[<.]", one)]
+                    unknown += [f"{path.name}: {word}" for one in options if one not in (*groups[key], *MADE)]
                 elif key not in keys and not key.startswith(FREE):
                     unknown.append(f"{path.name}: {word}")
     assert unknown == [] and seen > 100

@@ -21,7 +21,7 @@ LINES = {
     "hydra/job_logging=colorlog": ["hydra/job_logging: 'colorlog' does not exist; use one of default, disabled", "hydra-colorlog"],
     "hydra/help=foo": ["hydra/help: 'foo' does not exist; use one of default, ldft_help"],
     # sweeps without cells
-    "-m model=glob(zzz*)": ["model: glob(zzz*) matches no option; use one of gemma2_9b", "tiny"],
+    "-m model=glob(zzz*)": ["model: glob(zzz*) matches no option; use one of from_hf", "tiny"],
     "-m +sweep=glob(zzz*)": ["sweep: glob(zzz*) matches no option", "smoke"],
     "-m optimizer.learning_rate=glob(*)": ["optimizer.learning_rate: glob(*)", "options of a group; list the values"],
     "-m seq_len.tokens=range(10,1)": ["seq_len.tokens: range(10,1) contains no value; name at least one"],
@@ -94,7 +94,7 @@ def typed(tmp_path: Path, monkeypatch, capsys) -> Callable[[str], tuple[int, str
 @pytest.mark.parametrize("line", LINES)
 def test_the_edges_of_hydra_are_one_line(line: str, typed, tmp_path: Path) -> None:
     code, _, err = typed(f"{line} dry_run=true")
-    assert err.startswith("ldft: ") and err.count("\n") == 1 and len(err) < 420, err
+    assert err.startswith("ldft: ") and err.count("\n") == 1 and len(err) < 600, err
     at = 0
     for part in LINES[line]:
         assert part in err[at:], f"{part!r} not in {err!r}"

@@ -47,7 +47,7 @@ TEXT = "data=text data.path=$F/good.txt data.tokenizer=$F/small_tokenizer"
 # What is typed -> what the line must say, in this order.
 WRONG = {
     # composition: an option, a key or a type
-    "model=foo": ["model: 'foo' does not exist", "use one of gemma2_9b, llama3_1b", "tiny"],
+    "model=foo": ["model: 'foo' does not exist", "use one of from_hf, gemma2_9b", "tiny"],
     "model=lama3_8b": ["model: 'lama3_8b'", "did you mean model=llama3_8b?"],
     "numa=weighted": ["numa: 'weighted' does not exist", "default"],
     "sweep=smoke": ["sweep: 'smoke' is not in the defaults list, so it needs a plus sign; use +sweep=smoke"],

@@ -76,7 +76,7 @@ def test_nothing_to_say_where_the_device_updates_or_the_update_is_short(monkeypa
     monkeypatch.setattr(cpu_limits, "_core_bytes_per_s", lambda: 8e9)
     few = Cpus(1, None, 64)
     assert cpu_limits.warnings(resolve(compose(*LARGE, "offload=none")), few) == []
-    assert cpu_limits.warnings(resolve(compose("model=nano")), few) == []
+    assert cpu_limits.warnings(resolve(compose("model=nano", "launch.device=cpu")), few) == []
 
 
 def test_the_speed_of_a_core_is_measured() -> None:
