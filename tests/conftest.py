@@ -26,7 +26,7 @@ from ldft.environment import CONF_DIR
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-# Half a minute or more: `make test` is to stay under ten minutes on two cores.
+# Long runs, and such as repeat a quicker test at full size: `make test` must stay under ten minutes on two cores.
 IN_CI = os.environ.get("CI") == "true"
 long = pytest.mark.skipif(not IN_CI, reason="long; CI=true make test runs it")
 

@@ -11,6 +11,7 @@ from multirun_analysis import cells, compare, load, memory_by_node, phases
 from multirun_analysis.__main__ import main
 from multirun_analysis.figures import throughput
 from tests.analysis.conftest import artists, drawn
+from tests.conftest import long
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("real")
 
 
+@long
 def test_real_rows_become_tables_and_figures(ldft, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for overrides, code in ((("checkpointing=none",), 0), ((), 0), (("seq_len.tokens=128", "launch.timeout_s=0.5"), 1)):
         done = ldft(*overrides)

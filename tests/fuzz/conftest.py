@@ -9,10 +9,12 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
-# Without a wish, a short search that is the same each time: a test must not fail by chance.
+from tests.conftest import IN_CI
+
+# By default a short search that is the same each time: a test must not fail by chance.
 settings.register_profile(
     "ldft",
-    max_examples=int(os.environ.get("LDFT_FUZZ_EXAMPLES", "25")),
+    max_examples=int(os.environ.get("LDFT_FUZZ_EXAMPLES", "25" if IN_CI else "8")),
     derandomize=os.environ.get("LDFT_FUZZ_SEED") != "random",
     database=None,
     deadline=None,

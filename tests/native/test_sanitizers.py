@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import long
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = [
@@ -29,12 +31,14 @@ def build_and_run(folder: Path, sanitizers: str) -> subprocess.CompletedProcess[
     return subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
 
 
+@long
 def test_native_code_is_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     result = build_and_run(tmp_path, "address,undefined")
     assert result.returncode == 0, result.stderr
     assert "all native tests passed" in result.stdout
 
 
+@long
 def test_native_code_is_clean_under_the_thread_sanitizer(tmp_path):
     result = build_and_run(tmp_path, "thread")
     if "unexpected memory mapping" in result.stderr:

@@ -22,7 +22,7 @@ from ldft.errors import ConfigError
 from ldft.preflight import host_estimate, parameter_counts
 from ldft.preflight.resolved import resolve
 from ldft.training import lora, model
-from tests.conftest import IN_CI, compose
+from tests.conftest import IN_CI, compose, long
 
 MIXTURE = ["model.num_experts=4", "model.num_experts_per_token=2"]
 ADAPTED = {
@@ -76,6 +76,7 @@ CASES = {
 } | ({"lion": ("optimizer=lion",)} if IN_CI else {})  # its CPULion takes a minute to compile
 
 
+@long
 def test_host_bytes_are_what_two_ranks_of_deepspeed_hold(tmp_path: Path) -> None:
     configs = {name: compose(*ODD, *more) for name, more in CASES.items()}
     for name, config in configs.items():

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.conftest import long
+
 ALONE = Path(__file__).with_name("alone.py")
 BASE = (
     "model=nano",
@@ -116,6 +118,7 @@ def test_fp32_offloaded_training_equals_a_plain_pytorch_loop(run_once, tmp_path)
     assert relative_error(alone(row.config_json, tmp_path / "fault", "skip_step"), reference) > 1e-3
 
 
+@long
 def test_bf16_is_bit_equal_to_stock_deepspeed_called_directly(run_once, tmp_path) -> None:
     row = run_once()
     reference = alone(row.config_json, tmp_path / "stock", "stock")
@@ -124,6 +127,7 @@ def test_bf16_is_bit_equal_to_stock_deepspeed_called_directly(run_once, tmp_path
     assert alone(row.config_json, tmp_path / "fault", "skip_step") != reference
 
 
+@long
 def test_two_ranks_equal_one_with_the_same_total_batch(run_once, tmp_path) -> None:
     one = run_once("train.micro_batch_size=2")
     two = run_once("train.micro_batch_size=1", "launch.num_ranks=2")

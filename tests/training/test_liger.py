@@ -13,7 +13,7 @@ from ldft.errors import CombinationError, ConfigError
 from ldft.preflight import liger
 from ldft.preflight.selection import select
 from ldft.training import liger_kernels, model
-from tests.conftest import compose
+from tests.conftest import compose, long
 from tests.training.test_equality import alone, run_once  # noqa: F401
 
 SMALL = (
@@ -69,6 +69,7 @@ def test_used_on_cuda_where_the_family_is_supported_and_refused_in_one_line_else
         liger.wanted(config_of(cuda, "kernels.liger=true"))
 
 
+@long
 def test_the_fused_loss_trains_as_the_stock_one_under_zero_3(run_once, tmp_path: Path) -> None:  # noqa: F811
     # The output projection is the embedding: two modules gather one weight, and both give it gradients.
     row = run_once(

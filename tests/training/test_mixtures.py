@@ -21,6 +21,7 @@ from ldft.preflight.selection import select
 from ldft.runner import measured
 from ldft.training import data, flops, model
 from ldft.training.checkpointing import checkpointing
+from tests.conftest import long
 from tests.training.test_equality import run_once  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -146,6 +147,7 @@ def plain_loop(config_json: str, coefficient: float = AUX) -> list[float]:
     return losses
 
 
+@long
 @pytest.mark.parametrize("name", LINES)
 def test_offloaded_training_equals_a_plain_loop(run_once, name: str) -> None:  # noqa: F811
     row = run_once(*MIXTURE, *LINES[name])

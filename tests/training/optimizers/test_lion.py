@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ldft.training.optimizers.device_lion import DeviceLion
+from tests.conftest import long
 from tests.training.test_equality import plain_pytorch, relative_error, run_once  # noqa: F401
 
 
@@ -53,6 +54,7 @@ def test_our_lion_takes_the_papers_steps() -> None:
     assert torch.equal(unused, before)
 
 
+@long
 @pytest.mark.parametrize("offload", ["full", "none"])
 def test_training_with_lion_equals_a_plain_loop(run_once, offload: str) -> None:  # noqa: F811
     row = run_once("optimizer=lion", "optimizer.learning_rate=5e-4", "train.precision=fp32", f"offload={offload}")
