@@ -12,15 +12,15 @@ from ldft.terminal import seconds
 
 
 def summary(outcome: Outcome, config: Config) -> str:
-    """The summary's text: the seed's [RESULT] lines, then the row's main values and its path."""
+    """The summary's text: the seed's [RESULT] lines (that of VRAM on GPUs only), then the row's main values and its path."""
     row = outcome.row
     lines = []
     times = row.get("iteration_s") or []
     counted = times[config.train.warmup_iterations :]
     if counted:
-        vram = max(row.get("peak_vram_allocated_gib") or [0.0]) * 1024
+        if vram := row.get("peak_vram_allocated_gib"):
+            lines.append(f"[RESULT] Peak VRAM Usage (per GPU): {max(vram) * 1024:.2f} MB")
         lines += [
-            f"[RESULT] Peak VRAM Usage (per GPU): {vram:.2f} MB",
             f"[RESULT] Avg Iteration Latency (total): {statistics.mean(counted):.2f} s",
             f"[RESULT] Each Iteration Latency (rank0): {[round(time_s, 4) for time_s in counted]}",
             f"[RESULT] Tokens (total): {row['tokens_per_iteration']}",
