@@ -14,9 +14,8 @@ To add one, write a module like runs_process.py, name it in MODULES, and that is
 A run takes 2 to 4 minutes in there, most of it imports, so add few. The guest imports these modules for the names and commands
 alone: nothing heavy at their top (pytest, numpy, ldft.results go into the functions).
 
-Guest side: `python -m numa_vm.whole FOLDER NAME...` starts the runs, two at a time, since most of a run uses one CPU and the
-guest has two. It watches each one's worker from outside, with reader.py, which shares no code with ldft. FOLDER/NAME is the
-results folder, FOLDER/NAME.json what was seen.
+Guest side: `python -m numa_vm.whole FOLDER NAME...` starts the runs one after the other and watches each one's worker from
+outside, with reader.py, which shares no code with ldft. FOLDER/NAME is the results folder, FOLDER/NAME.json what was seen.
 
 Results are written to the guest's RAM and copied to FOLDER when the run has ended. Not because it is faster: reading a file of
 the written-through folder in the moment in which it is replaced can hang for good. QEMU's 9p server asks for a size by path and
@@ -35,7 +34,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,8 +43,7 @@ from .reader import Reader, integers
 
 MODULES = ["runs_process", "runs_roles"]
 SMALL = ("model=nano", "seq_len.tokens=16", "train.iterations=3", "train.warmup_iterations=1")
-AT_ONCE = 2
-# Two runs at once take 4 to 5 minutes on two idle cores, 10 on busy ones.
+# A run takes 3 to 4 minutes on two idle cores, 8 on busy ones.
 LIMIT_S = 1200
 
 
@@ -127,14 +124,11 @@ def load(path: Path) -> Seen:
     return Seen(**{**read, **nodes, **named, "folder": str(path.with_suffix(""))})
 
 
-def worker(parent: int) -> int | None:
-    """The process that trains for this `python -m ldft`, if there is one now."""
+def worker() -> int | None:
+    """The process that trains, if there is one now."""
     for entry in Path("/proc").iterdir():
         try:
-            if not entry.name.isdigit() or b"\0ldft.worker\0" not in (entry / "cmdline").read_bytes():
-                continue
-            # After the name in brackets: the state, then the parent.
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+            if entry.name.isdigit() and b"\0ldft.worker\0" in (entry / "cmdline").read_bytes():
                 return int(entry.name)
         except OSError:
             continue
@@ -162,12 +156,12 @@ def look_at_roles(ask: Reader, pid: int, results: Path, seen: Seen) -> None:
 
 
 @contextmanager
-def monitoring(seen: Seen, results: Path, wanted: bool) -> Iterator[None]:
-    """ldft.monitor of these results beside the block, if it is wanted."""
+def monitoring(seen: Seen, wanted: bool) -> Iterator[None]:
+    """ldft.monitor beside the block, if it is wanted."""
     if not wanted:
         yield
         return
-    command = [sys.executable, "-m", "ldft.monitor", "--results", str(results)]
+    command = [sys.executable, "-m", "ldft.monitor"]
     with tempfile.TemporaryFile("w+") as file:
         monitor = subprocess.Popen([*command, "--json", "--interval", "2"], stdout=file)
         yield
@@ -190,7 +184,7 @@ def watch(words: list[str], results: Path) -> Seen:
             run.terminate()  # ldft ends its worker and leaves a row
             run.wait()
             return seen
-        if (pid := worker(run.pid)) is not None and list(results.glob("*/*/rank-0.json")):
+        if (pid := worker()) is not None and list(results.glob("*/*/rank-0.json")):
             try:
                 reading = ask(pid, [])
             except RuntimeError:  # it ended while it was read
@@ -204,29 +198,23 @@ def watch(words: list[str], results: Path) -> Seen:
     return seen
 
 
-def run_one(folder: Path, name: str) -> None:
-    """Runs one of them, and leaves its results and what was seen in FOLDER."""
-    run = all_runs()[name]
-    results = Path(tempfile.mkdtemp()) / name
-    results.mkdir()
-    words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={results}"]
-    print(f"numa-vm: whole run {name}: {' '.join(words)}", flush=True)
-    about = Seen()
-    with monitoring(about, results, run.monitored):
-        seen = watch(words, results)
-    seen.monitored, seen.once = about.monitored, about.once
-    shutil.copytree(results, folder / name)
-    fresh = folder / f"{name}.new"
-    fresh.write_text(json.dumps(asdict(seen)))
-    fresh.replace(folder / f"{name}.json")
-    print(f"numa-vm: whole run {name}: exit status {seen.status} after {seen.seconds:.0f} s", flush=True)
-    os.sync()
-
-
 def main(folder: Path, wanted: list[str]) -> None:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for done in [pool.submit(run_one, folder, name) for name in wanted]:
-            done.result()
+    for name in wanted:
+        run = all_runs()[name]
+        results = Path(tempfile.mkdtemp()) / name
+        words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={results}"]
+        print(f"numa-vm: whole run {name}: {' '.join(words)}", flush=True)
+        about = Seen()
+        with monitoring(about, run.monitored):
+            seen = watch(words, results)
+        seen.monitored, seen.once = about.monitored, about.once
+        if results.exists():
+            shutil.copytree(results, folder / name)
+        fresh = folder / f"{name}.new"
+        fresh.write_text(json.dumps(asdict(seen)))
+        fresh.replace(folder / f"{name}.json")
+        print(f"numa-vm: whole run {name}: exit status {seen.status} after {seen.seconds:.0f} s", flush=True)
+        os.sync()
 
 
 if __name__ == "__main__":
