@@ -30,11 +30,8 @@ _ELSEWHERE = {
     "rope_parameters": "model.rope_scaling",
 }
 # transformers' names of ldft's keys that are 0 for none.
-_WINDOWS_AND_CAPS = {
-    "sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attention_softcap",
-    "final_logit_softcapping": "logit_softcap",
-}
+SOFTCAPS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
+_WINDOWS_AND_CAPS = {"sliding_window": "sliding_window", **SOFTCAPS}
 
 
 def hf_config(model: ModelConfig) -> PretrainedConfig:

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 from ldft.preflight import experts
-from ldft.training.architecture import hf_config, reads
+from ldft.training.architecture import SOFTCAPS, hf_config, reads
 from ldft.training.config_json import ConfigJson
 
 # Fields of transformers' class -> ldft's keys. Rope, windows and heads have their own functions.
@@ -40,7 +40,6 @@ _SIZES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
 }
-_SOFTCAPS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
 _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers")
 # Fields without effect on what is trained: labels of files, generation, outputs, tasks.
 _NO_EFFECT = {
@@ -50,16 +49,9 @@ _NO_EFFECT = {
 }  # fmt: skip
 # Older names of rope's values, which transformers moves into rope_parameters.
 _ROPE = {
-    *(
-        "rope_parameters",
-        "rope_theta",
-        "rope_scaling",
-        "partial_rotary_factor",
-        "rope_local_base_freq",
-        "rotary_pct",
-        "rotary_emb_base",
-    )
-}
+    "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "rotary_pct",
+    "rotary_emb_base",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +205,7 @@ def _keys(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig) -
     )
     for key, name in _SIZES.items():
         setattr(model, name, getattr(text, key))
-    for key, name in _SOFTCAPS.items():
+    for key, name in SOFTCAPS.items():
         setattr(model, name, float(getattr(text, key, None) or 0))
     for name, value in experts.read(partial(hasattr, type(text)), partial(getattr, text)).items():
         setattr(model, name, value)
@@ -275,7 +267,7 @@ def _fill_extra(model: ModelConfig, text: PretrainedConfig, undeclared: dict[str
     """Put what differs from the class's defaults into extra, but not lists that follow from other keys (such as layer_types)."""
     own = {
         *_SIZES,
-        *_SOFTCAPS,
+        *SOFTCAPS,
         *_ROPE,
         "sliding_window",
         "use_sliding_window",

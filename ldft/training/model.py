@@ -22,8 +22,6 @@ from ldft.training.architecture import hf_config
 from ldft.training.attention_kernels import repeated_heads
 from ldft.training.deepspeed import arena_hooks, layout
 
-__all__ = ["DTYPES", "build", "hf_config", "initialize", "num_parameters"]
-
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
 

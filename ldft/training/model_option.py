@@ -18,18 +18,9 @@ from ldft.training import config_json
 
 # In every file, even with their default values: what tells one model from another.
 _ALWAYS = (
-    *(
-        "name",
-        "family",
-        "num_layers",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    ),
-    *("vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings"),
-)
+    "name", "family", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings",
+)  # fmt: skip
 _WIDTH = 130
 _DESCRIPTION = """\
 Print the ldft option of a model, made from its Hugging Face config.json.
@@ -60,18 +51,12 @@ def _line(key: str, value: Any) -> str:
 
 def _text(source: config_json.ConfigJson, name: str) -> str:
     """The option of a config.json, with the number of parameters that transformers builds from it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
+    from ldft.training import observation
     from ldft.training.architecture import hf_config
     from ldft.training.hf_import import convert
 
     imported = convert(source)
-    with torch.device("meta"), no_init_weights():
-        network = AutoModelForCausalLM.from_config(hf_config(imported.model))
-    network.tie_weights()
-    count = sum(parameter.numel() for parameter in network.parameters())
+    count = sum(parameter.numel() for parameter in observation.build(hf_config(imported.model)).parameters())
     published = f"published as {imported.model.hf_id}" if imported.model.hf_id else f"from {source.where}"
     comment = [f"{imported.model.family}, {published}: {count:,} parameters."]
     notes = list(imported.notes)

@@ -28,6 +28,7 @@ from ldft.runner import dry_run, launch, node_memory, parent
 from ldft.runner.launch import RankExit
 from ldft.sweep import cell, plan
 from ldft.training import data, model, safetensors_index, schedule
+from ldft.training.architecture import hf_config
 from ldft.training.checkpointing import checkpointing
 from tests.conftest import compose
 
@@ -44,7 +45,7 @@ def deepspeed_on_cuda(config: Config) -> Any:
 
 
 def architecture(config: Config) -> Any:
-    return model.hf_config(config.model).to_dict()
+    return hf_config(config.model).to_dict()
 
 
 def built_model(config: Config) -> Any:

@@ -15,7 +15,7 @@ from ldft.config import Config, ModelConfig
 from ldft.errors import LdftError
 from ldft.runner import checks
 from ldft.training import checkpoint_faults, safetensors_index
-from ldft.training.model import hf_config
+from ldft.training.architecture import hf_config
 from tests.conftest import compose
 from tests.fuzz.damage import changed, damaged
 from tests.training.test_published_configs import published

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ldft.config import AttentionKind, Config, Device, ModelConfig, Precision
 from ldft.errors import ConfigError
 from ldft.preflight import attention, experts, families
-from ldft.training import model
+from ldft.training.architecture import hf_config
 
 # Values that any mixture of experts accepts.
 SMALL = {"intermediate_size": 48, "num_experts": 6, "num_experts_per_token": 2}
@@ -29,7 +29,7 @@ def refusal(family: str, **values: float) -> str:
     made = of(family, **values)
     with pytest.raises(ConfigError) as refused:
         made.validate()
-        model.hf_config(made)
+        hf_config(made)
     line = str(refused.value)
     assert "\n" not in line
     return line

@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 from ldft.preflight import decoder_layers, families, liger
-from ldft.training import model
+from ldft.training.architecture import hf_config
 from tests.preflight.test_parameter_counts import MIXTURES
 
 
@@ -23,7 +23,7 @@ def test_a_width_is_refused_where_transformers_does(family: str, monkeypatch: py
         odd.num_experts, odd.num_experts_per_token = 4, 2
     monkeypatch.setattr(families, "check", lambda model, known: None)
     if family not in families.WHOLE_HEADS:
-        assert model.hf_config(odd).hidden_size == 66
+        assert hf_config(odd).hidden_size == 66
         return
     with pytest.raises(ConfigError, match="not a multiple of the number of attention"):
-        model.hf_config(odd)
+        hf_config(odd)

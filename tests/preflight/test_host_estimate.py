@@ -21,7 +21,8 @@ from ldft.config.checkpointing import CheckpointingMode
 from ldft.errors import ConfigError
 from ldft.preflight import host_estimate, parameter_counts
 from ldft.preflight.resolved import resolve
-from ldft.training import lora, model
+from ldft.training import lora
+from ldft.training.architecture import hf_config
 from tests.conftest import IN_CI, compose, long
 
 MIXTURE = ["model.num_experts=4", "model.num_experts_per_token=2"]
@@ -42,7 +43,7 @@ def test_every_adapters_size_is_pefts_own(case: str) -> None:
                      *ADAPTED[case], "launch.device=cpu")  # fmt: skip
     parameter_counts.check_adapted(config)
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(model.hf_config(config.model), attn_implementation="eager")
+        built = AutoModelForCausalLM.from_config(hf_config(config.model), attn_implementation="eager")
         lora.inject(built, config.lora)
     trained = Counter(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
     frozen = Counter(parameter.numel() for parameter in built.parameters() if not parameter.requires_grad)

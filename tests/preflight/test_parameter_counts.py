@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ldft.config import ModelConfig
 from ldft.preflight import decoder_layers, parameter_counts
-from ldft.training import model
+from ldft.training.architecture import hf_config
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parents[1] / "training" / "published_configs.json").read_text())
 # Different in each place, so that no two parameters of a layer have the same size by chance.
@@ -64,7 +64,7 @@ def test_every_family_is_tried() -> None:
 )
 def test_every_parameters_size_is_transformers_own(family: str, values: dict[str, Any]) -> None:
     config = odd(family, values)
-    assert parameter_counts.parameter_sizes(config) == sizes_of_transformers(model.hf_config(config))
+    assert parameter_counts.parameter_sizes(config) == sizes_of_transformers(hf_config(config))
 
 
 def test_the_largest_layer_is_the_one_with_most_parameters() -> None:

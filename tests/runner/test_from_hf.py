@@ -19,7 +19,7 @@ from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError
 from ldft.runner import checks, dry_run
 from ldft.sweep import plan
-from ldft.training.model import hf_config
+from ldft.training.architecture import hf_config
 from tests.conftest import Done, compose
 from tests.training.test_published_configs import published
 

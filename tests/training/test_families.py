@@ -16,6 +16,7 @@ from ldft.errors import ConfigError
 from ldft.preflight import attention
 from ldft.preflight.selection import select
 from ldft.training import data, model
+from ldft.training.architecture import hf_config
 from ldft.training.checkpointing import checkpointing
 from tests.conftest import compose
 from tests.training.test_models import reduced
@@ -70,6 +71,6 @@ def test_flash_attention_is_wired_as_transformers_wants_it() -> None:
         assert capability and capability[0] == wanted.get("cuda_min_major_version", 8)
         assert f'"{package}"' in inspect.getsource(inspect.unwrap(wanted["general_availability_check"]))
         config = config_of("tiny", kind, CheckpointingMode.none)
-        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.hf_config(config.model))]
+        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config(config.model))]
         with pytest.raises(ImportError, match=f"FlashAttention{version} has been toggled on"):
-            network._from_config(model.hf_config(config.model), attn_implementation=kind.name)
+            network._from_config(hf_config(config.model), attn_implementation=kind.name)

@@ -20,6 +20,7 @@ from ldft.config.checkpointing import CheckpointingMode
 from ldft.preflight.selection import select
 from ldft.runner import measured
 from ldft.training import data, flops, model
+from ldft.training.architecture import hf_config
 from ldft.training.checkpointing import checkpointing
 from tests.conftest import long
 from tests.training.test_equality import run_once  # noqa: F401
@@ -84,7 +85,7 @@ def test_flops_that_cannot_be_told_are_null_with_a_note() -> None:
     config = config_of("qwen3_next", intermediate_size=256, expert_intermediate_size=INNER)
     config.train.iterations, config.train.warmup_iterations = 2, 1
     with torch.device("meta"), no_init_weights():
-        network = AutoModelForCausalLM.from_config(model.hf_config(config.model))
+        network = AutoModelForCausalLM.from_config(hf_config(config.model))
     report = flops.columns(network, config.model, TOKENS, TOKENS) | {
         "iteration_s": [1.0, 1.0],
         "peak_tflops_per_s": 9.0,
@@ -104,7 +105,7 @@ def test_one_module_holds_all_experts_of_a_layer(family: str) -> None:
     """Then every rank runs the same modules in the same order, as ZeRO-3 needs: no block of experts has to be fetched whole."""
     config = config_of(family, num_experts=7)
     with torch.device("meta"), no_init_weights():
-        network = AutoModelForCausalLM.from_config(model.hf_config(config.model))
+        network = AutoModelForCausalLM.from_config(hf_config(config.model))
     lists = [module for module in network.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 7]
     holders = [m for m in network.modules() if any(p.dim() == 3 and len(p) == 7 for p in m.parameters(recurse=False))]
     assert not lists and len(holders) == config.model.num_layers

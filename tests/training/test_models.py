@@ -14,6 +14,7 @@ from ldft.config import Config, Device, ModelConfig, OffloadDevice, Precision, S
 from ldft.preflight import parameter_counts
 from ldft.preflight.selection import select
 from ldft.training import data, flops, model
+from ldft.training.architecture import hf_config
 from tests.conftest import compose, models
 
 # Counts and config.json values as published on the hub, written down apart from conf/.
@@ -38,7 +39,7 @@ def test_every_model_is_known_here() -> None:
 @pytest.mark.parametrize("name", [*PUBLISHED, *OURS])
 def test_full_depth_has_the_published_count_and_architecture(name: str) -> None:
     config = compose(f"model={name}").model
-    built = model.hf_config(config)
+    built = hf_config(config)
     count = meta_count(built)
     if name in OURS:
         assert count == OURS[name]

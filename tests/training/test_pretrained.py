@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ldft.config import Config, Device
 from ldft.errors import ConfigError
 from ldft.preflight.selection import select
 from ldft.training import model, safetensors_index
+from ldft.training.architecture import hf_config
 from ldft.training.deepspeed import operators
 from tests.conftest import compose
 
@@ -76,10 +78,9 @@ def process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     torch.distributed.destroy_process_group()
 
 
-def test_under_zero_3_only_one_parameter_is_whole_at_a_time(
-    saved: tuple[Path, dict[str, torch.Tensor]], process_group: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, weights = saved
+@contextmanager
+def one_whole_at_a_time() -> Iterator[list[int]]:
+    """Within it a parameter may be gathered only while no other is whole. The number of parameters of each gathering."""
     sizes: list[int] = []
     whole = 0
     stock: Any = deepspeed.zero.GatheredParameters
@@ -97,12 +98,21 @@ def test_under_zero_3_only_one_parameter_is_whole_at_a_time(
             whole -= 1
             super().__exit__(*exc)
 
-    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", Noting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed.zero, "GatheredParameters", Noting)
+        yield sizes
+
+
+def test_under_zero_3_only_one_parameter_is_whole_at_a_time(
+    saved: tuple[Path, dict[str, torch.Tensor]], process_group: None
+) -> None:
+    folder, weights = saved
     config = config_of("offload=full", "model.weights=pretrained", f"model.path={folder}")
-    network = model.build(select(config), CPU)
+    with one_whole_at_a_time() as sizes:
+        network = model.build(select(config), CPU)
     assert sizes == [1] * len(weights)
     for name, parameter in network.named_parameters():
-        with stock(parameter):
+        with deepspeed.zero.GatheredParameters(parameter):
             assert torch.equal(parameter, weights[name]), name
         assert parameter.ds_status.name == "NOT_AVAILABLE"
 
@@ -158,7 +168,7 @@ def test_a_file_cut_short_is_refused_at_any_length(saved: tuple[Path, dict[str, 
 )
 def test_an_impossible_architecture_is_the_users_error(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        model.hf_config(config_of(*overrides).model)
+        hf_config(config_of(*overrides).model)
 
 
 def test_the_hub_is_asked_for_the_published_name(monkeypatch: pytest.MonkeyPatch) -> None:

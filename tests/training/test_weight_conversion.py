@@ -22,7 +22,7 @@ from ldft.errors import ConfigError
 from ldft.preflight.selection import select
 from ldft.training import data, model
 from tests.conftest import Done, compose, long
-from tests.training.test_pretrained import CPU, process_group  # noqa: F401
+from tests.training.test_pretrained import CPU, one_whole_at_a_time, process_group  # noqa: F401
 
 EXPERTS = ("model.num_experts=4", "model.num_experts_per_token=2")
 # More than ten, so that their order as numbers is not that as text.
@@ -112,30 +112,14 @@ def test_under_zero_3_one_parameter_is_whole_and_experts_are_the_same(
     family: str,
     process_group: None,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = saved(family, tmp_path / "saved")
-    whole = 0
-    stock: Any = deepspeed.zero.GatheredParameters
-
-    class Noting(stock):
-        def __enter__(self) -> None:
-            nonlocal whole
-            super().__enter__()
-            whole += 1
-            assert whole == 1 and len(self.params) == 1, "gathered while another parameter is whole"
-
-        def __exit__(self, *exc: object) -> None:
-            nonlocal whole
-            whole -= 1
-            super().__exit__(*exc)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(deepspeed.zero, "GatheredParameters", Noting)
+    with one_whole_at_a_time() as sizes:
         split = built(family, "offload=full", "train.precision=fp32", path=tmp_path / "saved")
+    assert set(sizes) == {1}
     expected = network.state_dict()
     for name, tensor in split.state_dict(keep_vars=True).items():
-        with stock(tensor) if isinstance(tensor, torch.nn.Parameter) else torch.no_grad():
+        with deepspeed.zero.GatheredParameters(tensor) if isinstance(tensor, torch.nn.Parameter) else torch.no_grad():
             assert torch.equal(tensor, expected[name]), name
 
 
