@@ -66,7 +66,9 @@ def check_over_time(row, seen: Seen) -> None:
     assert [line.split()[0] for line in seen.once.splitlines()[2:6]] == ["0", "1", "2", "3"]
 
 
-@RUNS.add("weighted_0_3", "numa=weighted_0_3", monitored=True)
+# In base pages: the kernel takes the node of a huge page from its address, and an arena of this model has two of them, which
+# cannot lie 1:2. Whether the six of them come out right together would depend on where the process maps them.
+@RUNS.add("weighted_0_3", "numa=weighted_0_3", "memory.huge_pages=false", monitored=True)
 def weighted_0_3(row, seen):
     """The kernel's weights, borrowed for the run."""
     import json
