@@ -18,7 +18,7 @@
 #include "stripes.h"
 #include "system.h"
 #include "touch.h"
-#include "update.h"
+#include "update_job.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -84,26 +84,20 @@ std::vector<RangeTuple> make_stripes(std::size_t bytes, std::size_t stripe, cons
   return tuples;
 }
 
+// An update and the Python object that owns the memory it works on, which is released after it.
+struct Update {
+  nb::object owner;
+  ldft::UpdateJob job;
+};
+
 float* floats(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
 
-void adamw(std::uintptr_t weights, std::uintptr_t gradients, std::uintptr_t momentum, std::uintptr_t variance,
-           std::uintptr_t rounded, std::size_t count, float gradient_factor, float beta1, float beta2, float epsilon,
-           float inverse_bias2, float step, float decay, std::size_t threads) {
-  const ldft::Partition partition{floats(weights),
-                                  floats(gradients),
-                                  floats(momentum),
-                                  floats(variance),
-                                  reinterpret_cast<std::uint16_t*>(rounded),
-                                  count};
-  ldft::update(ldft::AdamW{gradient_factor, beta1, beta2, epsilon, inverse_bias2, step, decay}, partition, threads);
-}
-
-void lion(std::uintptr_t weights, std::uintptr_t gradients, std::uintptr_t momentum, std::uintptr_t rounded,
-          std::size_t count, float gradient_factor, float beta1, float beta2, float rate, float weight_decay,
-          std::size_t threads) {
-  const ldft::Partition partition{
-      floats(weights), floats(gradients), floats(momentum), nullptr, reinterpret_cast<std::uint16_t*>(rounded), count};
-  ldft::update(ldft::Lion{gradient_factor, beta1, beta2, rate, weight_decay}, partition, threads);
+template <typename Rule>
+std::size_t add(Update& self, const Rule& rule, std::uintptr_t weights, std::uintptr_t gradients,
+                ldft::Type gradient_type, std::uintptr_t momentum, std::uintptr_t variance, std::uintptr_t copy,
+                ldft::Type copy_type, std::size_t count) {
+  return self.job.add(rule, {floats(weights), reinterpret_cast<const void*>(gradients), gradient_type, floats(momentum),
+                             floats(variance), reinterpret_cast<void*>(copy), copy_type, count});
 }
 
 }  // namespace
@@ -143,12 +137,51 @@ NB_MODULE(_native, m) {
   m.def("is_live", &ldft::is_live, "address"_a, "Whether a region that starts there is reserved now.");
   m.def("current_cpu", [] { return sched_getcpu(); }, "CPU that the calling thread runs on now; -1 when unknown.");
   m.def("note_exit", &ldft::note_exit, "The interpreter is ending: leave registered memory to the kernel.");
-  m.def("adamw", &adamw, "weights"_a, "gradients"_a, "momentum"_a, "variance"_a, "rounded"_a, "count"_a,
-        "gradient_factor"_a, "beta1"_a, "beta2"_a, "epsilon"_a, "inverse_bias2"_a, "step"_a, "decay"_a, "threads"_a,
-        no_gil(),
-        "AdamW on fp32 arrays at these addresses; also writes the new weights to `rounded` as bf16, unless it is 0.");
-  m.def("lion", &lion, "weights"_a, "gradients"_a, "momentum"_a, "rounded"_a, "count"_a, "gradient_factor"_a, "beta1"_a,
-        "beta2"_a, "rate"_a, "weight_decay"_a, "threads"_a, no_gil(), "Lion, likewise.");
+  nb::enum_<ldft::Type>(m, "Type", "Format of an array's elements.")
+      .value("fp32", ldft::Type::fp32)
+      .value("bf16", ldft::Type::bf16)
+      .value("fp16", ldft::Type::fp16);
+  nb::class_<ldft::AdamW>(m, "AdamW", "Scalars of one step of AdamW; see csrc/update.h.")
+      .def(nb::init<float, float, float, float, float, float, float>(), "gradient_factor"_a, "beta1"_a, "beta2"_a,
+           "epsilon"_a, "inverse_bias2"_a, "step"_a, "decay"_a);
+  nb::class_<ldft::Lion>(m, "Lion", "Scalars of one step of Lion.")
+      .def(nb::init<float, float, float, float, float>(), "gradient_factor"_a, "beta1"_a, "beta2"_a, "rate"_a,
+           "weight_decay"_a);
+  const char* add_text =
+      "Add a parameter, after those that are there: addresses of fp32 weights, gradients, fp32 moments (variance: 0 "
+      "for "
+      "Lion), and of the copy of the new weights (0: none). Returns its number.";
+  nb::class_<Update>(m, "Update", "One step of the optimizer, by threads beside the program.")
+      .def(
+          "__init__", [](Update* self, nb::object owner) { new (self) Update{std::move(owner), {}}; }, "owner"_a.none(),
+          "owner: kept alive as long as this object, for the memory.")
+      .def("add", &add<ldft::AdamW>, "rule"_a, "weights"_a, "gradients"_a, "gradient_type"_a, "momentum"_a,
+           "variance"_a, "copy"_a, "copy_type"_a, "count"_a, add_text)
+      .def("add", &add<ldft::Lion>, "rule"_a, "weights"_a, "gradients"_a, "gradient_type"_a, "momentum"_a, "variance"_a,
+           "copy"_a, "copy_type"_a, "count"_a)
+      .def(
+          "start", [](Update& self, std::size_t threads, int nice) { self.job.start(threads, nice); }, "threads"_a,
+          "nice"_a, "Start threads at this nice value; without threads, whoever waits does all work.")
+      .def(
+          "wait", [](Update& self, std::size_t parameter) { self.job.wait(parameter); }, "parameter"_a, no_gil(),
+          "Return when a parameter is updated; the calling thread helps meanwhile.")
+      .def(
+          "finish", [](Update& self) { self.job.finish(); }, no_gil(), "Return when all are.")
+      .def(
+          "pause", [](Update& self) { self.job.pause(); }, no_gil(), "Stop until resume() or the next wait.")
+      .def(
+          "resume", [](Update& self) { self.job.resume(); }, no_gil(), "Go on.")
+      .def(
+          "cancel", [](Update& self) { self.job.cancel(); }, no_gil(), "Stop for good, unfinished.")
+      .def_prop_ro(
+          "done", [](Update& self) { return self.job.done(); }, "Whether all parameters are updated.")
+      .def_prop_ro(
+          "progress",
+          [](Update& self) {
+            const auto now = self.job.progress();
+            return std::make_tuple(now.seconds, now.waited_s, now.bytes, now.beside);
+          },
+          "(seconds without pauses, seconds waited for it, bytes moved, bytes of them moved while nobody waited)");
 
   nb::class_<Handle>(m, "Region", "Reserved memory, freed when released or dropped, unless a capsule takes it over.")
       .def(

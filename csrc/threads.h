@@ -3,8 +3,29 @@
 
 #include <cstddef>
 #include <functional>
+#include <thread>
+#include <vector>
 
 namespace ldft {
+
+// Threads that each call one function. They leave signals to the program's own threads, and are joined at the latest
+// when this object ends.
+class Threads {
+ public:
+  Threads() = default;
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+  ~Threads() { join(); }
+
+  // Start up to `count` threads, the t-th with work(t): fewer where the system refuses more. `work` must not throw, and
+  // must go on until nothing is left to do.
+  void start(std::size_t count, std::function<void(std::size_t)> work);
+  std::size_t count() const { return threads_.size(); }
+  void join();
+
+ private:
+  std::vector<std::thread> threads_;
+};
 
 // Call work(0) to work(count - 1) concurrently and return when all have ended: work(own) on the calling thread, the
 // others on a new one; with own >= count, the caller only waits. If no more threads can be started, fewer calls are

@@ -1,26 +1,27 @@
 #include "update.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#include "threads.h"
+#include "formats.h"
 
-#define LDFT_INLINE inline __attribute__((always_inline))
+#ifdef __x86_64__
+#include <emmintrin.h>
+#endif
 
 namespace ldft {
 namespace {
 
-// Elements that a thread takes at a time. Small enough that the last pieces end together.
-constexpr std::size_t kPiece = std::size_t{1} << 17;
-// Block within a piece: fits into the nearest cache, so that weights are rounded before they leave it.
+// Block within a piece: gradients are widened into the nearest cache, and new weights rounded before they leave it.
 constexpr std::size_t kBlock = std::size_t{1} << 10;
 
-LDFT_INLINE void update_block(const AdamW& rule, const Partition& all, std::size_t from, std::size_t count) {
+LDFT_INLINE void update_block(const AdamW& rule, const Partition& all, const float* __restrict gradients,
+                              std::size_t from, std::size_t count) {
   const AdamW r = rule;
   float* __restrict weights = all.weights + from;
-  const float* __restrict gradients = all.gradients + from;
   float* __restrict momentum = all.momentum + from;
   float* __restrict variance = all.variance + from;
   const float new1 = 1 - r.beta1;
@@ -37,10 +38,10 @@ LDFT_INLINE void update_block(const AdamW& rule, const Partition& all, std::size
   }
 }
 
-LDFT_INLINE void update_block(const Lion& rule, const Partition& all, std::size_t from, std::size_t count) {
+LDFT_INLINE void update_block(const Lion& rule, const Partition& all, const float* __restrict gradients,
+                              std::size_t from, std::size_t count) {
   const Lion r = rule;
   float* __restrict weights = all.weights + from;
-  const float* __restrict gradients = all.gradients + from;
   float* __restrict momentum = all.momentum + from;
   const float new1 = 1 - r.beta1;
   const float new2 = 1 - r.beta2;
@@ -53,78 +54,114 @@ LDFT_INLINE void update_block(const Lion& rule, const Partition& all, std::size_
   }
 }
 
-LDFT_INLINE void round_block(const float* __restrict from, std::uint16_t* __restrict to, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i) {
-    std::uint32_t bits;
-    std::memcpy(&bits, from + i, sizeof bits);
-    const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;  // rounding could turn it into an infinity
-    to[i] = static_cast<std::uint16_t>(is_nan ? 0x7fc0 : rounded);
+// Copy past the caches: nobody on the CPU reads the weights' copy again, and an ordinary store would first read the
+// memory that it overwrites.
+LDFT_INLINE void stream_out(void* to, const void* from, std::size_t bytes) {
+#ifdef __x86_64__
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  const std::size_t head = std::min(bytes, (16 - reinterpret_cast<std::uintptr_t>(target) % 16) % 16);
+  std::memcpy(target, source, head);
+  std::size_t done = head;
+  for (; done + 16 <= bytes; done += 16) {
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + done));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target + done), sixteen);
   }
+  std::memcpy(target + done, source + done, bytes - done);
+#else
+  std::memcpy(to, from, bytes);
+#endif
 }
 
-template <typename Rule>
-LDFT_INLINE void update_piece(const Rule& rule, const Partition& all, std::size_t from, std::size_t end) {
+template <typename Gradient, typename Copy, typename OneRule>
+LDFT_INLINE void update_piece(const OneRule& rule, const Partition& all, std::size_t from, std::size_t end) {
+  const auto* stored = static_cast<const typename Gradient::Stored*>(all.gradients);
+  auto* copy = static_cast<typename Copy::Stored*>(all.copy);
+  alignas(64) float gradients[kBlock];
+  alignas(64) typename Copy::Stored narrow[kBlock];
   for (; from < end; from += kBlock) {
     const std::size_t count = std::min(kBlock, end - from);
-    update_block(rule, all, from, count);
-    if (all.rounded != nullptr) round_block(all.weights + from, all.rounded + from, count);
+    for (std::size_t i = 0; i < count; ++i) gradients[i] = Gradient::wide(stored[from + i]);
+    update_block(rule, all, gradients, from, count);
+    if (copy == nullptr) continue;
+    const float* __restrict weights = all.weights + from;
+    for (std::size_t i = 0; i < count; ++i) narrow[i] = Copy::narrow(weights[i]);
+    stream_out(copy + from, narrow, count * sizeof narrow[0]);
   }
+#ifdef __x86_64__
+  _mm_sfence();  // streaming stores are not ordered before a later flag otherwise
+#endif
 }
 
 // The loops above are plain; the compiler vectorises them for each of these CPUs. The module is built for any CPU of
 // its architecture, so the version for this machine is chosen here.
-template <typename Rule>
-using Piece = void (*)(const Rule&, const Partition&, std::size_t, std::size_t);
+template <typename OneRule>
+using Piece = void (*)(const OneRule&, const Partition&, std::size_t, std::size_t);
 
-template <typename Rule>
-void on_any(const Rule& rule, const Partition& all, std::size_t from, std::size_t end) {
-  update_piece(rule, all, from, end);
+template <typename OneRule, typename Gradient, typename Copy>
+void on_any(const OneRule& rule, const Partition& all, std::size_t from, std::size_t end) {
+  update_piece<Gradient, Copy>(rule, all, from, end);
 }
 
 #ifdef __x86_64__
-template <typename Rule>
-__attribute__((target("avx2,fma"))) void on_avx2(const Rule& rule, const Partition& all, std::size_t from,
+template <typename OneRule, typename Gradient, typename Copy>
+__attribute__((target("avx2,fma"))) void on_avx2(const OneRule& rule, const Partition& all, std::size_t from,
                                                  std::size_t end) {
-  update_piece(rule, all, from, end);
+  update_piece<Gradient, Copy>(rule, all, from, end);
 }
 
-template <typename Rule>
-__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void on_avx512(const Rule& rule,
+template <typename OneRule, typename Gradient, typename Copy>
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) void on_avx512(const OneRule& rule,
                                                                                       const Partition& all,
                                                                                       std::size_t from,
                                                                                       std::size_t end) {
-  update_piece(rule, all, from, end);
+  update_piece<Gradient, Copy>(rule, all, from, end);
 }
 #endif
 
-template <typename Rule>
-Piece<Rule> for_this_cpu() {
+template <typename OneRule, typename Gradient, typename Copy>
+Piece<OneRule> for_this_cpu() {
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return on_avx512<Rule>;
+    return on_avx512<OneRule, Gradient, Copy>;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return on_avx2<Rule>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return on_avx2<OneRule, Gradient, Copy>;
 #endif
-  return on_any<Rule>;
+  return on_any<OneRule, Gradient, Copy>;
 }
 
-template <typename Rule>
-void share_out(const Rule& rule, const Partition& all, std::size_t threads) {
-  const Piece<Rule> update = for_this_cpu<Rule>();
-  std::atomic<std::size_t> next{0};
-  const std::size_t useful = std::max<std::size_t>(1, std::min(threads, (all.count + kPiece - 1) / kPiece));
-  run_threads(useful, 0, [&](std::size_t) {
-    for (std::size_t piece = next.fetch_add(kPiece); piece < all.count; piece = next.fetch_add(kPiece)) {
-      update(rule, all, piece, std::min(all.count, piece + kPiece));
-    }
-  });
+template <typename OneRule, typename Gradient>
+Piece<OneRule> for_copy(Type copy) {
+  if (copy == Type::bf16) return for_this_cpu<OneRule, Gradient, Bf16>();
+  if (copy == Type::fp16) return for_this_cpu<OneRule, Gradient, Fp16>();
+  return for_this_cpu<OneRule, Gradient, Fp32>();
 }
+
+template <typename OneRule>
+Piece<OneRule> for_types(Type gradients, Type copy) {
+  if (gradients == Type::bf16) return for_copy<OneRule, Bf16>(copy);
+  if (gradients == Type::fp16) return for_copy<OneRule, Fp16>(copy);
+  return for_copy<OneRule, Fp32>(copy);
+}
+
+std::size_t bytes_of(Type type) { return type == Type::fp32 ? 4 : 2; }
 
 }  // namespace
 
-void update(const AdamW& rule, const Partition& partition, std::size_t threads) { share_out(rule, partition, threads); }
-void update(const Lion& rule, const Partition& partition, std::size_t threads) { share_out(rule, partition, threads); }
+void update(const Rule& rule, const Partition& partition, std::size_t from, std::size_t end) {
+  std::visit(
+      [&](const auto& one) {
+        using OneRule = std::decay_t<decltype(one)>;
+        for_types<OneRule>(partition.gradient_type, partition.copy_type)(one, partition, from, end);
+      },
+      rule);
+}
+
+std::size_t traffic(const Rule& rule, const Partition& partition) {
+  const std::size_t states = std::holds_alternative<AdamW>(rule) ? 3 : 2;  // with the weights; read and written
+  const std::size_t copy = partition.copy == nullptr ? 0 : bytes_of(partition.copy_type);
+  return partition.count * (states * 2 * sizeof(float) + bytes_of(partition.gradient_type) + copy);
+}
 
 }  // namespace ldft

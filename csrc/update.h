@@ -2,18 +2,21 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
+#include <variant>
 
 namespace ldft {
 
-// fp32 arrays of one partition, and the destination of its weights rounded to bf16 (nearest, ties to even), or null.
-// They must not overlap.
+enum class Type { fp32, bf16, fp16 };
+
+// Arrays of the parts of a parameter that this rank updates. They must not overlap.
 struct Partition {
   float* weights;
-  const float* gradients;
+  const void* gradients;
+  Type gradient_type;
   float* momentum;
   float* variance;  // AdamW's only
-  std::uint16_t* rounded;
+  void* copy;       // receives the new weights in the precision of the computation; may be null
+  Type copy_type;
   std::size_t count;
 };
 
@@ -32,9 +35,17 @@ struct Lion {
   float gradient_factor, beta1, beta2, rate, weight_decay;
 };
 
-// Update a whole partition with up to `threads` threads, including the caller. Roundings are those of
-// DeepSpeed's CPUAdam and CPULion on a CPU with FMA: results are equal bit for bit.
-void update(const AdamW& rule, const Partition& partition, std::size_t threads);
-void update(const Lion& rule, const Partition& partition, std::size_t threads);
+using Rule = std::variant<AdamW, Lion>;
+
+// Elements that a thread takes at a time: small enough that the last pieces end together, and that a waiting thread
+// soon goes on.
+constexpr std::size_t kPiece = std::size_t{1} << 17;
+
+// Update elements [from, end) of a partition on the calling thread; its writes are visible to other threads as ordinary
+// writes are. Roundings are those of DeepSpeed's CPUAdam and CPULion on a CPU with FMA: results are equal bit for bit.
+void update(const Rule& rule, const Partition& partition, std::size_t from, std::size_t end);
+
+// Bytes that the update of a partition reads and writes.
+std::size_t traffic(const Rule& rule, const Partition& partition);
 
 }  // namespace ldft

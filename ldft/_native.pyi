@@ -14,35 +14,53 @@ def usage() -> tuple[int, int, int]: ...
 def is_live(address: int) -> bool: ...
 def current_cpu() -> int: ...
 def note_exit() -> None: ...
-def adamw(
-    weights: int,
-    gradients: int,
-    momentum: int,
-    variance: int,
-    rounded: int,
-    count: int,
-    gradient_factor: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    inverse_bias2: float,
-    step: float,
-    decay: float,
-    threads: int,
-) -> None: ...
-def lion(
-    weights: int,
-    gradients: int,
-    momentum: int,
-    rounded: int,
-    count: int,
-    gradient_factor: float,
-    beta1: float,
-    beta2: float,
-    rate: float,
-    weight_decay: float,
-    threads: int,
-) -> None: ...
+
+class Type:
+    fp32: Type
+    bf16: Type
+    fp16: Type
+
+class AdamW:
+    def __init__(
+        self,
+        gradient_factor: float,
+        beta1: float,
+        beta2: float,
+        epsilon: float,
+        inverse_bias2: float,
+        step: float,
+        decay: float,
+    ) -> None: ...
+
+class Lion:
+    def __init__(
+        self, gradient_factor: float, beta1: float, beta2: float, rate: float, weight_decay: float
+    ) -> None: ...
+
+class Update:
+    def __init__(self, owner: object) -> None: ...
+    def add(
+        self,
+        rule: AdamW | Lion,
+        weights: int,
+        gradients: int,
+        gradient_type: Type,
+        momentum: int,
+        variance: int,
+        copy: int,
+        copy_type: Type,
+        count: int,
+    ) -> int: ...
+    def start(self, threads: int, nice: int) -> None: ...
+    def wait(self, parameter: int) -> None: ...
+    def finish(self) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def cancel(self) -> None: ...
+    @property
+    def done(self) -> bool: ...
+    @property
+    def progress(self) -> tuple[float, float, int, int]: ...
 
 class Region:
     def __init__(self, bytes: int, huge: bool) -> None: ...

@@ -47,6 +47,11 @@ class OptimizerConfig:
     CPUAdam or CPULion, with separate torch passes. null: true if all optimizer state is fp32 in host memory and DeepSpeed
     does not move it itself."""
 
+    overlap_step: bool | None = None
+    """true: the fused step updates offloaded weights beside the next forward pass, which waits for each weight that it needs;
+    false: within the step. The results are the same bit for bit. null: true on GPUs, where all weights and their optimizer state
+    are in host memory and every weight is trained."""
+
     def validate(self) -> None:
         if self.name not in ("adamw", "lion"):
             raise ConfigError("optimizer.name", f"'{self.name}' does not exist; use adamw or lion")

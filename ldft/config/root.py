@@ -42,6 +42,7 @@ _LATER = (
     "model.router_aux_loss",
     "data.column",
     "data.loss",
+    "optimizer.overlap_step",
 )
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.
 _IDENTITY_VERSION = 1

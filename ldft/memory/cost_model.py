@@ -10,10 +10,13 @@ directions run concurrently, so a phase takes as long as its slowest stream:
 
     optimizer   CPU: the update reads gradients, reads and writes master weights and moments, and writes 16-bit weights
     forward     to the GPU: weights; from it: layer inputs
-    backward    to the GPU: weights, layer inputs, gradients read back to accumulate; from it: gradients, twice
+    backward    to the GPU: weights, layer inputs, gradients read back to accumulate; from it: gradients, by stock DeepSpeed in
+                fp32 too
 
-Forward and backward repeat for every accumulated micro-batch.
-GPU compute is not modelled: it hides copies, equally for every placement.
+Forward and backward repeat for every accumulated micro-batch. An update beside the next forward pass (optimizer.overlap_step)
+is one more stream of that phase, of the first micro-batch only, instead of a phase of its own.
+GPU compute is not modelled: it hides copies, equally for every placement. It hides an overlapped update as well, so what the model
+says of that is an upper bound.
 """
 
 from __future__ import annotations
@@ -44,13 +47,22 @@ STOCK: Streams = {
     ("backward", "h2d"): {"compute_weights": 1, "activations": 1, "compute_gradients": 1},
     ("backward", "d2h"): {"compute_gradients": 1, "master_gradients": 1},
 }
-# With ldft's update (optimizer.fused_step), unscaling and the 16-bit copy happen in the same pass.
+# With ldft's update (optimizer.fused_step) under ZeRO-3, unscaling and the 16-bit copy happen in the same pass, and the gradients
+# are those in compute precision.
 FUSED: Streams = dict(STOCK) | {
-    ("optimizer", "cpu"): {**STOCK["optimizer", "cpu"], "master_gradients": 1, "master_weights": 2}
+    ("optimizer", "cpu"): {
+        "compute_gradients": 1,
+        "master_weights": 2,
+        "momentum": 2,
+        "variance": 2,
+        "compute_weights": 1,
+    },
+    ("backward", "d2h"): {"compute_gradients": 1},
 }
 # Written once the last micro-batch is accumulated (stage3.py, _offload_grad_partition_at_boundary).
 _ONCE = "master_gradients"
-PHASES = ("optimizer", "forward", "backward")
+# Forward passes of accumulated micro-batches after the first, where the first has the update beside it.
+_LATER = "later forward"
 # Shares are rounded to multiples of 1/PARTS and become integer weights.
 PARTS = 10_000
 
@@ -89,14 +101,37 @@ class Bandwidths:
         return (self.h2d, self.link_h2d) if engine == "h2d" else (self.d2h, self.link_d2h)
 
 
+def phases(streams: Streams) -> tuple[str, ...]:
+    """The phases of a step, in order."""
+    return tuple(dict.fromkeys(phase for phase, _ in streams))
+
+
+def update_of(streams: Streams) -> Mapping[str, float]:
+    """Role -> accesses of the update to each stored byte."""
+    return next(accesses for (_, engine), accesses in streams.items() if engine == "cpu")
+
+
+def overlapped(streams: Streams) -> Streams:
+    """The traffic of a step whose update runs beside the next forward pass."""
+    return {
+        ("forward" if engine == "cpu" else phase, engine): accesses for (phase, engine), accesses in streams.items()
+    }
+
+
 def accumulated(streams: Streams, micro_batches: int) -> Streams:
     """The traffic of a step that accumulates `micro_batches`, from the traffic of a step with one."""
-    return {
-        (phase, engine): accesses
-        if phase == "optimizer"
-        else {role: times * (1 if role == _ONCE else micro_batches) for role, times in accesses.items()}
-        for (phase, engine), accesses in streams.items()
-    }
+    found: dict[tuple[str, str], Mapping[str, float]] = {}
+    later: dict[tuple[str, str], Mapping[str, float]] = {}
+    for (phase, engine), accesses in streams.items():
+        if engine == "cpu":
+            found[phase, engine] = accesses
+        elif (phase, "cpu") in streams:
+            found[phase, engine] = accesses
+            later[_LATER, engine] = {role: times * (micro_batches - 1) for role, times in accesses.items()}
+        else:
+            repeats = {role: 1 if role == _ONCE else micro_batches for role in accesses}
+            found[phase, engine] = {role: times * repeats[role] for role, times in accesses.items()}
+    return found | (later if micro_batches > 1 else {})
 
 
 def stream_s(
@@ -111,7 +146,7 @@ def step_s(
     sizes: Mapping[str, float], shares: Shares, bandwidths: Bandwidths, gpus: int = 1, *, streams: Streams = STOCK
 ) -> dict[str, float]:
     """Seconds of a step's host traffic by phase. sizes: bytes by role, all ranks together; one GPU a rank."""
-    seconds = dict.fromkeys(PHASES, 0.0)
+    seconds = dict.fromkeys(phases(streams), 0.0)
     for (phase, engine), accesses in streams.items():
         traffic: dict[int, float] = {}
         for role, times in accesses.items():
@@ -181,15 +216,16 @@ def _program(
     column = {(role, node): i for i, (role, node) in enumerate((r, n) for r in roles for n in nodes)}
     # Scaled to suit the solver's tolerances: times are in units of all bytes over all rates.
     unit_s = total / sum(bandwidths.cpu.values())
-    least = [0.0] * len(PHASES)
+    names = phases(streams)
+    least = [0.0] * len(names)
     rows = []
     limits = []
     for (phase, engine), accesses in streams.items():
         rates, link = bandwidths.rates(engine)
-        at = PHASES.index(phase)
+        at = names.index(phase)
         least[at] = max(least[at], sum(n * sizes.get(role, 0.0) for role, n in accesses.items()) / gpus / link / unit_s)
         for node in nodes:
-            row = np.zeros(count + len(PHASES))
+            row = np.zeros(count + len(names))
             for role, times in accesses.items():
                 if (role, node) in column:
                     row[column[role, node]] = times * sizes[role] / rates[node] / unit_s
@@ -197,17 +233,17 @@ def _program(
             rows.append(row)
             limits.append(0.0)
     for members, budget in budgets.items():
-        row = np.zeros(count + len(PHASES))
+        row = np.zeros(count + len(names))
         for role in roles:
             for node in members:
                 row[column[role, node]] = sizes[role] / total
         rows.append(row)
         limits.append(budget / total - len(members) * spare)
-    whole = np.zeros((len(roles), count + len(PHASES)))
+    whole = np.zeros((len(roles), count + len(names)))
     for i in range(len(roles)):
         whole[i, i * len(nodes) : (i + 1) * len(nodes)] = 1.0
     found = linprog(
-        np.concatenate([np.zeros(count), np.ones(len(PHASES))]),
+        np.concatenate([np.zeros(count), np.ones(len(names))]),
         A_ub=np.array(rows),
         b_ub=np.array(limits),
         A_eq=whole,

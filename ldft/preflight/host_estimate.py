@@ -1,9 +1,10 @@
 """Expected bytes in host memory by formula, before anything runs. Imports no torch. For VRAM see device_estimate.py.
 
-Memory that stock DeepSpeed (0.19, from its source) keeps for each trained parameter that a rank holds, with the optimizer on the
+Memory that DeepSpeed (0.19, from its source) keeps for each trained parameter that a rank holds, with the optimizer on the
 host:
 
-    master_weights, master_gradients    4 B each, fp32
+    master_weights                      4 B, fp32
+    master_gradients                    4 B, fp32; with ldft's fused step under ZeRO-3 none: it reads compute_gradients
     momentum, variance                  4 B each, fp32; Lion has no variance
     compute_gradients                   ZeRO-3: in compute precision, also with one accumulation step
                                         ZeRO-2: one largest parameter, and with accumulation every parameter that the rank
@@ -27,8 +28,9 @@ from ldft.preflight.selection import Selection
 _PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.36 * 2**30)}
 
 
-def host_bytes(config: Config) -> dict[str, int]:
+def host_bytes(run: Selection) -> dict[str, int]:
     """Bytes of one rank in host memory by role, the same for every rank; roles that stay on the device are left out."""
+    config = run.config
     offload, ranks = config.offload, config.launch.num_ranks
     width = parameter_counts.width(config)
     trained, frozen = parameter_counts.trained_sizes(config), parameter_counts.frozen_sizes(config)
@@ -47,6 +49,8 @@ def host_bytes(config: Config) -> dict[str, int]:
         roles |= {name: 4 * share for name in ("master_weights", "master_gradients", "momentum", "variance")}
         if config.optimizer.name == "lion":
             del roles["variance"]
+        if run.shares_gradients:
+            del roles["master_gradients"]
     elif offload.optimizer is OffloadDevice.nvme:
         roles["compute_gradients"] = width * parameter_counts.split(trained, ranks)
     if offload.parameters is OffloadDevice.cpu:
@@ -88,7 +92,7 @@ def other_bytes(run: Selection, device: device_estimate.Parts) -> dict[str, int]
         parts["swap buffers"] = _swap_buffers(run)
     if (
         config.train.precision is Precision.fp16
-        and "compute_gradients" in host_bytes(config)
+        and "compute_gradients" in host_bytes(run)
         and config.offload.stage == 3
         and not run.fused_step
     ):
@@ -119,10 +123,11 @@ def _rounding(run: Selection) -> int:
     """Bytes that torch's pinned allocator adds: it rounds each block up to a power of two, and the weights, pinned one by one
     before DeepSpeed moves them into one block, stay in its cache."""
     config, zero = run.config, run.zero
-    roles, ranks = host_bytes(config), config.launch.num_ranks
+    roles, ranks = host_bytes(run), config.launch.num_ranks
     width = parameter_counts.width(config)
     blocks = [roles["compute_gradients"], roles.get("compute_weights", 0)]
-    blocks += [4 * part for part in _sub_groups(config, zero.get("sub_group_size", 1 << 62))]
+    if not run.shares_gradients:
+        blocks += [4 * part for part in _sub_groups(config, zero.get("sub_group_size", 1 << 62))]
     added = sum(_power_of_two(block) - block for block in blocks)
     if config.offload.parameters is OffloadDevice.cpu:
         sizes = parameter_counts.trained_sizes(config) + parameter_counts.frozen_sizes(config)

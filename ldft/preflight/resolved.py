@@ -60,7 +60,7 @@ def resolve(config: Config, *, topology: Topology | None = None, deepspeed: dict
 def complete(run: Selection) -> Resolved:
     """Add placements and estimate. Raises PlacementError if they do not fit the machine or the budgets."""
     moments = device_estimate.moments(run)
-    roles = host_estimate.host_bytes(run.config)
+    roles = host_estimate.host_bytes(run)
     others = host_estimate.other_bytes(run, device_estimate.peak_of(moments))
     return Resolved(
         **{field.name: getattr(run, field.name) for field in fields(Selection)},

@@ -12,7 +12,7 @@ from ldft.memory.policy import Placement, PlacementError
 from ldft.memory.topology import Topology, format_list
 from ldft.preflight import host_estimate
 from ldft.preflight.selection import Selection
-from ldft.preflight.strategies import ROLES, STRATEGIES, Needs, Task
+from ldft.preflight.strategies import ROLES, STRATEGIES, Needs, Task, in_turns
 
 if TYPE_CHECKING:
     from ldft.config import Config
@@ -44,7 +44,7 @@ def stripes_of_process(run: Selection) -> Placement | None:
     if config.numa.placement.kind != "weighted_interleave":
         return None
     placement = config.numa.placement.resolve(run.topology, "numa")
-    if can_weight(placement, run.topology) or not host_estimate.host_bytes(config) or not run.uses_arenas:
+    if can_weight(placement, run.topology) or not host_estimate.host_bytes(run) or not run.uses_arenas:
         return None
     return replace(placement, method="stripes")
 
@@ -83,7 +83,7 @@ def _by_strategy(
         )
     sizes = {role: float(ranks * size) for role, size in expected.items() if role not in asked}
     budgets = _budgets(run, local, cxl, asked, expected, process)
-    turns = [role for role in strategy.in_turns if role in sizes]
+    turns = in_turns(run, strategy, sizes)
     rest = {role: size for role, size in sizes.items() if role not in turns}
     try:
         weights = strategy.weights(Task(run, rest, local, cxl, budgets, sum(sizes[role] for role in turns)))

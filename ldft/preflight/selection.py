@@ -7,7 +7,7 @@ from typing import Any
 
 from ldft.config import AttentionKind, Config
 from ldft.memory.topology import Topology, read_topology
-from ldft.preflight import attention, deepspeed_config, liger
+from ldft.preflight import attention, deepspeed_config, liger, update_overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +25,21 @@ class Selection:
     liger: bool
     fused_step: bool
     """Whether ldft's own kernel updates the offloaded weights."""
+    overlap_step: bool
+    """Whether it does so beside the next forward pass."""
+    no_overlap: str
+    """Why it does not; empty if it does, or if no weights are updated in host memory."""
 
     @property
     def zero(self) -> dict[str, Any]:
         """DeepSpeed's settings of ZeRO."""
         section: dict[str, Any] = self.deepspeed["zero_optimization"]
         return section
+
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether the update reads the gradients in the precision in which they are accumulated, so that none are kept in fp32."""
+        return self.fused_step and self.config.offload.stage == 3
 
     @property
     def uses_arenas(self) -> bool:
@@ -46,6 +55,8 @@ def select(config: Config, *, topology: Topology | None = None, deepspeed: dict[
     """
     settings = deepspeed_config.build(config) if deepspeed is None else deepspeed
     kind = attention.choose(config)
+    fused = deepspeed_config.fuses_step(config, settings)
+    overlaps, obstacle = update_overlap.choose(config, settings, fused=fused)
     return Selection(
         config=config,
         topology=topology or read_topology(),
@@ -53,5 +64,7 @@ def select(config: Config, *, topology: Topology | None = None, deepspeed: dict[
         attention=kind,
         repeats_heads=attention.repeats_heads(config, kind),
         liger=liger.wanted(config),
-        fused_step=deepspeed_config.fuses_step(config, settings),
+        fused_step=fused,
+        overlap_step=overlaps,
+        no_overlap=obstacle,
     )

@@ -35,7 +35,8 @@ PRIORITY = (
     "activations",
     "compute_gradients",
 )
-# Accessed by copies only: for these, the strategy striped gives each rank its own CXL node.
+# Accessed by copies only: for these, the strategy striped gives each rank its own CXL node. (Gradients that the update reads in
+# compute precision are not among them.)
 ALTERNATING = ("activations", "compute_gradients")
 # The allocator's largest weight, hence the finest split.
 _FINEST = 1 << 20
@@ -84,8 +85,9 @@ def greedy(
     cxl: Sequence[int],
     local_budget: float,
     cxl_budget: float = float("inf"),
+    priority: Sequence[str] = PRIORITY,
 ) -> Weights:
-    """The paper's placement: fill local memory by PRIORITY up to its budget, put the rest in CXL; evenly within a set.
+    """The paper's placement: fill local memory by priority up to its budget, put the rest in CXL; evenly within a set.
 
     A role that only partly fits is split: it takes exactly the remaining local budget (to one part in 2^20 over the sizes of both
     sets, never more), the rest goes to CXL. sizes and budgets in bytes, all ranks together. Raises DoesNotFit if the CXL budget is
@@ -93,7 +95,7 @@ def greedy(
     """
     weights: Weights = {}
     left, beyond = local_budget, 0.0
-    for role in sorted(sizes, key=_rank):
+    for role in sorted(sizes, key=lambda role: priority.index(role) if role in priority else len(priority)):
         size = sizes[role]
         share = min(1.0, left / size) if size > 0 and cxl else 1.0
         # All nodes of a set get the same weight, so that the set is filled evenly; no weight is above _FINEST.
@@ -113,14 +115,25 @@ def greedy(
     return weights
 
 
-def _rank(role: str) -> int:
-    return PRIORITY.index(role) if role in PRIORITY else len(PRIORITY)
+def priority(run: Selection) -> tuple[str, ...]:
+    """PRIORITY; where the update reads the gradients in compute precision, these have the place of the fp32 ones."""
+    if not run.shares_gradients:
+        return PRIORITY
+    return tuple("compute_gradients" if role == "master_gradients" else role for role in PRIORITY[:-1])
+
+
+def in_turns(run: Selection, strategy: Strategy, sizes: Mapping[str, float]) -> list[str]:
+    """The roles of `sizes` that the strategy assigns to the CXL nodes in turn: only copies access them."""
+    streamed = ("compute_gradients",) if run.shares_gradients else ()
+    return [role for role in strategy.in_turns if role in sizes and role not in streamed]
 
 
 def streams(run: Selection) -> cost_model.Streams:
     """A step's traffic, depending on the update kernel and the number of micro-batches."""
     # With ZeRO-1/2, ldft's kernel replaces one of DeepSpeed's three passes.
-    once = cost_model.FUSED if run.fused_step and run.config.offload.stage == 3 else cost_model.STOCK
+    once = cost_model.FUSED if run.shares_gradients else cost_model.STOCK
+    if run.overlap_step:
+        once = cost_model.overlapped(once)
     return cost_model.accumulated(once, run.config.train.gradient_accumulation_steps)
 
 
@@ -155,7 +168,7 @@ def _evenly(nodes: tuple[int, ...]) -> Weights:
 
 def _greedily(task: Task) -> Weights:
     room = _even_room(task.local, task.budgets), _even_room(task.cxl, task.budgets) - task.in_turns
-    return greedy(task.sizes, task.local, task.cxl, *room)
+    return greedy(task.sizes, task.local, task.cxl, *room, priority=priority(task.run))
 
 
 def _optimally(task: Task) -> Weights:

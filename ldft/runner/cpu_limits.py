@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from ldft import _native
+from ldft.memory import cost_model
 from ldft.memory.limits import CGROUPS, PROC, cgroup_folders
 from ldft.memory.topology import SYSFS, parse_list
 from ldft.preflight import strategies
@@ -103,7 +104,7 @@ def warnings(run: Resolved, have: Cpus | None = None) -> list[str]:
 
 def _update_bytes(run: Resolved) -> float:
     """Bytes that the CPU update moves, over all ranks; 0 if the device updates."""
-    accesses = strategies.streams(run)["optimizer", "cpu"]
+    accesses = cost_model.update_of(strategies.streams(run))
     sizes = run.estimate.roles
     if "momentum" not in sizes:
         return 0.0
@@ -115,9 +116,13 @@ def _core_bytes_per_s(count: int = 1 << 22) -> float:
     """Bytes per second that the native AdamW moves on one core from memory: 28 bytes per parameter, over `count` parameters."""
     arrays = [mmap.mmap(-1, 4 * count) for _ in range(4)]
     weights, gradients, momentum, variance = (addressof(c_char.from_buffer(array)) for array in arrays)
+    rule = _native.AdamW(1.0, 0.9, 0.95, 1e-8, 1.0, -1e-4, 0.0)
     best = math.inf
     for _ in range(3):  # the first touches the memory
         started = time.perf_counter()
-        _native.adamw(weights, gradients, momentum, variance, 0, count, 1.0, 0.9, 0.95, 1e-8, 1.0, -1e-4, 0.0, 1)
+        update = _native.Update(arrays)
+        update.add(rule, weights, gradients, _native.Type.fp32, momentum, variance, 0, _native.Type.fp32, count)
+        update.start(0, 0)
+        update.finish()
         best = min(best, time.perf_counter() - started)
     return 28 * count / best

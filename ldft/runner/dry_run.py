@@ -98,7 +98,8 @@ def _what(run: Resolved) -> list[str]:
 def _updated_by(run: Resolved) -> str:
     config = run.config
     if run.fused_step:
-        return "by ldft's fused step in host memory"
+        where = "beside the next forward pass" if run.overlap_step else f"within the step: {run.no_overlap}"
+        return f"by ldft's fused step in host memory, {where}"
     if config.offload.optimizer is OffloadDevice.none:
         return "on the device" if config.launch.device is Device.cuda else "in host memory in the device's place"
     return "by DeepSpeed's own step in host memory"

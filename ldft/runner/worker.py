@@ -108,7 +108,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     from ldft.training import cuda_build, data, flops, liger_kernels, loop, model, snapshot
     from ldft.training.checkpointing import checkpointing
     from ldft.training.deepspeed import engine as engines
-    from ldft.training.deepspeed import operators, role_memory
+    from ldft.training.deepspeed import fused_step, operators, role_memory
 
     device_type = config.launch.device.name
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device_type == "cuda" else torch.device("cpu")
@@ -148,6 +148,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
         attention=network.config._attn_implementation,
         liger_modules=liger_kernels.count_modules(network),
         fused_step=run.fused_step,
+        overlap_step=run.overlap_step,
         **flops.columns(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens),
         peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
         **role_memory.at_work(role_memory.so_far(arenas, [])),
@@ -176,7 +177,9 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     def put(samples: loop.Samples) -> None:
         if len(samples.iteration_s) == 1:  # DeepSpeed allocates some buffers in its first iteration
             report.put(**role_memory.at_work(role_memory.tensors(engine, activations)))
-        report.put(**dataclasses.asdict(samples), **_memory(device))
+        report.put(
+            **{name: values for name, values in dataclasses.asdict(samples).items() if values}, **_memory(device)
+        )
 
     report.train(interpreter_start, role_memory.seconds(arenas))
     loop.run(
@@ -185,6 +188,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
         device,
         put,
         lambda iteration: snapshot.recording(config, report.folder, iteration, rank),
+        fused_step.updates_of(engine),
     )
     report.put(**node_memory.end(first), **role_memory.report(role_memory.tensors(engine, activations), arenas))
     report.phase("teardown", "ending")

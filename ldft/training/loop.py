@@ -2,6 +2,9 @@
 
 An iteration lasts from one barrier and device synchronisation to the next; its time, and the times of its parts, are those of the
 slowest rank. On CUDA the parts are read from events, so that timing adds no waits inside the iteration.
+
+An update beside the next forward pass runs only while the clock runs: it is paused between iterations, and the last iteration ends
+its own. So the sum of all iterations has every update in it, and a training step's price is in the iterations that pay for it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import torch
 import torch.distributed as dist
 
 from ldft.config import Config
+from ldft.memory.probe import GIB
 from ldft.training import data
+from ldft.training.deepspeed.update_overlap import Updates, UpdateTimes
 
 
 @dataclass(slots=True)
@@ -33,6 +38,9 @@ class Samples:
     learning_rate: list[float] = field(default_factory=list)
     skipped_updates: list[int] = field(default_factory=list)
     loss_tokens: list[int] = field(default_factory=list)
+    update_s: list[float] = field(default_factory=list)
+    update_wait_s: list[float] = field(default_factory=list)
+    update_overlapped_gib: list[float] = field(default_factory=list)
 
 
 class Clock:
@@ -68,8 +76,10 @@ def run(
     device: torch.device,
     report: Callable[[Samples], None],
     watch: Callable[[int], AbstractContextManager[None]],
+    updates: Updates | None = None,
 ) -> Samples:
-    """Train for `train.iterations` updates. report: called after each with all samples so far. watch: a context around each."""
+    """Train for `train.iterations` updates. report: called after each with all samples so far. watch: a context around each.
+    updates: those of the fused step, if it updates the weights."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     steps = config.train.gradient_accumulation_steps
     samples = Samples()
@@ -82,8 +92,11 @@ def run(
         clock = Clock(device)
         losses = []
         learning_rate, skipped = float(engine.get_lr()[0]), engine.skipped_steps
+        before = updates.times if updates else UpdateTimes()
         _settle(device)
         start = time.perf_counter()
+        if updates:
+            updates.resume()
         clock.mark()
         with watch(iteration):
             for batch in batches:
@@ -94,10 +107,17 @@ def run(
                 engine.step()
                 clock.mark()
                 losses.append(loss.detach())
+            if updates and iteration == config.train.iterations - 1:
+                updates.finish()
+        if updates:
+            updates.pause()
         _settle(device)
         total_s = time.perf_counter() - start
         parts = clock.differences_s()
-        mine = [total_s, *(sum(parts[part::3]) for part in range(3)), float(torch.stack(losses).float().mean())]
+        mean_loss = float(torch.stack(losses).float().mean())
+        took = (updates.times if updates else UpdateTimes()) - before
+        times = (took.update_s, took.wait_s, took.overlapped / GIB)
+        mine = [total_s, *(sum(parts[part::3]) for part in range(3)), mean_loss, *times]
         table = torch.empty(ranks, len(mine), dtype=torch.float64, device=device)
         dist.all_gather_into_tensor(table, torch.tensor([mine], dtype=torch.float64, device=device))
         slowest = table[table[:, 0].argmax()].tolist()
@@ -106,6 +126,10 @@ def run(
         samples.backward_s.append(slowest[2])
         samples.step_s.append(slowest[3])
         samples.loss.append(float(table[:, 4].mean()))
+        if updates:
+            samples.update_s.append(slowest[5])
+            samples.update_wait_s.append(slowest[6])
+            samples.update_overlapped_gib.append(float(table[:, 7].sum()))
         samples.learning_rate.append(learning_rate)
         samples.skipped_updates.append(engine.skipped_steps - skipped)
         samples.loss_tokens.append(data.loss_tokens(config, iteration))

@@ -76,6 +76,10 @@ def uses_liger(config: Config) -> Any:
     return liger.wanted(config)
 
 
+def overlaps_update(config: Config) -> Any:
+    return select(config).overlap_step
+
+
 def adapters(config: Config) -> Any:
     """Trainable parameters by name, scales and dropout."""
     config.offload.stage = 0

@@ -12,7 +12,7 @@ import pytest
 
 from ldft.memory import cost_model
 from ldft.memory.cost_model import Bandwidths, DoesNotFit, shares_of, step_s, stream_s
-from ldft.preflight.strategies import greedy
+from ldft.preflight.strategies import PRIORITY, greedy
 from multirun_analysis import published as published_tables
 
 Budgets = dict[tuple[int, ...], float]
@@ -69,13 +69,38 @@ def test_the_model_promises_too_much_of_writes_that_go_to_the_expander_most() ->
 
 
 def test_streams_add_up_to_the_accesses_of_each_role() -> None:
-    twice = dict.fromkeys(("momentum", "variance", "compute_gradients", "activations"), 2)
-    for streams, gradients, masters in ((cost_model.STOCK, 4, 3), (cost_model.FUSED, 2, 2)):
+    twice = dict.fromkeys(("momentum", "variance", "activations"), 2)
+    stock = {"master_gradients": 4, "compute_gradients": 2, "master_weights": 3}
+    fused = {"compute_gradients": 3, "master_weights": 2}
+    for streams, others in (
+        (cost_model.STOCK, stock),
+        (cost_model.FUSED, fused),
+        (cost_model.overlapped(cost_model.FUSED), fused),
+    ):
         sums: dict[str, float] = {}
         for accesses in streams.values():
             for role, times in accesses.items():
                 sums[role] = sums.get(role, 0) + times
-        assert sums == {"master_gradients": gradients, "master_weights": masters, "compute_weights": 3} | twice
+        assert sums == {"compute_weights": 3} | others | twice
+
+
+def test_an_overlapped_update_costs_what_exceeds_the_first_forward_pass() -> None:
+    rates = Bandwidths(cpu={0: 10.0}, h2d={0: 1.0}, d2h={0: 1.0}, link_h2d=1.0, link_d2h=1.0)
+    fused = cost_model.FUSED
+    beside = cost_model.overlapped(fused)
+    for weights, masters in ((2.0, 4.0), (2.0, 40.0)):  # the update is shorter than the copies of weights, and longer
+        sizes = {"compute_weights": weights, "master_weights": masters, "compute_gradients": 2.0}
+        shares = {role: {0: 1.0} for role in sizes}
+        update = (weights + 2 * masters + 2.0) / 10
+        for count in (1, 3):
+            within = step_s(sizes, shares, rates, streams=cost_model.accumulated(fused, count))
+            assert within == {"optimizer": update, "forward": count * weights, "backward": count * 4.0}
+            overlapped = step_s(sizes, shares, rates, streams=cost_model.accumulated(beside, count))
+            later = {"later forward": (count - 1) * weights} if count > 1 else {}
+            assert overlapped == {"forward": max(update, weights), "backward": count * 4.0} | later
+            assert cost_model.bound_s(sizes, rates, {}, streams=cost_model.accumulated(beside, count)) == pytest.approx(
+                sum(overlapped.values())
+            )
 
 
 def machine(chance: random.Random) -> tuple[Bandwidths, list[int], list[int], int]:
@@ -100,14 +125,17 @@ def machine(chance: random.Random) -> tuple[Bandwidths, list[int], list[int], in
     )
 
 
-@pytest.mark.parametrize("streams", [cost_model.STOCK, cost_model.FUSED], ids=["stock", "fused"])
+@pytest.mark.parametrize("streams", [cost_model.STOCK, cost_model.overlapped(cost_model.FUSED)], ids=["stock", "ldft"])
 def test_optimal_keeps_the_budgets_reaches_the_bound_and_beats_the_greedy(streams: cost_model.Streams) -> None:
+    stock = streams is cost_model.STOCK
+    stored = FULL if stock else {role: size for role, size in FULL.items() if role != "master_gradients"}
+    order = PRIORITY if stock else ("momentum", "variance", "compute_gradients", *PRIORITY[3:-1])
     chance = random.Random(7)
     gains = []
     for case in range(1000):
         bandwidths, local, cxl, gpus = machine(chance)
         parameters = chance.choice(PARAMETERS)
-        sizes = {role: parameters * each for role, each in FULL.items()}
+        sizes = {role: parameters * each for role, each in stored.items()}
         sizes["activations"] = chance.uniform(0.0, 6.0) * parameters
         total = sum(sizes.values())
         near = chance.uniform(0.1, 1.3) * total
@@ -120,13 +148,13 @@ def test_optimal_keeps_the_budgets_reaches_the_bound_and_beats_the_greedy(stream
             assert held <= budget, (case, members, held / budget)
         ours = sum(step_s(sizes, shares, bandwidths, gpus, streams=streams).values())
         assert 1 - 1e-6 <= ours / cost_model.bound_s(sizes, bandwidths, budgets, gpus, streams=streams) <= 1.02, case
-        theirs = shares_of(greedy(sizes, local, cxl, near, far))
+        theirs = shares_of(greedy(sizes, local, cxl, near, far, order))
         held = sum(sizes[role] * of.get(node, 0.0) for role, of in theirs.items() for node in local)
         assert held <= near * (1 + 1e-9)
         gains.append(sum(step_s(sizes, theirs, bandwidths, gpus, streams=streams).values()) / ours)
     assert min(gains) >= 0.999  # the greedy is one of the placements that the program chooses from
-    # If the update makes one pass, the CPU's part of a step is smaller, so placement can gain less.
-    assert statistics.geometric_mean(gains) >= (1.15 if streams is cost_model.STOCK else 1.13)
+    # If the update makes one pass, beside the forward pass, the CPU's part of a step is smaller, so placement can gain less.
+    assert statistics.geometric_mean(gains) >= (1.15 if stock else 1.08)
 
 
 def test_the_bound_is_that_of_a_search_over_all_placements() -> None:

@@ -11,9 +11,7 @@ from tests.conftest import long
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = [
-    CSRC / name for name in ("region.cpp", "stripes.cpp", "system.cpp", "threads.cpp", "touch.cpp", "update.cpp")
-]
+SOURCES = [CSRC / f"{name}.cpp" for name in ("region", "stripes", "system", "threads", "touch", "update", "update_job")]
 
 
 def build_and_run(folder: Path, sanitizers: str) -> subprocess.CompletedProcess[str]:

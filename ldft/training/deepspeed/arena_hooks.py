@@ -87,11 +87,15 @@ def _on_host(device: Any) -> bool:
 
 
 @contextmanager
-def engine(arenas: Arenas) -> Iterator[None]:
-    """The context for `deepspeed.initialize`."""
+def engine(arenas: Arenas | None, *, shared_gradients: bool) -> Iterator[None]:
+    """The context for `deepspeed.initialize`. arenas: None if DeepSpeed allocates its own tensors. shared_gradients: the fp32
+    gradients get no memory, since the fused step will replace them by parts of the gradients in compute precision."""
     serving = _Serving()
+    methods = {} if arenas is None else dict(METHODS)
+    if shared_gradients:
+        methods["initialize_optimizer_states"] = _without_memory
     with ExitStack() as stack:
-        for name, slots_of in METHODS.items():
+        for name, slots_of in methods.items():
             stack.enter_context(_wrapped(DeepSpeedZeroOptimizer_Stage3, name, _served(serving, slots_of, arenas)))
         yield
 
@@ -146,10 +150,12 @@ def _wrapped(owner: type, name: str, around: Callable[[Callable[..., Any]], Call
         setattr(owner, name, original)
 
 
-Slots = Callable[[Any, Arenas], list[torch.Tensor]]
+Slots = Callable[[Any, Any], list[torch.Tensor]]
 
 
-def _served(serving: _Serving, slots_of: Slots, arenas: Arenas) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _served(
+    serving: _Serving, slots_of: Slots, arenas: Arenas | None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def method(optimizer: Any) -> Any:
             with serving.serve(slots_of(optimizer, arenas)):
@@ -207,6 +213,13 @@ def _gradients(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:
     wants = [Want(roles.gradient_name(i), master.numel(), master.dtype) for i, master in enumerate(masters)]
     slots = _slots(arenas.of("master_gradients"), wants)
     return [max(slots, key=torch.Tensor.numel), *slots]
+
+
+def _without_memory(optimizer: Any, arenas: Any) -> list[torch.Tensor]:
+    """In the place of the fp32 gradients and of the scratch tensor: one zero, repeated."""
+    sizes = [master.numel() for master in optimizer.fp32_partitioned_groups_flat]
+    zero = torch.zeros((), dtype=optimizer.master_weights_and_grads_dtype)
+    return [zero.expand(size) for size in (max(sizes), *sizes)]
 
 
 def _accumulated(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:

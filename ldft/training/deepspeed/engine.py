@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,8 @@ def build(run: Selection, model: PreTrainedModel, arenas: Arenas | None) -> Any:
         own = (HostLion if config.optimizer.name == "lion" else HostAdamW)(trainable, **settings["optimizer"]["params"])
     elif config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
         own = DeviceLion(trainable, **settings["optimizer"]["params"])
-    with arena_hooks.engine(arenas) if arenas is not None else nullcontext():
+    shared = run.fused_step and config.offload.stage == 3 and not fused_step.missing_names()
+    with arena_hooks.engine(arenas, shared_gradients=shared):
         try:
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
@@ -111,7 +111,7 @@ def build(run: Selection, model: PreTrainedModel, arenas: Arenas | None) -> Any:
             raise ConfigError(f"offload.deepspeed.{key}", f"DeepSpeed refuses it: {error}; name what exists") from error
     layout.require_known_layout(engine.optimizer)
     if run.fused_step:
-        fused_step.install(engine)
+        fused_step.install(engine, overlap=run.overlap_step)
     if arenas is not None:
         rebinding.settle(engine, arenas)
         audit.check([*roles.tensors(engine)], arenas)

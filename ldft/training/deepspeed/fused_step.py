@@ -1,40 +1,74 @@
-"""ZeRO-3's update of offloaded weights in one pass over host memory.
+"""ZeRO-3's update of offloaded weights in one pass over host memory, within the step or beside the next forward pass.
 
-Stock DeepSpeed makes three: multiply gradients by a factor (unscaling and clipping), CPUAdam, and round weights to 16 bits. They
-move 8, 28 and 6 bytes per parameter; a single pass moves 30. This module extends DeepSpeed's optimizer class, as DeepSpeed itself
-does for SuperOffload: it stores the factor instead of applying it, and HostOptimizer does the rest.
+Stock DeepSpeed widens gradients to fp32 on their way to the host, and makes three passes: multiply gradients by a factor (unscaling
+and clipping), CPUAdam, and round weights to 16 bits. They move 8, 28 and 6 bytes per parameter; here a single pass moves 28, and
+gradients stay in the precision in which they are accumulated: 2 bytes less than 6 to copy, and 4 less to store. This module
+extends DeepSpeed's optimizer class, as DeepSpeed itself does for SuperOffload: it stores the factor instead of applying it, and
+HostOptimizer does the rest. The results are the same bit for bit, because widening is exact.
 
-In fp16, stock DeepSpeed also checks for overflow with isinf and isnan over all gradients, which write a mask byte for each: most of
-the step's time. The minimum and maximum gradient give the same information in one pass.
+In fp16, stock DeepSpeed also checks for overflow with isinf and isnan over all gradients. The norms of the parameters' gradients,
+which it has by then, say the same: a norm in fp64 is finite exactly if all elements are.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero import stage3
 
+from ldft.training.deepspeed import layout, update_overlap
+from ldft.training.deepspeed.update_overlap import Updates
+from ldft.training.optimizers.host_optimizer import Task
+
 log = logging.getLogger(__name__)
 _Stock: Any = stage3.DeepSpeedZeroOptimizer_Stage3
+# Methods before which an update in progress must end: they read or write weights, gradients or state.
+FLUSHING: tuple[str, ...] = (
+    "backward_prologue",
+    "checkpoint_event_prologue",
+    "destroy",
+    "state_dict",
+    "load_state_dict",
+    "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
+    "refresh_fp32_params",
+    "offload_states",
+    "reload_states",
+    "get_fp32_grad_partitions",
+    "_get_fp32_grad_state_partition",
+    "_get_fp32_opt_state_partition",
+    "update_fp32_grad_for_param_vectorized",
+)
 # Methods that are overridden, and names that the overrides use. From DeepSpeed 0.19.8.
 NEEDED: tuple[str, ...] = (
     "has_overflow",
     "unscale_and_clip_grads",
+    "_offload_grad_partition_at_boundary",
     "_optimizer_step",
+    "_post_step",
     "_reassign_or_swap_out_partitioned_parameters",
     "_unflatten_partitioned_parameters",
+    *FLUSHING,
 )
 
 
 class FusedStage3(_Stock):
-    """ZeRO-3 whose `optimizer` is a HostOptimizer, with all partitions in host memory."""
+    """ZeRO-3 whose `optimizer` is a HostOptimizer, with master weights, gradients and moments in host memory. The `grad` of a
+    master weight is its part of `grad_partitions_flat_buffer`, in the precision of that buffer."""
 
+    updates: Updates
+    _tasks: dict[int, Task]
     _gradient_factor = 1.0
-    _rounded = False
     grad_partitions_flat_buffer: torch.Tensor
+
+    def _offload_grad_partition_at_boundary(self, param: Any, grad_buffer: torch.Tensor, *fp32: Any) -> None:
+        # The gradient is in the buffer already.
+        self.norm_for_param_grads[self.get_param_id(param)] = self._constant_buffered_norm2(grad_buffer)
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
         # Run DeepSpeed's own method on a gradient with the single element 1: the result is its factor.
@@ -49,9 +83,15 @@ class FusedStage3(_Stock):
         self._gradient_factor = stand_in.grad.item()
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        # Run DeepSpeed's check on the minimum and maximum only: a NaN shows in both, and DeepSpeed shares the result across ranks.
-        gradients = self.grad_partitions_flat_buffer
-        self.grad_partitions_flat_buffer = torch.stack(torch.aminmax(gradients))
+        # Run DeepSpeed's check on the norms only; it shares the result across ranks. A parameter without a norm, since the last
+        # micro-batch did not use it, keeps its older gradient: the extremes of that say as much.
+        gradients, norms = self.grad_partitions_flat_buffer, self.norm_for_param_grads
+        views = getattr(self, layout.GRADIENT_VIEWS)
+        rest = [p for group in self.fp16_groups for p in group if self.get_param_id(p) not in norms]
+        found = [torch.stack(torch.aminmax(views[p.ds_id])).double() for p in rest if views[p.ds_id].numel()]
+        if norms:
+            found.append(torch.stack([norm.double().reshape(()) for norm in norms.values()]).to(gradients.device))
+        self.grad_partitions_flat_buffer = torch.cat(found)
         try:
             return bool(super().has_overflow(partition_gradients))
         finally:
@@ -59,30 +99,93 @@ class FusedStage3(_Stock):
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         weights = self.fp16_partitioned_groups_flat[sub_group_id]
-        self._rounded = weights.device.type == "cpu" and weights.dtype == torch.bfloat16
         group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
-        master = self.fp32_partitioned_groups_flat[sub_group_id]
-        # Call `step`, which torch's schedulers wrap.
-        group["params"] = [master]
-        self.optimizer.step(gradient_factor=self._gradient_factor, rounded=weights if self._rounded else None)
+        parameters = self.fp16_groups[sub_group_id]
+        tasks: list[Task] = []
+        # Call `step`, which torch's schedulers wrap. Learning rate, factor and step number are those of now.
+        group["params"] = [self.fp32_partitioned_groups_flat[sub_group_id]]
+        self.optimizer.step(
+            into=tasks,
+            gradient_factor=self._gradient_factor,
+            copy=weights if weights.device.type == "cpu" else None,
+            parts=[parameter.partition_numel() for parameter in parameters] if self.updates.overlap else None,
+        )
         group["params"] = []
         self._gradient_factor = 1.0
+        if self.updates.overlap:
+            self._tasks |= {parameter.ds_id: task for parameter, task in zip(parameters, tasks, strict=True)}
+        else:
+            self.updates.run(tasks)
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
-        if self._rounded:
-            self._unflatten_partitioned_parameters(sub_group_id)
+        if self.fp16_partitioned_groups_flat[sub_group_id].device.type == "cpu":
+            self._unflatten_partitioned_parameters(sub_group_id)  # the update writes the weights
         else:
             super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
 
+    def _post_step(self, *arguments: Any) -> None:
+        if self.updates.overlap:
+            # What stays on the device is fetched at once, the last layer's norm too.
+            kept = {parameter.ds_id for parameter in self.persistent_parameters}
+            tasks, self._tasks = self._tasks, {}
+            self.updates.start(tasks, kept.__contains__)
+        super()._post_step(*arguments)
 
-def install(engine: Any) -> None:
+
+def _flushing(name: str) -> Callable[..., Any]:
+    def method(self: FusedStage3, *arguments: Any, **named: Any) -> Any:
+        self.updates.finish()
+        return getattr(super(FusedStage3, self), name)(*arguments, **named)
+
+    method.__name__ = method.__qualname__ = name
+    return method
+
+
+for _name in FLUSHING:
+    if hasattr(_Stock, _name):
+        setattr(FusedStage3, _name, _flushing(_name))
+
+
+def missing_names() -> list[str]:
+    """Names that the fused step needs and this release of DeepSpeed lacks."""
+    return [name for name in NEEDED if not hasattr(_Stock, name)]
+
+
+def install(engine: Any, *, overlap: bool) -> None:
     """Install the fused step in an engine built around a HostOptimizer. Under ZeRO-1/2, and in releases with other names,
     DeepSpeed's three passes remain, with HostOptimizer's step as the second."""
-    if type(engine.optimizer) is not _Stock:
+    optimizer = engine.optimizer
+    if type(optimizer) is not _Stock:
         return
-    missing = [name for name in NEEDED if not hasattr(_Stock, name)]
-    if missing:
+    if missing := missing_names():
         log.warning("DeepSpeed %s has no %s: the update makes three passes", deepspeed.__version__, ", ".join(missing))
         return
-    # The overridden methods run only in steps, so changing the object's class is enough; no DeepSpeed name is patched.
-    engine.optimizer.__class__ = FusedStage3
+    # The overridden methods run only in training and later, so changing the object's class is enough; no DeepSpeed name is patched.
+    optimizer.__class__ = FusedStage3
+    optimizer.updates = Updates(overlap=overlap, threads=update_overlap.threads_beside())
+    optimizer._tasks = {}
+    share_gradients(optimizer)
+    if overlap:
+        for parameter in engine.module.parameters():
+            optimizer.updates.watch(parameter)
+        # At the end of a process that failed, no thread may work on memory that is being freed.
+        finish = weakref.WeakMethod(optimizer.updates.finish)
+        atexit.register(lambda: (alive := finish()) and alive())
+
+
+def share_gradients(optimizer: Any) -> None:
+    """Let the `grad` of each master weight be its part of the buffer in which gradients are accumulated."""
+    views = getattr(optimizer, layout.GRADIENT_VIEWS)
+    buffer, start = optimizer.grad_partitions_flat_buffer, 0
+    for master, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        part = buffer.narrow(0, start, master.numel())
+        assert part.data_ptr() == views[parameters[0].ds_id].data_ptr()
+        master.grad = None
+        master.grad_dtype = part.dtype
+        master.grad = part
+        start += master.numel()
+
+
+def updates_of(engine: Any) -> Updates | None:
+    """The updates of an engine with the fused step, else None."""
+    return getattr(engine.optimizer, "updates", None)

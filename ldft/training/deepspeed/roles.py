@@ -78,6 +78,11 @@ def moment_type(optimizer: Any, master: torch.Tensor) -> torch.dtype:
     return torch.float32 if optimizer.fp32_optimizer_states else master.dtype
 
 
+def shares_gradients(optimizer: Any) -> bool:
+    """Whether the gradients of the master weights are parts of the gradients in compute precision (fused_step.py)."""
+    return hasattr(optimizer, "updates")
+
+
 def missing_gradients(optimizer: Any) -> dict[int, tuple[int, torch.dtype]]:
     """Parameter number -> (elements, dtype) of the host buffers in which ZeRO-1/2 will accumulate gradients."""
     if not hasattr(optimizer, "accumulated_grads_in_cpu") or optimizer.gradient_accumulation_steps == 1:
@@ -113,6 +118,9 @@ def _stage_3(module: torch.nn.Module, optimizer: Any) -> Iterator[RoleTensor]:
         if optimizer.subgroup_to_device[i] == "cpu":
             yield from _updated(optimizer, master_name(i), master)
     yield RoleTensor("compute_gradients", ACCUMULATED, optimizer.grad_partitions_flat_buffer)
+    if shares_gradients(optimizer):
+        for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+            yield RoleTensor("compute_gradients", gradient_name(i), master.grad, owner=False)
     for i, part in getattr(optimizer, layout.GRADIENT_VIEWS, {}).items():
         yield RoleTensor("compute_gradients", f"param_id_to_grad_partition[{i}]", part, owner=False)
 
@@ -143,7 +151,7 @@ def _stage_1_and_2(optimizer: Any) -> Iterator[RoleTensor]:
 def _updated(optimizer: Any, name: str, master: torch.Tensor) -> Iterator[RoleTensor]:
     """A partition that the optimizer updates, its gradient and its moments."""
     yield RoleTensor("master_weights", name, master)
-    if master.grad is not None:
+    if master.grad is not None and not shares_gradients(optimizer):
         yield RoleTensor("master_gradients", f"{name}.grad", master.grad)
     state = optimizer.optimizer.state.get(master, {})
     for key, role in MOMENTS.items():

@@ -1,5 +1,5 @@
 """AdamW and Lion over fp32 weights in host memory, in native code (csrc/update.cpp): one pass that includes scaling the gradient
-and writing the 16-bit copy of the weights.
+and writing the copy of the weights in the precision of the computation. Gradients may be in 16 bits.
 
 On CPUs with FMA, results equal those of DeepSpeed's CPUAdam and CPULion bit for bit (CPULion from 0.19.8 on: before, its vector
 code took steps of other sizes). State and groups have the same names, so that checkpoints are interchangeable. Nothing is compiled
@@ -8,7 +8,8 @@ at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,34 +17,57 @@ import torch
 
 from ldft import _native
 
+_TYPES = {
+    torch.float32: _native.Type.fp32,
+    torch.bfloat16: _native.Type.bf16,
+    torch.float16: _native.Type.fp16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One step of one parameter, or of a part of a flat tensor: the scalars of this step and the addresses."""
+
+    arguments: tuple[Any, ...]
+    """For `add` of _native.Update."""
+    tensors: tuple[torch.Tensor, ...]
+    """The memory that it reads and writes."""
+
 
 class HostOptimizer(torch.optim.Optimizer):
-    """Common part of both: parameters, gradients and state are contiguous fp32 tensors on the CPU."""
+    """Common part of both: parameters and state are contiguous fp32 tensors on the CPU, gradients fp32, bf16 or fp16."""
 
     moments: ClassVar[tuple[str, ...]]
     """Names of the state tensors."""
     fp32_optimizer_states = True  # the name in DeepSpeed's optimizers
 
     @torch.no_grad()
-    def step(self, closure: Any = None, **more: Any) -> None:  # type: ignore[override]  # no closure, and no loss to return
-        """Update every parameter that has a gradient; more: arguments of `update`. Takes no closure."""
+    def step(self, closure: Any = None, into: list[Task] | None = None, **more: Any) -> None:  # type: ignore[override]  # no closure, and no loss to return
+        """Update every parameter that has a gradient; with `into`, put the tasks there instead. more: arguments of `tasks`. Takes
+        no closure."""
         assert closure is None
         for group in self.param_groups:
             for weights in group["params"]:
                 if weights.grad is not None:
-                    self.update(weights, group, **more)
+                    found = self.tasks(weights, group, **more)
+                    if into is None:
+                        run(found)
+                    else:
+                        into += found
 
-    def update(
+    def tasks(
         self,
         weights: torch.Tensor,
         group: dict[str, Any],
         gradient_factor: float = 1.0,
-        rounded: torch.Tensor | None = None,
-    ) -> None:
-        """Update one parameter with its group's hyperparameters.
+        copy: torch.Tensor | None = None,
+        parts: Sequence[int] | None = None,
+    ) -> list[Task]:
+        """Count one more step of a parameter, and return the work of this step with its group's hyperparameters of now.
 
-        gradient_factor: factor applied to the gradient first; `weights.grad` itself is unchanged. rounded: bf16 CPU tensor with as
-        many elements, which receives the new weights.
+        gradient_factor: factor applied to the gradient first; `weights.grad` itself is unchanged. copy: CPU tensor with as many
+        elements, which receives the new weights in its precision. parts: numbers of elements of consecutive parts, each of which
+        becomes a task; by default one task.
         """
         state = self.state[weights]
         state.setdefault("step", 0)
@@ -51,21 +75,60 @@ class HostOptimizer(torch.optim.Optimizer):
             if name not in state:
                 state[name] = torch.zeros_like(weights)
         state["step"] += 1
-        assert weights.grad is not None
-        tensors = (weights, weights.grad, *(state[name] for name in self.moments))
-        assert all(t.is_contiguous() and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-        assert all(t.numel() == weights.numel() for t in tensors)
-        target = 0
-        if rounded is not None:
-            assert rounded.is_contiguous() and rounded.dtype == torch.bfloat16 and rounded.device.type == "cpu"
-            assert rounded.numel() == weights.numel()
-            target = rounded.data_ptr()
-        self._apply([t.data_ptr() for t in tensors], target, weights.numel(), gradient_factor, group, state["step"])
+        gradients, moments = weights.grad, [state[name] for name in self.moments]
+        assert gradients is not None
+        for tensor in (weights, *moments):
+            assert tensor.dtype == torch.float32
+        tensors = (weights, gradients, *moments, *(() if copy is None else (copy,)))
+        assert all(t.is_contiguous() and t.device.type == "cpu" and t.numel() == weights.numel() for t in tensors)
+        parts = [weights.numel()] if parts is None else parts
+        assert sum(parts) == weights.numel()
+        rule = self._rule(gradient_factor, group, state["step"])
+        momentum, variance = (*moments, None)[:2]
+        found, offset = [], 0
+        for count in parts:
+            found.append(
+                Task(
+                    (
+                        rule,
+                        _address(weights, offset),
+                        _address(gradients, offset),
+                        _TYPES[gradients.dtype],
+                        _address(momentum, offset),
+                        _address(variance, offset),
+                        _address(copy, offset),
+                        _TYPES[torch.float32 if copy is None else copy.dtype],
+                        count,
+                    ),
+                    tensors,
+                )
+            )
+            offset += count
+        return found
 
-    def _apply(
-        self, addresses: list[int], rounded: int, count: int, factor: float, group: dict[str, Any], step: int
-    ) -> None:
+    def _rule(self, factor: float, group: dict[str, Any], step: int) -> Any:
+        """The scalars of a step."""
         raise NotImplementedError
+
+
+def _address(tensor: torch.Tensor | None, offset: int) -> int:
+    return 0 if tensor is None else tensor.data_ptr() + offset * tensor.element_size()
+
+
+def run(tasks: Sequence[Task]) -> Any:
+    """Do the tasks with as many threads as torch uses, this one included. Returns the ended _native.Update."""
+    update = prepared(tasks)
+    update.start(torch.get_num_threads() - 1, 0)
+    update.finish()
+    return update
+
+
+def prepared(tasks: Sequence[Task]) -> Any:
+    """The _native.Update of these tasks, which get the numbers 0, 1, ...; not started yet."""
+    update = _native.Update([task.tensors for task in tasks])
+    for task in tasks:
+        update.add(*task.arguments)
+    return update
 
 
 class HostAdamW(HostOptimizer):
@@ -86,19 +149,10 @@ class HostAdamW(HostOptimizer):
         super().__init__(params, defaults | {"bias_correction": True})
         self._powers: dict[float, tuple[int, np.float32]] = {}
 
-    def _apply(
-        self, addresses: list[int], rounded: int, count: int, factor: float, group: dict[str, Any], step: int
-    ) -> None:
-        weights, gradients, momentum, variance = addresses
+    def _rule(self, factor: float, group: dict[str, Any], step: int) -> Any:
         beta1, beta2 = group["betas"]
         rate, one = np.float32(group["lr"]), np.float32(1)
-        _native.adamw(
-            weights,
-            gradients,
-            momentum,
-            variance,
-            rounded,
-            count,
+        return _native.AdamW(
             factor,
             beta1,
             beta2,
@@ -106,7 +160,6 @@ class HostAdamW(HostOptimizer):
             float(one / np.sqrt(one - self._power(beta2, step))),
             float(-rate / (one - self._power(beta1, step))),
             float(-rate * np.float32(group["weight_decay"])),
-            torch.get_num_threads(),
         )
 
     def _power(self, beta: float, step: int) -> np.float32:
@@ -134,21 +187,6 @@ class HostLion(HostOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
-    def _apply(
-        self, addresses: list[int], rounded: int, count: int, factor: float, group: dict[str, Any], step: int
-    ) -> None:
-        weights, gradients, momentum = addresses
+    def _rule(self, factor: float, group: dict[str, Any], step: int) -> Any:
         beta1, beta2 = group["betas"]
-        _native.lion(
-            weights,
-            gradients,
-            momentum,
-            rounded,
-            count,
-            factor,
-            beta1,
-            beta2,
-            group["lr"],
-            group["weight_decay"],
-            torch.get_num_threads(),
-        )
+        return _native.Lion(factor, beta1, beta2, group["lr"], group["weight_decay"])

@@ -25,7 +25,7 @@ from ldft.errors import LdftError
 from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from ldft.training import data, model
-from ldft.training.deepspeed import arena_hooks, audit, fused_step, operators, rebinding, role_memory, roles
+from ldft.training.deepspeed import arena_hooks, audit, fused_step, layout, operators, rebinding, role_memory, roles
 from ldft.training.deepspeed import engine as engines
 
 
@@ -64,6 +64,12 @@ def overflows(engine: Any, rank: int) -> list[tuple[bool, bool]]:
         for position in (0, gradients.numel() // 2 + 1, gradients.numel() - 1):
             gradients.uniform_(-1, 1)
             gradients[position] = value if last else 1.0
+            # The last parameter of each rank has no norm, as if the last micro-batch had not used it.
+            parameters = [parameter for group in optimizer.fp16_groups for parameter in group][:-1]
+            views = getattr(optimizer, layout.GRADIENT_VIEWS)
+            optimizer.norm_for_param_grads = {
+                optimizer.get_param_id(p): optimizer._constant_buffered_norm2(views[p.ds_id]) for p in parameters
+            }
             said.append((optimizer.has_overflow(), DeepSpeedZeroOptimizer_Stage3.has_overflow(optimizer)))
     return said
 

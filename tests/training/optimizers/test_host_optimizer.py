@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldft.training.deepspeed.operators import cache_dir
-from ldft.training.optimizers.host_optimizer import HostAdamW, HostLion, HostOptimizer
+from ldft.training.optimizers.host_optimizer import HostAdamW, HostLion, HostOptimizer, run
 from tests.conftest import deepspeed_has_cpu_lion, long
 
 RATE, BETAS, EPS, DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
@@ -57,7 +57,7 @@ def test_updates_are_those_of_the_papers(rule: str, numel: int) -> None:
     rounded = torch.empty(numel, dtype=torch.bfloat16)
     for gradient, factor in zip(gradients, factors, strict=True):
         weights.grad = gradient.clone()
-        optimizer.update(weights, optimizer.param_groups[0], factor, rounded)
+        run(optimizer.tasks(weights, optimizer.param_groups[0], factor, rounded))
         assert torch.equal(weights.grad, gradient)
         assert torch.equal(rounded, weights.detach().bfloat16())
     scaled = [factor * gradient.double() for gradient, factor in zip(gradients, factors, strict=True)]
@@ -95,7 +95,7 @@ def test_what_is_no_number_stays_so_and_what_is_large_is_not_made_infinite_early
     weights.grad = torch.zeros_like(weights)
     rounded = torch.empty(len(values), dtype=torch.bfloat16)
     optimizer = HostAdamW([weights], lr=RATE)
-    optimizer.update(weights, optimizer.param_groups[0], rounded=rounded)
+    run(optimizer.tasks(weights, optimizer.param_groups[0], copy=rounded))
     expected = weights.detach().bfloat16()
     assert torch.equal(rounded.isnan(), expected.isnan()) and bool(rounded.isnan()[:2].all())
     assert torch.equal(rounded[4:], expected[4:])
@@ -116,6 +116,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.lion import DeepSpeedCPULion
 from ldft.preflight.selection import select
 from ldft.training.deepspeed import operators
+from ldft.training.optimizers.host_optimizer import run
 from tests.conftest import compose
 from tests.training.optimizers.test_host_optimizer import BETAS, DECAY, EPS, RATE, optimizer_of
 said, rule = [], sys.argv[2]
@@ -137,7 +138,7 @@ for numel in (16, 4096, 262_160, 262_167):
             states = deepspeed.state_dict(), copy.deepcopy(mine.state_dict())
             mine.load_state_dict(states[0])
             deepspeed.load_state_dict(states[1])
-        mine.update(ours, mine.param_groups[0], 0.37)
+        run(mine.tasks(ours, mine.param_groups[0], 0.37))
         deepspeed.step()
     pairs = [(ours, theirs), *((mine.state[ours][n], deepspeed.state[theirs][n]) for n in mine.moments)]
     whole = numel // 16 * 16

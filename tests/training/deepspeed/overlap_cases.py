@@ -1,0 +1,236 @@
+"""Rank process of test_update_overlap.py: train several configs in turn, with the update within the step or beside the next forward
+pass, and say losses, skipped updates, gradient norms and hashes of all state.
+
+    python tests/training/deepspeed/overlap_cases.py CASES.json RANK WORLD_SIZE FOLDER
+
+CASES.json: {name: {"config": <config_json>, "overlap": bool, "order": forward|reverse|random, "delay_s": of each parameter,
+"event": what happens in the third iteration (see `EVENTS`), "fault": planted (see `plant`)}}.
+Writes FOLDER/rank-<r>.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from ldft import _native
+from ldft.config import from_dict
+from ldft.preflight.resolved import resolve
+from ldft.training import data, model
+from ldft.training.deepspeed import engine as engines
+from ldft.training.deepspeed import fused_step, role_memory, update_overlap
+from ldft.training.optimizers import host_optimizer
+from ldft.training.optimizers.host_optimizer import HostAdamW, Task
+
+
+class SlowUpdate:
+    """Like _native.Update, one parameter after the other in a given order, and slow: it sleeps before each."""
+
+    def __init__(self, tasks: list[Task], order: str, delay_s: float) -> None:
+        self._tasks, self._delay_s = tasks, delay_s
+        self._ready = [threading.Event() for _ in tasks]
+        self._running = threading.Event()
+        self._running.set()
+        self._order = list(range(len(tasks)))
+        if order == "reverse":
+            self._order.reverse()
+        elif order == "random":
+            random.Random(1).shuffle(self._order)
+        self.progress = (0.0, 0.0, 0, 0)
+
+    def start(self, threads: int, nice: int) -> None:
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def _work(self) -> None:
+        for number in self._order:
+            time.sleep(self._delay_s)
+            self._running.wait()
+            rule, *others = self._tasks[number].arguments
+            one = _native.Update(None)
+            one.add(rule() if callable(rule) else rule, *others)
+            one.start(0, 0)
+            one.finish()
+            self._ready[number].set()
+
+    def wait(self, number: int) -> None:
+        self.resume()
+        self._ready[number].wait()
+
+    def finish(self) -> None:
+        self.resume()
+        self._thread.join()
+
+    def pause(self) -> None:
+        self._running.clear()
+
+    def resume(self) -> None:
+        self._running.set()
+
+
+def plant(fault: str, undo: list[Callable[[], None]]) -> None:
+    """Put a fault in place; `undo` takes it back."""
+
+    def replace(owner: Any, name: str, value: Any) -> None:
+        before = vars(owner).get(name)
+        undo.append(lambda: delattr(owner, name) if before is None else setattr(owner, name, before))
+        setattr(owner, name, value)
+
+    updates, fused, stock = update_overlap.Updates, fused_step.FusedStage3, fused_step.FusedStage3.__mro__[1]
+    wait, rule = updates.wait, HostAdamW._rule
+    if fault == "no wait":
+        replace(updates, "wait", lambda self, parameters: None)
+    elif fault == "persistent parameters not waited for":
+        replace(updates, "wait", lambda self, parameters: wait(self, [p for p in parameters if not p.ds_persist]))
+    elif fault == "scalars read late":
+        replace(HostAdamW, "_rule", lambda self, factor, group, step: lambda: rule(self, factor, group, step))
+    elif fault == "factor left out":
+        replace(HostAdamW, "_rule", lambda self, factor, group, step: rule(self, 1.0, group, step))
+    elif fault == "no end before backward":
+        replace(fused, "backward_prologue", stock.backward_prologue)
+    elif fault == "no end before saving":
+        for name in ("checkpoint_event_prologue", "state_dict"):
+            replace(fused, name, getattr(stock, name))
+    elif fault == "no end before reading state":
+        replace(fused, "_get_fp32_opt_state_partition", stock._get_fp32_opt_state_partition)
+    elif fault == "started on overflow":
+        replace(fused, "_loss_scale_update_and_overflow_cleanup", lambda self: False)
+
+
+def hash_of(optimizer: Any) -> dict[str, str]:
+    """Hashes of masters, of each moment with its step count, and of weights in compute precision."""
+    hashes: dict[str, Any] = {}
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        hashes.setdefault(name, hashlib.sha256()).update(tensor.detach().cpu().view(torch.uint8).numpy().tobytes())
+
+    for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+        add("masters", master)
+        add("weights", optimizer.fp16_partitioned_groups_flat[i])
+        for key, value in optimizer.optimizer.state[master].items():
+            add(key, value if torch.is_tensor(value) else torch.tensor([int(value)]))
+    return {name: found.hexdigest()[:16] for name, found in hashes.items()}
+
+
+def save(engine: Any, folder: Path) -> str:
+    """A hash of the checkpoint's tensors, written while the update may be in progress."""
+    engine.save_checkpoint(str(folder), tag="one")
+    digest = hashlib.sha256()
+    rank = torch.distributed.get_rank()
+    for file in sorted((folder / "one").glob(f"*_{rank}_*optim_states.pt")):
+        state = torch.load(file, weights_only=False)["optimizer_state_dict"]
+        for part in state["fp32_flat_groups"]:
+            digest.update(part.detach().numpy().tobytes())
+        for values in state["optimizer_state_dict"]["state"].values():
+            digest.update(values["exp_avg"].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_and_load(engine: Any, folder: Path) -> str:
+    said = save(engine, folder)
+    engine.load_checkpoint(str(folder), tag="one")
+    fused_step.share_gradients(engine.optimizer)
+    return said
+
+
+def read_state(engine: Any, folder: Path) -> str:
+    """By DeepSpeed's public functions: master weight, moment and gradient of the last parameter; its gathered weight."""
+    last = [*engine.module.parameters()][-2]
+    digest = hashlib.sha256()
+    for value in (
+        deepspeed.utils.safe_get_full_fp32_param(last),
+        deepspeed.utils.safe_get_full_optimizer_state(last, "exp_avg"),
+        deepspeed.utils.safe_get_full_grad(last),
+    ):
+        digest.update(value.detach().float().numpy().tobytes())
+    with deepspeed.zero.GatheredParameters([last]):
+        digest.update(last.detach().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def set_state(engine: Any, folder: Path) -> str:
+    """A master weight and a moment are replaced while the update may be in progress."""
+    last = [*engine.module.parameters()][-2]
+    deepspeed.utils.safe_set_full_fp32_param(last, torch.full(last.ds_shape, 0.5))
+    deepspeed.utils.safe_set_full_optimizer_state(last, torch.zeros(last.ds_shape), "exp_avg")
+    return ""
+
+
+def export(engine: Any, folder: Path) -> str:
+    state = engine._zero3_consolidated_16bit_state_dict()
+    values = sorted((state or {}).items())
+    return hashlib.sha256(b"".join(v.float().numpy().tobytes() for _, v in values)).hexdigest()[:16]
+
+
+EVENTS = {"save": save, "save and load": save_and_load, "read": read_state, "set": set_state, "export": export}
+
+
+def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
+    config = from_dict(json.loads(case["config"]))
+    config.optimizer.overlap_step = case["overlap"]
+    run = resolve(config)
+    arenas = role_memory.arenas_of(run, rank)
+    network = model.build(run, torch.device("cpu"), arenas)
+    engine = engines.build(run, network, arenas)
+    optimizer = engine.optimizer
+    layers, event = network.model.layers, case.get("event", "")
+    said: dict[str, Any] = {"loss": [], "norm": [], "learning_rate": []}
+    for iteration in range(config.train.iterations):
+        said["learning_rate"].append(engine.get_lr()[0])
+        for step in range(config.train.gradient_accumulation_steps):
+            tokens = data.batch(config, iteration, step, rank)
+            # A layer is left out of one micro-batch: nothing fetches its weights there.
+            network.model.layers = layers[:-1] if event == "unused" and iteration == 2 else layers
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            said["loss"].append(float(loss))
+            engine.backward(loss * float("inf") if event == "overflow" and iteration == 2 else loss)
+            engine.step()
+        said["norm"].append(float(engine.get_global_grad_norm() or 0))
+        if iteration == 2 and event in EVENTS:
+            said["event"] = EVENTS[event](engine, folder)
+    said["beside"] = optimizer.updates._job is not None
+    optimizer.updates.finish()
+    said |= {"hash": hash_of(optimizer), "skipped": engine.skipped_steps, "steps": engine.global_steps}
+    engine.destroy()
+    return said
+
+
+def main() -> None:
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[4])
+    rank, world_size = map(int, sys.argv[2:4])
+    deepspeed.init_distributed(
+        "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    real, said = host_optimizer.prepared, {}
+    for name, case in cases.items():
+        undo: list[Callable[[], None]] = []
+        plant(case.get("fault", ""), undo)
+        order, delay_s = case.get("order", ""), case.get("delay_s", 0.0)
+        if case["overlap"] and (order or case.get("fault")):
+            slow = lambda tasks, order=order, delay_s=delay_s: SlowUpdate(tasks, order, delay_s)  # noqa: E731
+            vars(update_overlap)["prepared"] = slow
+        try:
+            said[name] = train(case, rank, folder / name)
+        except (AssertionError, RuntimeError) as error:  # a planted fault may end so, which the test sees
+            said[name] = {"error": f"{type(error).__name__}: {error}"}
+            if not case.get("fault"):
+                raise
+        finally:
+            vars(update_overlap)["prepared"] = real
+            for take_back in undo:
+                take_back()
+        (folder / f"rank-{rank}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main()
