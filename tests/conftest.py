@@ -41,6 +41,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """At the end everything is freed, or nanobind would report what is left as leaks."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def loggers_stay_as_they_are() -> Iterator[None]:
     """Hydra switches off every logger when the command line runs in this process; later tests read what they log."""
