@@ -1,8 +1,7 @@
-"""What a user installs: the wheel stands alone, the parent stays light, the make targets explain what is missing."""
+"""What a user installs: the wheel stands alone, the make targets explain what is missing."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ def from_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--wheel-dir",
         str(folder),
         f"--config-settings=build-dir={folder}/build",
+        "--config-settings=cmake.build-type=Debug",  # compiles in a third of the time
         str(ROOT),
     ]
     subprocess.run(build, check=True, timeout=300)
@@ -79,17 +79,6 @@ def test_the_wheel_sweeps_in_an_unrelated_folder(from_wheel, tmp_path) -> None:
     assert done.returncode == 1 and "2 cells: 2 invalid" in done.stdout, done.stdout + done.stderr
     status = [str(from_wheel / "python"), "-m", "ldft.status"]
     assert "2 invalid" in subprocess.run(status, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
-
-
-def test_the_parent_never_imports_torch(command, tmp_path) -> None:
-    interpreter, *rest = command()
-    done = subprocess.run(
-        [interpreter, "-X", "importtime", *rest], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stdout
-    imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
-    assert {"hydra", "ldft.runner.parent", "pyarrow.parquet"} <= imported, "the list of imports was not read"
-    assert not imported & {"torch", "deepspeed", "transformers"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from ldft.cli import hydra_messages
 from ldft.config import Config
-from ldft.config.root import columns
+from ldft.config.root import columns, typed_tree
 from ldft.environment import CONF_DIR
 
 # Sections with open key sets, defined outside ldft: new keys need no plus sign.
@@ -47,7 +47,7 @@ class _Sweeper:
 
 def register() -> None:
     """Register the typed schema (with open sections left open) and the sweeper with Hydra."""
-    schema = OmegaConf.structured(Config)
+    schema = typed_tree()
     for path in OPEN:
         OmegaConf.set_struct(OmegaConf.select(schema, path), False)
     ConfigStore.instance().store(name="schema", node=schema)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import math
@@ -140,6 +142,18 @@ class Config:
             raise ConfigError("train.precision", "auto must be resolved to bf16, fp16 or fp32 first")
 
 
+@functools.cache
+def _schema() -> DictConfig:
+    schema: DictConfig = OmegaConf.structured(Config)
+    return schema
+
+
+def typed_tree() -> DictConfig:
+    """The config's defaults as a tree that checks types and refuses unknown keys; a copy of its own for each caller."""
+    # Making one takes ten times as long as copying it, and a sweep needs one for each cell.
+    return copy.deepcopy(_schema())
+
+
 def from_dict(values: DictConfig | dict[str, Any]) -> Config:
     """The typed config from a composed or stored tree. Raises OmegaConf's errors on an unknown key or a wrong type."""
     plain: Any = values
@@ -151,7 +165,8 @@ def from_dict(values: DictConfig | dict[str, Any]) -> Config:
     model = plain.get("model", {})
     open_keys = [key for key, value in model.items() if value == FROM_FILE]
     plain = {**plain, "model": {key: value for key, value in model.items() if key not in open_keys}}
-    tree = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    tree = typed_tree()
+    tree.merge_with(plain)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     config.asked |= {f"model.{key}": FROM_FILE for key in open_keys}
@@ -190,6 +205,11 @@ def columns(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, type]
             yield f"{prefix}{f.name}", hint
 
 
+@functools.cache
+def _keys() -> tuple[str, ...]:
+    return tuple(key for key, _ in columns())
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Every leaf value by dotted key, with the types that `columns` gives."""
 
@@ -200,7 +220,7 @@ def flatten(config: Config) -> dict[str, Any]:
         value = _plain(value)
         return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
 
-    return {key: value_of(key) for key, _ in columns()}
+    return {key: value_of(key) for key in _keys()}
 
 
 def _identity(config: Config, without: tuple[str, ...] = ()) -> str:

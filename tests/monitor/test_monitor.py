@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from ldft import results
 from tests.conftest import FAST
 from tests.monitor.test_sampler import HOLDS, numastat, start
 from tests.runner.test_failures import ENDLESS, Running
@@ -35,13 +35,19 @@ def monitor(*words: str, timeout_s: float = 60) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A run of two ranks that trains until the end of the module."""
+    """A run of two ranks in the middle of its training. It stands still: what is shown of it stays the same, and the other tests
+    on this machine have its cores."""
     folder = tmp_path_factory.mktemp("monitored")
     words = [*FAST, *ENDLESS, "launch.num_ranks=2", f"results.dir={folder / 'results'}"]
     run = Running([sys.executable, "-m", "ldft", *words], folder)
     try:
         run.wait_for(iterations=2)
+        ranks = run.ranks()
+        for rank in ranks:
+            rank.suspend()
         yield run
+        for rank in filter(psutil.Process.is_running, ranks):
+            rank.resume()
     finally:
         run.process.terminate()
         run.process.communicate(timeout=60)
@@ -66,33 +72,6 @@ def in_terminal(columns: int, seconds: float, *words: str) -> tuple[int, str]:
                 break
     os.close(ours)
     return process.wait(), out.decode()
-
-
-def test_two_ranks_seen_while_they_run_are_what_their_row_says(command, tmp_path) -> None:
-    (tmp_path / "results").mkdir()
-    words = ["--json", "--interval", "0.2", "--results", str(tmp_path / "results")]
-    with (tmp_path / "seen").open("w") as file:
-        watching = subprocess.Popen([sys.executable, "-m", "ldft.monitor", *words], stdout=file)
-    subprocess.run(command("launch.num_ranks=2", "train.iterations=60"), check=True, capture_output=True, cwd=tmp_path)
-    time.sleep(1.5)
-    watching.send_signal(signal.SIGINT)
-    assert watching.wait(timeout=30) == 130
-    samples = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
-    row = results.read(tmp_path / "results").iloc[0]
-    assert samples[-1]["runs"] == [], "a run that has ended is not shown"
-    # One rank may end before the other, and is no longer shown then.
-    complete = [sample["runs"][0] for sample in samples if sample["runs"] and len(sample["runs"][0]["ranks"]) == 2]
-    seen = [run for run in complete if run["iteration"] >= 2]
-    assert seen[-1]["phase"] in ("train", "teardown") and seen[-1]["folder"].endswith(f"{row.run_id}/attempt-1")
-    mine = {(rank["rank"], e["role"], e["node"]): e["size"] for rank in seen[-1]["ranks"] for e in rank["roles"]}
-    assert mine == {(e["rank"], e["role"], e["node"]): round(e["bytes"] * e["share"]) for e in row.roles}
-    # While they trained: at the end, memory is freed between the row's reading and the monitor's.
-    trained = [run for run in seen if run["phase"] == "train"]
-    total = sum(entry["size"] for rank in trained[-1]["ranks"] for entry in rank["memory"])
-    assert total / 2**30 == pytest.approx(sum(node["total_gib"] for node in row.nodes), rel=0.2)
-    assert seen[-1]["tokens_per_s"] == pytest.approx(row.tokens_per_s, rel=5)
-    phases = dict.fromkeys(sample["runs"][0]["phase"] for sample in samples if sample["runs"])
-    assert {"imports", "train"} <= set(phases)
 
 
 def test_once_names_nodes_ranks_roles_and_speed(running) -> None:
@@ -237,19 +216,19 @@ def test_it_takes_less_than_a_hundredth_of_a_core(running) -> None:
     assert used < 0.012, used
 
 
-def test_a_rank_that_is_killed_is_gone_from_the_next_sample(command, tmp_path) -> None:
-    run = Running(command(*ENDLESS, "launch.num_ranks=2"), tmp_path)
-    run.wait_for(iterations=1)
+def test_a_rank_that_is_killed_is_gone_from_the_next_sample(running) -> None:
+    """The last test of this module: it ends the run."""
     watching = subprocess.Popen(
-        [sys.executable, "-m", "ldft.monitor", "--json", "--interval", "0.1", "--results", str(run.results_dir)],
+        [sys.executable, "-m", "ldft.monitor", "--json", "--interval", "0.1", "--results", str(running.results_dir)],
         stdout=subprocess.PIPE,
         text=True,
     )
     assert watching.stdout is not None
     assert len(json.loads(watching.stdout.readline())["runs"][0]["ranks"]) == 2
-    victim, other = run.ranks()
+    victim, other = running.ranks()
+    other.resume()
     victim.kill()
-    run.process.wait(timeout=60)
+    running.process.wait(timeout=60)
     time.sleep(1)
     watching.send_signal(signal.SIGINT)
     samples = [json.loads(line) for line in watching.communicate(timeout=30)[0].splitlines()]

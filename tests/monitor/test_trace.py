@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import duckdb
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -20,60 +19,11 @@ from ldft.monitor.samples import Sample
 from ldft.monitor.trace import TRACE_FILE, Recorder
 from ldft.results import schema
 from ldft.runner import parent
+from tests.conftest import long
 from tests.synthetic_samples import machine
 
-PHASES = ["start", "imports", "operators", "rendezvous", "model", "checkpoint_buffers", "engine", "train", "teardown"]
 
-
-def by_rank_and_role(entries: list[dict]) -> dict[tuple[int, str], int]:
-    """Bytes, all nodes together; entries of the row say the whole size at every node."""
-    return {(entry["rank"], entry["role"]): entry["bytes"] for entry in entries}
-
-
-def test_a_run_leaves_its_samples_and_they_agree_with_its_row(ldft) -> None:
-    done = ldft("launch.num_ranks=2", "train.iterations=30", "monitor.interval_s=0.2")
-    row = done.row
-    assert row.status == "ok", done.stdout
-    path = done.results_dir / row.trace_path
-    assert path.name == TRACE_FILE and path.parent.name == "attempt-1" and path.parent.parent.name == row.run_id
-    samples = pq.read_table(path).to_pylist()
-    took_s = (samples[-1]["time"] - samples[0]["time"]).total_seconds()
-    assert took_s > 0.8 * (row.duration_s - row.parent_s) and len(samples) <= took_s / 0.2 + 2
-    phases = [sample["phase"] for sample in samples]
-    assert phases == sorted(phases, key=PHASES.index) and {"imports", "train"} <= set(phases)
-    iterations = [sample["iteration"] for sample in samples]
-    assert iterations == sorted(iterations) and 0 < iterations[-1] <= 30
-
-    trained = [sample for sample in samples if sample["phase"] == "train" and sample["iteration"] > 0]
-    assert by_rank_and_role(trained[-1]["roles"]) == by_rank_and_role(row.roles)
-    for entry in trained[-1]["roles"]:
-        (same,) = [e for e in row.roles if all(e[name] == entry[name] for name in ("rank", "role", "node"))]
-        assert entry["bytes"] == pytest.approx(same["bytes"] * same["share"], abs=1)
-    # Reading of numa_maps while the ranks train is rare, and memory hardly grows then.
-    for entry in row.nodes:
-        mine = sum(e["mib"] for e in trained[-1]["memory"] if e["node"] == entry["node"])
-        assert mine / 1024 == pytest.approx(entry["total_gib"], rel=0.25)
-    assert {entry["rank"] for sample in trained for entry in sample["ranks"]} == {0, 1}
-    busy = [entry["cores_busy"] for sample in trained for entry in sample["ranks"]]
-    assert max(busy) > 0.1 and all(0 <= value < 64 for value in busy)
-    assert all(sample["devices"] == [] for sample in samples)
-
-
-def test_a_trace_says_what_its_columns_are_and_duckdb_reads_it(ldft) -> None:
-    done = ldft()
-    path = done.results_dir / done.row.trace_path
-    schema = pq.read_schema(path)
-    assert schema.metadata[b"ldft.trace_schema_version"] == b"1"
-    assert schema.metadata[b"run_id"].decode() == done.row.run_id and schema.metadata[b"interval_s"] == b"1"
-    for column in trace.COLUMNS:
-        described = schema.field(column.name).metadata
-        assert described == {b"unit": column.unit.encode(), b"description": column.description.encode()}
-    found = duckdb.execute(
-        f"select epoch(time), phase, unnest(memory, recursive := true) from read_parquet('{path}')"
-    ).fetchall()
-    assert found and all(len(line) == 5 and line[4] > 0 for line in found)
-
-
+@long
 def test_interval_zero_leaves_no_trace(ldft) -> None:
     done = ldft("monitor.interval_s=0")
     assert done.row.status == "ok" and pd.isna(done.row.trace_path)

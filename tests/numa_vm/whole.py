@@ -11,6 +11,8 @@ To add one, write a module like runs_process.py, name it in MODULES, and that is
 
     @RUNS.add("under_numactl", before=("numactl", "--interleave=1,2"))  # what stands before `python -m ldft`
 
+    @RUNS.add("weighted_0_3", "numa=weighted_0_3", base_pages=True)   # without transparent huge pages, for shares of all memory
+
 A run takes 2 to 4 minutes in there, most of it imports, so add few. The guest imports these modules for the names and commands
 alone: nothing heavy at their top (pytest, numpy, ldft.results go into the functions).
 
@@ -87,6 +89,8 @@ class Run:
     overrides: tuple[str, ...]
     before: tuple[str, ...]
     check: Check
+    base_pages: bool = False
+    """The guest makes no transparent huge pages while it lasts."""
     monitored: bool = False
     """Beside it runs ldft.monitor."""
 
@@ -95,13 +99,20 @@ class Runs(dict[str, Run]):
     """Runs by name, in the order in which they are made."""
 
     def add(
-        self, name: str, *overrides: str, before: tuple[str, ...] = (), monitored: bool = False
+        self,
+        name: str,
+        *overrides: str,
+        before: tuple[str, ...] = (),
+        base_pages: bool = False,
+        monitored: bool = False,
     ) -> Callable[[Check], Check]:
         """Decorator: a run of this name, which the function judges by its row and by what was seen."""
 
         def register(check: Check) -> Check:
             assert name not in self, name
-            self[name] = Run(overrides=overrides, before=before, check=check, monitored=monitored)
+            self[name] = Run(
+                overrides=overrides, before=before, check=check, base_pages=base_pages, monitored=monitored
+            )
             return check
 
         return register
@@ -173,6 +184,17 @@ def monitoring(seen: Seen, wanted: bool) -> Iterator[None]:
     seen.once = subprocess.run([*command, "--once"], capture_output=True, text=True, check=True).stdout
 
 
+@contextmanager
+def huge_pages(wanted: bool) -> Iterator[None]:
+    """The guest's transparent huge pages as they are, or none within the block."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    before = setting.read_text().partition("[")[2].partition("]")[0]
+    if not wanted:
+        setting.write_text("never")
+    yield
+    setting.write_text(before)
+
+
 def watch(words: list[str], results: Path) -> Seen:
     """Runs a command and looks at its worker until it ends. What the worker has before its first report was there, or on its
     way, before it could set a policy."""
@@ -205,7 +227,7 @@ def main(folder: Path, wanted: list[str]) -> None:
         words = [*run.before, sys.executable, "-m", "ldft", *SMALL, *run.overrides, f"results.dir={results}"]
         print(f"numa-vm: whole run {name}: {' '.join(words)}", flush=True)
         about = Seen()
-        with monitoring(about, run.monitored):
+        with huge_pages(not run.base_pages), monitoring(about, run.monitored):
             seen = watch(words, results)
         seen.monitored, seen.once = about.monitored, about.once
         if results.exists():

@@ -95,8 +95,8 @@ def test_a_policy_of_the_process_works_with_the_capability_alone(contained) -> N
 @pytest.mark.parametrize(
     ("calls", "overrides", "said"),
     [
-        (("move_pages",), ("numa.scope=roles", f"numa.roles.momentum.nodes=[{NODE}]"),
-         f"numa: verifying bind of node {NODE} needs move_pages, which is forbidden here"),
+        pytest.param(("move_pages",), ("numa.scope=roles", f"numa.roles.momentum.nodes=[{NODE}]"),
+         f"numa: verifying bind of node {NODE} needs move_pages, which is forbidden here", marks=long),
         pytest.param(DOCKER, ("numa.scope=roles", f"numa.roles.momentum.nodes=[{NODE}]"),
          f"numa: bind of node {NODE} needs mbind, which is forbidden here", marks=long),
         (DOCKER, ("numa=bind_0", f"numa.nodes=[{NODE}]"),

@@ -18,6 +18,7 @@ import pytest
 
 from ldft import results
 from ldft.runner import final_status
+from tests.conftest import long
 
 # More iterations than any test waits for.
 ENDLESS = ("train.iterations=100000", "train.warmup_iterations=1")
@@ -90,7 +91,12 @@ def trace_of(folder: Path, row) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGKILL, "error"), (signal.SIGSEGV, "error"), (signal.SIGTERM, "interrupted")]
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGKILL, "error", marks=long),
+        (signal.SIGSEGV, "error"),
+        (signal.SIGTERM, "interrupted"),
+    ],
 )
 def test_a_signal_to_one_of_two_ranks_ends_the_run_with_a_row(start, number, status) -> None:
     run = start(*ENDLESS, "launch.num_ranks=2")
@@ -110,7 +116,7 @@ def test_a_signal_to_one_of_two_ranks_ends_the_run_with_a_row(start, number, sta
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=long)])
 def test_a_signal_to_ldft_ends_its_ranks_and_leaves_a_row(start, number) -> None:
     run = start(*ENDLESS)
     run.wait_for(iterations=2)

@@ -1,46 +1,13 @@
-"""Columns and who fills them: a column without a producer is found by a real run."""
+"""Columns that the parent computes from what the ranks report."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
-from ldft import results
-from ldft.results.schema import MEASURED
 from ldft.runner import measured
-
-# Null in an ok run of one command on a machine without GPUs, and why.
-NULL = {
-    "sweep": "a single run",
-    "signal": "no rank was ended by one",
-    "error_type": "nothing failed",
-    "error_message": "nothing failed",
-    "mfu": "a CPU's peak is not known",
-    "peak_vram_allocated_gib": "no device memory",
-    "peak_vram_reserved_gib": "no device memory",
-    "predicted_vram_gib": "no device memory",
-    "predicted_vram_json": "no device memory",
-    "numa_mechanism": "numa=default",
-    "documents_read": "data=random",
-    "documents_skipped": "data=random",
-    "sequences_skipped": "data=random",
-    "init_data_s": "data=random",
-}
-# What the machine decides.
-EITHER = {
-    "driver": "there may be a GPU",
-    "modelled_traffic_s": "this machine may have a profile",
-    "numa_kernel_weights_json": "since Linux 6.9",
-    "git_commit": "this may be a checkout, or not",
-    "git_dirty": "likewise",
-}
-
-
-def test_every_column_of_a_run_has_a_producer(ldft) -> None:
-    (row,) = results.read_table(ldft("launch.device=cpu").results_dir).to_pylist()
-    empty = {column.name for column in MEASURED if row[column.name] is None}
-    assert empty - EITHER.keys() == NULL.keys()
 
 
 def test_reports_become_columns_as_the_schema_says() -> None:
@@ -71,3 +38,19 @@ def test_reports_become_columns_as_the_schema_says() -> None:
 @pytest.mark.parametrize("name", ["peak_host_gib", "peak_vram_reserved_gib"])
 def test_what_one_rank_did_not_reach_is_left_out_of_what_all_make(name: str) -> None:
     assert measured.from_ranks([{name: 1.0}, {}]) == {}
+
+
+@pytest.mark.parametrize(
+    ("skipped", "says"),
+    [
+        ([1, 1, 0, 0], None),
+        (None, None),
+        (
+            [1, 1, 1, 0],
+            "1 of 2 iterations .* too short; use more train.warmup_iterations, or a smaller train.loss_scale$",
+        ),
+    ],
+)
+def test_updates_left_out_after_warm_up_are_said(skipped: list[int] | None, says: str | None) -> None:
+    found = measured.warnings({"loss": [1.0, 2.0, 1.0, 1.0], "skipped_updates": skipped, "warmup_iterations": 2})
+    assert len(found) == bool(says) and all(re.match(says or "", one) for one in found)

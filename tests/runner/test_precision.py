@@ -10,7 +10,7 @@ import pytest
 from ldft import environment
 from ldft.config import Device, Precision, run_id
 from ldft.runner import checks
-from tests.conftest import Done, compose
+from tests.conftest import Done, compose, long
 
 # oneDNN leaves bf16 instructions alone then, on any CPU.
 WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -82,6 +82,7 @@ def test_the_row_and_the_terminal_have_asked_and_resolved(ldft: Callable[..., Do
     assert '"bf16": {"enabled": false}' in row.deepspeed_config_json
 
 
+@long
 def test_bf16_by_name_is_obeyed_and_its_price_said(ldft: Callable[..., Done]) -> None:
     done = ldft("train.precision=bf16", "launch.device=cpu", env=WITHOUT_BF16)
     assert done.exit_code == 0, done.stdout + done.stderr

@@ -3,25 +3,82 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import duckdb
 import pytest
 
-from ldft.runner import measured
+from ldft import results
+from ldft.results.schema import MEASURED
+from tests.conftest import FAST, Done
+
+# Null in an ok run of one command on a machine without GPUs, and why.
+NULL = {
+    "sweep": "a single run",
+    "signal": "no rank was ended by one",
+    "error_type": "nothing failed",
+    "error_message": "nothing failed",
+    "mfu": "a CPU's peak is not known",
+    "peak_vram_allocated_gib": "no device memory",
+    "peak_vram_reserved_gib": "no device memory",
+    "predicted_vram_gib": "no device memory",
+    "predicted_vram_json": "no device memory",
+    "numa_mechanism": "numa=default",
+    "documents_read": "data=random",
+    "documents_skipped": "data=random",
+    "sequences_skipped": "data=random",
+    "init_data_s": "data=random",
+}
+# What the machine decides.
+EITHER = {
+    "driver": "there may be a GPU",
+    "modelled_traffic_s": "this machine may have a profile",
+    "numa_kernel_weights_json": "since Linux 6.9",
+    "git_commit": "this may be a checkout, or not",
+    "git_dirty": "likewise",
+}
 
 
-def test_a_run_leaves_one_ok_row(ldft) -> None:
-    done = ldft()
-    assert done.exit_code == 0, done.stdout + done.stderr
-    row = done.row
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The run of one command. Its standard error lists what the parent imports."""
+    folder = tmp_path_factory.mktemp("plain")
+    python = [sys.executable, "-X", "importtime", "-m", "ldft"]
+    done = subprocess.run(
+        [*python, *FAST, "launch.device=cpu", f"results.dir={folder / 'results'}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr, folder / "results")
+
+
+def test_a_run_leaves_one_ok_row(plain: Done) -> None:
+    assert plain.exit_code == 0, plain.stdout + plain.stderr
+    row = plain.row
     assert row.status == "ok"
     assert len(row.iteration_s) == 3 and len(row.loss) == 3
     assert row.tokens_per_iteration == 64
     counted = [round(float(time_s), 4) for time_s in row.iteration_s[1:]]
-    assert f"[RESULT] Each Iteration Latency (rank0): {counted}\n" in done.stdout
-    files = str(done.results_dir / "*" / "attempt-*" / "row.parquet")
+    assert f"[RESULT] Each Iteration Latency (rank0): {counted}\n" in plain.stdout
+    files = str(plain.results_dir / "*" / "attempt-*" / "row.parquet")
     found = duckdb.connect().execute(f"select status, tokens_per_s from read_parquet('{files}')").fetchall()
     assert found == [("ok", row.tokens_per_s)]
+
+
+def test_every_column_of_a_run_has_a_producer(plain: Done) -> None:
+    (row,) = results.read_table(plain.results_dir).to_pylist()
+    empty = {column.name for column in MEASURED if row[column.name] is None}
+    assert empty - EITHER.keys() == NULL.keys()
+
+
+def test_the_parent_never_imports_torch(plain: Done) -> None:
+    imported = set(re.findall(r"\|\s+([\w.]+)$", plain.stderr, re.MULTILINE))
+    assert {"hydra", "ldft.runner.parent", "pyarrow.parquet"} <= imported, "the list of imports was not read"
+    assert not imported & {"torch", "deepspeed", "transformers"}
 
 
 def test_a_loss_that_is_no_number_is_said_and_kept(ldft) -> None:
@@ -35,19 +92,3 @@ def test_a_loss_that_is_no_number_is_said_and_kept(ldft) -> None:
     assert warnings[1].endswith(
         "iterations after warm-up made no update because gradients overflowed: they are too short"
     )
-
-
-@pytest.mark.parametrize(
-    ("skipped", "says"),
-    [
-        ([1, 1, 0, 0], None),
-        (None, None),
-        (
-            [1, 1, 1, 0],
-            "1 of 2 iterations .* too short; use more train.warmup_iterations, or a smaller train.loss_scale$",
-        ),
-    ],
-)
-def test_updates_left_out_after_warm_up_are_said(skipped: list[int] | None, says: str | None) -> None:
-    found = measured.warnings({"loss": [1.0, 2.0, 1.0, 1.0], "skipped_updates": skipped, "warmup_iterations": 2})
-    assert len(found) == bool(says) and all(re.match(says or "", one) for one in found)

@@ -58,7 +58,7 @@ def test_pretrained_on_two_ranks_trains_as_the_weights_it_was_saved_from(
     assert "model.layers.2" in misfit.stderr and "Traceback" not in misfit.stdout
 
 
-@pytest.mark.parametrize("layers", [2, 1])
+@pytest.mark.parametrize("layers", [2, pytest.param(1, marks=long)])
 def test_a_model_added_by_one_yaml_runs(ldft, tmp_path: Path, layers: int) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "phi3_mini.yaml").write_text(PHI3.format(layers=layers))

@@ -16,7 +16,7 @@ from ldft.preflight import parameter_counts
 from ldft.preflight.selection import select
 from ldft.training import data, flops, model
 from ldft.training.checkpointing import checkpointing
-from tests.conftest import compose
+from tests.conftest import compose, long
 from tests.training.test_equality import BASE, alone, relative_error, run_once  # noqa: F401
 
 LORA = ("lora=r8", "train.precision=fp32", "model.vocab_size=512", "seq_len.tokens=64", "optimizer.learning_rate=5e-3")
@@ -70,7 +70,7 @@ def reference() -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("offload", ["full", "optimizer", "none"])
+@pytest.mark.parametrize("offload", ["full", pytest.param("optimizer", marks=long), pytest.param("none", marks=long)])
 def test_trains_adapters_alone_and_as_plain_peft(reference: list[float], tmp_path: Path, offload: str) -> None:
     config_json = json.dumps(to_dict(config_of(f"offload={offload}")))
     assert relative_error(alone(config_json, tmp_path / offload, "frozen"), reference) < 1e-5
