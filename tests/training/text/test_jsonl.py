@@ -78,3 +78,9 @@ def test_another_key_is_read_and_a_line_beyond_the_first_hundred_is_numbered(tmp
     with pytest.raises(Exception, match=r"data.column: .*x.jsonl, line 151, has a list as"):
         contents(path, "body")
     assert 'line 1, has no "prose" (it has text, body)' in refusal(path, words, column="prose")
+
+
+@pytest.mark.parametrize(("key", "shown"), [("a\nb", r"a\nb"), ("\u2028", r"\u2028"), ("\ud800", r"\ud800")])
+def test_a_name_that_would_break_the_line_is_escaped(key: str, shown: str, tmp_path: Path, words: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({key: "a"}))
+    assert f'has no "text" (it has {shown})' in refusal(tmp_path / "x.jsonl", words)
