@@ -28,7 +28,8 @@ from transformers.utils import logging
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 from ldft.preflight import experts
-from ldft.training.architecture import SOFTCAPS, hf_config, reads
+from ldft.preflight.windows import SOFTCAPS, WINDOWED
+from ldft.training.architecture import hf_config, reads
 from ldft.training.config_json import ConfigJson
 
 # Fields of transformers' class -> ldft's keys. Rope, windows and heads have their own functions.
@@ -220,7 +221,7 @@ def _keys(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig) -
 def _windowed(text: PretrainedConfig) -> bool:
     """Whether some layer's attention has a window."""
     kinds = getattr(text, "layer_types", None)
-    return bool(getattr(text, "sliding_window", None)) and (not kinds or "sliding_attention" in kinds)
+    return bool(getattr(text, "sliding_window", None)) and (not kinds or WINDOWED in kinds)
 
 
 def _rope(source: ConfigJson, text: PretrainedConfig) -> tuple[float, dict[str, Any]]:
