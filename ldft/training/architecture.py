@@ -30,6 +30,17 @@ _ELSEWHERE = {
     "rope_scaling": "model.rope_scaling",
     "rope_parameters": "model.rope_scaling",
 }
+# What transformers raises for a config that it cannot read or build.
+REFUSED = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 def hf_config(model: ModelConfig) -> PretrainedConfig:
@@ -85,15 +96,7 @@ def _made(model: ModelConfig, values: dict[str, Any], key: str = "model") -> Pre
     try:
         # A copy, because transformers adds to the dicts and lists that it is given.
         return AutoConfig.for_model(model.family, **copy.deepcopy(values))
-    except (
-        StrictDataclassError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-        NotImplementedError,
-    ) as error:
+    except REFUSED as error:
         reason = " ".join(str(error.__cause__ or error).split())
         named = re.match(r"Field '(\w+)'", reason)
         key = f"model.{WINDOWS_AND_CAPS[named[1]]}" if named and named[1] in WINDOWS_AND_CAPS else key
@@ -157,14 +160,17 @@ def reads(family: str, key: str) -> bool:
     """
     if key in _declared(family):
         return True
-    kind = CONFIG_MAPPING[family]
     given = re.compile(rf"""kwargs(?:\.(?:get|pop|setdefault)\(|\[)\s*["']{re.escape(key)}["']""")
+    constructor = inspect.getsource(sys.modules[CONFIG_MAPPING[family].__module__])
+    return given.search(constructor) is not None or read_by_model(family, key)
+
+
+@cache
+def read_by_model(family: str, key: str) -> bool:
+    """Whether the source of the family's causal language model names `key` of its config."""
+    network = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[family], None)
     read = re.compile(rf"""config\.{re.escape(key)}\b|getattr\(\s*(?:self\.)?config,\s*["']{re.escape(key)}["']""")
-    network = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
-    modules = [sys.modules[kind.__module__], *([import_module(network.__module__)] if network else [])]
-    return any(
-        pattern.search(inspect.getsource(module)) for module, pattern in zip(modules, (given, read), strict=False)
-    )
+    return network is not None and read.search(inspect.getsource(import_module(network.__module__))) is not None
 
 
 def _rope_parameters(model: ModelConfig, asked: dict[str, dict[str, Any]], own: PretrainedConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ldft.config import AttentionKind, Config, ModelConfig, rope
 from ldft.errors import ConfigError
 from ldft.preflight import decoder_layers, parameter_counts, windows
 from ldft.training import observation
-from ldft.training.architecture import parameters_by_layer_type, reads
+from ldft.training.architecture import REFUSED, parameters_by_layer_type, reads
 from ldft.training.checkpointing import checkpointing
 from ldft.training.observation import AttentionCall, Observed, Rotation, looks_at_values, watch
 
@@ -23,15 +23,7 @@ def outline(architecture: PretrainedConfig, model: ModelConfig) -> PreTrainedMod
     """The model on the meta device, for `check`. Raises ConfigError if transformers cannot build it."""
     try:
         return observation.build(architecture)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:
+    except REFUSED as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
             "model",
