@@ -135,3 +135,10 @@ def test_a_reduce_bucket_is_whole_only_where_gradients_are_contiguous_on_a_gpu()
     gpu, cpu = ("launch.device=cuda", "train.precision=bf16"), ("launch.device=cpu", "train.precision=bf16")
     assert bucket(*gpu, contiguous) == 2 * 500_000_000
     assert bucket(*gpu, apart) == bucket(*cpu, contiguous) == bucket(*cpu, apart) == 2 * trained
+
+
+def test_attentions_output_and_log_sum_exp_are_padded_as_kernels_pad_them() -> None:
+    line = ("model=llama3_1b", "seq_len.tokens=1000", "launch.device=cuda", "train.precision=bf16")
+    assert device_estimate.attention_bytes(compose(*line)) == 2 * 1000 * 32 * 64 + 4 * 32 * 1024
+    narrow = compose(*line, "model.head_dim=60", "train.micro_batch_size=3")
+    assert device_estimate.attention_bytes(narrow) == 3 * (2 * 1000 * 32 * 64 + 4 * 32 * 1024)
