@@ -142,3 +142,14 @@ def test_attentions_output_and_log_sum_exp_are_padded_as_kernels_pad_them() -> N
     assert device_estimate.attention_bytes(compose(*line)) == 2 * 1000 * 32 * 64 + 4 * 32 * 1024
     narrow = compose(*line, "model.head_dim=60", "train.micro_batch_size=3")
     assert device_estimate.attention_bytes(narrow) == 3 * (2 * 1000 * 32 * 64 + 4 * 32 * 1024)
+
+
+def test_zero_3_without_offload_holds_a_share_of_weights_gradients_and_optimizer() -> None:
+    whole = parameter_counts.total(parameter_counts.trained_sizes(compose("model=llama3_1b")))
+    zero = "offload.deepspeed.zero_optimization={sub_group_size:1000}"
+    found = parts("step", "offload=zero3", "launch.num_ranks=2", zero)
+    assert found["weights"] == pytest.approx(
+        2 * whole / 2, rel=1e-6
+    )  # each parameter is padded to a multiple of the ranks
+    assert found["gradients"] == found["weights"] + 4 * 1000
+    assert found["optimizer"] == 6 * found["weights"]
