@@ -95,11 +95,18 @@ def _is_text(override: str) -> bool:
 
 def _check_option(key: str, value: str) -> None:
     """Lists, numbers and other values in place of an option's name, which Hydra takes for a bug of its caller."""
-    if key not in composition.groups():
+    group = key.lstrip("+~").partition("@")[0]
+    of_hydra = group.startswith("hydra/")
+    if not value or (group not in composition.groups() and not of_hydra):
         return
     if value.startswith("["):
-        raise ConfigError(key, f"{value} is a list, and a group takes one option; use {key}=<option>, or -m {key}=a,b")
+        raise ConfigError(
+            group, f"{value} is a list, and a group takes one option; use {group}=<option>, or -m {group}=a,b"
+        )
     for option in value.split(","):
-        if not _is_text(f"{key}={option}"):
-            group, _, problem = composition.no_option(key, option).partition(": ")
-            raise ConfigError(group, problem)
+        if _is_text(f"{key}={option}"):
+            continue
+        if of_hydra:
+            raise ConfigError(group, f"{option} is no option's name; see python -m ldft --hydra-help")
+        _, _, problem = composition.no_option(group, option).partition(": ")
+        raise ConfigError(group, problem)

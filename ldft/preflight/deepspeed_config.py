@@ -4,9 +4,9 @@ dry run."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from ldft import files
 from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.memory import Pinning
 from ldft.errors import CombinationError
@@ -67,7 +67,7 @@ def build(config: Config) -> dict[str, Any]:
     file = config.offload.deepspeed_file
     layers = [(config.offload.deepspeed, "offload.deepspeed")]
     if file:
-        path = Path(file).expanduser()
+        path = files.named(file, "offload.deepspeed_file")
         layers.insert(0, (deepspeed_file.read(path), f"offload.deepspeed_file: {path.name}"))
     own = []
     for values, origin in layers:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ldft.errors import ConfigError
+from ldft.errors import ConfigError, shown
 
 # DeepSpeed keys that ldft sets, and the ldft key to use. A prefix covers everything below it.
 OWNED = {
@@ -54,7 +54,6 @@ _NOUNS = {
 }
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 _LARGEST = 2**63 - 1  # what torch can count
-_LONGEST_SHOWN = 80
 
 
 @cache
@@ -121,12 +120,6 @@ def _typed(value: Any, kind: str | list[str], key: str) -> Any:
 def where(origin: str, key: str) -> str:
     """How errors name a DeepSpeed key. origin: `offload.deepspeed`, or `offload.deepspeed_file: <name>`."""
     return f"{origin}.{key}" if origin == "offload.deepspeed" else f"{origin}: {key}"
-
-
-def shown(value: Any) -> str:
-    """A value as JSON, cut short, for messages."""
-    text = json.dumps(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def cleaned(values: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ldft.config import Config, Device, OffloadDevice
 from ldft.config.memory import Pinning
-from ldft.errors import ConfigError
+from ldft.errors import ConfigError, shown
 from ldft.preflight import deepspeed_keys
 from ldft.preflight.parameter_counts import frozen_sizes, total, trained_sizes
 
@@ -106,7 +106,7 @@ def _unconditional(own: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, (harmless, problem) in _ALWAYS.items():
         for key, value in own.items():
             if (key == name or key.startswith(f"{name}.")) and not _is_one_of(value, harmless) and value != {}:
-                yield key, f"{deepspeed_keys.shown(value)}: {problem}"
+                yield key, f"{shown(value)}: {problem}"
     for name, package in MONITORS.items():
         if own.get(f"{name}.enabled") and importlib.util.find_spec(package) is None:
             yield (
@@ -127,7 +127,7 @@ def _depending(config: Config, own: dict[str, Any], settings: dict[str, Any]) ->
         key = f"zero_optimization.{name}"
         if key not in own or _is_one_of(own[key], harmless):
             continue
-        value = deepspeed_keys.shown(own[key])
+        value = shown(own[key])
         if config.launch.device is not Device.cuda:
             yield key, f"{value}: ZeRO++ needs launch.device=cuda, not {config.launch.device.name}; leave it out"
         if stage != 3:
@@ -139,7 +139,7 @@ def _depending(config: Config, own: dict[str, Any], settings: dict[str, Any]) ->
             if own.get(key, one) != one:
                 yield (
                     key,
-                    f"{deepspeed_keys.shown(own[key])} is not supported with ZeRO-{stage} with reduce scatter enabled; add "
+                    f"{shown(own[key])} is not supported with ZeRO-{stage} with reduce scatter enabled; add "
                     "zero_optimization.reduce_scatter=false, or leave it out",
                 )
     if own.get("gradient_allreduce_op") == "sum" and stage == 3:

@@ -35,6 +35,16 @@ def config_keys(family: str) -> frozenset[str]:
 
 
 @cache
+def may_read(family: str, key: str) -> bool:
+    """Whether transformers' source of the family names a key of its config; true if the source is not found, or inherits keys from
+    another family's."""
+    folder = _models() / family.removesuffix("_text")
+    if "vocab_size" not in config_keys(family):
+        return True
+    return any(re.search(rf"\b{re.escape(key)}\b", file.read_text()) for file in folder.glob("*.py"))
+
+
+@cache
 def causal() -> frozenset[str]:
     """Every `model_type` for which the installed transformers has a causal language model, read from its source; empty if its
     source has no such table."""

@@ -11,6 +11,9 @@ two files while a compaction runs):
     select "cfg.model.name", "cfg.seq_len.tokens", max(tokens_per_s) from rows where status = 'ok' group by all order by all;
     select run_id, status, error_message, log_path from rows where status not in ('ok', 'skipped');
     select run_id, unnest(nodes, recursive := true) from rows where status = 'ok';
+
+pandas and polars write maps as lists, and DuckDB then casts no column of maps (`versions`) over all files. ldft itself reads such
+files; `compact` gives them their types again.
 """
 
 from __future__ import annotations

@@ -35,12 +35,16 @@ def results_dir(path: Path) -> Path:
 
 def missing(path: Path) -> str:
     """The line for a path without rows: where rows are instead, if they are further down."""
+    further = further_down(path)
+    return f"no rows in {path}; {f'they {further}' if further else 'python -m ldft writes one per run'}"
+
+
+def further_down(path: Path) -> str:
+    """The end of a line about a path without rows: "are further down: name one of ...", or empty if there are none."""
     found = below(path)
-    if not found:
-        return f"no rows in {path}; python -m ldft writes one per run"
     names = ", ".join(str(folder) for folder in found[:_MOST_NAMED])
     more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-    return f"no rows in {path}; they are further down: name one of {names}{more}"
+    return f"are further down: name one of {names}{more}" if found else ""
 
 
 def below(folder: Path, depth: int = _DEPTH) -> list[Path]:

@@ -35,6 +35,11 @@ def restored(table: pa.Table, target: pa.Schema) -> pa.Table:
     return table
 
 
+def differs(found: pa.Schema, target: pa.Schema) -> bool:
+    """Whether a file has another type than `target` in a column of the same name."""
+    return any(field.name in target.names and field.type != target.field(field.name).type for field in found)
+
+
 def writer(schema: pa.Schema, created_by: str) -> str:
     """The program that wrote a parquet file, as far as the file says, for messages: pandas, DuckDB, Polars, or empty."""
     if b"pandas" in (schema.metadata or {}):

@@ -195,7 +195,8 @@ def _only_one(results_dir: Path) -> Iterator[bool]:
 
 
 def compact(results_dir: Path) -> int:
-    """Merge all loose rows and small merged files into one new file. Returns the number of loose rows merged.
+    """Merge all loose rows, small merged files and those that another program wrote again into one new file, with ldft's types.
+    Returns the number of loose rows merged.
 
     Safe with concurrent writers and readers, and if the process dies: the merged file is written, read back and found complete
     before the files that it replaces are removed. Raises ResultsError if it cannot be written or the folder cannot be locked.
@@ -208,9 +209,13 @@ def compact(results_dir: Path) -> int:
             return 0
         for left_over in results_dir.glob(".rows-*.tmp"):
             left_over.unlink()
-        small = [path for path in merged_files(results_dir) if _num_rows(path) < _ROWS_OF_A_FULL_FILE]
+        target_types = schema()
+        merged = {path: _rows_and_types(path) for path in merged_files(results_dir)}
+        # Other programs' types are changed back: DuckDB reads no maps where one file has lists of pairs in their place.
+        foreign = {path for path, (_, types) in merged.items() if rewritten.differs(types, target_types)}
+        small = [path for path, (rows, _) in merged.items() if rows < _ROWS_OF_A_FULL_FILE or path in foreign]
         loose = loose_files(results_dir)
-        if not loose and len(small) < 2:
+        if not loose and len(small) < 2 and not foreign:
             return 0
         reader = Reader(results_dir)
         tables = reader.load(small + loose)
@@ -228,11 +233,12 @@ def compact(results_dir: Path) -> int:
         return sum(path in tables for path in loose)
 
 
-def _num_rows(path: Path) -> int:
+def _rows_and_types(path: Path) -> tuple[int, pa.Schema]:
     try:
-        return int(pq.read_metadata(path).num_rows)
+        with pq.ParquetFile(path) as file:
+            return int(file.metadata.num_rows), file.schema_arrow
     except (OSError, pa.ArrowException):
-        return _ROWS_OF_A_FULL_FILE  # unreadable: reported by readers, never touched
+        return _ROWS_OF_A_FULL_FILE, pa.schema([])  # unreadable: reported by readers, never touched
 
 
 def _write(table: pa.Table, target: Path) -> None:

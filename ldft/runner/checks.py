@@ -17,6 +17,7 @@ from ldft.preflight import (
     parameter_counts,
     placement_text,
     resolved,
+    windows,
 )
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
@@ -112,6 +113,7 @@ def check_machine(config: Config) -> Resolved:
             )
     families.check(config.model, families.causal())
     experts.check(config.model)
+    windows.check(config.model)
     parameter_counts.check_adapted(config)
     return resolved.resolve(config, topology=topology)
 

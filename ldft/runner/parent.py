@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldft import environment
+from ldft import environment, files
 from ldft.config import Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError, ResultsError
@@ -127,7 +127,7 @@ def results_dir(config: Config) -> Path:
     """The results folder, which need not exist yet. Raises ConfigError if results.dir is empty."""
     if not config.results.dir.strip():
         raise ConfigError("results.dir", "empty; name a folder, e.g. results")
-    return Path(config.results.dir).expanduser().absolute()
+    return files.named(config.results.dir, "results.dir").absolute()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldft import files
 from ldft.config import Config
 from ldft.errors import ConfigError
 from ldft.preflight import deepspeed_managed
@@ -100,7 +101,7 @@ def placed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base(config: Config) -> Path:
-    return Path(config.offload.nvme_path).expanduser().absolute()
+    return files.named(config.offload.nvme_path, "offload.nvme_path").absolute()
 
 
 def _remove_left(base: Path) -> None:

@@ -51,8 +51,8 @@ def lines(plan: Plan, history: History) -> list[str]:
 def _no_sweep(folder: Path, name: str | None) -> str:
     """The line for a results folder without a sweep, or without the one of that name."""
     line = f"{folder} contains no sweep{f' {name}' if name else ''}"
-    further = places.below(folder)
-    return f"{line}; rows are further down: name one of {', '.join(map(str, further[:3]))}" if further else line
+    further = places.further_down(folder)
+    return f"{line}; rows {further}" if further else line
 
 
 @closed_pipe.stop

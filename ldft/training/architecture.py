@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ldft.config import ModelConfig, rope
 from ldft.errors import ConfigError
-from ldft.preflight import experts, families
+from ldft.preflight import experts, families, windows
+from ldft.preflight.windows import WINDOWS_AND_CAPS
 
 # Where ldft's own keys of these names of config.json are.
 _ELSEWHERE = {
@@ -29,9 +30,17 @@ _ELSEWHERE = {
     "rope_scaling": "model.rope_scaling",
     "rope_parameters": "model.rope_scaling",
 }
-# transformers' names of ldft's keys that are 0 for none.
-SOFTCAPS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
-_WINDOWS_AND_CAPS = {"sliding_window": "sliding_window", **SOFTCAPS}
+# What transformers raises for a config that it cannot read or build.
+REFUSED = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 def hf_config(model: ModelConfig) -> PretrainedConfig:
@@ -87,32 +96,24 @@ def _made(model: ModelConfig, values: dict[str, Any], key: str = "model") -> Pre
     try:
         # A copy, because transformers adds to the dicts and lists that it is given.
         return AutoConfig.for_model(model.family, **copy.deepcopy(values))
-    except (
-        StrictDataclassError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-        NotImplementedError,
-    ) as error:
+    except REFUSED as error:
         reason = " ".join(str(error.__cause__ or error).split())
         named = re.match(r"Field '(\w+)'", reason)
-        key = f"model.{_WINDOWS_AND_CAPS[named[1]]}" if named and named[1] in _WINDOWS_AND_CAPS else key
+        key = f"model.{WINDOWS_AND_CAPS[named[1]]}" if named and named[1] in WINDOWS_AND_CAPS else key
         raise ConfigError(key, f"transformers refuses this {model.family}: {reason}") from error
 
 
 def _windows_and_caps(model: ModelConfig) -> dict[str, Any]:
     """Keys of the attention window and the soft caps, null where off, so that a family's default does not apply."""
     values: dict[str, Any] = {}
-    for name, key in _WINDOWS_AND_CAPS.items():
+    for name, key in WINDOWS_AND_CAPS.items():
         value = getattr(model, key)
-        if name == "sliding_window" and not value and "sliding_attention" not in _layer_types(model):
+        if name == "sliding_window" and not value and windows.WINDOWED not in _layer_types(model):
             continue  # no layer uses it, but some families make a mask of it even so
         if reads(model.family, name):
             values[name] = value or None
         elif value:
-            raise ConfigError(f"model.{key}", f"{value:g}: transformers' {model.family} does not support it; use 0")
+            raise windows.unsupported(model, key)
     if reads(model.family, "use_sliding_window"):
         values["use_sliding_window"] = model.sliding_window > 0
     return values
@@ -121,23 +122,22 @@ def _windows_and_caps(model: ModelConfig) -> dict[str, Any]:
 def _layer_types(model: ModelConfig) -> list[Any]:
     """Those that the user named; without any, the family may have layers of each type."""
     named = model.extra.get("layer_types")
-    return named if isinstance(named, list) else ["sliding_attention"]
+    return named if isinstance(named, list) else [windows.WINDOWED]
 
 
 def _extra(model: ModelConfig, own: set[str]) -> dict[str, Any]:
     """model.extra, checked. own: names that ldft sets from other keys."""
+    switch = "use_sliding_window"
+    windows.check_switch(model, read=reads(model.family, switch))
     for name, value in model.extra.items():
-        at, window = f"model.extra.{name}", model.sliding_window
-        if name == "use_sliding_window" and reads(model.family, name):
-            if value is not (window > 0):
-                raise ConfigError(at, f"{value} contradicts model.sliding_window={window}; leave it out")
-        elif name == rope.ORIGINAL and reads(model.family, name):
+        at = f"model.extra.{name}"
+        if name in (switch, rope.ORIGINAL) and reads(model.family, name):
             continue
-        elif name in _ELSEWHERE:
+        if name in _ELSEWHERE:
             raise ConfigError(at, f"{value} has no effect here; set {_ELSEWHERE[name]}")
-        elif name in own:
+        if name in own:
             raise ConfigError(at, "ldft sets this from another key of its config; see the keys of model")
-        elif not reads(model.family, name):
+        if not reads(model.family, name):
             close = difflib.get_close_matches(name, _declared(model.family) - own, n=1)
             hint = f"did you mean {close[0]}?" if close else "leave it out"
             raise ConfigError(at, f"transformers' {model.family} has no such key; {hint}")
@@ -160,14 +160,17 @@ def reads(family: str, key: str) -> bool:
     """
     if key in _declared(family):
         return True
-    kind = CONFIG_MAPPING[family]
     given = re.compile(rf"""kwargs(?:\.(?:get|pop|setdefault)\(|\[)\s*["']{re.escape(key)}["']""")
+    constructor = inspect.getsource(sys.modules[CONFIG_MAPPING[family].__module__])
+    return given.search(constructor) is not None or read_by_model(family, key)
+
+
+@cache
+def read_by_model(family: str, key: str) -> bool:
+    """Whether the source of the family's causal language model names `key` of its config."""
+    network = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[family], None)
     read = re.compile(rf"""config\.{re.escape(key)}\b|getattr\(\s*(?:self\.)?config,\s*["']{re.escape(key)}["']""")
-    network = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
-    modules = [sys.modules[kind.__module__], *([import_module(network.__module__)] if network else [])]
-    return any(
-        pattern.search(inspect.getsource(module)) for module, pattern in zip(modules, (given, read), strict=False)
-    )
+    return network is not None and read.search(inspect.getsource(import_module(network.__module__))) is not None
 
 
 def _rope_parameters(model: ModelConfig, asked: dict[str, dict[str, Any]], own: PretrainedConfig) -> dict[str, Any]:

@@ -26,6 +26,8 @@ _UNQUANTISED = (
     "choose the checkpoint that was not quantised, or dequantise it (transformers: from_pretrained, dequantize, "
     "save_pretrained)"
 )
+# Methods whose weights transformers turns into plain ones while it loads them, and its class for that.
+_AT_LOADING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 # In the names of tensors -> what was saved, and what to save instead.
 _WRAPPERS = {
     r"(^|\.)_orig_mod\.": ("a model under torch.compile", "save model._orig_mod"),
@@ -66,8 +68,21 @@ def check(path: Path, entries: dict[str, Entry]) -> None:
         )
 
 
+def unquantised(method: str) -> str:
+    """What to do about quantised weights: the fix of an error. method: quant_method of their quantization_config."""
+    if method not in _AT_LOADING:
+        return _UNQUANTISED
+    # In the original format, the plain weights keep the names of quantised ones.
+    return (
+        f"save a bf16 copy with transformers, from_pretrained(..., quantization_config={_AT_LOADING[method]}(dequantize=True), "
+        "dtype='bfloat16') and save_pretrained(..., save_original_format=False), and name its folder"
+    )
+
+
 def _check_quantised(path: Path, entries: dict[str, Entry]) -> None:
-    signs = _declared(path)
+    methods = _methods(_config_json(path))
+    signs = [f"{name} lies beside them" for name in _QUANTISER_FILES if (path / name).is_file()]
+    signs += [f"quantization_config in config.json: {method}" for method in methods]
     other = [
         (name, entry) for name, entry in entries.items() if entry.dtype not in DTYPES and not _NOT_WEIGHTS.search(name)
     ]
@@ -79,20 +94,19 @@ def _check_quantised(path: Path, entries: dict[str, Entry]) -> None:
     signs += [f"{name} is {entry.dtype}, not one of {', '.join(DTYPES)}" for name, entry in other[:1]]
     signs += [f"{name} is a quantiser's" for name in entries if _SCALES.search(name)][:1]
     if signs:
-        raise ConfigError("model.path", f"the weights in {path} are quantised ({'; '.join(signs)}); {_UNQUANTISED}")
+        raise ConfigError(
+            "model.path",
+            f"the weights in {path} are quantised ({'; '.join(signs)}); {unquantised(''.join(methods[:1]))}",
+        )
 
 
-def _declared(path: Path) -> list[str]:
-    """What the JSON files beside the weights say of quantisation; empty if nothing."""
-    signs = [f"{name} lies beside them" for name in _QUANTISER_FILES if (path / name).is_file()]
+def _config_json(path: Path) -> Any:
+    """What the config.json beside the weights holds; None if there is none."""
     file = path / "config.json"
-    if file.is_file():
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            raise ConfigError("model.path", f"{file} is not JSON; fetch it again") from None
-        signs += [f"quantization_config in config.json: {method}" for method in _methods(config)]
-    return signs
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (ValueError, RecursionError):
+        raise ConfigError("model.path", f"{file} is not JSON; fetch it again") from None
 
 
 def _methods(config: Any) -> list[str]:

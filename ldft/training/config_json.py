@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldft import files
 from ldft.errors import ConfigError
 
 NAME = "config.json"
@@ -70,7 +71,7 @@ def _noun(value: Any) -> str:
 
 
 def _local(path: str) -> Path:
-    folder = Path(path).expanduser()
+    folder = files.named(path, "model.path")
     if folder.is_file():
         if folder.suffix == ".json":
             return folder
@@ -78,7 +79,7 @@ def _local(path: str) -> Path:
     if not folder.is_dir():
         hub = f", or model.hf_id={path} for the hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
         raise ConfigError("model.path", f"'{path}' does not exist; name the folder with the model's {NAME}{hub}")
-    if not (folder / NAME).is_file():
+    if not files.named(folder / NAME, "model.path").is_file():
         raise ConfigError("model.path", f"'{path}' has no {NAME}; {_advice(folder)}")
     return folder / NAME
 

@@ -7,10 +7,8 @@ field that changes the model. A field that ldft cannot express is refused by nam
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,15 +18,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from ldft.config import ModelConfig
-from ldft.errors import ConfigError
+from ldft.errors import ConfigError, shown
 from ldft.preflight import experts
-from ldft.training.architecture import SOFTCAPS, hf_config, reads
+from ldft.preflight.windows import SOFTCAPS, WINDOWED
+from ldft.training import checkpoint_faults
+from ldft.training.architecture import REFUSED, hf_config, read_by_model, reads
 from ldft.training.config_json import ConfigJson
 
 # Fields of transformers' class -> ldft's keys. Rope, windows and heads have their own functions.
@@ -129,18 +128,12 @@ def _check(source: ConfigJson) -> None:
             method = found.get("quant_method", "") if isinstance(found, dict) else ""
             raise source.refusal(
                 f"{key}{f' ({method})' if method else ''}: the weights are quantised, and ldft trains bf16, fp16 or fp32; "
-                "use the unquantised model, or take the key out of a copy to train random weights"
+                f"{checkpoint_faults.unquantised(method)}; for random weights, take the key out of a copy of the file"
             )
     names = values.get("architectures")
     for name in names if isinstance(names, list) else ():
         if isinstance(name, str) and "For" in name and not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
             raise source.refusal(f"architectures={name} is not a causal language model; use one that is")
-
-
-def _short(value: Any) -> str:
-    """A value for a message."""
-    text = json.dumps(value, default=str)
-    return text if len(text) < 100 else f"{text[:100]}..."
 
 
 @contextmanager
@@ -161,7 +154,7 @@ def _read(source: ConfigJson) -> PretrainedConfig:
         file.write_text(json.dumps(source.values))
         try:
             return AutoConfig.from_pretrained(file, trust_remote_code=False)
-        except (StrictDataclassError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        except REFUSED as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise source.refusal(f"transformers refuses it ({reason[:300]}); correct that key") from error
 
@@ -182,7 +175,7 @@ def _check_sizes(source: ConfigJson, text: PretrainedConfig, given: dict[str, An
             raise source.refusal(f"{text.model_type} has no {key}, which ldft needs; use another family")
         if type(value := getattr(text, key)) is not int or value < 1:
             raise source.refusal(
-                f"{key}={_short(value)}: ldft needs one positive whole number here; correct it, or use another family"
+                f"{key}={shown(value)}: ldft needs one positive whole number here; correct it, or use another family"
             )
     if missing and not nested:
         raise source.refusal(f"it has no {', '.join(missing)}; fetch the whole file again, or add the key")
@@ -213,14 +206,14 @@ def _keys(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig) -
     model.rope_theta, model.rope_scaling = _rope(source, text)
     for key in ("num_key_value_heads", "head_dim", "sliding_window", "num_experts", "num_experts_per_token"):
         if type(value := getattr(model, key)) is not int:
-            raise source.refusal(f"{key}={_short(value)}: ldft needs one whole number here; use another model")
+            raise source.refusal(f"{key}={shown(value)}: ldft needs one whole number here; use another model")
     return model
 
 
 def _windowed(text: PretrainedConfig) -> bool:
     """Whether some layer's attention has a window."""
     kinds = getattr(text, "layer_types", None)
-    return bool(getattr(text, "sliding_window", None)) and (not kinds or "sliding_attention" in kinds)
+    return bool(getattr(text, "sliding_window", None)) and (not kinds or WINDOWED in kinds)
 
 
 def _rope(source: ConfigJson, text: PretrainedConfig) -> tuple[float, dict[str, Any]]:
@@ -241,7 +234,7 @@ def _theta(source: ConfigJson, rope: dict[str, Any]) -> float:
     theta = rope.get("rope_theta")
     if isinstance(theta, bool) or not isinstance(theta, int | float):
         raise source.refusal(
-            f"rope_theta is {_short(theta)} in {_short(rope)}; write the base of the rotary embedding there"
+            f"rope_theta is {shown(theta)} in {shown(rope)}; write the base of the rotary embedding there"
         )
     return float(theta)
 
@@ -301,7 +294,7 @@ def _compare(source: ConfigJson, model: ModelConfig, text: PretrainedConfig, bui
             ours, theirs = _plain_rope(ours), _plain_rope(theirs)
         if ours != theirs and not (key == "tie_word_embeddings" and ours == model.tie_word_embeddings):
             raise source.refusal(
-                f"{key}={_short(theirs)}: ldft cannot build this {text.model_type}, it would have {_short(ours)}; use another model"
+                f"{key}={shown(theirs)}: ldft cannot build this {text.model_type}, it would have {shown(ours)}; use another model"
             )
 
 
@@ -315,7 +308,6 @@ def _strays(text: PretrainedConfig, given: dict[str, Any]) -> tuple[dict[str, An
         for key, value in given.items()
         if key not in own and value and not _declares(text, key) and not re.search(r"^_|_token_(id|index)$", key)
     )
-    code = inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__module__]) if others else ""
-    used = {key for key in others if re.search(rf"config\.{re.escape(key)}\b|config, \"{re.escape(key)}\"", code)}
     # What only the class's constructor reads shows in the fields that it fills.
-    return {key: given[key] for key in others if key in used}, [key for key in others if not reads(family, key)]
+    used = {key: given[key] for key in others if read_by_model(family, key)}
+    return used, [key for key in others if not reads(family, key)]

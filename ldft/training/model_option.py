@@ -6,11 +6,11 @@ import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ldft import files
 from ldft.config import ModelConfig
 from ldft.errors import LdftError
 from ldft.terminal import Parser
@@ -77,8 +77,8 @@ def main() -> int:
     parser.add_argument("--name", default="", help="the name in rows and tables (default: made from the folder or id)")
     arguments = parser.parse_args()
     where = arguments.model
-    on_hub = not Path(where).expanduser().exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", where) is not None
     try:
+        on_hub = not files.named(where, "model.path").exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", where) is not None
         print(_text(config_json.read("" if on_hub else where, where if on_hub else ""), arguments.name), end="")
     except LdftError as error:
         print(f"ldft: {error}", file=sys.stderr)

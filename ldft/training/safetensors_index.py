@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldft import files
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 
@@ -53,7 +54,7 @@ def folder(model: ModelConfig, *, fetch: bool) -> Path:
     Raises ConfigError if there is none.
     """
     if model.path:
-        path = Path(model.path).expanduser()
+        path = files.named(model.path, "model.path")
         if not path.is_dir():
             raise ConfigError("model.path", f"'{model.path}' is not a folder; name one with *.safetensors files")
         return path

@@ -12,9 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ldft.config import AttentionKind, Config, ModelConfig, rope
 from ldft.errors import ConfigError
-from ldft.preflight import decoder_layers, parameter_counts
+from ldft.preflight import decoder_layers, parameter_counts, windows
 from ldft.training import observation
-from ldft.training.architecture import parameters_by_layer_type, reads
+from ldft.training.architecture import REFUSED, parameters_by_layer_type, reads
 from ldft.training.checkpointing import checkpointing
 from ldft.training.observation import AttentionCall, Observed, Rotation, looks_at_values, watch
 
@@ -23,15 +23,7 @@ def outline(architecture: PretrainedConfig, model: ModelConfig) -> PreTrainedMod
     """The model on the meta device, for `check`. Raises ConfigError if transformers cannot build it."""
     try:
         return observation.build(architecture)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:
+    except REFUSED as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
             "model",
@@ -119,16 +111,10 @@ def _check_count(network: PreTrainedModel, model: ModelConfig) -> None:
 
 
 def _check_window_exists(architecture: PretrainedConfig, model: ModelConfig) -> None:
-    """transformers fails in a layer that is to have a window if none is set."""
+    """transformers fails in a layer that has a window if its length is not set."""
     kinds = getattr(architecture, "layer_types", None) or []
-    if model.sliding_window or "sliding_attention" not in kinds:
-        return
-    raise ConfigError(
-        "model.sliding_window",
-        f"0, but {kinds.count('sliding_attention')} of the {len(kinds)} layers of transformers' {model.family} have a window; "
-        f"set its length, or model.extra.layer_types=[{','.join(['full_attention'] * min(len(kinds), 2))}"
-        f"{',...' if len(kinds) > 2 else ''}] for none",
-    )
+    if not model.sliding_window and windows.WINDOWED in kinds:
+        raise windows.without_length(model, kinds)
 
 
 def _explain(failure: Exception, model: ModelConfig) -> None:
@@ -168,22 +154,18 @@ def _check_attention(seen: Observed, model: ModelConfig, kind: AttentionKind) ->
         if (call.softcap or 0) != model.attention_softcap:
             raise ConfigError("model.attention_softcap", _differs(model, model.attention_softcap, call.softcap or 0))
     flash = kind.name.startswith("flash")
-    windows = {_window(call, flash) for call in seen.attention}
+    lengths = {_window(call, flash) for call in seen.attention}
     asked = model.sliding_window
-    if windows - {asked, 0}:
-        raise ConfigError("model.sliding_window", _differs(model, asked, max(windows - {asked})))
-    if asked and asked not in windows and seen.failure is None:
-        fix = "use 0, or name the layers that have one in model.extra.layer_types"
+    if lengths - {asked, 0}:
+        raise ConfigError("model.sliding_window", _differs(model, asked, max(lengths - {asked})))
+    if asked and asked not in lengths and seen.failure is None:
         if asked in {_window(call, not flash) for call in seen.attention}:
             fix = (
                 f"{kind.name} attention is not given it; use attention.kind={'sdpa' if flash else 'flash_attention_2'}"
             )
-        elif reads(model.family, "max_window_layers"):
-            fix = "the first layers have none; set model.extra.max_window_layers to their number, 0 for a window in all"
-        raise ConfigError(
-            "model.sliding_window",
-            f"{asked} reaches no layer of transformers' {model.family} with {model.num_layers} layers: {fix}",
-        )
+        else:
+            fix = windows.fix_of_layers(reads(model.family, "max_window_layers"))
+        raise windows.reaches_no_layer(model, fix)
 
 
 def _window(call: AttentionCall, flash: bool) -> int:

@@ -77,6 +77,20 @@ def test_the_front_keeps_what_nothing_beats(rows) -> None:
         pareto(df, x="peak_host_gib", y="speed")
 
 
+def test_the_fronts_of_groups_come_in_their_order(rows) -> None:
+    for tokens in (4096, 1024, 2048):
+        rows.add(tokens=tokens, peak_host_gib=1.0)
+    table = cells(load(rows.folder)).iloc[::-1]
+    front = pareto(table, x="peak_host_gib", y="tokens_per_s", within=("seq_len_tokens",))
+    assert front.seq_len_tokens.tolist() == [1024, 2048, 4096]
+
+
+def test_a_machine_is_named_by_its_gpus_and_their_number(rows) -> None:
+    rows.add(device_type="cuda", gpus=["a GPU"])
+    rows.add(tokens=2048, device_type="cuda", gpus=["a GPU"] * 2)
+    assert load(rows.folder).machine.tolist() == ["1 x a GPU", "2 x a GPU"]
+
+
 def test_memory_by_node_role_and_placement(rows) -> None:
     entries = [role("momentum", 0, 6, 0.25, 0.5), role("momentum", 3, 6, 0.75, 0.5), role("other", 0, 1, 1.0, None)]
     rows.add(nodes=[node(0, 4.0), node(3, 2.0)], roles=entries)
@@ -103,6 +117,7 @@ def test_process_policies_have_shares_asked_and_found(rows) -> None:
         ["interleave_0_3", "process", 0],
         ["interleave_0_3", "process", 3],
     ]
+    assert table["rank"].tolist() == [0, 0]
     assert table.difference.tolist() == pytest.approx([0.1, -0.1])
     assert table.bytes.tolist() == [5 * 2**30] * 2  # what was added on all nodes of the host, in bytes as for roles
 

@@ -19,6 +19,12 @@ LINES = {
     "-m hydra/launcher=joblib": ["hydra/launcher: 'joblib' does not exist", "pip install hydra-joblib-launcher"],
     "-m hydra/sweeper=optuna": ["hydra/sweeper: 'optuna' does not exist; use one of basic, ldft", "hydra-optuna-sweeper", "-m"],
     "hydra/job_logging=colorlog": ["hydra/job_logging: 'colorlog' does not exist; use one of default, disabled", "hydra-colorlog"],
+    "hydra/sweeper=0": ["hydra/sweeper: 0 is no option's name; see python -m ldft --hydra-help"],
+    "hydra/job_logging=null": ["hydra/job_logging: null is no option's name"],
+    "+hydra/env=3": ["hydra/env: 3 is no option's name"],
+    "hydra/launcher@x=1.5": ["hydra/launcher: 1.5 is no option's name"],
+    "~hydra/launcher=true": ["hydra/launcher: true is no option's name"],
+    "hydra/sweeper=[a,b]": ["hydra/sweeper: [a,b] is a list, and a group takes one option"],
     "hydra/help=foo": ["hydra/help: 'foo' does not exist; use one of default, ldft_help"],
     # sweeps without cells
     "-m model=glob(zzz*)": ["model: glob(zzz*) matches no option; use one of from_hf", "tiny"],

@@ -195,3 +195,8 @@ def test_rounded_weights_are_small_and_sum_to_the_whole() -> None:
     assert cost_model.rounded({0: 0.8, 1: 0.2, 2: 0.0}) == {0: 4, 1: 1}
     assert cost_model.rounded({0: 1 / 3, 1: 2 / 3}) == {0: 3333, 1: 6667}
     assert cost_model.rounded({5: 1.0}) == {5: 1}
+
+
+def test_a_ratio_in_lowest_terms_keeps_every_node_that_has_a_weight() -> None:
+    assert cost_model.reduced({0: 1, 1: 0, 3: 2}) == {0: 1, 3: 2}
+    assert cost_model.reduced({0: 6, 3: 2, 5: 4}) == {0: 3, 3: 1, 5: 2}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldft import environment
-from ldft.preflight import decoder_layers, device_estimate, zero_buckets
+from ldft.preflight import decoder_layers, device_estimate, parameter_counts, zero_buckets
 from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from tests.conftest import compose
@@ -94,3 +94,62 @@ def test_sdpa_gets_a_mask_of_all_tokens_with_all_for_a_window() -> None:
 
     assert mask("attention=sdpa") == mask("attention=eager", "model.sliding_window=4096") == 0
     assert mask("attention=sdpa", "model.sliding_window=4096") == 3 * 32768**2
+
+
+def parts(moment: str, *more: str) -> device_estimate.Parts:
+    """Bytes by part of llama3_1b at 1024 tokens: 2 B per element, H = 2048, I = 8192, 32 heads."""
+    line = ("model=llama3_1b", "seq_len=1k", "launch.device=cuda", "train.precision=bf16")
+    return device_estimate.moments(select(compose(*line, *more)))[moment]
+
+
+def test_attention_that_stores_its_scores_keeps_them_for_each_head() -> None:
+    kept = {
+        kind: parts("loss", "checkpointing=none", "offload=full", f"attention={kind}")["activations"]
+        for kind in ("eager", "sdpa")
+    }
+    # Two copies in bf16 and one in fp32, which counts as two: 4 w S S heads in each of 16 layers.
+    assert kept["eager"] - kept["sdpa"] == 16 * 4 * 2 * 1024 * 1024 * 32
+
+
+def test_an_adapter_on_the_mlps_last_module_adds_its_inputs_gradient_and_two_of_its_output() -> None:
+    inside = {
+        modules: parts(
+            "backward of the first layer", "checkpointing=gpu", "lora=r16", f"lora.target_modules=[{modules}]"
+        )
+        for modules in ("q_proj", "q_proj,down_proj")
+    }
+    assert inside["q_proj,down_proj"]["inside a layer"] - inside["q_proj"]["inside a layer"] == 2 * 1024 * (
+        8192 + 2 * 2048
+    )
+
+
+def test_a_reduce_bucket_is_whole_only_where_gradients_are_contiguous_on_a_gpu() -> None:
+    def bucket(*more: str) -> int:
+        line = ("model=nano", "offload=zero3", *more)
+        return device_estimate.moments(select(compose(*line)))["step"]["reduce bucket"]
+
+    sizes = "reduce_bucket_size:500000000,contiguous_gradients"
+    contiguous = f"offload.deepspeed.zero_optimization={{{sizes}:true}}"
+    apart = f"offload.deepspeed.zero_optimization={{{sizes}:false}}"
+    trained = parameter_counts.total(parameter_counts.trained_sizes(compose("model=nano")))
+    gpu, cpu = ("launch.device=cuda", "train.precision=bf16"), ("launch.device=cpu", "train.precision=bf16")
+    assert bucket(*gpu, contiguous) == 2 * 500_000_000
+    assert bucket(*gpu, apart) == bucket(*cpu, contiguous) == bucket(*cpu, apart) == 2 * trained
+
+
+def test_attentions_output_and_log_sum_exp_are_padded_as_kernels_pad_them() -> None:
+    line = ("model=llama3_1b", "seq_len.tokens=1000", "launch.device=cuda", "train.precision=bf16")
+    assert device_estimate.attention_bytes(compose(*line)) == 2 * 1000 * 32 * 64 + 4 * 32 * 1024
+    narrow = compose(*line, "model.head_dim=60", "train.micro_batch_size=3")
+    assert device_estimate.attention_bytes(narrow) == 3 * (2 * 1000 * 32 * 64 + 4 * 32 * 1024)
+
+
+def test_zero_3_without_offload_holds_a_share_of_weights_gradients_and_optimizer() -> None:
+    whole = parameter_counts.total(parameter_counts.trained_sizes(compose("model=llama3_1b")))
+    zero = "offload.deepspeed.zero_optimization={sub_group_size:1000}"
+    found = parts("step", "offload=zero3", "launch.num_ranks=2", zero)
+    assert found["weights"] == pytest.approx(
+        2 * whole / 2, rel=1e-6
+    )  # each parameter is padded to a multiple of the ranks
+    assert found["gradients"] == found["weights"] + 4 * 1000
+    assert found["optimizer"] == 6 * found["weights"]

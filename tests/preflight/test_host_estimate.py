@@ -199,3 +199,18 @@ def test_estimates_match_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> 
         kept = 4 * parameter_counts.total(parameter_counts.trained_sizes(config)) if run.shares_gradients else 0
         assert (run.estimate.host_bytes + kept) / 2**30 == pytest.approx(host_gib, rel=0.03), name
         assert sum(resolve(config).estimate.device.values()) / 2**30 == pytest.approx(device_gib, rel=0.09), name
+
+
+def test_gradients_wait_in_host_memory_while_they_accumulate() -> None:
+    """ZeRO-2 offload: the largest gradient on its way; and with accumulation this rank's share, with one more beside it."""
+
+    def gradients(steps: int, ranks: int) -> int:
+        line = ("model=llama3_1b", "offload=optimizer", "launch.device=cuda", "train.precision=bf16")
+        config = compose(*line, f"train.gradient_accumulation_steps={steps}", f"launch.num_ranks={ranks}")
+        return host_estimate.host_bytes(config)["compute_gradients"]
+
+    sizes = parameter_counts.trained_sizes(compose("model=llama3_1b"))
+    whole, largest = parameter_counts.total(sizes), max(sizes)
+    assert gradients(1, 4) == 2 * largest
+    assert gradients(2, 4) == 2 * (largest + -(-whole // 8) * 2 + largest)
+    assert gradients(2, 1) == 2 * (largest + whole)

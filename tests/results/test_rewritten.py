@@ -131,6 +131,30 @@ def test_a_rewritten_row_is_read_as_ldft_wrote_it(folder: Path, capsys, rewrite:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("rewrite", REWRITERS)
+def test_compacting_gives_merged_rows_of_another_program_their_types_again(
+    folder: Path, monkeypatch, rewrite: Callable[[Path], None]
+) -> None:
+    before = results.read_table(folder).to_pylist()
+    assert store.compact(folder) == 3
+    monkeypatch.setattr(store, "_ROWS_OF_A_FULL_FILE", 2)  # a file of this size is otherwise never merged again
+    (merged,) = store.merged_files(folder)
+    assert store.compact(folder) == 0 and store.merged_files(folder) == [merged]
+    if rewrite is by_pandas_with_an_index:  # it keeps one row
+        rewrite = by_pandas
+    rewrite(merged)
+    query = f"select versions['torch'] from read_parquet('{folder}/**/row*.parquet') order by started_at"
+    leave(folder, config(train__seed=4), **VALUES)
+    if rewrite is not by_duckdb:
+        with pytest.raises(duckdb.ConversionException):
+            duckdb.execute(query).fetchall()
+    store.compact(folder)
+    assert duckdb.execute(query).fetchall() == [("2.13.0",), ("2.13.0",), (None,), ("2.13.0",)]
+    assert results.read_table(folder).to_pylist()[:3] == before
+    left = store.merged_files(folder)
+    assert store.compact(folder) == 0 and store.merged_files(folder) == left
+
+
 def test_several_rows_in_one_file_of_pandas_are_rows(folder: Path, tmp_path: Path) -> None:
     everything = pd.concat([pd.read_parquet(path) for path in store.loose_files(folder)])
     everything.to_parquet(tmp_path / "all.parquet")

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config
 
 from ldft.config import Config, Weights
 from ldft.errors import ConfigError
 from ldft.preflight.selection import select
 from ldft.runner import checks
-from ldft.training import checkpoint_faults, safetensors_index
+from ldft.training import checkpoint_faults, config_json, hf_import, safetensors_index
 from tests.conftest import compose
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -222,3 +223,31 @@ def test_the_files_that_transformers_reads_are_read(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "kept")
     sharded(tmp_path)
     assert "has model.safetensors and the index of other files; remove what is stale" in refusal(tmp_path)
+
+
+def test_what_the_line_for_mxfp4_advises_gives_weights_that_can_be_trained(tmp_path: Path) -> None:
+    """A gpt-oss as it is published: experts in blocks of 32 numbers of 4 bits, with a scale for each block."""
+    quantised, plain_folder = tmp_path / "quantised", tmp_path / "plain"
+    AutoModelForCausalLM.from_config(
+        GptOssConfig(
+            num_hidden_layers=1, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            vocab_size=64, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"],
+        )
+    ).bfloat16().save_pretrained(quantised)  # fmt: skip
+    tensors = load_file(quantised / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.full((experts, outputs, inputs // 32), 127, dtype=torch.uint8)
+    save_file(tensors, quantised / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((quantised / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (quantised / "config.json").write_text(json.dumps(config))
+    line = refusal(quantised)
+    assert "quantization_config=Mxfp4Config(dequantize=True), dtype='bfloat16')" in line
+    assert "save_pretrained(..., save_original_format=False), and name its folder" in line
+    loaded = AutoModelForCausalLM.from_pretrained(
+        quantised, quantization_config=Mxfp4Config(dequantize=True), dtype="bfloat16"
+    )
+    loaded.save_pretrained(plain_folder, save_original_format=False)
+    checkpoint_faults.check(plain_folder, safetensors_index.index(plain_folder))
+    assert hf_import.convert(config_json.read(str(plain_folder), "")).model.family == "gpt_oss"

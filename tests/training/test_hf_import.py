@@ -62,6 +62,8 @@ WRONG_VALUES: list[tuple[str, dict[str, Any], str]] = [
     (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not a causal"),
     (LLAMA, {"is_encoder_decoder": True}, "llama is an encoder-decoder"),
     (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config (fp8): the weights are quantised"),
+    (LLAMA, {"quantization_config": {"quant_method": "mxfp4"}}, "=Mxfp4Config(dequantize=True), dtype='bfloat16')"),
+    (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "choose the checkpoint that was not quantised, or dequantise it"),
     (LLAMA, {"quantization_config": {}}, ""),
     (LLAMA, {"compression_config": {"format": "x"}}, "compression_config: the weights are quantised"),
     (LLAMA, {"hidden_size": None}, "it has no hidden_size; fetch the whole file"),

@@ -21,7 +21,7 @@ from ldft.training.architecture import hf_config, reads
 from tests.conftest import compose
 
 TOKENS = 100
-EXPERTS = ("deepseek_v2", "gpt_oss", "llama4_text", "olmoe", "qwen3_moe", "qwen3_next")
+EXPERTS = ("deepseek_v2", "gpt_oss", "llama4_text", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next")
 
 
 def config_of(family: str, **values: Any) -> Config:

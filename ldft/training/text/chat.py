@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldft import files
 from ldft.errors import ConfigError
 from ldft.training.text import tokenizer_folder
 
@@ -33,16 +34,17 @@ class ChatTemplate:
         from transformers import PreTrainedTokenizerFast
 
         self._folder = folder
-        path = Path(folder).expanduser()
+        path = files.named(folder, "data.tokenizer")
         try:
             # False as to mistral: a tokenizer is used as it was saved, without a warning.
             self._tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
                 path, local_files_only=True, model_max_length=_NO_LIMIT, fix_mistral_regex=False, **_described(path)
             )
-            self._tokenizer.get_chat_template()
+            if not isinstance(self._tokenizer.get_chat_template(), str):
+                raise TypeError("chat_template is no text")
         # What transformers raises for settings that it does not understand.
         except (TypeError, ValueError, LookupError, AttributeError) as error:
-            text = "no chat template" if "chat_template" in str(error) else _one_line(error)
+            text = "no chat template" if "chat_template is not set" in str(error) else _one_line(error)
             raise ConfigError(
                 "data.tokenizer",
                 f"{folder} cannot render conversations ({text}); add chat_template.jinja, or use an instruct model's tokenizer",
@@ -82,6 +84,7 @@ class ChatTemplate:
                 return_assistant_tokens_mask=spans,
                 **self._tokenizer.special_tokens_map,
             )
+            texts[0].encode()  # tokenizers cannot read half a surrogate pair
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 "data.tokenizer",
@@ -96,6 +99,7 @@ class ChatTemplate:
             AttributeError,
             ArithmeticError,
             RecursionError,
+            MemoryError,
         ) as error:
             raise ConfigError(
                 "data.path",

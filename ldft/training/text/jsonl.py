@@ -43,7 +43,11 @@ def _integer(digits: str) -> int | float:
 
 
 def _hint(line: str) -> str:
-    return ": one object per line is needed, not one list" if line.strip() == "[" else ""
+    opens = {
+        "[": ": one object per line is needed, not one list",
+        "{": ": one object per line is needed, not one over several",
+    }
+    return opens.get(line.strip(), "")
 
 
 def rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, list[Any]]]:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldft import files
 from ldft.config import Config, DataKind, DataLoss
 from ldft.errors import ConfigError
 from ldft.training.text import documents, tokenizer_folder
@@ -37,7 +38,7 @@ class Source:
         """Of a config whose data are read from a file."""
         data = config.data
         return cls(
-            path=Path(data.path).expanduser(),
+            path=files.named(data.path, "data.path"),
             column=data.column_read,
             tokenizer=data.tokenizer,
             vocab_size=config.model.vocab_size,
@@ -69,13 +70,15 @@ def encoder(source: Source) -> tuple[Encode, tokenizer_folder.Loaded]:
     template = ChatTemplate(source.tokenizer) if source.chat else None
 
     def encode(document: Document) -> tuple[list[int], list[bool] | None]:
-        if template:
-            ids, trained = template.encode(document, only_assistant=source.only_assistant)
-        else:
-            text = document.content
-            ids, trained = loaded.tokenizer.encode(text, add_special_tokens=False).ids if text else [], None
-            if document.ends and loaded.end is not None:
-                ids.append(loaded.end)
+        trained = None
+        with tokenizer_folder.usable(f"{document.place}, cannot be encoded", "correct the tokenizer, or use another"):
+            if template:
+                ids, trained = template.encode(document, only_assistant=source.only_assistant)
+            else:
+                text = document.content
+                ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        if not template and document.ends and loaded.end is not None:
+            ids.append(loaded.end)
         loaded.check(ids, document.place)
         return ids, trained
 

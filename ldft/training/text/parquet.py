@@ -29,6 +29,8 @@ def rows(path: Path, columns: tuple[str, ...], *, chat: bool) -> Iterator[tuple[
     start = utf8.head(path)
     if start[:4] == b"PARE":
         raise ConfigError("data.path", f"{path} is encrypted; decrypt it")
+    if other := utf8.other_content(start):
+        raise ConfigError("data.path", f"{path} is {other}")
     if start[:4] != b"PAR1":
         raise ConfigError("data.path", f"{path} is not a parquet file; name a .txt, .jsonl or .parquet")
     number = 0
@@ -61,7 +63,7 @@ def _check_column(path: Path, schema: pa.Schema, column: str, chat: bool) -> Non
     if column not in names:
         raise ConfigError(
             "data.column",
-            f"{path} has no column {column} (it has {', '.join(names)}); use data.column=<name> for another",
+            f"{path} has no column {column} (it has {', '.join(names) or 'none'}); use data.column=<name> for another",
         )
     if names.count(column) > 1:
         raise ConfigError("data.column", f"{path} has {names.count(column)} columns {column}; rename one of them")

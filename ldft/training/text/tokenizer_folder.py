@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldft import files
 from ldft.errors import ConfigError
+from ldft.training.text import utf8
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,20 +51,12 @@ def load(folder: str, vocab_size: int) -> Loaded:
     """The tokenizer of a folder, cutting and padding nothing. Raises ConfigError if it is damaged or does not fit the model."""
     from tokenizers import Tokenizer
 
-    path = Path(folder).expanduser() / _TOKENIZER
+    path = files.named(files.named(folder, "data.tokenizer") / _TOKENIZER, "data.tokenizer")
     if not path.is_file():
         raise _missing(path.parent, folder)
     stored = read_object(path)
-    try:
+    with usable(f"{path} cannot be used", "save it with the tokenizers installed here, or update them"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        if type(error) is not Exception:  # what tokenizers raises for a file that it cannot use; all else is a bug
-            raise
-        text = " ".join(str(error).split())[:150]
-        raise ConfigError(
-            "data.tokenizer",
-            f"{path} cannot be used ({text}); save it with the tokenizers installed here, or update them",
-        ) from None
     # A tokenizer saved after training a classifier cuts every text at its length, or pads it.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -78,6 +74,18 @@ def load(folder: str, vocab_size: int) -> Loaded:
     return Loaded(tokenizer, end, vocab_size, max(ids) >= vocab_size)
 
 
+@contextmanager
+def usable(problem: str, fix: str) -> Iterator[None]:
+    """Turn what tokenizers raises about its file or a text into a ConfigError of this problem and fix."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises no class of its own; any other is a bug
+            raise
+        text = " ".join(str(error).split())[:150]
+        raise ConfigError("data.tokenizer", f"{problem} ({text}); {fix}") from None
+
+
 def settings(folder: Path) -> dict[str, Any]:
     """What tokenizer_config.json holds; nothing if there is none. Raises ConfigError if it is damaged."""
     return _object_if_there(folder / _SETTINGS)
@@ -87,6 +95,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ConfigError with the line if it is not one."""
     try:
         text = path.read_text(encoding="utf-8")
+        if other := utf8.other_content(text[:100].encode()):
+            raise ConfigError("data.tokenizer", f"{path} is {other}")
         value = json.loads(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()

@@ -44,12 +44,26 @@ def unreadable(path: Path, error: OSError) -> ConfigError:
     return ConfigError("data.path", f"cannot read {path} ({error.strerror or error}); name a file that you can read")
 
 
+def other_content(start: bytes) -> str:
+    """What lies under a file's name after a download that failed, and the fix; empty if nothing says so. start: its first bytes."""
+    low = start.lstrip().lower()
+    if low.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer to the file; run git lfs pull"
+    if low.startswith((b"<!doctype html", b"<html")):
+        return (
+            "a web page that a download saved in its place; fetch it again, logged in if the model or data set is gated"
+        )
+    return ""
+
+
 def check_is_text(path: Path) -> None:
     """Raise ConfigError if the first bytes show another encoding, or a file that is not text."""
     start = head(path)
     for magic, (what, fix) in _MAGIC.items():
         if start.startswith(magic):
             raise ConfigError("data.path", f"{path} is {what}, not UTF-8 text; {fix}")
+    if path.suffix.lower() == ".jsonl" and (other := other_content(start)):
+        raise ConfigError("data.path", f"{path} is {other}")
     # ASCII in UTF-16 is valid UTF-8 with a NUL beside each character.
     half = len(start) // 2
     every_other = half in (start[: 2 * half : 2].count(0), start[1 : 2 * half : 2].count(0))

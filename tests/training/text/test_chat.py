@@ -219,6 +219,8 @@ def test_a_wrong_conversation_is_refused_with_its_line(
         ("{{ raise_exception('system\nfirst') }}", "line 1, is refused by the chat template (system first)"),
         ("{{ nothing.at.all }}", "is refused by the chat template ('nothing' is undefined)"),
         ("{{ 'a' + 5 }}", "is refused by the chat template (can only concatenate str"),
+        ("{{ '\\ud800' }}", "is refused by the chat template ('utf-8' codec can't encode character"),
+        ("{{ 'a' * 10**18 }}", "is refused by the chat template (MemoryError)"),
         ("{{ 1 / 0 }}", "is refused by the chat template (division by zero)"),
     ],
     ids=str,
@@ -284,3 +286,13 @@ def test_suffix_column_and_loss_are_checked(folder: Callable[..., Path], tmp_pat
     made = config(tmp_path / "x.parquet", tokenizer)
     with pytest.raises(ConfigError, match=r"messages of .* holds string, not lists of .*; use data\.column=talk"):
         encode(tmp_path / "x.parquet", Path(made.data.tokenizer))
+
+
+def test_a_template_that_is_no_text_is_refused(folder: Callable[..., Path], tmp_path: Path) -> None:
+    tokenizer = folder(None)
+    file = tokenizer / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": 5}))
+    with pytest.raises(
+        ConfigError, match=r"cannot render conversations \(chat_template is no text\); add chat_template.jinja"
+    ):
+        encode(write_jsonl(tmp_path / "x.jsonl", [{"messages": TALK}]), tokenizer)

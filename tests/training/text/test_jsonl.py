@@ -24,6 +24,7 @@ GOOD = '{"text": "a"}\n'
         '{"text": true}': 'has true as "text", not text',
         '{"n": 1}': 'data.column: F, line 2, has no "text" (it has n); use data.column=<key>',
         '{"messages": []}': 'has no "text" (it has messages); data=chat trains on messages',
+        "{": "is not JSON (Expecting property name enclosed in double quotes): one object per line is needed, not one over several",
         "{}": 'has no "text" (it has no key)',
         '"a"': "data.path: F, line 2, is a string; write one object",
         "[1]": "F, line 2, is a list; write one object",
@@ -78,3 +79,25 @@ def test_another_key_is_read_and_a_line_beyond_the_first_hundred_is_numbered(tmp
     with pytest.raises(Exception, match=r"data.column: .*x.jsonl, line 151, has a list as"):
         contents(path, "body")
     assert 'line 1, has no "prose" (it has text, body)' in refusal(path, words, column="prose")
+
+
+@pytest.mark.parametrize(("key", "shown"), [("a\nb", r"a\nb"), ("\u2028", r"\u2028"), ("\ud800", r"\ud800")])
+def test_a_name_that_would_break_the_line_is_escaped(key: str, shown: str, tmp_path: Path, words: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({key: "a"}))
+    assert f'has no "text" (it has {shown})' in refusal(tmp_path / "x.jsonl", words)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "is a git-lfs pointer to the file; run git lfs"),
+        (b"\n<!DOCTYPE html>\n<html></html>\n", "is a web page that a download saved in its place; fetch it again"),
+    ],
+    ids=["git-lfs", "html"],
+)  # fmt: skip
+def test_what_a_failed_download_left_is_named(
+    suffix: str, start: bytes, says: str, tmp_path: Path, words: Path
+) -> None:
+    (tmp_path / f"x{suffix}").write_bytes(start)
+    assert f"x{suffix} {says}" in refusal(tmp_path / f"x{suffix}", words)

@@ -117,6 +117,10 @@ def test_an_added_token_beyond_the_vocabulary_is_refused_if_it_can_occur(folder:
     ("files", "line"),
     [
         ({"tokenizer": "{"}, "tokenizer.json, line 1, is not JSON ("),
+        (
+            {"tokenizer": "version https://git-lfs.github.com/spec/v1\noid sha256:ab\n"},
+            "tokenizer.json is a git-lfs pointer",
+        ),
         ({"tokenizer": "[]"}, "tokenizer.json holds no JSON object"),
         ({"tokenizer": {"model": {"type": "Unheard"}}}, "tokenizer.json cannot be used ("),
         ({"tokenizer": {}}, "tokenizer.json cannot be used ("),
@@ -154,3 +158,17 @@ def test_a_folder_without_a_fast_tokenizer_says_what_it_has(folder: Path, tmp_pa
     assert f"no tokenizer.json in '{folder}'; name the folder of a saved fast" in refusal(text, folder)
     (folder / "tokenizer.model").write_bytes(b"\0")
     assert SLOW in refusal(text, folder)
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_text_that_the_tokenizer_cannot_encode_is_named(kind: str, folder: Path, tmp_path: Path) -> None:
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["model"]["unk_token"] = "gone"
+    write(folder, tokenizer=stored)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    rows = [{"text": one, "messages": [{"role": "user", "content": one}]} for one in ("a", "z")]
+    found = refusal(write_jsonl(tmp_path / "x.jsonl", rows), folder, kind)
+    assert (
+        "x.jsonl, line 2, cannot be encoded (WordLevel error: Missing [UNK] token from the vocabulary); correct"
+        in found
+    )
