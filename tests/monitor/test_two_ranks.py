@@ -110,4 +110,5 @@ def test_a_trace_says_what_its_columns_are_and_duckdb_reads_it(watched: Watched)
     found = duckdb.execute(
         f"select epoch(time), phase, unnest(memory, recursive := true) from read_parquet('{path}')"
     ).fetchall()
-    assert found and all(len(line) == 5 and line[4] > 0 for line in found)
+    # A process that was started just now may have no whole MiB yet.
+    assert found and all(len(line) == 5 and line[4] >= 0 for line in found) and found[-1][4] > 0

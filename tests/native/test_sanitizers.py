@@ -11,6 +11,7 @@ from tests.conftest import long
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
+TESTS = [Path(__file__).with_name(name) for name in ("test_memory.cpp", "test_update.cpp")]
 SOURCES = [CSRC / f"{name}.cpp" for name in ("region", "stripes", "system", "threads", "touch", "update", "update_job")]
 
 
@@ -19,9 +20,7 @@ def build_and_run(folder: Path, sanitizers: str) -> subprocess.CompletedProcess[
     program = folder / "test_memory"
     command = [compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-pthread", f"-fsanitize={sanitizers}"]
     command += ["-fno-sanitize-recover=all", f"-I{CSRC}", "-o", str(program)]
-    built = subprocess.run(
-        [*command, str(Path(__file__).with_name("test_memory.cpp")), *map(str, SOURCES)], capture_output=True, text=True
-    )
+    built = subprocess.run([*command, *map(str, TESTS), *map(str, SOURCES)], capture_output=True, text=True)
     if built.returncode and "cannot find" in built.stderr and "san" in built.stderr:
         pytest.skip(f"this compiler has no runtime for -fsanitize={sanitizers}")
     assert built.returncode == 0, built.stderr

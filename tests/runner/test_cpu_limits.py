@@ -66,8 +66,8 @@ def test_where_cores_are_too_few(ranks: int, have: Cpus, limit: str | None, monk
         return
     (line,) = said
     assert limit in line and f"{have.usable:g} CPU cores" in line
-    # 30 bytes a parameter, the 16-bit weights among them.
-    expected = 30 * 8_030_261_248 / (have.usable * 8e9)
+    # 28 bytes a parameter, the 16-bit gradients and weights among them.
+    expected = 28 * 8_030_261_248 / (have.usable * 8e9)
     seconds = re.search(r"take ([\d.e+]+) s an iteration", line)
     assert seconds and float(seconds[1]) == pytest.approx(expected, rel=0.06)
 

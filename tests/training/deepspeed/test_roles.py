@@ -236,7 +236,8 @@ def test_a_row_has_every_role_on_every_rank_and_says_who_placed_it(ldft: Callabl
     assert done.exit_code == 0, done.stdout + done.stderr
     row = done.row
     entries = {(entry["rank"], entry["role"]): entry for entry in row["roles"]}
-    assert set(entries) == {(rank, role) for rank in (0, 1) for role in ROLES}
+    roles = [role for role in ROLES if role != "master_gradients"]  # the update reads those in compute precision
+    assert set(entries) == {(rank, role) for rank in (0, 1) for role in roles}
     assert entries[0, "momentum"]["bytes"] == entries[1, "momentum"]["bytes"] == 4 * PARAMETERS // 2
     assert 2 * entries[0, "activations"]["bytes"] == row.checkpoint_host_gib * 2**30 > 0
     assert entries[0, "momentum"]["requested_share"] == entries[0, "momentum"]["share"] == 1.0
