@@ -78,6 +78,10 @@ CONTENDERS = {
         "all offloaded, attention's outputs too",
         ("offload=full", "checkpointing=cpu", "checkpointing.keep_attention=host"),
     ),
+    "ours-offload-update-within": Contender(
+        "all offloaded, the update within the step",
+        ("offload=full", "checkpointing=cpu", "optimizer.overlap_step=false"),
+    ),
     "ours-offload-stock-memory": Contender(
         "all offloaded, into DeepSpeed's own tensors", ("offload=full", "checkpointing=cpu", "memory.pinning=torch")
     ),
@@ -159,6 +163,8 @@ SAMPLES = (
     "forward_s",
     "backward_s",
     "step_s",
+    "update_s",
+    "update_wait_s",
     "loss",
     "init_s",
     "peak_host_gib",

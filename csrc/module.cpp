@@ -171,10 +171,6 @@ NB_MODULE(_native, m) {
           "pause", [](Update& self) { self.job.pause(); }, no_gil(), "Stop until resume() or the next wait.")
       .def(
           "resume", [](Update& self) { self.job.resume(); }, no_gil(), "Go on.")
-      .def(
-          "cancel", [](Update& self) { self.job.cancel(); }, no_gil(), "Stop for good, unfinished.")
-      .def_prop_ro(
-          "done", [](Update& self) { return self.job.done(); }, "Whether all parameters are updated.")
       .def_prop_ro(
           "progress",
           [](Update& self) {

@@ -158,10 +158,10 @@ void update(const Rule& rule, const Partition& partition, std::size_t from, std:
       rule);
 }
 
-std::size_t traffic(const Rule& rule, const Partition& partition) {
+std::size_t traffic(const Rule& rule, const Partition& partition, std::size_t count) {
   const std::size_t states = std::holds_alternative<AdamW>(rule) ? 3 : 2;  // with the weights; read and written
   const std::size_t copy = partition.copy == nullptr ? 0 : bytes_of(partition.copy_type);
-  return partition.count * (states * 2 * sizeof(float) + bytes_of(partition.gradient_type) + copy);
+  return count * (states * 2 * sizeof(float) + bytes_of(partition.gradient_type) + copy);
 }
 
 }  // namespace ldft

@@ -45,7 +45,7 @@ constexpr std::size_t kPiece = std::size_t{1} << 17;
 // writes are. Roundings are those of DeepSpeed's CPUAdam and CPULion on a CPU with FMA: results are equal bit for bit.
 void update(const Rule& rule, const Partition& partition, std::size_t from, std::size_t end);
 
-// Bytes that the update of a partition reads and writes.
-std::size_t traffic(const Rule& rule, const Partition& partition);
+// Bytes that the update of `count` elements of a partition reads and writes.
+std::size_t traffic(const Rule& rule, const Partition& partition, std::size_t count);
 
 }  // namespace ldft

@@ -50,10 +50,8 @@ bool UpdateJob::take(Piece& piece, bool waits) {
 void UpdateJob::process(const Piece& piece) {
   Task& task = tasks_[piece.task];
   update(task.rule, task.partition, piece.from, piece.end);
-  Partition part = task.partition;
-  part.count = piece.end - piece.from;
   const std::lock_guard lock(mutex_);
-  progress_.bytes += traffic(task.rule, part);
+  progress_.bytes += traffic(task.rule, task.partition, piece.end - piece.from);
   --active_;
   // Only finished pieces count: whoever sees 0 here sees all new values.
   --task.pieces;

@@ -10,7 +10,7 @@ import torch
 from tests.training.deepspeed.test_roles import NANO, PARAMETERS, config_json, run_cases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-DMA = ("param_groups_fp16_flat_cpu_memory[0]", "fp32_partitioned_groups_flat[0].grad", "grad_partitions_flat_buffer")
+DMA = ("param_groups_fp16_flat_cpu_memory[0]", "grad_partitions_flat_buffer")
 STAGING = "param_buffer_of_bit16_for_cpu_offload_groups[0]"
 
 
@@ -41,5 +41,6 @@ def test_offloaded_training_on_cuda_equals_stock_in_pinned_arenas_of_exact_size(
         assert sizes == {role["role"]: role["bytes"] for role in stock["roles"]}
         if name != "stage 2":
             assert exact["moved_at_start"] == 0
-            assert sum(sizes.values()) == 20 * PARAMETERS
-            assert sum(exact["arena_bytes"].values()) <= 20 * PARAMETERS + 6 * 4096
+            # The update reads the gradients in compute precision: there are no others.
+            assert sum(sizes.values()) == 16 * PARAMETERS
+            assert sum(exact["arena_bytes"].values()) <= 16 * PARAMETERS + 5 * 4096

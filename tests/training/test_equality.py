@@ -6,7 +6,6 @@ On one repeated batch, whose loss falls: with fresh random tokens it would stay,
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import rank_processes
 from tests.conftest import long
 
 ALONE = Path(__file__).with_name("alone.py")
@@ -39,27 +39,8 @@ def alone(config_json: str, folder: Path, what: str, ranks: int = 1) -> list[flo
     """Losses of rank processes started by hand (tests/training/alone.py)."""
     folder.mkdir()
     (folder / "config.json").write_text(config_json)
-    from ldft.training.deepspeed.operators import cache_dir
-
     with tempfile.TemporaryDirectory() as rendezvous:
-        processes = []
-        for rank in range(ranks):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "LDFT_RENDEZVOUS_DIR": rendezvous,
-                "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-                "DS_ACCELERATOR": "cpu",
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "TORCH_EXTENSIONS_DIR": str(cache_dir()),
-            }
-            command = [sys.executable, str(ALONE), str(folder), what]
-            with (folder / f"log-{rank}").open("w") as log:
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        codes = [process.wait(timeout=300) for process in processes]
-    assert codes == [0] * ranks, (folder / "log-0").read_text()[-3000:]
+        rank_processes.start_and_wait(ALONE, [str(folder), what], folder, ranks=ranks, LDFT_RENDEZVOUS_DIR=rendezvous)
     return json.loads((folder / "rank-0.json").read_text())["loss"]
 
 

@@ -1,7 +1,7 @@
 """Rank process of test_update_overlap.py: train several configs in turn, with the update within the step or beside the next forward
 pass, and say losses, skipped updates, gradient norms and hashes of all state.
 
-    python tests/training/deepspeed/overlap_cases.py CASES.json RANK WORLD_SIZE FOLDER
+    python tests/training/deepspeed/overlap_cases.py CASES.json FOLDER
 
 CASES.json: {name: {"config": <config_json>, "overlap": bool, "order": forward|reverse|random, "delay_s": of each parameter,
 "event": what happens in the third iteration (see `EVENTS`), "fault": planted (see `plant`)}}.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import sys
 import threading
@@ -24,7 +25,7 @@ import deepspeed
 import torch
 
 from ldft import _native
-from ldft.config import from_dict
+from ldft.config import Device, from_dict
 from ldft.preflight.resolved import resolve
 from ldft.training import data, model
 from ldft.training.deepspeed import engine as engines
@@ -130,7 +131,7 @@ def save(engine: Any, folder: Path) -> str:
     for file in sorted((folder / "one").glob(f"*_{rank}_*optim_states.pt")):
         state = torch.load(file, weights_only=False)["optimizer_state_dict"]
         for part in state["fp32_flat_groups"]:
-            digest.update(part.detach().numpy().tobytes())
+            digest.update(part.detach().cpu().numpy().tobytes())
         for values in state["optimizer_state_dict"]["state"].values():
             digest.update(values["exp_avg"].numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -152,9 +153,9 @@ def read_state(engine: Any, folder: Path) -> str:
         deepspeed.utils.safe_get_full_optimizer_state(last, "exp_avg"),
         deepspeed.utils.safe_get_full_grad(last),
     ):
-        digest.update(value.detach().float().numpy().tobytes())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
     with deepspeed.zero.GatheredParameters([last]):
-        digest.update(last.detach().float().numpy().tobytes())
+        digest.update(last.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -169,7 +170,7 @@ def set_state(engine: Any, folder: Path) -> str:
 def export(engine: Any, folder: Path) -> str:
     state = engine._zero3_consolidated_16bit_state_dict()
     values = sorted((state or {}).items())
-    return hashlib.sha256(b"".join(v.float().numpy().tobytes() for _, v in values)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(v.float().cpu().numpy().tobytes() for _, v in values)).hexdigest()[:16]
 
 
 EVENTS = {"save": save, "save and load": save_and_load, "read": read_state, "set": set_state, "export": export}
@@ -180,7 +181,8 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     config.optimizer.overlap_step = case["overlap"]
     run = resolve(config)
     arenas = role_memory.arenas_of(run, rank)
-    network = model.build(run, torch.device("cpu"), arenas)
+    device = torch.device("cuda", rank) if config.launch.device is Device.cuda else torch.device("cpu")
+    network = model.build(run, device, arenas)
     engine = engines.build(run, network, arenas)
     optimizer = engine.optimizer
     layers, event = network.model.layers, case.get("event", "")
@@ -188,7 +190,7 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     for iteration in range(config.train.iterations):
         said["learning_rate"].append(engine.get_lr()[0])
         for step in range(config.train.gradient_accumulation_steps):
-            tokens = data.batch(config, iteration, step, rank)
+            tokens = data.batch(config, iteration, step, rank).to(device)
             # A layer is left out of one micro-batch: nothing fetches its weights there.
             network.model.layers = layers[:-1] if event == "unused" and iteration == 2 else layers
             loss = engine(input_ids=tokens, labels=tokens).loss
@@ -206,10 +208,17 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[4])
-    rank, world_size = map(int, sys.argv[2:4])
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda = os.environ["DS_ACCELERATOR"] == "cuda"
+    if cuda:
+        torch.cuda.set_device(rank)
     deepspeed.init_distributed(
-        "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+        "nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
     )
     real, said = host_optimizer.prepared, {}
     for name, case in cases.items():

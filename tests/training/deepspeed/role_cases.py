@@ -1,6 +1,6 @@
 """Rank process of test_roles.py: train each of several configs in turn and say what became of losses and roles.
 
-    python tests/training/deepspeed/role_cases.py CASES.json RANK WORLD_SIZE FOLDER
+    python tests/training/deepspeed/role_cases.py CASES.json FOLDER
 
 CASES.json: {name: {"config": <config_json>, "fault": one of those below, or "", "hide": whether DeepSpeed's names are others}}.
 Writes FOLDER/rank-<r>.json.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,8 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    cases, rank, world_size, folder = (
-        json.loads(Path(sys.argv[1]).read_text()),
-        *map(int, sys.argv[2:4]),
-        Path(sys.argv[4]),
-    )
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     configs = [from_dict(json.loads(case["config"])) for case in cases.values()]
     device = configs[0].launch.device.name
     if device == "cuda":

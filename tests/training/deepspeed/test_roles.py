@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from ldft.memory.topology import read_topology
 from ldft.preflight import host_estimate
 from ldft.preflight.selection import select
 from ldft.preflight.strategies import ROLES
-from ldft.training.deepspeed.operators import cache_dir
+from tests import rank_processes
 from tests.conftest import IN_CI, Done, compose, deepspeed_has_cpu_lion
 
 CASES = Path(__file__).with_name("role_cases.py")
@@ -69,24 +67,8 @@ def run_cases(
     """What each rank says of each case."""
     folder.mkdir(exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    processes = []
-    for rank in range(ranks):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-            "DS_ACCELERATOR": device,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "TORCH_EXTENSIONS_DIR": str(cache_dir()),
-        }
-        command = [sys.executable, str(CASES), str(folder / "cases.json"), str(rank), str(ranks), str(folder)]
-        with (folder / f"log-{rank}").open("w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=900) for process in processes]
-    said = (folder / "log-0").read_text()
-    assert codes == [0] * ranks, said[-3000:]
+    words = [str(folder / "cases.json"), str(folder)]
+    said = rank_processes.start_and_wait(CASES, words, folder, ranks=ranks, device=device)
     assert "before `optimizer.step()`" not in said, "torch's schedule has not seen the update"
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ldft.config import to_dict
+from tests import rank_processes
 from tests.conftest import compose
 
 CASES = Path(__file__).with_name("overlap_cases.py")
@@ -58,24 +56,12 @@ def config_json(*overrides: str) -> str:
     return json.dumps(to_dict(config))
 
 
-def run_cases(cases: dict[str, dict[str, Any]], folder: Path, ranks: int = 1) -> list[dict[str, Any]]:
+def run_cases(
+    cases: dict[str, dict[str, Any]], folder: Path, ranks: int = 1, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """What each rank says of each case."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    processes = []
-    for rank in range(ranks):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-            "DS_ACCELERATOR": "cpu",
-        }
-        command = [sys.executable, str(CASES), str(folder / "cases.json"), str(rank), str(ranks), str(folder)]
-        with (folder / f"log-{rank}").open("w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=600) for process in processes]
-    assert codes == [0] * ranks, (folder / "log-0").read_text()[-3000:]
+    rank_processes.start_and_wait(CASES, [str(folder / "cases.json"), str(folder)], folder, ranks=ranks, device=device)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -1,0 +1,144 @@
+"""Where one iteration's time goes on a GPU: kernels, copies and the host, from torch's profiler.
+
+    python benchmarks/profile_iteration.py [--trace FILE.json.gz] [--windows N] override ...
+
+Trains as `python -m ldft` would with these overrides, on one rank in this process, and records the first iteration after warm-up.
+Prints how long kernels and copies in each direction were busy, what share of each window of the iteration they were, bytes and
+rates of the copies, and the functions in which the host spent most time. --trace: also write the trace, for ui.perfetto.dev. The
+profiler slows the host down: its iteration is printed beside the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from ldft.cli import composition
+from ldft.config import Config, from_dict
+from ldft.environment import CONF_DIR
+from ldft.preflight.selection import select
+from ldft.runner import checks, node_memory, worker
+
+Interval = tuple[float, float]
+
+
+def busy_us(intervals: list[Interval], begin: float = 0.0, end: float = float("inf")) -> float:
+    """Microseconds between begin and end in which at least one interval was active."""
+    total, last = 0.0, begin
+    for a, b in sorted(intervals):
+        a, b = max(a, last), min(b, end)
+        if b > a:
+            total += b - a
+            last = b
+    return total
+
+
+def groups_of(events: list[dict[str, Any]]) -> dict[str, list[Interval]]:
+    """Intervals of the device's work by kind."""
+    groups: dict[str, list[Interval]] = {"kernels": [], "to device": [], "to host": []}
+    for event in events:
+        kind = "kernels"
+        if event["cat"] == "gpu_memcpy":
+            kind = "to device" if "HtoD" in event["name"] else "to host" if "DtoH" in event["name"] else "on device"
+        groups.setdefault(kind, []).append((event["ts"], event["ts"] + event["dur"]))
+    return groups
+
+
+def summary(trace: dict[str, Any], windows: int) -> str:
+    events = [
+        event
+        for event in trace["traceEvents"]
+        if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
+    begin, end = min(e["ts"] for e in events), max(e["ts"] + e["dur"] for e in events)
+    groups = groups_of(events)
+    lines = [f"the device's work spans {(end - begin) / 1e6:.3f} s"]
+    lines += [f"{name:10} busy {busy_us(found) / 1e6:7.3f} s in {len(found)}" for name, found in groups.items()]
+    copies: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for event in events:
+        if event["cat"] == "gpu_memcpy":
+            entry = copies[event["name"]]
+            entry[0] += 1
+            entry[1] += event["args"].get("bytes", 0)
+            entry[2] += event["dur"]
+    for name, (count, size, took) in copies.items():
+        lines.append(f"{name:34} {count:6} copies {size / 2**30:8.2f} GiB {size / max(took, 1e-9) / 1e3:6.1f} GB/s")
+    lines.append("from s    kernels  to device  to host (busy shares)")
+    step = (end - begin) / windows
+    for number in range(windows):
+        a = begin + number * step
+        shares = [busy_us(groups[name], a, a + step) / step for name in ("kernels", "to device", "to host")]
+        lines.append(f"{(a - begin) / 1e6:7.3f}   " + "  ".join(f"{share:8.2f}" for share in shares))
+    return "\n".join(lines)
+
+
+def config_of(overrides: list[str]) -> Config:
+    composition.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        config = from_dict(compose("config", overrides=overrides))
+    checks.resolve(config)
+    config.validate()
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args()
+    config = config_of(options.overrides)
+    folder = Path(tempfile.mkdtemp())
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "LDFT_RENDEZVOUS_DIR": str(folder),
+        "DS_ACCELERATOR": config.launch.device.name,
+    }
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    selection = select(config)
+    first, _ = node_memory.begin(selection)
+
+    from torch.profiler import ProfilerActivity, profile
+
+    from ldft.training import snapshot
+
+    profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    @contextmanager
+    def recording(config: Config, folder: Path, iteration: int, rank: int) -> Iterator[None]:
+        if iteration != config.train.warmup_iterations:
+            yield
+            return
+        with profiler:
+            yield
+
+    snapshot.recording = recording
+    report = worker._Report(folder, 0)
+    worker._train(selection, report, 0, time.time(), first)
+    for name in ("iteration_s", "forward_s", "backward_s", "step_s", "update_s", "update_wait_s"):
+        print(f"{name:14} {[round(value, 3) for value in report._values.get(name, [])]}")
+    path = folder / "trace.json"
+    profiler.export_chrome_trace(str(path))
+    text = path.read_text()
+    print(summary(json.loads(text), options.windows))
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
+    if options.trace:
+        options.trace.write_bytes(gzip.compress(text.encode(), 5))
+
+
+if __name__ == "__main__":
+    main()
