@@ -136,10 +136,10 @@ def _chosen(config: Config) -> dict[str, Any]:
     }
     if offload.stage == 3:
         zero |= zero_buckets.sizes(config)
-        if config.model.num_experts:
-            # DeepSpeed would fetch some families' block of experts as a whole and reduce its gradients at its end. That is for
-            # experts that are modules, of which each rank runs others; since transformers 5 one module holds all of a layer.
-            zero["leaf_module"] = {"classes": []}
+        if config.model.num_experts or zero_buckets.whole_layers(config):
+            # By default, DeepSpeed would fetch some families' block of experts as a whole and reduce its gradients at its end. That
+            # is for experts that are modules, of which each rank runs others; since transformers 5 one module holds all of a layer.
+            zero["leaf_module"] = zero_buckets.leaf_modules(config)
     if offload.parameters is not OffloadDevice.none:
         zero["offload_param"] |= {"pin_memory": pins(config)}
     if offload.optimizer is not OffloadDevice.none:

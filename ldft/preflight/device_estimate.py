@@ -45,9 +45,7 @@ def moments(run: Selection) -> dict[str, Parts]:
     if whole:
         waiting["layer inputs"] = waiting.get("layer inputs", 0) + whole * hidden_bytes(config)
         waiting["activations"] = whole * _kept(run)
-    leaving = _layer_gradient(run) | _to_host(
-        config, 0 if config.lora.rank else max(parameter_counts.layer_sizes(model))
-    )
+    leaving = _layer_gradient(run) | _to_host(run, 0 if config.lora.rank else max(parameter_counts.layer_sizes(model)))
     inside = {"inside a layer": _inside(run, whole == 0)} | leaving
     first = {"inside a layer": _inside(run, recomputed > 0)} | leaving
     layer, output = parameter_counts.layer_parameters(model), parameter_counts.embedding_parameters(model)
@@ -59,7 +57,7 @@ def moments(run: Selection) -> dict[str, Parts]:
         "backward of the last layer": base | waiting | _gathered(run, layer + kept) | inside | _output_gradient(config),
         "backward of the first layer": base | gradients | _gathered(run, layer) | first,
         "step": base | gradients | _step(config),
-        "largest gradient": base | _to_host(config, max(parameter_counts.trained_sizes(config), default=0)),
+        "largest gradient": base | _to_host(run, max(parameter_counts.trained_sizes(config), default=0)),
     }
     if whole and recomputed:
         again = {"inside a layer": _inside(run, True)} | leaving
@@ -165,7 +163,8 @@ def _gathered(run: Selection, least: int) -> Parts:
     whole = parameter_counts.num_parameters(config.model)
     live = min(whole, max(least, int(run.zero["stage3_max_live_parameters"])))
     parts = {"gathered weights": parameter_counts.width(config) * live}
-    if config.launch.num_ranks > 1:
+    if config.launch.num_ranks > 1 or run.fetches_ahead:
+        # With one rank, the layer that the host has fetched ahead (fetches.py).
         parts["weights on their way"] = parameter_counts.width(config) * parameter_counts.layer_parameters(config.model)
     return parts
 
@@ -265,16 +264,19 @@ def _layer_gradient(run: Selection) -> Parts:
     return {"a layer's gradients": parameter_counts.width(config) * size}
 
 
-def _to_host(config: Config, size: int) -> Parts:
+def _to_host(run: Selection, size: int) -> Parts:
     """A gradient of `size` elements on its way to the host under ZeRO-3 (stage3.py, partition_grads and _constant_buffered_norm2).
 
-    w per element for the gradient itself, its reduced share and the copy read back from the host; and the share in fp64, 250
-    million elements at a time, for DeepSpeed's norm.
+    w per element for the gradient itself. With DeepSpeed's own step also for its reduced share and the copy that is read back; and
+    the share in fp64, 250 million elements at a time, for its norm.
     """
+    config = run.config
     if config.offload.stage != 3 or config.offload.optimizer is OffloadDevice.none:
         return {}
     share = -(-size // config.launch.num_ranks)
     width = parameter_counts.width(config)
+    if run.shares_gradients:
+        return {"gradient": width * size}
     return {"gradient": width * (size + 2 * share), "norm of the gradient": 8 * min(share, 250_000_000)}
 
 

@@ -42,6 +42,14 @@ class Selection:
         return self.fused_step and self.config.offload.stage == 3
 
     @property
+    def fetches_ahead(self) -> bool:
+        """Whether whole layers are fetched, so far ahead that one more than DeepSpeed counts is on the device. (With adapters the
+        measured peak has no such layer.)"""
+        if self.config.lora.rank:
+            return False
+        return self.shares_gradients and bool(self.zero.get("leaf_module", {}).get("name_suffixes"))
+
+    @property
     def uses_arenas(self) -> bool:
         """Whether offloaded tensors are in ldft's arenas."""
         return deepspeed_config.uses_arenas(self.config, self.deepspeed)

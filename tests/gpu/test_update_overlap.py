@@ -1,4 +1,4 @@
-"""The update beside the next forward pass of a GPU gives what an update within the step gives: losses and all state, bit for bit."""
+"""The update beside the next forward pass of a GPU gives what one within the step gives: losses, and every bit of the state."""
 
 from __future__ import annotations
 

@@ -99,14 +99,22 @@ def test_what_zero_keeps_on_the_device_follows_the_size_of_a_layer() -> None:
     zero = settings("model=llama3_3b")["zero_optimization"]
     assert (zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]) == (2 * layer, 2 * layer)
     # Less than the embedding, whose gradient must not share a bucket: that one would be copied.
-    assert zero["reduce_bucket_size"] == 3072 * 8192 < 128256 * 3072
+    assert zero["reduce_bucket_size"] == 64_000_000 < 128256 * 3072
+    assert settings("model=llama3_8b")["zero_optimization"]["reduce_bucket_size"] == 64_000_000
+    assert settings("model=qwen2_5_32b")["zero_optimization"]["reduce_bucket_size"] == 5120 * 27648
+    # Layers are fetched whole, one ahead; of the largest models in parts.
+    assert zero["stage3_prefetch_bucket_size"] == layer and len(zero["leaf_module"]["name_suffixes"]) == 28
+    large = settings("model=llama3_70b")["zero_optimization"]
+    assert (large["stage3_prefetch_bucket_size"], "leaf_module" in large) == (50_000_000, False)
     assert zero["contiguous_gradients"] is False
     # Small models are not cut into small buckets, and no model gets more than DeepSpeed would give it.
     assert settings("model=nano")["zero_optimization"]["reduce_bucket_size"] == 5_000_000
     for option in models():
         fitted = settings(f"model={option}")["zero_optimization"]
         assert all(
-            5_000_000 <= fitted[name] <= value for name, value in zero_buckets.DEFAULTS.items() if value > 5_000_000
+            5_000_000 <= fitted[name] <= value
+            for name, value in zero_buckets.DEFAULTS.items()
+            if value > 5_000_000 and name != "stage3_prefetch_bucket_size"
         )
 
 

@@ -55,7 +55,7 @@ def test_a_whole_layer_of_experts_is_on_the_device_at_once() -> None:
     moments = device_estimate.moments(run)
     assert all(parts["gathered weights"] >= 2 * layer for name, parts in moments.items() if name.startswith("backward"))
     inside = moments["backward of the first layer"]
-    assert inside["gradient"] == 3 * 2 * GATE_UP and inside["a layer's gradients"] == 2 * layer
+    assert inside["gradient"] == 2 * GATE_UP and inside["a layer's gradients"] == 2 * layer
     two = device_estimate.moments(select(mixtral("offload=full", "launch.num_ranks=2")))["backward of the first layer"]
     assert two["weights on their way"] == 2 * layer
     # More tokens for each expert, more memory inside a layer.
@@ -76,7 +76,7 @@ def test_buckets_and_swap_buffers_hold_the_largest_weight() -> None:
     assert zero["offload_param"]["buffer_size"] >= GATE_UP / 2
     # Written out, since DeepSpeed's default names Mixtral: nothing of a mixture is fetched as a whole block.
     assert zero["leaf_module"] == {"classes": []}
-    assert "leaf_module" not in deepspeed_config.build(compose("model=nano"))["zero_optimization"]
+    assert "leaf_module" not in deepspeed_config.build(compose("model=nano", "offload=none"))["zero_optimization"]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "granitemoe"])

@@ -23,6 +23,7 @@ import torch
 from deepspeed.runtime.zero import stage3
 
 from ldft.training.deepspeed import layout, update_overlap
+from ldft.training.deepspeed.fetches import Fetches
 from ldft.training.deepspeed.update_overlap import Updates
 from ldft.training.optimizers.host_optimizer import Task
 
@@ -48,7 +49,7 @@ FLUSHING: tuple[str, ...] = (
 NEEDED: tuple[str, ...] = (
     "has_overflow",
     "unscale_and_clip_grads",
-    "_offload_grad_partition_at_boundary",
+    "partition_grads",
     "_optimizer_step",
     "_post_step",
     "_reassign_or_swap_out_partitioned_parameters",
@@ -66,9 +67,35 @@ class FusedStage3(_Stock):
     _gradient_factor = 1.0
     grad_partitions_flat_buffer: torch.Tensor
 
-    def _offload_grad_partition_at_boundary(self, param: Any, grad_buffer: torch.Tensor, *fp32: Any) -> None:
-        # The gradient is in the buffer already.
-        self.norm_for_param_grads[self.get_param_id(param)] = self._constant_buffered_norm2(grad_buffer)
+    def partition_grads(self, params_to_release: list[Any], grad_partitions: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy the reduced gradients of a bucket to the host, or add them there. Stock DeepSpeed copies each by itself, and reads
+        it back to compute its norm; here the norm comes from the device's gradient, and neighbours are copied together."""
+        views = getattr(self, layout.GRADIENT_VIEWS)
+        found = []
+        for parameter, gradient in zip(params_to_release, grad_partitions, strict=True):
+            if parameter.partition_numel() * self._get_param_partition_rank(parameter) < parameter.ds_numel:
+                self._offload_boundary_param_ids.add(parameter.ds_id)
+                found.append((parameter, gradient, views[parameter.ds_id].narrow(0, 0, gradient.numel())))
+        gradients, kept = [gradient for _, gradient, _ in found], [view for _, _, view in found]
+        if self.micro_step_id > 0:
+            earlier = [
+                view.to(gradient.device, non_blocking=True) for gradient, view in zip(gradients, kept, strict=True)
+            ]
+            torch._foreach_add_(
+                earlier, [gradient.to(view.dtype) for gradient, view in zip(gradients, kept, strict=True)]
+            )
+            gradients = earlier
+        for source, target in merged(gradients, kept):
+            target.copy_(source, non_blocking=True)
+        if found and self.is_gradient_accumulation_boundary():
+            norms = torch._foreach_norm([gradient.to(kept[0].dtype) for gradient in gradients], 2, dtype=torch.float64)
+            names = [self.get_param_id(parameter) for parameter, _, _ in found]
+            self.norm_for_param_grads.update(zip(names, norms, strict=True))
+        for parameter in params_to_release:
+            if parameter.grad is not None and parameter.grad.is_cuda:
+                parameter.grad.record_stream(torch.cuda.current_stream(parameter.grad.device))
+            parameter.grad = None
+        return kept
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Any) -> None:
         # Run DeepSpeed's own method on a gradient with the single element 1: the result is its factor.
@@ -146,6 +173,26 @@ for _name in FLUSHING:
         setattr(FusedStage3, _name, _flushing(_name))
 
 
+def merged(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same copies, with neighbours in both memories as one: a pair of flat views each."""
+    runs: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+    for source, target in zip(sources, targets, strict=True):
+        source, count = source.reshape(-1), source.numel()
+        if runs and source.dtype == target.dtype:
+            first, into, so_far = runs[-1]
+            if _follows(first, so_far, source) and _follows(into, so_far, target):
+                runs[-1] = first, into, so_far + count
+                continue
+        runs.append((source, target, count))
+    return [(source.as_strided((n,), (1,)), target.as_strided((n,), (1,))) for source, target, n in runs]
+
+
+def _follows(first: torch.Tensor, count: int, tensor: torch.Tensor) -> bool:
+    """Whether a tensor begins where `count` elements from the start of another one of the same storage end."""
+    same = first.dtype == tensor.dtype and first.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return same and first.storage_offset() + count == tensor.storage_offset()
+
+
 def missing_names() -> list[str]:
     """Names that the fused step needs and this release of DeepSpeed lacks."""
     return [name for name in NEEDED if not hasattr(_Stock, name)]
@@ -165,9 +212,8 @@ def install(engine: Any, *, overlap: bool) -> None:
     optimizer.updates = Updates(overlap=overlap, threads=update_overlap.threads_beside())
     optimizer._tasks = {}
     share_gradients(optimizer)
+    Fetches(optimizer.updates.wait, engine.device).install(engine)
     if overlap:
-        for parameter in engine.module.parameters():
-            optimizer.updates.watch(parameter)
         # At the end of a process that failed, no thread may work on memory that is being freed.
         finish = weakref.WeakMethod(optimizer.updates.finish)
         atexit.register(lambda: (alive := finish()) and alive())

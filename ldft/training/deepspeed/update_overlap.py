@@ -106,22 +106,6 @@ class Updates:
         """What all updates took so far, the one in progress included."""
         return self._ended if self._job is None else self._ended + UpdateTimes(*self._job.progress)
 
-    def watch(self, parameter: Any) -> None:
-        """Let every fetch of a ZeRO-3 parameter wait for its update: DeepSpeed reads weights through these two functions of the
-        parameter only (partition_parameters.py, _convert_to_deepspeed_param)."""
-        gather, coalesced = parameter.all_gather, parameter.all_gather_coalesced
-
-        def all_gather(param_list: Any = None, *arguments: Any, **named: Any) -> Any:
-            self.wait([parameter] if param_list is None else param_list)
-            return gather(param_list, *arguments, **named)
-
-        def all_gather_coalesced(params: Iterable[Any], *arguments: Any, **named: Any) -> Any:
-            params = list(params)
-            self.wait(params)
-            return coalesced(params, *arguments, **named)
-
-        parameter.all_gather, parameter.all_gather_coalesced = all_gather, all_gather_coalesced
-
 
 def threads_beside() -> int:
     """Threads of an update beside the next forward pass: one core is left to the thread that launches the device's work."""

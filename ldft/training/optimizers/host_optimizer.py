@@ -35,10 +35,14 @@ class Task:
 
 
 class HostOptimizer(torch.optim.Optimizer):
-    """Common part of both: parameters and state are contiguous fp32 tensors on the CPU, gradients fp32, bf16 or fp16."""
+    """Common part of both: parameters and state are contiguous fp32 tensors, gradients fp32, bf16 or fp16. A parameter on a GPU is
+    updated there, with the same roundings."""
 
     moments: ClassVar[tuple[str, ...]]
     """Names of the state tensors."""
+    device_rule: ClassVar[str]
+    """Name of the rule in device_update.py."""
+    _native_rule: ClassVar[Any]
     fp32_optimizer_states = True  # the name in DeepSpeed's optimizers
 
     @torch.no_grad()
@@ -48,7 +52,11 @@ class HostOptimizer(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             for weights in group["params"]:
-                if weights.grad is not None:
+                if weights.grad is None:
+                    continue
+                if weights.is_cuda:
+                    self._update_on_device(weights, group, **more)
+                else:
                     found = self.tasks(weights, group, **more)
                     if into is None:
                         run(found)
@@ -69,12 +77,7 @@ class HostOptimizer(torch.optim.Optimizer):
         elements, which receives the new weights in its precision. parts: numbers of elements of consecutive parts, each of which
         becomes a task; by default one task.
         """
-        state = self.state[weights]
-        state.setdefault("step", 0)
-        for name in self.moments:
-            if name not in state:
-                state[name] = torch.zeros_like(weights)
-        state["step"] += 1
+        state = self._next_state(weights)
         gradients, moments = weights.grad, [state[name] for name in self.moments]
         assert gradients is not None
         for tensor in (weights, *moments):
@@ -83,7 +86,7 @@ class HostOptimizer(torch.optim.Optimizer):
         assert all(t.is_contiguous() and t.device.type == "cpu" and t.numel() == weights.numel() for t in tensors)
         parts = [weights.numel()] if parts is None else parts
         assert sum(parts) == weights.numel()
-        rule = self._rule(gradient_factor, group, state["step"])
+        rule = self._native_rule(*self._scalars(gradient_factor, group, state["step"]))
         momentum, variance = (*moments, None)[:2]
         found, offset = [], 0
         for count in parts:
@@ -106,8 +109,34 @@ class HostOptimizer(torch.optim.Optimizer):
             offset += count
         return found
 
-    def _rule(self, factor: float, group: dict[str, Any], step: int) -> Any:
-        """The scalars of a step."""
+    def _update_on_device(
+        self,
+        weights: torch.Tensor,
+        group: dict[str, Any],
+        gradient_factor: float = 1.0,
+        copy: torch.Tensor | None = None,
+        parts: Sequence[int] | None = None,
+    ) -> None:
+        """Launch one step of a parameter on its GPU; arguments as of `tasks`, parts do not matter."""
+        from ldft.training.optimizers import device_update  # Triton exists for GPUs only
+
+        state = self._next_state(weights)
+        moments = [state[name] for name in self.moments]
+        rule = getattr(device_update, self.device_rule)
+        rule(weights, weights.grad, *moments, copy, *self._scalars(gradient_factor, group, state["step"]))
+
+    def _next_state(self, weights: torch.Tensor) -> dict[str, Any]:
+        """A parameter's state, with one more step counted."""
+        state: dict[str, Any] = self.state[weights]
+        state.setdefault("step", 0)
+        for name in self.moments:
+            if name not in state:
+                state[name] = torch.zeros_like(weights)
+        state["step"] += 1
+        return state
+
+    def _scalars(self, factor: float, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """The scalars of a step, in the order of the native rule's."""
         raise NotImplementedError
 
 
@@ -135,6 +164,7 @@ class HostAdamW(HostOptimizer):
     """Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101, algorithm 2."""
 
     moments = ("exp_avg", "exp_avg_sq")
+    device_rule, _native_rule = "adamw", _native.AdamW
 
     def __init__(
         self,
@@ -149,10 +179,10 @@ class HostAdamW(HostOptimizer):
         super().__init__(params, defaults | {"bias_correction": True})
         self._powers: dict[float, tuple[int, np.float32]] = {}
 
-    def _rule(self, factor: float, group: dict[str, Any], step: int) -> Any:
+    def _scalars(self, factor: float, group: dict[str, Any], step: int) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         rate, one = np.float32(group["lr"]), np.float32(1)
-        return _native.AdamW(
+        return (
             factor,
             beta1,
             beta2,
@@ -177,6 +207,7 @@ class HostLion(HostOptimizer):
     """Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675, program 1."""
 
     moments = ("exp_avg",)
+    device_rule, _native_rule = "lion", _native.Lion
 
     def __init__(
         self,
@@ -187,6 +218,6 @@ class HostLion(HostOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
-    def _rule(self, factor: float, group: dict[str, Any], step: int) -> Any:
+    def _scalars(self, factor: float, group: dict[str, Any], step: int) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
-        return _native.Lion(factor, beta1, beta2, group["lr"], group["weight_decay"])
+        return factor, beta1, beta2, group["lr"], group["weight_decay"]

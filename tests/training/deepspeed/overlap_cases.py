@@ -88,15 +88,16 @@ def plant(fault: str, undo: list[Callable[[], None]]) -> None:
         setattr(owner, name, value)
 
     updates, fused, stock = update_overlap.Updates, fused_step.FusedStage3, fused_step.FusedStage3.__mro__[1]
-    wait, rule = updates.wait, HostAdamW._rule
+    wait, scalars, native = updates.wait, HostAdamW._scalars, HostAdamW._native_rule
     if fault == "no wait":
         replace(updates, "wait", lambda self, parameters: None)
     elif fault == "persistent parameters not waited for":
         replace(updates, "wait", lambda self, parameters: wait(self, [p for p in parameters if not p.ds_persist]))
     elif fault == "scalars read late":
-        replace(HostAdamW, "_rule", lambda self, factor, group, step: lambda: rule(self, factor, group, step))
+        replace(HostAdamW, "_scalars", lambda self, *of: (lambda: scalars(self, *of),))
+        replace(HostAdamW, "_native_rule", staticmethod(lambda later: lambda: native(*later())))
     elif fault == "factor left out":
-        replace(HostAdamW, "_rule", lambda self, factor, group, step: rule(self, 1.0, group, step))
+        replace(HostAdamW, "_scalars", lambda self, factor, *of: scalars(self, 1.0, *of))
     elif fault == "no end before backward":
         replace(fused, "backward_prologue", stock.backward_prologue)
     elif fault == "no end before saving":
