@@ -78,6 +78,9 @@ CONTENDERS = {
         "all offloaded, attention's outputs too",
         ("offload=full", "checkpointing=cpu", "checkpointing.keep_attention=host"),
     ),
+    "ours-offload-no-share": Contender(
+        "all offloaded, the optimizer's state too", ("offload=full", "checkpointing=cpu", "offload.gpu_share=0")
+    ),
     "ours-offload-update-within": Contender(
         "all offloaded, the update within the step",
         ("offload=full", "checkpointing=cpu", "optimizer.overlap_step=false"),

@@ -126,7 +126,7 @@ def matmul_tflops_per_s(size: int = 8192, seconds: float = 3.0) -> float:
 
 def peak_of(config: Config) -> float | None:
     """Dense peak of the machine's first GPU; None if it is unknown or there is no GPU."""
-    from ldft.training.flops import peak_tflops_per_s
+    from ldft.preflight.device_rates import peak_tflops_per_s
 
     gpus = environment.gpus()
     return peak_tflops_per_s(gpus[0], config.train.precision) if gpus else None

@@ -28,6 +28,11 @@ class OffloadConfig:
     optimizer: OffloadDevice = OffloadDevice.cpu
     """Where master weights, gradients and moments are kept (cpu needs stage 1, 2 or 3; nvme needs 3)."""
 
+    gpu_share: float | None = None
+    """0 to 1: with both in host memory, the part of the parameters that the GPU updates, from the embedding on, in whole layers;
+    their optimizer state is then in device memory. null: what hides the rest of the update beside the forward pass, as far as
+    device memory allows (needs the host's bandwidth: numa.bandwidth, or python -m ldft.bench nodes). It changes no result."""
+
     nvme_path: str = ""
     """Folder on a fast local disk for nvme swap files; a run removes its own files when it ends."""
 
@@ -39,6 +44,8 @@ class OffloadConfig:
     """A DeepSpeed JSON file as base: its values override ldft's choices, except those that have an ldft key."""
 
     def validate(self) -> None:
+        if self.gpu_share is not None and not 0 <= self.gpu_share <= 1:
+            raise ConfigError("offload.gpu_share", f"{self.gpu_share:g} is not a share; use 0 to 1, or null")
         if self.stage not in (0, 1, 2, 3):
             raise ConfigError("offload.stage", f"{self.stage} does not exist; use 0, 1, 2 or 3")
         if self.parameters is not OffloadDevice.none and self.stage != 3:

@@ -45,6 +45,7 @@ _LATER = (
     "data.column",
     "data.loss",
     "optimizer.overlap_step",
+    "offload.gpu_share",
 )
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.
 _IDENTITY_VERSION = 1

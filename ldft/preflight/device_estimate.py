@@ -139,7 +139,16 @@ def _state(run: Selection) -> Parts:
     elif offload.stage < 3:
         # w x: staging for the largest parameter's gradient.
         parts["gradients"] = width * max(trained)
+    if run.gpu_share:
+        parts["share of the optimizer"] = share_bytes(run)
     return parts | _mask(run)
+
+
+def share_bytes(run: Selection) -> int:
+    """Bytes of the parameters that the GPU updates under full offload (gpu_share.py): master weights and moments, 4 B each, and
+    weights and gradients in compute precision."""
+    states = 8 if run.config.optimizer.name == "lion" else 12
+    return run.gpu_share * (states + 2 * parameter_counts.width(run.config))
 
 
 def _mask(run: Selection) -> Parts:

@@ -12,7 +12,7 @@ from ldft.errors import ConfigError
 from ldft.memory.limits import Free, free_memory, free_on_node
 from ldft.memory.policy import Placement
 from ldft.preflight import device_estimate, placement_text
-from ldft.preflight.resolved import Resolved
+from ldft.preflight.resolved import Resolved, device_gib
 
 GIB = 2**30
 
@@ -81,15 +81,6 @@ def _check_device(run: Resolved) -> None:
     if need > have * GIB:
         limit = "by memory.vram_gib" if have == config.memory.vram_gib else "on the smallest GPU"
         raise _refusal("VRAM", need, f"{have:.1f} GiB {limit}", parts)
-
-
-def device_gib(config: Config) -> float | None:
-    """VRAM of each GPU that the estimate must fit, GiB; None if unknown. A dry run uses memory.vram_gib as given, a run at most the
-    memory that the GPU has."""
-    said, have = config.memory.vram_gib or None, environment.gpu_memory_gib()
-    if said is None or have is None:
-        return said or have
-    return said if config.dry_run else min(said, have)
 
 
 def _check_host(run: Resolved) -> None:

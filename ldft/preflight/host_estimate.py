@@ -12,6 +12,9 @@ host:
     compute_weights                     ZeRO-3 with parameters on the host: in compute precision, frozen ones too
                                         ZeRO-2: the updated weights on their way to the device
 
+Of the share that the GPU updates (gpu_share.py), master weights and moments are not in host memory; the places of its weights and
+gradients stay there.
+
 ZeRO-3 pads each parameter to a multiple of the ranks; ZeRO-1 and 2 pad all of them together to a multiple of twice the ranks.
 Sub-groups are not padded.
 """
@@ -46,6 +49,7 @@ def host_bytes(run: Selection) -> dict[str, int]:
             waiting = min(whole, share + max(trained)) if accumulates else 0
             roles["compute_gradients"] = width * (max(trained) + waiting)
             roles["compute_weights"] = width * share
+        share -= run.gpu_share
         roles |= {name: 4 * share for name in ("master_weights", "master_gradients", "momentum", "variance")}
         if config.optimizer.name == "lion":
             del roles["variance"]

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ldft import environment
 from ldft.config import Config
 from ldft.memory.policy import Placement
 from ldft.memory.topology import Topology
-from ldft.preflight import device_estimate, host_estimate, role_placement
+from ldft.preflight import device_estimate, gpu_share, host_estimate, role_placement
 from ldft.preflight.selection import Selection, select
 
 
@@ -52,13 +53,24 @@ class Resolved(Selection):
     estimate: Estimate
 
 
+def device_gib(config: Config) -> float | None:
+    """VRAM of each GPU that the estimate must fit, GiB; None if unknown. A dry run uses memory.vram_gib as given, a run at most the
+    memory that the GPU has."""
+    said, have = config.memory.vram_gib or None, environment.gpu_memory_gib()
+    if said is None or have is None:
+        return said or have
+    return said if config.dry_run else min(said, have)
+
+
 def resolve(config: Config, *, topology: Topology | None = None, deepspeed: dict[str, Any] | None = None) -> Resolved:
     """select and complete in one call, with their arguments and errors."""
     return complete(select(config, topology=topology, deepspeed=deepspeed))
 
 
 def complete(run: Selection) -> Resolved:
-    """Add placements and estimate. Raises PlacementError if they do not fit the machine or the budgets."""
+    """Add the GPU's share, placements and estimate. Raises PlacementError if they do not fit the machine or the budgets, and
+    CombinationError for a share that is not possible."""
+    run = gpu_share.settle(run, device_gib)
     moments = device_estimate.moments(run)
     roles = host_estimate.host_bytes(run)
     others = host_estimate.other_bytes(run, device_estimate.peak_of(moments))

@@ -30,6 +30,11 @@ class Selection:
     no_overlap: str
     """Why it does not; empty if it does, or if no weights are updated in host memory."""
 
+    gpu_share: int = 0
+    """Parameters of one rank whose optimizer state is on the GPU, from the front of the model; chosen by gpu_share.py."""
+    about_share: str = ""
+    """Why so many, or why none; empty if the question does not arise."""
+
     @property
     def zero(self) -> dict[str, Any]:
         """DeepSpeed's settings of ZeRO."""

@@ -87,6 +87,7 @@ MEASURED = [
     Column("liger_modules", _INT, "", "number of modules that run Liger's kernels; 0 without Liger", source="first"),
     Column("fused_step", pa.bool_(), "", "whether ldft's kernel updated the offloaded weights; false: another kernel did, or nothing is offloaded", source="first"),
     Column("overlap_step", pa.bool_(), "", "whether that update ran beside the next forward pass", source="first"),
+    Column("gpu_share_gib", _FLOAT, "GiB", "device memory on each GPU for the parameters that it updates although they are offloaded (offload.gpu_share); 0: none", source="first"),
     Column("iteration_s", _FLOATS, "s", "time of each iteration, barrier to barrier, on the slowest rank; warm-up included", source="first"),
     Column("forward_s", _FLOATS, "s", "forward part of each iteration, on the same rank; with overlap_step including waits for the update", source="first"),
     Column("backward_s", _FLOATS, "s", "backward part", source="first"),

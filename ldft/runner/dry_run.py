@@ -15,7 +15,7 @@ from ldft.config import Config, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
 from ldft.preflight import decoder_layers, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
-from ldft.preflight.resolved import Resolved
+from ldft.preflight.resolved import Resolved, device_gib
 from ldft.runner import checks, cpu_limits, parent
 from ldft.runner.core_binding import cores_of_ranks
 
@@ -99,7 +99,8 @@ def _updated_by(run: Resolved) -> str:
     config = run.config
     if run.fused_step:
         where = "beside the next forward pass" if run.overlap_step else f"within the step: {run.no_overlap}"
-        return f"by ldft's fused step in host memory, {where}"
+        text = f"by ldft's fused step in host memory, {where}"
+        return text if not run.about_share else f"{text}; on the GPU: {run.about_share}"
     if config.offload.optimizer is OffloadDevice.none:
         return "on the device" if config.launch.device is Device.cuda else "in host memory in the device's place"
     return "by DeepSpeed's own step in host memory"
@@ -145,7 +146,7 @@ def _bytes(run: Resolved) -> list[str]:
     where = "VRAM" if config.launch.device is Device.cuda else "host memory in the device's place"
     lines.append(f"expected {where}, each rank: {gib(sum(estimate.device.values()))}, at its peak ({estimate.peak})")
     lines += [f"  {part}: {gib(value)}" for part, value in estimate.device.items()]
-    free, vram_gib = fit.available(config), fit.device_gib(config)
+    free, vram_gib = fit.available(config), device_gib(config)
     size = f" of {vram_gib:.1f} GiB" if vram_gib else ""
     if environment.gpus_are_assumed():
         unknown = "" if vram_gib else ", of unknown size: set e.g. memory.vram_gib=80 to check the estimate against it"

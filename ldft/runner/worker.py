@@ -19,6 +19,7 @@ from ldft.config import from_dict
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
 from ldft.memory.probe import MemoryTable
+from ldft.preflight import device_estimate, device_rates
 from ldft.preflight.resolved import complete
 from ldft.preflight.selection import Selection, select
 from ldft.results import attempt
@@ -149,8 +150,9 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
         liger_modules=liger_kernels.count_modules(network),
         fused_step=run.fused_step,
         overlap_step=run.overlap_step,
+        gpu_share_gib=device_estimate.share_bytes(run) / 2**30,
         **flops.columns(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens),
-        peak_tflops_per_s=flops.peak_tflops_per_s(name, config.train.precision),
+        peak_tflops_per_s=device_rates.peak_tflops_per_s(name, config.train.precision),
         **role_memory.at_work(role_memory.so_far(arenas, [])),
     )
 

@@ -1,4 +1,4 @@
-"""Model FLOPs by formula, and the peak rates for MFU."""
+"""Model FLOPs by formula."""
 
 from __future__ import annotations
 
@@ -9,30 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ldft.config import ModelConfig, Precision
+from ldft.config import ModelConfig
 from ldft.training.deepspeed import layout
-
-# Dense bf16 tensor-core peaks in TFLOP/s from the vendor's datasheets (without sparsity), by a part of CUDA's device
-# name. The first match counts, so more specific names come first. A device that is not listed has no MFU.
-_PEAK_BF16_TFLOPS_PER_S = (
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("GH200", 989.0),
-    ("H100", 989.0),
-    ("H200", 989.0),
-    ("H20", 148.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("RTX A6000", 154.8),
-    ("L40S", 362.0),
-)
-
-
-def peak_tflops_per_s(device_name: str, precision: Precision) -> float | None:
-    """Dense peak of a device in the given precision, TFLOP/s; None if unknown."""
-    if precision is not Precision.bf16:
-        return None
-    return next((peak for part, peak in _PEAK_BF16_TFLOPS_PER_S if part in device_name), None)
 
 
 def columns(model: PreTrainedModel, config: ModelConfig, tokens: int, seq_len: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ldft.memory import placing
 from ldft.memory.limits import Free
 from ldft.memory.topology import Node, Topology
 from ldft.monitor import trace
-from ldft.preflight import deepspeed_config, fit, liger
+from ldft.preflight import deepspeed_config, fit, gpu_share, liger
 from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from ldft.results import store
@@ -78,6 +78,10 @@ def uses_liger(config: Config) -> Any:
 
 def overlaps_update(config: Config) -> Any:
     return select(config).overlap_step
+
+
+def gpu_share_of(config: Config) -> Any:
+    return gpu_share.settle(select(config), lambda _: None).gpu_share
 
 
 def adapters(config: Config) -> Any:

@@ -58,13 +58,15 @@ class _Serving(TorchDispatchMode):
                     return slot.view(args[0])
         elif func is _aten._to_copy.default:
             source = args[0]
+            if source.data_ptr() in given:
+                return source  # served on the device where it is to stay
             if _on_host(kwargs.get("device", source.device)):
                 slot = self._take(source.numel(), kwargs.get("dtype") or source.dtype)
                 if slot is not None:
                     return slot.view(source.shape).copy_(source)
+        elif func is _aten.clone.default and args[0].data_ptr() in given:
+            return args[0]  # a copy of a tensor that this method has just put into its slot
         elif func is _aten.clone.default and args[0].device.type == "cpu":
-            if args[0].data_ptr() in given:
-                return args[0]  # a copy of a tensor that this method has just put into its slot
             slot = self._take(args[0].numel(), args[0].dtype)
             if slot is not None:
                 return slot.view(args[0].shape).copy_(args[0])
@@ -87,13 +89,18 @@ def _on_host(device: Any) -> bool:
 
 
 @contextmanager
-def engine(arenas: Arenas | None, *, shared_gradients: bool) -> Iterator[None]:
+def engine(arenas: Arenas | None, *, shared_gradients: bool, first_on: torch.device | None = None) -> Iterator[None]:
     """The context for `deepspeed.initialize`. arenas: None if DeepSpeed allocates its own tensors. shared_gradients: the fp32
-    gradients get no memory, since the fused step will replace them by parts of the gradients in compute precision."""
+    gradients get no memory, since the fused step will replace them by parts of the gradients in compute precision. first_on: the
+    device of the first sub-group's master weights, if not the host."""
     serving = _Serving()
     methods = {} if arenas is None else dict(METHODS)
+    if first_on is not None and "_create_fp32_partitions" in methods:
+        methods["_create_fp32_partitions"] = lambda optimizer, arenas: _masters(optimizer, arenas, first_on)
     if shared_gradients:
-        methods["initialize_optimizer_states"] = _without_memory
+        # Without arenas, the first sub-group's master weights are still in host memory at that time.
+        first_on = None if arenas is None else first_on
+        methods["initialize_optimizer_states"] = lambda optimizer, arenas: _without_memory(optimizer, first_on)
     with ExitStack() as stack:
         for name, slots_of in methods.items():
             stack.enter_context(_wrapped(DeepSpeedZeroOptimizer_Stage3, name, _served(serving, slots_of, arenas)))
@@ -195,13 +202,15 @@ def _adopt_spare(arena: Arena, want: Want, parts: list[torch.Tensor]) -> None:
         arena.adopt(arena.spare, want.name, piece(arena.spare, start - first, want.numel, want.dtype))
 
 
-def _masters(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:
+def _masters(optimizer: Any, arenas: Arenas, first_on: torch.device | None = None) -> list[torch.Tensor]:
     """fp32 weights, one tensor per sub-group: converted into their slots; DeepSpeed's clone of them is skipped."""
     if not _all_on_host(optimizer):
         return []
-    dtype = optimizer.master_weights_and_grads_dtype
-    wants = [Want(roles.master_name(i), n, dtype) for i, n in enumerate(optimizer.fp16_partitioned_groups_flat_numel)]
-    return _slots(arenas.of("master_weights"), wants)
+    dtype, sizes = optimizer.master_weights_and_grads_dtype, optimizer.fp16_partitioned_groups_flat_numel
+    wants = [Want(roles.master_name(i), n, dtype) for i, n in enumerate(sizes)]
+    if first_on is None:
+        return _slots(arenas.of("master_weights"), wants)
+    return [torch.empty(sizes[0], dtype=dtype, device=first_on), *_slots(arenas.of("master_weights"), wants[1:])]
 
 
 def _gradients(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:
@@ -215,11 +224,12 @@ def _gradients(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:
     return [max(slots, key=torch.Tensor.numel), *slots]
 
 
-def _without_memory(optimizer: Any, arenas: Any) -> list[torch.Tensor]:
-    """In the place of the fp32 gradients and of the scratch tensor: one zero, repeated."""
+def _without_memory(optimizer: Any, first_on: torch.device | None) -> list[torch.Tensor]:
+    """In the place of the scratch tensor and of the fp32 gradients: one zero, repeated, where their master weights are."""
     sizes = [master.numel() for master in optimizer.fp32_partitioned_groups_flat]
     zero = torch.zeros((), dtype=optimizer.master_weights_and_grads_dtype)
-    return [zero.expand(size) for size in (max(sizes), *sizes)]
+    first = zero if first_on is None else zero.to(first_on)
+    return [zero.expand(max(sizes)), first.expand(sizes[0]), *(zero.expand(size) for size in sizes[1:])]
 
 
 def _accumulated(optimizer: Any, arenas: Arenas) -> list[torch.Tensor]:

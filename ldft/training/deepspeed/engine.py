@@ -99,7 +99,8 @@ def build(run: Selection, model: PreTrainedModel, arenas: Arenas | None) -> Any:
     elif config.optimizer.name == "lion" and config.offload.optimizer is OffloadDevice.none:
         own = DeviceLion(trainable, **settings["optimizer"]["params"])
     shared = run.fused_step and config.offload.stage == 3 and not fused_step.missing_names()
-    with arena_hooks.engine(arenas, shared_gradients=shared):
+    device = torch.device("cuda", torch.cuda.current_device()) if run.gpu_share else None
+    with arena_hooks.engine(arenas, shared_gradients=shared, first_on=device):
         try:
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
@@ -111,7 +112,7 @@ def build(run: Selection, model: PreTrainedModel, arenas: Arenas | None) -> Any:
             raise ConfigError(f"offload.deepspeed.{key}", f"DeepSpeed refuses it: {error}; name what exists") from error
     layout.require_known_layout(engine.optimizer)
     if run.fused_step:
-        fused_step.install(engine, overlap=run.overlap_step)
+        fused_step.install(engine, overlap=run.overlap_step, share=run.gpu_share > 0)
     if arenas is not None:
         rebinding.settle(engine, arenas)
         audit.check([*roles.tensors(engine)], arenas)

@@ -22,7 +22,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero import stage3
 
-from ldft.training.deepspeed import layout, update_overlap
+from ldft.training.deepspeed import device_share, layout, update_overlap
 from ldft.training.deepspeed.fetches import Fetches
 from ldft.training.deepspeed.update_overlap import Updates
 from ldft.training.optimizers.host_optimizer import Task
@@ -50,6 +50,7 @@ NEEDED: tuple[str, ...] = (
     "has_overflow",
     "unscale_and_clip_grads",
     "partition_grads",
+    "_get_norm_groups",
     "_optimizer_step",
     "_post_step",
     "_reassign_or_swap_out_partitioned_parameters",
@@ -66,6 +67,9 @@ class FusedStage3(_Stock):
     _tasks: dict[int, Task]
     _gradient_factor = 1.0
     grad_partitions_flat_buffer: torch.Tensor
+    fp16_groups: list[list[Any]]
+    norm_groups: list[list[Any]]
+    """Parameters whose norms are summed together: the sub-groups of a run without a share."""
 
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[torch.Tensor]) -> list[torch.Tensor]:
         """Copy the reduced gradients of a bucket to the host, or add them there. Stock DeepSpeed copies each by itself, and reads
@@ -117,35 +121,47 @@ class FusedStage3(_Stock):
         rest = [p for group in self.fp16_groups for p in group if self.get_param_id(p) not in norms]
         found = [torch.stack(torch.aminmax(views[p.ds_id])).double() for p in rest if views[p.ds_id].numel()]
         if norms:
-            found.append(torch.stack([norm.double().reshape(()) for norm in norms.values()]).to(gradients.device))
-        self.grad_partitions_flat_buffer = torch.cat(found)
+            found.append(torch.stack([norm.double().reshape(()) for norm in norms.values()]))
+        self.grad_partitions_flat_buffer = torch.cat([part.to(gradients.device) for part in found])
         try:
             return bool(super().has_overflow(partition_gradients))
         finally:
             self.grad_partitions_flat_buffer = gradients
+
+    def _get_norm_groups(self) -> Any:
+        # DeepSpeed rounds the norm of each sub-group to fp32. A share makes other sub-groups, but must not change the norm.
+        groups, self.fp16_groups = self.fp16_groups, self.norm_groups
+        try:
+            return super()._get_norm_groups()
+        finally:
+            self.fp16_groups = groups
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         weights = self.fp16_partitioned_groups_flat[sub_group_id]
         group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
         parameters = self.fp16_groups[sub_group_id]
         tasks: list[Task] = []
+        master = self.fp32_partitioned_groups_flat[sub_group_id]
         # Call `step`, which torch's schedulers wrap. Learning rate, factor and step number are those of now.
-        group["params"] = [self.fp32_partitioned_groups_flat[sub_group_id]]
+        group["params"] = [master]
         self.optimizer.step(
             into=tasks,
             gradient_factor=self._gradient_factor,
-            copy=weights if weights.device.type == "cpu" else None,
+            copy=weights if weights.device == master.device else None,
             parts=[parameter.partition_numel() for parameter in parameters] if self.updates.overlap else None,
         )
         group["params"] = []
         self._gradient_factor = 1.0
-        if self.updates.overlap:
+        if master.is_cuda:  # launched, in the order of the device's work
+            self.updates.launched_on(master.device)
+        elif self.updates.overlap:
             self._tasks |= {parameter.ds_id: task for parameter, task in zip(parameters, tasks, strict=True)}
         else:
             self.updates.run(tasks)
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
-        if self.fp16_partitioned_groups_flat[sub_group_id].device.type == "cpu":
+        master = self.fp32_partitioned_groups_flat[sub_group_id]
+        if self.fp16_partitioned_groups_flat[sub_group_id].device == master.device:
             self._unflatten_partitioned_parameters(sub_group_id)  # the update writes the weights
         else:
             super()._reassign_or_swap_out_partitioned_parameters(sub_group_id)
@@ -198,9 +214,12 @@ def missing_names() -> list[str]:
     return [name for name in NEEDED if not hasattr(_Stock, name)]
 
 
-def install(engine: Any, *, overlap: bool) -> None:
+def install(engine: Any, *, overlap: bool, share: bool = False) -> None:
     """Install the fused step in an engine built around a HostOptimizer. Under ZeRO-1/2, and in releases with other names,
-    DeepSpeed's three passes remain, with HostOptimizer's step as the second."""
+    DeepSpeed's three passes remain, with HostOptimizer's step as the second.
+
+    share: whether the GPU updates the first sub-group.
+    """
     optimizer = engine.optimizer
     if type(optimizer) is not _Stock:
         return
@@ -211,7 +230,11 @@ def install(engine: Any, *, overlap: bool) -> None:
     optimizer.__class__ = FusedStage3
     optimizer.updates = Updates(overlap=overlap, threads=update_overlap.threads_beside())
     optimizer._tasks = {}
+    optimizer.norm_groups = optimizer.fp16_groups
     share_gradients(optimizer)
+    if share:
+        optimizer.norm_groups = device_share.sub_groups_without(optimizer)
+        device_share.move(engine)
     Fetches(optimizer.updates.wait, engine.device).install(engine)
     if overlap:
         # At the end of a process that failed, no thread may work on memory that is being freed.
@@ -222,14 +245,14 @@ def install(engine: Any, *, overlap: bool) -> None:
 def share_gradients(optimizer: Any) -> None:
     """Let the `grad` of each master weight be its part of the buffer in which gradients are accumulated."""
     views = getattr(optimizer, layout.GRADIENT_VIEWS)
-    buffer, start = optimizer.grad_partitions_flat_buffer, 0
     for master, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
-        part = buffer.narrow(0, start, master.numel())
-        assert part.data_ptr() == views[parameters[0].ds_id].data_ptr()
+        first = views[parameters[0].ds_id]
+        if first.device != master.device:
+            continue  # `device_share.move` gives it another one
+        part = first.as_strided((master.numel(),), (1,))
         master.grad = None
         master.grad_dtype = part.dtype
         master.grad = part
-        start += master.numel()
 
 
 def updates_of(engine: Any) -> Updates | None:

@@ -33,6 +33,8 @@ STAGE_3_OPTIMIZER = (
 )
 # Attributes of ZeRO-3's optimizer that ldft reads while DeepSpeed builds it.
 STAGE_3_BUILDING = (
+    "_create_fp16_sub_groups",
+    "sub_group_size",
     "dtype",
     "fp16_partitioned_groups_flat_numel",
     "gradient_accumulation_dtype",

@@ -63,7 +63,8 @@ def tensors(engine: Any) -> Iterator[RoleTensor]:
     """Every tensor in host memory with a role, owners before their views."""
     optimizer = engine.optimizer
     if layout.is_stage_3(optimizer):
-        yield from _stage_3(engine.module, optimizer)
+        every = _stage_3(engine.module, optimizer)
+        yield from (item for item in every if item.tensor.device.type == "cpu")
     elif layout.is_stage_1_or_2(optimizer) and optimizer.cpu_offload:
         yield from _stage_1_and_2(optimizer)
 

@@ -63,6 +63,7 @@ class Updates:
         # Parameters by DeepSpeed's number, in the order in which they were first fetched.
         self._order: dict[int, int] = {}
         self._ended = UpdateTimes()
+        self._on_device: Any = None
 
     def run(self, tasks: list[Task]) -> None:
         """Do the tasks now."""
@@ -77,8 +78,15 @@ class Updates:
         self._numbers = {number: i for i, number in enumerate(order)}
         self._job.start(self._threads, _NICE)
 
+    def launched_on(self, device: torch.device) -> None:
+        """The update of a part was launched on a device: the streams that fetch weights wait for it."""
+        self._on_device = torch.cuda.Event()
+        self._on_device.record(torch.cuda.current_stream(device))
+
     def wait(self, parameters: Iterable[Any]) -> None:
         """Return when the new weights of these parameters are in host memory."""
+        if self._on_device is not None:
+            torch.cuda.current_stream().wait_event(self._on_device)
         for parameter in parameters:
             number = parameter.ds_id
             self._order.setdefault(number, len(self._order))

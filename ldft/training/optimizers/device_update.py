@@ -1,11 +1,10 @@
 """The update of csrc/update.cpp on a GPU, with its roundings: a weight gets the same bits wherever it is updated.
 
 Each operation is one PTX instruction with its rounding written out, which no compiler contracts, reorders or flushes to zero.
+Kernels have no annotations, since Triton takes them for values.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,32 +15,32 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _mul(a: Any, b: Any) -> Any:
+def _mul(a, b):
     return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _fma(a: Any, b: Any, c: Any) -> Any:
+def _fma(a, b, c):
     return tl.inline_asm_elementwise(
         "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], dtype=tl.float32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def _div(a: Any, b: Any) -> Any:
+def _div(a, b):
     return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _sqrt(a: Any) -> Any:
+def _sqrt(a):
     return tl.inline_asm_elementwise("sqrt.rn.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit  # pointers of arrays, numbers of fp32
 def _adamw(
-    weights: Any, gradients: Any, momentum: Any, variance: Any, copy: Any, count: Any, factor: Any, beta1: Any, beta2: Any,
-    new1: Any, new2: Any, epsilon: Any, inverse_bias2: Any, step: Any, decay: Any, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    weights, gradients, momentum, variance, copy, count, factor, beta1, beta2,
+    new1, new2, epsilon, inverse_bias2, step, decay, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     gradient = _mul(tl.load(gradients + at, inside).to(tl.float32), factor)
@@ -58,9 +57,9 @@ def _adamw(
 
 @triton.jit
 def _lion(
-    weights: Any, gradients: Any, momentum: Any, copy: Any, count: Any, factor: Any, beta1: Any, beta2: Any, new1: Any, new2: Any,
-    rate: Any, kept: Any, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    weights, gradients, momentum, copy, count, factor, beta1, beta2, new1, new2,
+    rate, kept, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     gradient = _mul(tl.load(gradients + at, inside).to(tl.float32), factor)

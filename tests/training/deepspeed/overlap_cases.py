@@ -134,7 +134,7 @@ def save(engine: Any, folder: Path) -> str:
         for part in state["fp32_flat_groups"]:
             digest.update(part.detach().cpu().numpy().tobytes())
         for values in state["optimizer_state_dict"]["state"].values():
-            digest.update(values["exp_avg"].numpy().tobytes())
+            digest.update(values["exp_avg"].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -202,6 +202,7 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
         if iteration == 2 and event in EVENTS:
             said["event"] = EVENTS[event](engine, folder)
     said["beside"] = optimizer.updates._job is not None
+    said["on_device"] = sum(m.numel() for m in optimizer.fp32_partitioned_groups_flat if m.is_cuda)
     optimizer.updates.finish()
     said |= {"hash": hash_of(optimizer), "skipped": engine.skipped_steps, "steps": engine.global_steps}
     engine.destroy()

@@ -86,7 +86,12 @@ def test_every_attribute_that_is_read_of_deepspeeds_optimizers_and_parameters_is
     listed = {name for key, names in vars(layout).items() if key.startswith("STAGE_") for name in names}
     listed |= {*arena_hooks.METHODS, *fused_step.NEEDED}
     # torch's, ldft's and CPUAdam's own optimizers; and what a fallback follows.
-    others = {"state", "moments", "fp32_optimizer_states", "device", "grad"} | {"__class__", "updates", "_tasks"}
+    others = {"state", "moments", "fp32_optimizer_states", "device", "grad"} | {
+        "__class__",
+        "updates",
+        "_tasks",
+        "norm_groups",
+    }
     found = set()
     for path in Path(layout.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

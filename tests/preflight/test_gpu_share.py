@@ -1,0 +1,111 @@
+"""How much of an offloaded model the GPU updates, and why."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldft import environment
+from ldft.errors import CombinationError, ConfigError
+from ldft.preflight import device_estimate, gpu_share, host_estimate, parameter_counts
+from ldft.preflight.selection import Selection, select
+from tests.conftest import compose
+
+THREE_B = ("model=llama3_3b", "launch.device=cuda", "attention=sdpa", "kernels.liger=true", "checkpointing=cpu")
+MEASURED = "numa.bandwidth={node0:{cpu:140,h2d:54,d2h:54}}"
+EMBEDDING, LAYER, ALL = 128256 * 3072, 3072 * (2 * 3072 + 2 * 1024 + 3 * 8192 + 2), 3_212_749_824
+
+
+@pytest.fixture(autouse=True)
+def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: ("NVIDIA H100 80GB HBM3",))
+    monkeypatch.setattr(environment, "compute_capability", lambda: (9, 0))
+
+
+def settled(*overrides: str, vram_gib: float | None = 79.0) -> Selection:
+    config = compose(*THREE_B, *overrides)
+    config.validate()
+    return gpu_share.settle(select(config), lambda _: vram_gib)
+
+
+def test_a_requested_share_is_the_embedding_and_whole_layers() -> None:
+    run = settled("offload.gpu_share=0.5")
+    layers, left = divmod(run.gpu_share - EMBEDDING, LAYER)
+    assert left == 0 and abs(run.gpu_share / ALL - 0.5) < LAYER / ALL
+    assert run.about_share == f"as requested: the embedding and {layers} layers"
+    assert run.zero["sub_group_size"] == run.gpu_share, "DeepSpeed's first sub-group ends exactly there"
+    assert settled("offload.gpu_share=0.01").gpu_share == EMBEDDING
+    assert settled("offload.gpu_share=1").gpu_share == ALL
+    assert settled("offload.gpu_share=0").gpu_share == 0
+    # Of each rank, whose shards are padded.
+    two = settled("offload.gpu_share=0.5", "launch.num_ranks=2").gpu_share
+    assert (
+        two
+        == parameter_counts.split(parameter_counts.layer_sizes(compose(*THREE_B).model), 2) * layers + EMBEDDING // 2
+    )
+
+
+def test_by_default_it_is_the_smallest_that_hides_the_rest() -> None:
+    long = settled("seq_len=32k", MEASURED)
+    assert long.gpu_share == EMBEDDING, "the rest fits beside a long forward pass"
+    assert "so that the rest's update, expected 0.63 s, fits beside a forward pass of 0.73 s" in long.about_share
+    middle, short = settled("seq_len=16k", MEASURED).gpu_share, settled("seq_len=8k", MEASURED).gpu_share
+    assert EMBEDDING < middle < short < ALL
+    slower = settled("seq_len=16k", MEASURED.replace("140", "70")).gpu_share
+    assert middle < slower
+    # Two ranks share the host, and each updates half.
+    assert settled("seq_len=32k", MEASURED, "launch.num_ranks=2").gpu_share == EMBEDDING // 2
+
+
+def test_it_takes_no_more_device_memory_than_there_is() -> None:
+    tight = settled("seq_len=8k", MEASURED, vram_gib=24.0)
+    assert 0 < tight.gpu_share < settled("seq_len=8k", MEASURED).gpu_share
+    assert "as short as VRAM allows" in tight.about_share
+    assert sum(device_estimate.peak_of(device_estimate.moments(tight)).values()) < 24 * 2**30
+    none = settled("seq_len=8k", MEASURED, vram_gib=8.0)
+    assert (
+        none.gpu_share == 0
+        and none.about_share.startswith("none: ")
+        and "the embedding's takes 5.9 GiB" in none.about_share
+    )
+
+
+def test_what_is_not_known_is_said() -> None:
+    assert settled().about_share == (
+        "none: the host's bandwidth is unknown (measure it with python -m ldft.bench nodes)"
+    )
+    assert "its memory is unknown" in settled(MEASURED, vram_gib=None).about_share
+
+
+def test_an_unknown_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: ("Some GPU",))
+    assert settled(MEASURED).about_share.startswith("none: the GPU's peak is unknown")
+
+
+def test_memory_moves_from_host_to_device() -> None:
+    none, half = settled("offload.gpu_share=0"), settled("offload.gpu_share=0.5")
+    host = [host_estimate.host_bytes(run) for run in (none, half)]
+    for role in ("master_weights", "momentum", "variance"):
+        assert host[0][role] - host[1][role] == 4 * half.gpu_share
+    device = [sum(device_estimate.moments(run)["step"].values()) for run in (none, half)]
+    assert device[1] - device[0] == 16 * half.gpu_share
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("launch.device=cpu", "kernels.liger=null"), "there is no GPU to update on"),
+        (("optimizer.overlap_step=false",), "needs an update beside the next forward pass"),
+        (("lora=r8",), "needs an update beside the next forward pass"),
+        (("offload=optimizer",), "needs an update beside the next forward pass"),
+        (("offload.deepspeed={zero_optimization:{sub_group_size:1000}}",), "DeepSpeed's first sub-group"),
+    ],
+)
+def test_a_share_that_is_not_possible_is_refused(overrides: tuple[str, ...], words: str) -> None:
+    with pytest.raises(CombinationError, match=rf"^offload\.gpu_share: 0\.5: .*{words}.*; use 0, or leave it at null$"):
+        settled("offload.gpu_share=0.5", *overrides)
+    assert settled(*overrides).gpu_share == 0
+
+
+def test_a_value_that_is_no_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^offload\.gpu_share: 1\.5 is not a share; use 0 to 1, or null$"):
+        settled("offload.gpu_share=1.5")
