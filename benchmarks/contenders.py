@@ -44,6 +44,11 @@ def stock(config: Config) -> Settings:
     return {name: ours[name] for name in written} | {"zero_optimization": zero}
 
 
+def async_checkpoints(config: Config) -> Settings:
+    """The same with DeepSpeed's own offloading of layer inputs (pull request 8282 of deepspeedai/DeepSpeed, in 0.19.8)."""
+    return stock(config) | {"activation_checkpointing": {"cpu_checkpointing": True}}
+
+
 def seed(config: Config) -> Settings:
     """The seed repository's file (conf/offload/seed.yaml has its values)."""
     settings = stock(config)
@@ -59,7 +64,7 @@ class Contender:
     settings: Callable[[Config], Settings] | None = None
     """DeepSpeed settings of a peer; None is ldft itself."""
     checkpointing: str = "gpu"
-    """Checkpointing of a peer: gpu, seed or none. ldft's is set by an override."""
+    """Checkpointing of a peer: gpu, seed, deepspeed or none. ldft's is set by an override."""
     attention: str | None = None
     """None: the one given to the benchmark."""
     against: str | None = None
@@ -104,6 +109,10 @@ CONTENDERS = {
     ),
     "plain-offload-seed-checkpoints": Contender(
         "the same, layer inputs offloaded the seed's way", ("offload=full",), stock, "seed", against="ours-offload"
+    ),
+    "plain-offload-async-checkpoints": Contender(
+        "the same, layer inputs offloaded by DeepSpeed", ("offload=full",), async_checkpoints, "deepspeed",
+        against="ours-offload",
     ),
     "fsdp2-offload": Contender(
         "torch's FSDP2, all but layer inputs offloaded", ("offload=full",), stock, against="ours-offload",

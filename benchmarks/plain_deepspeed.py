@@ -3,7 +3,8 @@
     python benchmarks/plain_deepspeed.py CONFIG.json DEEPSPEED.json OUT.json [--attention A] [--liger] [--checkpointing C]
 
 DEEPSPEED.json is the config for `deepspeed.initialize`; benchmarks/plain_common.py says what the rest is. checkpointing: none, gpu
-(PyTorch's), seed (benchmarks/seed_checkpointing.py).
+(PyTorch's), seed (benchmarks/seed_checkpointing.py), deepspeed (DeepSpeed's own function, as `activation_checkpointing` in
+DEEPSPEED.json says; with `cpu_checkpointing`, release 0.19.8 copies layer inputs on a stream of its own; needs a GPU).
 """
 
 from contextlib import nullcontext
@@ -15,8 +16,9 @@ import plain_common  # first: the time of the start, and the rank variables
 
 import deepspeed
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-task = plain_common.setup(__doc__, ("none", "gpu", "seed"))
+task = plain_common.setup(__doc__, ("none", "gpu", "seed", "deepspeed"))
 deepspeed.init_distributed("nccl" if task.cuda else "gloo", auto_mpi_discovery=False, verbose=False)
 partitioned = task.settings["zero_optimization"]["stage"] == 3
 where = deepspeed.zero.Init(config_dict_or_path=task.settings) if partitioned else task.device
@@ -32,6 +34,14 @@ if task.checkpointing == "seed":
     tokens = task.config["train"]["micro_batch_size"] * task.config["seq_len"]["tokens"]
     seed_checkpointing.install(model, tokens, task.dtype)
 engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=task.settings)
+if task.checkpointing == "deepspeed":
+    # `deepspeed.initialize` does not do this: the model's own code must call the function.
+    deepspeed.checkpointing.configure(None, deepspeed_config=task.settings)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module._gradient_checkpointing_func = deepspeed.checkpointing.checkpoint
+            module.gradient_checkpointing = True
+
 plain_common.train(
     task,
     model,
