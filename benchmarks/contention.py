@@ -1,6 +1,6 @@
 """The CPU update beside copies and kernels: what each loses to the others, by number of update threads.
 
-    python benchmarks/contention.py OUT.parquet                    # 0.5e9 parameters, about 9 GiB of pinned memory
+    python benchmarks/contention.py OUT.parquet                    # 0.5e9 parameters, 12 GiB of pinned memory
 
 AdamW over bf16 gradients with a bf16 copy of the weights, 28 bytes a parameter, as ldft runs it: its native threads at the nice
 value of the overlapped update, over pinned arenas in huge pages. Beside it, each on a stream of its own and without pause: copies
