@@ -1,7 +1,8 @@
 """The contenders of a training benchmark, and how to run one: in its own processes, with a flat record as the result.
 
-Ours is `python -m ldft`. A peer is benchmarks/plain_deepspeed.py with its own DeepSpeed settings, and the same attention, Liger
-Kernel, precision, clipping and (torch's) pinning as ours, unless its name says otherwise.
+Ours is `python -m ldft`. A peer is a plain script, benchmarks/plain_deepspeed.py with its own DeepSpeed settings or
+benchmarks/plain_fsdp2.py, with the same attention, Liger Kernel, precision, clipping and (torch's) pinning as ours, unless its name
+says otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ldft.runner.core_binding import cores_of_ranks
 from ldft.runner.measured import tokens_per_iteration
 from ldft.training.deepspeed.operators import cache_dir
 
-PEER = Path(__file__).with_name("plain_deepspeed.py")
+FOLDER = Path(__file__).parent
 Settings = dict[str, Any]
 
 
@@ -41,6 +42,11 @@ def stock(config: Config) -> Settings:
     written += ["bf16", "fp16", "optimizer", "steps_per_print"]
     zero = {name: ours["zero_optimization"][name] for name in ("stage", "offload_param", "offload_optimizer")}
     return {name: ours[name] for name in written} | {"zero_optimization": zero}
+
+
+def async_checkpoints(config: Config) -> Settings:
+    """The same with DeepSpeed's own offloading of layer inputs (pull request 8282 of deepspeedai/DeepSpeed, in 0.19.8)."""
+    return stock(config) | {"activation_checkpointing": {"cpu_checkpointing": True}}
 
 
 def seed(config: Config) -> Settings:
@@ -58,11 +64,13 @@ class Contender:
     settings: Callable[[Config], Settings] | None = None
     """DeepSpeed settings of a peer; None is ldft itself."""
     checkpointing: str = "gpu"
-    """Checkpointing of a peer: gpu, seed or none. ldft's is set by an override."""
+    """Checkpointing of a peer: gpu, seed, deepspeed or none. ldft's is set by an override."""
     attention: str | None = None
     """None: the one given to the benchmark."""
     against: str | None = None
     """The ldft contender with which it is compared."""
+    script: str = "plain_deepspeed.py"
+    """What a peer runs."""
 
 
 # What a peer is made from, and what ours is where it is to do the same.
@@ -104,6 +112,14 @@ CONTENDERS = {
     ),
     "plain-offload-seed-checkpoints": Contender(
         "the same, layer inputs offloaded the seed's way", ("offload=full",), stock, "seed", against="ours-offload"
+    ),
+    "plain-offload-async-checkpoints": Contender(
+        "the same, layer inputs offloaded by DeepSpeed", ("offload=full",), async_checkpoints, "deepspeed",
+        against="ours-offload",
+    ),
+    "fsdp2-offload": Contender(
+        "torch's FSDP2, all but layer inputs offloaded", ("offload=full",), stock, against="ours-offload",
+        script="plain_fsdp2.py",
     ),
     "seed": Contender("the seed's settings and checkpoints", ("offload=seed",), seed, "seed", against="ours-offload"),
     "seed-sdpa": Contender(
@@ -205,7 +221,7 @@ def _peer(contender: Contender, setting: Setting, folder: Path) -> dict[str, Any
     texts = {"config.json": json.dumps(to_dict(config)), "deepspeed.json": json.dumps(contender.settings(config))}
     for file, text in texts.items():
         (folder / file).write_text(text)
-    command = [sys.executable, str(PEER), *(str(folder / file) for file in (*texts, "out.json"))]
+    command = [sys.executable, str(FOLDER / contender.script), *(str(folder / file) for file in (*texts, "out.json"))]
     command += ["--attention", contender.attention or setting.attention, "--checkpointing", contender.checkpointing]
     command += ["--liger"] if setting.liger else []
     in_time, codes = _start(command, config, folder / "log", setting.timeout_s)

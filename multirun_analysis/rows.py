@@ -55,6 +55,7 @@ def load(path: str | Path) -> pd.DataFrame:
     failure                  label of a failed row (`OOM`, `timeout`, ...), empty for an ok one
     sample_tokens_per_s      array: throughput of each iteration after warm-up
     forward_median_s, backward_median_s, step_median_s    medians after warm-up
+    update_median_s, update_wait_median_s    the same of the fused step's update; NaN where another kernel updated, or none
     peak_vram_gib            largest peak_vram_allocated_gib of any rank; NaN without a GPU
     trace_file               the run's trace if it exists, else null; `traces.read(row)` reads it
 
@@ -248,7 +249,7 @@ def _derived(frame: pd.DataFrame) -> pd.DataFrame:
     failure = status.map(lambda value: "" if value == "ok" else FAILURE_LABELS.get(value, str(value)))
     medians = {
         f"{phase}_median_s": column([_median(after_warmup(row, f"{phase}_s")) for row in rows], "float64")
-        for phase in ("forward", "backward", "step")
+        for phase in ("forward", "backward", "step", "update", "update_wait")
     }
     apart = _apart(frame)
     return _labelled(frame, apart).assign(

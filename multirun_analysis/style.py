@@ -34,6 +34,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*"]
 LINES = ["-", "--", ":", "-."]
 
 PHASES = {"forward": "#56B4E9", "backward": "#0072B2", "step": "#E69F00", "other": "#BBBBBB"}
+UPDATE = "#D55E00"  # the update, where it is drawn beside the phases
 ROLES = {
     "master_weights": "#332288",
     "master_gradients": "#88CCEE",

@@ -52,11 +52,15 @@ def _headings(table: pd.DataFrame) -> dict[str, str]:
 
 
 def _with_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with phases in one column, `12/70/18%`, and the range of throughputs."""
+    """The table with phases in one column, `12/70/18%`, the update in one, `0.64 s, 8% waited`, and the range of throughputs."""
 
     def share(cell: Any) -> str:
         parts = [cell.forward_s / cell.iteration_s, cell.backward_s / cell.iteration_s, cell.step_s / cell.iteration_s]
         return "-" if any(math.isnan(part) for part in parts) else "/".join(f"{100 * p:.0f}" for p in parts) + "%"
+
+    def update(cell: Any) -> str:
+        hidden = cell.overlap_step and cell.update_s > 0
+        return f"{number(cell.update_s)} s, {100 * cell.update_wait_s / cell.update_s:.0f}% waited" if hidden else "-"
 
     def spread(cell: Any) -> str:
         low, high = cell.tokens_per_s_p10, cell.tokens_per_s_p90
@@ -66,6 +70,7 @@ def _with_shares(table: pd.DataFrame) -> pd.DataFrame:
     outcome = [cell.failure if cell.failure else "ok" for cell in lines]
     return table.assign(
         phases=pd.Series([share(cell) for cell in lines], index=table.index, dtype=object),
+        update=pd.Series([update(cell) for cell in lines], index=table.index, dtype=object),
         spread=pd.Series([spread(cell) for cell in lines], index=table.index, dtype=object),
         outcome=pd.Series(outcome, index=table.index, dtype=object),
     )
@@ -91,6 +96,7 @@ def summarise(
         "spread": "10-90%",
         "iteration_s": "s/iteration",
         "phases": "fwd/bwd/step",
+        "update": "update beside fwd",
         "peak_host_gib": "host GiB",
         "peak_vram_gib": "VRAM GiB",
         "mfu": "MFU",
@@ -101,6 +107,8 @@ def summarise(
         for name, head in columns.items()
         if name not in ("peak_vram_gib", "mfu") or table[name].notna().any()
     }
+    if not table["overlap_step"].any():
+        del columns["update"]
     _print(console, "Cells", table, columns, limit)
     _print_front(table, console, limit)
     for group, compared in comparisons.items():

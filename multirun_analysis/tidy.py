@@ -18,6 +18,8 @@ CELL = ["machine", "model", "seq_len_tokens", "policy", "variant"]
 PREDICTIONS = {"predicted_host_gib": "peak_host_gib", "predicted_vram_gib": "peak_vram_gib"}
 
 _PHASES = ("forward", "backward", "step")
+# Of the fused step's update, which may run beside the next iteration's forward pass.
+_UPDATE = ("update_s", "update_wait_s")
 
 
 def cells(df: pd.DataFrame) -> pd.DataFrame:
@@ -28,6 +30,8 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
     tokens_per_s                 median over runs of each run's tokens_per_s
     tokens_per_s_p10, _p90       10% and 90% quantile of the throughput of all iterations after warm-up
     iteration_s, forward_s, ...  medians over runs of the medians after warm-up; other_s is the time outside all phases
+    update_s, update_wait_s      the same: how long the fused step's update ran, and how much of that training waited for it
+    overlap_step                 whether the update ran beside the next forward pass; else it is a part of step_s
     peak_host_gib, peak_vram_gib largest of any run
     """
     columns = [
@@ -43,6 +47,8 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
         "iteration_s",
         *(f"{phase}_s" for phase in _PHASES),
         "other_s",
+        *_UPDATE,
+        "overlap_step",
         "peak_host_gib",
         "peak_vram_gib",
         "mfu",
@@ -51,7 +57,8 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
     ]
     needed = [*CELL, "ok", "status", "failure", "sample_tokens_per_s", "tokens_per_s", "iteration_median_s", "mfu"]
     needed += [
-        *(f"{phase}_median_s" for phase in _PHASES),
+        *(f"{phase}_median_s" for phase in (*_PHASES, "update", "update_wait")),
+        "overlap_step",
         "peak_host_gib",
         "peak_vram_gib",
         "error_message",
@@ -87,6 +94,8 @@ def _cell(cell: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
         "iteration_s": iteration_s,
         **phases_s,
         "other_s": iteration_s - sum(phases_s.values()),
+        **{name: ok[f"{name.removesuffix('_s')}_median_s"].median() for name in _UPDATE},
+        "overlap_step": bool(ok["overlap_step"].eq(True).any()),
         "peak_host_gib": ok["peak_host_gib"].max(),
         "peak_vram_gib": ok["peak_vram_gib"].max(),
         "mfu": ok["mfu"].median(),

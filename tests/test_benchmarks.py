@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -67,21 +68,88 @@ def test_peers_differ_from_ours_in_what_their_names_say(contenders) -> None:
 @long
 def test_runs_leave_raw_samples(tmp_path: Path) -> None:
     out = tmp_path / "training.parquet"
-    words = ["--contenders", "ours-as-plain", "seed", "plain-same", "--note", "a test", "--timeout", "300"]
+    words = [
+        "--contenders",
+        "ours-as-plain",
+        "seed",
+        "plain-same",
+        "fsdp2-offload",
+        "--note",
+        "a test",
+        "--timeout",
+        "300",
+    ]
     words += ["model=nano", "seq_len.tokens=32", "train.iterations=3", "train.warmup_iterations=1"]
     said = run("training.py", out, *words)
     records = {record["contender"]: record for record in pq.read_table(out).to_pylist()}
-    assert list(records) == ["ours-as-plain", "seed", "plain-same"]
+    assert list(records) == ["ours-as-plain", "seed", "plain-same", "fsdp2-offload"]
     for record in records.values():
         assert record["status"] == "ok" and record["note"] == "a test" and record["kernel"]
         assert len(record["iteration_s"]) == len(record["loss"]) == len(record["step_s"]) == 3
         assert record["peak_host_gib"] > 0.1 and record["init_s"] > 0
         assert record["model_tflop_dense"] == pytest.approx(records["ours-as-plain"]["model_tflop_dense"])
-    parts = [records["plain-same"][name] for name in ("forward_s", "backward_s", "step_s")]
-    for total, *spent in zip(records["plain-same"]["iteration_s"], *parts, strict=True):
-        assert 0.5 * total < sum(spent) <= total
+    for peer in ("plain-same", "fsdp2-offload"):
+        parts = [records[peer][name] for name in ("forward_s", "backward_s", "step_s")]
+        for total, *spent in zip(records[peer]["iteration_s"], *parts, strict=True):
+            assert 0.5 * total < sum(spent) <= total
     assert json.loads(records["seed"]["deepspeed_config_json"])["zero_optimization"]["sub_group_size"] == 0
-    assert "ours x" in said and said.count(": ok in") == 3
+    assert "ours x" in said and said.count(": ok in") == 4
+
+
+# Without clipping, a large eps lets AdamW see the gradients' scale.
+@pytest.mark.parametrize(("ranks", "clipping"), [(1, 0.5), pytest.param(2, 0, marks=long)])
+def test_fsdp2_trains_as_plain_torch_does(contenders, monkeypatch, tmp_path: Path, ranks: int, clipping: float) -> None:
+    """The same losses as a loop without FSDP2 that sees every rank's tokens, with accumulation."""
+    words = [
+        "model=nano",
+        "seq_len.tokens=32",
+        "launch.device=cpu",
+        f"launch.num_ranks={ranks}",
+        "train.precision=fp32",
+    ]
+    words += ["train.iterations=3", "train.gradient_accumulation_steps=2", "optimizer.learning_rate=1e-3"]
+    words += [f"optimizer.gradient_clipping={clipping}", "optimizer.eps=1e-3"]
+    record = contenders.run("fsdp2-offload", contenders.Setting(tuple(words), "sdpa", False, 120), tmp_path / "run")
+    assert record["status"] == "ok", (tmp_path / "run" / "log").read_text()
+    assert record["ranks"] == ranks and record["peak_host_gib"] > 0.1 * ranks
+
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "",
+        "MASTER_PORT": "",
+    }.items():
+        monkeypatch.setenv(name, value)  # plain_common sets what is missing; undone here
+    import plain_common
+    import torch
+
+    config, cpu = json.loads(record["config_json"]), torch.device("cpu")
+    task = plain_common.Setup(config, {}, tmp_path, "sdpa", False, "none", cpu)
+    torch.manual_seed(1)
+    model = plain_common.build(task, torch.float32, cpu)
+    plain_common.initialise(model, lambda parameters: nullcontext())
+    chosen = config["optimizer"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), chosen["learning_rate"], chosen["betas"], chosen["eps"], chosen["weight_decay"]
+    )
+    generators = [torch.Generator().manual_seed(1 + rank) for rank in range(ranks)]
+    losses = []
+    for _ in range(3):
+        shape = (config["train"]["micro_batch_size"], 32)
+        batches = [
+            [torch.randint(config["model"]["vocab_size"], shape, generator=one) for _ in range(2)] for one in generators
+        ]
+        for tokens in (tokens for batch in batches for tokens in batch):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            (loss / (2 * ranks)).backward()
+            if tokens is batches[0][-1]:
+                losses.append(float(loss.detach()))
+        if clipping:
+            assert torch.nn.utils.clip_grad_norm_(model.parameters(), clipping) > clipping
+        optimizer.step()
+        optimizer.zero_grad()
+    assert record["loss"] == pytest.approx(losses, rel=1e-5)
 
 
 @long

@@ -29,6 +29,8 @@ MAX_PANELS = 6
 _DATA_PT, _AROUND_PT = 125, 65
 # In the band of failed cells, in points: step between crosses, height of a line of text, width of a letter.
 _CROSS_PT, _LINE_PT, _LETTER_PT = 11, 10.5, 5.0
+# Fills what was waited for.
+HATCH = "//////"
 # Width of the handle before a legend label, in points.
 _HANDLE_PT = 45
 
@@ -218,23 +220,38 @@ def failures_text(table: pd.DataFrame) -> str:
     return f"; {len(failed)} of {len(table)} cells failed ({kinds})"
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What ran beside the parts of a bar: from where, for how long, and the last part of it that the others waited for."""
+
+    begin: float
+    length: float
+    waited: float
+
+
 def bars(
     axes: Axes,
     labels: Sequence[str],
     stacks: dict[str, Sequence[float]],
     colours: dict[str, str],
     notes: Sequence[str],
+    beside: Sequence[Beside | None] = (),
 ) -> None:
-    """Horizontal stacked bars, the first on top, with a note at each end. Values must not be negative."""
+    """Horizontal stacked bars, the first on top, with a note at each end. Values must not be negative. beside: a thin bar below
+    each, `style.UPDATE`, hatched where it was waited for."""
     left = np.zeros(len(labels))
-    places = np.arange(len(labels))
+    thin = 0.2 if any(beside) else 0.0
+    places = np.arange(len(labels)) - thin / 2
     for name, values in stacks.items():
         widths = np.nan_to_num(np.asarray(values, dtype=float))
-        drawn = axes.barh(places, widths, left=left, height=0.72, color=colours[name], label=name)
+        drawn = axes.barh(places, widths, left=left, height=0.72 - thin, color=colours[name], label=name)
         for patch, label in zip(drawn, labels, strict=True):
             patch.set_gid(f"{label}|{name}")
         left = left + widths
-    widest = float(left.max()) if len(left) else 0.0
+    for place, label, one in zip(places, labels, beside, strict=False):
+        if one:
+            _thin_bar(axes, place + (0.72 - thin) / 2, thin, label, one)
+    widest = max([*left, *(one.begin + one.length for one in beside if one)], default=0.0)
     # Leave room for the longest note beside the longest bar.
     width_pt = 72 * style.WIDTH_IN - 5.6 * max(map(len, labels)) - 20
     room = (5.4 * max(map(len, notes)) + 8) / max(width_pt, 100)
@@ -253,6 +270,19 @@ def bars(
     axes.set_yticks(places, labels, fontsize=9.5)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(False, axis="y")
+
+
+def _thin_bar(axes: Axes, top: float, height: float, label: str, one: Beside) -> None:
+    free = max(one.length - one.waited, 0.0)
+    for name, begin, width, hatch in (
+        ("update", one.begin, free, None),
+        ("update waited for", one.begin + free, one.length - free, HATCH),
+    ):
+        face = style.UPDATE if hatch is None else "white"
+        (patch,) = axes.barh(
+            top + height / 2, width, left=begin, height=height, color=face, edgecolor=style.UPDATE, hatch=hatch
+        )
+        patch.set(linewidth=0.6, gid=f"{label}|{name}")
 
 
 def bar_panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from multirun_analysis import comparison, rows, style, tidy
 from multirun_analysis.figures import layout
@@ -85,7 +88,11 @@ def _throughput_finding(table: pd.DataFrame) -> str:
 
 
 def phases(df: pd.DataFrame) -> Figure | str:
-    """Seconds of an iteration as stacked bars of forward, backward and step; failed cells have an empty bar with the reason."""
+    """Seconds of an iteration as stacked bars of forward, backward and step; failed cells have an empty bar with the reason.
+
+    A thin bar below shows when the fused step's update ran: at the end of the step or, overlapped, from the start of the forward
+    pass on. The part for which training waited is hatched, at its end: rows say how long training waited, not when.
+    """
     table = tidy.cells(df)
     if table.empty:
         return NOTHING
@@ -102,10 +109,33 @@ def phases(df: pd.DataFrame) -> Figure | str:
                 for cell in part.itertuples()
             ]
             labels = [layout.bar_label(cell, series) for cell in part.itertuples()]
-            layout.bars(axes, labels, stacks, style.PHASES, notes)
+            layout.bars(axes, labels, stacks, style.PHASES, notes, [_update(cell) for cell in part.itertuples()])
             axes.set_title(title)
         axes_list[-1].set_xlabel("median iteration time (s)")
-        return layout.finish(figure, _phases_finding(df), layout.colour_handles(style.PHASES))
+        handles = layout.colour_handles(style.PHASES)
+        if table["update_s"].gt(0).any():
+            handles += layout.colour_handles({"update": style.UPDATE})
+            hatched = Patch(facecolor="white", edgecolor=style.UPDATE, hatch=layout.HATCH, linewidth=0.6)
+            hatched.set_label("update, training waits")
+            handles.append(hatched)
+        return layout.finish(figure, _phases_finding(df) + _update_finding(table), handles)
+
+
+def _update(cell: Any) -> layout.Beside | None:
+    """When a cell's update ran, in seconds of the iteration; None without one."""
+    if not cell.update_s > 0:
+        return None
+    begin = 0.0 if cell.overlap_step else cell.forward_s + cell.backward_s + cell.step_s - cell.update_s
+    return layout.Beside(begin, cell.update_s, cell.update_wait_s)
+
+
+def _update_finding(table: pd.DataFrame) -> str:
+    """What of an overlapped update is not hidden, in the median cell; nothing if none is overlapped."""
+    beside = table[table["overlap_step"] & table["update_s"].gt(0)]
+    if beside.empty:
+        return ""
+    waited = 100 * (beside["update_wait_s"] / beside["update_s"]).median()
+    return f"; of an update beside the next forward pass, training waits for {waited:.0f}%"
 
 
 def _phases_finding(df: pd.DataFrame) -> str:

@@ -109,6 +109,40 @@ def test_phases_are_bars_of_the_median_seconds(df) -> None:
     assert _title(figure).startswith("Backward takes 60% of an iteration")
 
 
+def test_phases_show_the_update_beside_them_and_what_training_waited_for(rows) -> None:
+    """Overlapped from the start of the iteration, else at the end of the step; rows without these columns have no thin bar."""
+
+    def steps(overlap: bool) -> Any:
+        return lambda config: setattr(config.optimizer, "overlap_step", overlap)
+
+    parts = {"forward_s": [1.0] * 5, "backward_s": [2.0] * 5, "step_s": [0.75] * 5, "iteration_s": [4.0] * 3}
+    measured = {"update_s": [9.0, 9.0, 0.5, 0.5, 0.8], "update_wait_s": [0.125] * 5}
+    rows.add(config=steps(True), **parts, **measured, overlap_step=True)
+    within = measured | {"update_wait_s": measured["update_s"]}
+    rows.add(config=steps(False), **parts, **within, overlap_step=False)
+    rows.add(tokens=2048, **parts, without=("update_s", "update_wait_s", "overlap_step"))
+    table = load(rows.folder)
+    figure = drawn(FIGURES["phases"](table))
+
+    def spans(label: str) -> list[tuple[float, float]]:
+        names = ("update", "update waited for")
+        return [(bar.get_x(), bar.get_width()) for bar in (_artist(figure, f"{label}|{name}") for name in names)]
+
+    assert spans("1k overlap_step=True") == [(0, 0.375), (0.375, 0.125)]
+    assert spans("1k overlap_step=False") == [(3.25, 0), (3.25, 0.5)]
+    assert "2k overlap_step=auto|update" not in artists(figure) and "2k overlap_step=auto|step" in artists(figure)
+    hatched = _artist(figure, "1k overlap_step=True|update waited for")
+    assert hatched.get_hatch() and not _artist(figure, "1k overlap_step=True|update").get_hatch()
+    phase = _artist(figure, "1k overlap_step=True|forward")
+    assert hatched.get_y() == pytest.approx(phase.get_y() + phase.get_height())
+    assert _title(figure).endswith("of an update beside the next forward pass, training waits for 25%")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[-2:] == ["update", "update, training waits"]
+    old = drawn(FIGURES["phases"](table[table["seq_len_tokens"] == 2048]))
+    assert "update" not in [text.get_text() for text in old.legends[0].get_texts()]
+    assert "update" not in _title(old)
+
+
 def test_speedup_is_over_the_baseline_and_fills_what_differs(df) -> None:
     figure = drawn(speedup(df))
     line = _artist(figure, "speedup|llama3_8b|cxl_aware")

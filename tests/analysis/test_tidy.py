@@ -52,6 +52,15 @@ def test_cells_take_medians_over_runs_and_ranges_over_iterations(rows) -> None:
     assert cell.forward_s == pytest.approx(0.6) and cell.step_s == pytest.approx(0.2)
 
 
+def test_cells_have_the_update_where_rows_do(rows) -> None:
+    overlapped = {"update_s": [9.0, 9.0, 0.5, 0.7, 0.6], "update_wait_s": [9.0, 9.0, 0.2, 0.1, 0.3]}
+    rows.add(overlap_step=True, **overlapped)
+    rows.add(tokens=2048, without=("update_s", "update_wait_s", "overlap_step"))
+    table = cells(load(rows.folder))
+    assert (table.update_s[0], table.update_wait_s[0], table.overlap_step[0]) == (0.6, 0.2, True)
+    assert pd.isna(table.update_s[1]) and not table.overlap_step[1]
+
+
 def test_phases_have_seconds_and_shares(rows) -> None:
     rows.add(iteration_s=[2.0, 2.0, 2.0])
     rows.add(tokens=2048, status="error")

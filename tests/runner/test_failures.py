@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from ldft import results
 from ldft.runner import final_status
+from ldft.training.deepspeed import update_overlap
 from tests.conftest import long
 
 # More iterations than any test waits for.
@@ -49,6 +51,21 @@ class Running:
     def ranks(self) -> list[psutil.Process]:
         return [p for p in self.family if "ldft.worker" in p.cmdline()]
 
+    def stop_during_an_update(self, rank: int, timeout_s: float = 60) -> psutil.Process:
+        """Stop a rank (SIGSTOP) at a moment at which threads of the overlapped update have work left."""
+        victim = next(p for p in self.ranks() if p.environ()["RANK"] == str(rank))
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            victim.send_signal(signal.SIGSTOP)
+            while not all(state in "Tt" for state, _ in tasks_of(victim.pid)):
+                time.sleep(0.001)
+            # They run at this nice value, and end with their work.
+            if any(nice == update_overlap._NICE for _, nice in tasks_of(victim.pid)):
+                return victim
+            victim.send_signal(signal.SIGCONT)
+            time.sleep(random.uniform(0.001, 0.02))
+        raise AssertionError("never saw an update in progress")
+
     def end(self) -> tuple[int, str]:
         out = self.process.communicate(timeout=60)[0]
         return self.process.returncode, out
@@ -62,6 +79,15 @@ class Running:
                 json.loads(path.read_text())
             if path.suffix == ".parquet":
                 pq.read_table(path)
+
+
+def tasks_of(pid: int) -> list[tuple[str, int]]:
+    """State and nice value of each thread of a process."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        fields = path.read_text().rpartition(")")[2].split()
+        found.append((fields[0], int(fields[16])))
+    return found
 
 
 @pytest.fixture
@@ -126,6 +152,50 @@ def test_a_signal_to_ldft_ends_its_ranks_and_leaves_a_row(start, number) -> None
     assert (row.status, row.signal, exit_code) == ("interrupted", number.name, 130), out
     assert len(row.iteration_s) >= 2 and trace_of(run.results_dir, row)[-1]["phase"] == "train"
     assert "Traceback" not in out
+    run.assert_nothing_left()
+
+
+# An update that takes a good part of the iteration, beside the forward pass of the next one.
+UPDATING = (*ENDLESS, "seq_len.tokens=8", "model.vocab_size=60000", "optimizer.overlap_step=true")
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=long)])
+def test_killing_a_rank_during_an_update_ends_the_run_with_a_row(start, ranks: int) -> None:
+    run = start(*UPDATING, f"launch.num_ranks={ranks}")
+    run.wait_for(iterations=2)
+    run.stop_during_an_update(rank=ranks - 1).kill()
+    exit_code, out = run.end()
+    row = only_row(run.results_dir)
+    assert (row.status, row.signal, exit_code) == ("error", "SIGKILL", 1), out
+    assert row.overlap_step and len(row.update_s) >= 2 and f"rank {ranks - 1} died" in row.error_message
+    run.assert_nothing_left()
+
+
+def test_ctrl_c_during_an_update_leaves_no_process_and_a_row(start) -> None:
+    run = start(*UPDATING)
+    run.wait_for(iterations=2)
+    rank = run.stop_during_an_update(rank=0)
+    run.process.send_signal(signal.SIGINT)
+    rank.send_signal(signal.SIGCONT)
+    exit_code, out = run.end()
+    row = only_row(run.results_dir)
+    assert (row.status, row.signal, exit_code) == ("interrupted", "SIGINT", 130), out
+    assert row.overlap_step and len(row.update_s) >= 2 and "Traceback" not in out
+    run.assert_nothing_left()
+
+
+@long
+def test_an_exception_during_an_update_ends_the_rank_and_leaves_a_row(start) -> None:
+    """Python tears down an engine whose update is in progress: neither a crash nor a thread that nobody ends."""
+    run = start(*UPDATING)
+    run.wait_for(iterations=2)
+    rank = run.stop_during_an_update(rank=0)
+    rank.send_signal(signal.SIGINT)  # a KeyboardInterrupt, wherever the rank is
+    rank.send_signal(signal.SIGCONT)
+    exit_code, out = run.end()
+    row = only_row(run.results_dir)
+    assert (row.status, row.error_type, row.exit_code, exit_code) == ("error", "KeyboardInterrupt", 1, 1), out
+    assert row.overlap_step and len(row.update_s) >= 2
     run.assert_nothing_left()
 
 
