@@ -93,7 +93,7 @@ MEASURED = [
     Column("backward_s", _FLOATS, "s", "backward part", source="first"),
     Column("step_s", _FLOATS, "s", "optimizer part: gradient norm and update; with overlap_step the norm and the start of the update", source="first"),
     Column("update_s", _FLOATS, "s", "time in each iteration during which the fused step's update was in progress, on the same rank; with overlap_step mostly the update of the iteration before, and in the last iteration its own too; null: another kernel updated, or nothing is offloaded", source="first"),
-    Column("update_wait_s", _FLOATS, "s", "part of update_s during which training waited for it", source="first"),
+    Column("update_wait_s", _FLOATS, "s", "part of update_s during which the thread that launches the device's work waited for it; the device may have had work meanwhile", source="first"),
     Column("update_overlapped_gib", _FLOATS, "GiB", "memory that the update read and wrote in each iteration while training did not wait for it, summed over ranks", source="first"),
     Column("warmup_iterations", _INT, "", "number of leading samples excluded from medians"),
     Column("iteration_median_s", _FLOAT, "s", "median of iteration_s after warm-up"),
