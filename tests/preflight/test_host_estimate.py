@@ -171,7 +171,12 @@ def measured() -> list[tuple[str, Config, float, float, bool]]:
             "fp16-llama3_1b-2k-offload",
         )
     ]
-    of_h100s = ("scaling-llama3_3b-32k", "training-llama3_8b-32k-2gpus", "overlap-llama3_3b-32k", "overlap-llama3_3b-8k")
+    of_h100s = (
+        "scaling-llama3_3b-32k",
+        "training-llama3_8b-32k-2gpus",
+        "overlap-llama3_3b-32k",
+        "overlap-llama3_3b-8k",
+    )
     for file in (*of_one, *(f"{what}-h100" for what in of_h100s)):
         for row in pq.read_table(RESULTS / f"{file}.parquet").to_pylist():
             who = row.get("contender", "ldft")

@@ -82,17 +82,13 @@ class FusedStage3(_Stock):
                 found.append((parameter, gradient, views[parameter.ds_id].narrow(0, 0, gradient.numel())))
         gradients, kept = [gradient for _, gradient, _ in found], [view for _, _, view in found]
         if self.micro_step_id > 0:
-            earlier = [
-                view.to(gradient.device, non_blocking=True) for gradient, view in zip(gradients, kept, strict=True)
-            ]
-            torch._foreach_add_(
-                earlier, [gradient.to(view.dtype) for gradient, view in zip(gradients, kept, strict=True)]
-            )
-            gradients = earlier
+            sums = [view.to(gradient.device, non_blocking=True) for gradient, view in zip(gradients, kept, strict=True)]
+            torch._foreach_add_(sums, gradients)
+            gradients = sums
         for source, target in merged(gradients, kept):
             target.copy_(source, non_blocking=True)
         if found and self.is_gradient_accumulation_boundary():
-            norms = torch._foreach_norm([gradient.to(kept[0].dtype) for gradient in gradients], 2, dtype=torch.float64)
+            norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
             names = [self.get_param_id(parameter) for parameter, _, _ in found]
             self.norm_for_param_grads.update(zip(names, norms, strict=True))
         for parameter in params_to_release:
