@@ -10,6 +10,20 @@ from pathlib import Path
 from ldft.training.deepspeed.operators import cache_dir
 
 
+def environment_of(rank: int = 0, ranks: int = 1, device: str = "cpu") -> dict[str, str]:
+    """This process's environment with a rank's variables; each has its share of the cores, and ldft's folder of operators."""
+    return os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "DS_ACCELERATOR": device,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "TORCH_EXTENSIONS_DIR": str(cache_dir()),
+    }
+
+
 def start_and_wait(
     script: Path,
     words: list[str],
@@ -24,17 +38,7 @@ def start_and_wait(
     printed; rank r prints to folder/log-r. more: further environment variables."""
     processes = []
     for rank in range(ranks):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-            "DS_ACCELERATOR": device,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "TORCH_EXTENSIONS_DIR": str(cache_dir()),
-            **more,
-        }
+        environment = environment_of(rank, ranks, device) | more
         with (folder / f"log-{rank}").open("w") as log:
             command = [sys.executable, str(script), *words]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.deepspeed.test_update_overlap import DELAY_S, FETCHED, config_json, run_cases, without
+from tests.training.deepspeed.test_update_overlap import DELAY_S, FETCHED, FIRST, config_json, run_cases, without
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 FP16 = ("train.precision=fp16", "train.loss_scale=1024")
@@ -23,7 +23,6 @@ SHAPES = {
     "fp32": [FETCHED, "train.precision=fp32"],
     "Lion, torch's memory": [FETCHED, "optimizer=lion", "optimizer.learning_rate=2e-4", "memory.pinning=torch"],
 }
-FIRST = "offload.deepspeed={zero_optimization:{stage3_param_persistence_threshold:0}}"
 SHARES = {
     "share": [FIRST, "offload.gpu_share=0.4"],
     "share, persistent parameters, accumulation": ["offload.gpu_share=0.5", "train.gradient_accumulation_steps=2"],

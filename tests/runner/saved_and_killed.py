@@ -25,9 +25,10 @@ import torch
 
 from ldft.config import from_dict
 from ldft.preflight.resolved import resolve
+from ldft.preflight.selection import select
 from ldft.training import data, model
 from ldft.training.deepspeed import engine as engines
-from ldft.training.deepspeed import fused_step, role_memory
+from ldft.training.deepspeed import fused_step, operators, role_memory
 
 
 def build(config_json: str, overlap: bool) -> tuple[Any, Any]:
@@ -90,6 +91,9 @@ def compare(config_json: str, folder: Path) -> None:
 
 def main() -> None:
     config_json, folder = Path(sys.argv[1]).read_text(), Path(sys.argv[2])
+    operators.load(
+        select(from_dict(json.loads(config_json))), say=print
+    )  # else DeepSpeed would compile one that nobody needs
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=f"file://{folder}/store-{os.getpid()}", rank=0, world_size=1
     )

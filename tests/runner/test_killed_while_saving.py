@@ -6,7 +6,6 @@ Whoever resumes takes the folder that DeepSpeed's file `latest` names, which is 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldft.config import to_dict
-from ldft.training.deepspeed.operators import cache_dir
+from tests import rank_processes
 from tests.conftest import compose
 
 SCRIPT = Path(__file__).with_name("saved_and_killed.py")
@@ -32,18 +31,10 @@ CONFIG = (
 
 def run(folder: Path, what: str) -> tuple[int, dict[str, Any]]:
     """Exit code and last line of the script."""
-    environment = os.environ | {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "OMP_NUM_THREADS": "2",
-        "DS_ACCELERATOR": "cpu",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "TORCH_EXTENSIONS_DIR": str(cache_dir()),
-    }
     command = [sys.executable, str(SCRIPT), str(folder / "config.json"), str(folder), what]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=rank_processes.environment_of(), check=False, timeout=240
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines, done.stdout + done.stderr
     return done.returncode, json.loads(lines[-1])

@@ -4,12 +4,13 @@ pass, and say losses, skipped updates, gradient norms and hashes of all state.
     python tests/training/deepspeed/overlap_cases.py CASES.json FOLDER
 
 CASES.json: {name: {"config": <config_json>, "overlap": bool, "order": forward|reverse|random, "delay_s": of each parameter,
-"event": what happens in the third iteration (see `EVENTS`), "fault": planted (see `plant`)}}.
+"event": what happens in the third iteration (see `EVENTS`), "share": see `share_on_the_host`, "fault": planted (see `plant`)}}.
 Writes FOLDER/rank-<r>.json.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,10 +27,12 @@ import torch
 
 from ldft import _native
 from ldft.config import Device, from_dict
+from ldft.preflight import gpu_share
 from ldft.preflight.resolved import resolve
+from ldft.preflight.selection import select
 from ldft.training import data, model
+from ldft.training.deepspeed import arena_hooks, audit, fused_step, operators, rebinding, role_memory, update_overlap
 from ldft.training.deepspeed import engine as engines
-from ldft.training.deepspeed import fused_step, role_memory, update_overlap
 from ldft.training.optimizers import host_optimizer
 from ldft.training.optimizers.host_optimizer import HostAdamW, Task
 
@@ -105,8 +108,32 @@ def plant(fault: str, undo: list[Callable[[], None]]) -> None:
             replace(fused, name, getattr(stock, name))
     elif fault == "no end before reading state":
         replace(fused, "_get_fp32_opt_state_partition", stock._get_fp32_opt_state_partition)
+    elif fault == "norm by other sub-groups":
+        replace(fused, "_get_norm_groups", stock._get_norm_groups)
     elif fault == "started on overflow":
         replace(fused, "_loss_scale_update_and_overflow_cleanup", lambda self: False)
+
+
+def share_on_the_host(elements: int, undo: list[Callable[[], None]]) -> None:
+    """Give the first sub-group, of so many elements, the ways of a GPU's share, with host memory in the GPU's place."""
+
+    def replace(owner: Any, name: str, value: Any) -> None:
+        before = getattr(owner, name)
+        undo.append(lambda: setattr(owner, name, before))
+        setattr(owner, name, value)
+
+    hooks, install = arena_hooks.engine, fused_step.install
+
+    def settled(run: Any, _: Any) -> Any:
+        zero = run.zero | {"sub_group_size": elements}
+        return dataclasses.replace(run, deepspeed=run.deepspeed | {"zero_optimization": zero})
+
+    replace(gpu_share, "settle", settled)
+    replace(arena_hooks, "engine", lambda arenas, **named: hooks(arenas, **{**named, "first_on": torch.device("cpu")}))
+    replace(fused_step, "install", lambda engine, *, overlap, share: install(engine, overlap=overlap, share=True))
+    # What is on a GPU is in no arena.
+    replace(rebinding, "settle", lambda *of: None)
+    replace(audit, "check", lambda *of: None)
 
 
 def hash_of(optimizer: Any) -> dict[str, str]:
@@ -213,6 +240,8 @@ def main() -> None:
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda = os.environ["DS_ACCELERATOR"] == "cuda"
+    # As a worker does: without it, DeepSpeed would compile an operator of its own, beside other tests that do.
+    operators.load(select(from_dict(json.loads(next(iter(cases.values()))["config"]))), say=print)
     if cuda:
         torch.cuda.set_device(rank)
     deepspeed.init_distributed(
@@ -226,6 +255,8 @@ def main() -> None:
     for name, case in cases.items():
         undo: list[Callable[[], None]] = []
         plant(case.get("fault", ""), undo)
+        if case.get("share"):
+            share_on_the_host(case["share"], undo)
         order, delay_s = case.get("order", ""), case.get("delay_s", 0.0)
         if case["overlap"] and (order or case.get("fault")):
             slow = lambda tasks, order=order, delay_s=delay_s: SlowUpdate(tasks, order, delay_s)  # noqa: E731

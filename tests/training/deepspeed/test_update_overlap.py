@@ -19,6 +19,7 @@ NANO = ("model=nano", "data=repeat", "seq_len.tokens=8", "train.iterations=5", "
         "optimizer.schedule=cosine", "optimizer.schedule_warmup=2", "optimizer.gradient_clipping=0.6")  # fmt: skip
 # Nothing stays on the device, so that only fetches of the next forward pass wait; and several sub-groups.
 FETCHED = "offload.deepspeed={zero_optimization:{stage3_param_persistence_threshold:0,sub_group_size:400000}}"
+FIRST = "offload.deepspeed={zero_optimization:{stage3_param_persistence_threshold:0}}"
 ACCUMULATION = "train.gradient_accumulation_steps=2"
 SHAPES = {
     "bf16, sub-groups": [FETCHED],
@@ -117,6 +118,21 @@ def test_a_planted_fault_is_seen(one_rank: dict[str, Any], fault: str) -> None:
     """Else the comparisons above could not fail."""
     within, planted = one_rank[f"{FAULTS[fault]}: within"], one_rank[f"{fault}: planted"]
     assert without(planted) != without(within)
+
+
+def test_a_share_of_other_sub_groups_changes_no_bit(tmp_path: Path) -> None:
+    """All of a GPU's share but the GPU (tests/gpu/test_update_overlap.py has that)."""
+    cases: dict[str, dict[str, Any]] = {}
+    for name, overrides in {"bf16": (), "accumulation": (ACCUMULATION,), "torch": ("memory.pinning=torch",)}.items():
+        case = {"config": config_json(FIRST, *overrides), "overlap": True}
+        cases |= {f"{name}: none": case, f"{name}: share": case | {"share": 500_000}}
+    cases["fault"] = cases["bf16: share"] | {"fault": "norm by other sub-groups"}
+    said = run_cases(cases, tmp_path)[0]
+    for case in said.values():
+        case["hash"].pop("step")  # one for each sub-group
+    for name in ("bf16", "accumulation", "torch"):
+        assert said[f"{name}: share"] == said[f"{name}: none"]
+    assert said["fault"] != said["bf16: none"]
 
 
 def test_on_two_ranks(tmp_path: Path) -> None:
