@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from ldft import environment
 from ldft.config import Config, Device, OffloadDevice
-from ldft.errors import CombinationError
+from ldft.errors import CombinationError, ConfigError
 from ldft.memory import bandwidths
 from ldft.preflight import device_estimate, device_rates, parameter_counts
 from ldft.preflight.selection import Selection
@@ -133,5 +133,10 @@ def _forward_s(config: Config) -> float | None:
 
 def _host_rate(config: Config) -> float | None:
     """Bytes per second of one rank's update beside the forward pass; None if not known."""
-    known = bandwidths.bandwidths(config.numa.bandwidth)
+    try:
+        known = bandwidths.bandwidths(config.numa.bandwidth)
+    except ConfigError:
+        if config.numa.bandwidth:
+            raise
+        return None  # a damaged profile stops only what cannot do without one
     return None if known is None else _BESIDE * sum(known.cpu.values()) / config.launch.num_ranks
