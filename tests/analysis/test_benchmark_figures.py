@@ -27,6 +27,8 @@ TRAINING = [
     ("overlap-llama3_3b-32k-h100", 3, False),
     ("overlap-llama3_3b-8k-h100", 3, False),
     ("share-llama3_3b-32k-h100", 3, False),
+    ("whole_layers-llama3_3b-32k-h100", 3, False),
+    ("whole_layers-llama3_3b-8k-h100", 3, False),
     ("training-llama3_8b-32k-2gpus-h100", 3, True),
     ("scaling-llama3_3b-32k-h100", 3, True),
     ("long_sequences-131072-llama3_3b-h200", 1, False),
