@@ -19,14 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from composed import resolved_config
 
 from ldft import environment, results
-from ldft.cli import composition
-from ldft.config import Config, from_dict, to_dict
-from ldft.environment import CONF_DIR
+from ldft.config import Config, to_dict
 from ldft.preflight import deepspeed_config
-from ldft.runner import checks
 from ldft.runner.core_binding import cores_of_ranks
 from ldft.runner.measured import tokens_per_iteration
 from ldft.training.deepspeed.operators import cache_dir
@@ -142,13 +139,8 @@ class Setting:
 
 def config_of(contender: Contender, setting: Setting) -> Config:
     """The resolved config: of ldft's run, or what a peer's settings and CONFIG.json are made from."""
-    composition.register()
     peer = () if contender.settings is None else AS_STOCK
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-        config = from_dict(compose("config", overrides=[*setting.overrides, *contender.overrides, *peer]))
-    checks.resolve(config)
-    config.validate()
-    return config
+    return resolved_config([*setting.overrides, *contender.overrides, *peer])
 
 
 def run(name: str, setting: Setting, folder: Path) -> dict[str, Any]:

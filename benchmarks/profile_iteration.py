@@ -22,13 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from composed import resolved_config
 
-from ldft.cli import composition
-from ldft.config import Config, from_dict
-from ldft.environment import CONF_DIR
+from ldft.config import Config
 from ldft.preflight.selection import select
-from ldft.runner import checks, node_memory, worker
+from ldft.runner import node_memory, worker
 
 Interval = tuple[float, float]
 
@@ -83,22 +81,13 @@ def summary(trace: dict[str, Any], windows: int) -> str:
     return "\n".join(lines)
 
 
-def config_of(overrides: list[str]) -> Config:
-    composition.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-        config = from_dict(compose("config", overrides=overrides))
-    checks.resolve(config)
-    config.validate()
-    return config
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
-    config = config_of(options.overrides)
+    config = resolved_config(options.overrides)
     folder = Path(tempfile.mkdtemp())
     os.environ |= {
         "RANK": "0",

@@ -42,6 +42,8 @@ DEFAULTS = {
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
 }
+# How many weights are on the device besides those in use.
+_HELD = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
 # A layer's gradients are collected up to this size: fewer calls, and still little memory.
 _BUCKET = 64_000_000
 # Below this (10 MB in 16 bits) memory does not matter, and small models are limited by calls, not by copies.
@@ -54,13 +56,7 @@ def whole_layers(config: Config) -> bool:
     Not if two of them are more than DeepSpeed would keep, nor if the user chose sizes, which are then meant for single matrices.
     """
     offload = config.offload
-    fitted = {
-        "reduce_bucket_size",
-        "stage3_prefetch_bucket_size",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-    }
-    chosen = offload.deepspeed.get("zero_optimization", {}).keys() & (fitted | {"leaf_module"})
+    chosen = offload.deepspeed.get("zero_optimization", {}).keys() & {*_HELD, "reduce_bucket_size", "leaf_module"}
     fetched = offload.stage == 3 and offload.parameters is OffloadDevice.cpu
     fits = 2 * layer_parameters(config.model) <= DEFAULTS["stage3_max_live_parameters"]
     return fetched and fits and not chosen and not offload.deepspeed_file and not config.model.num_experts
@@ -96,6 +92,5 @@ def sizes(config: Config) -> dict[str, int | bool]:
     most = DEFAULTS | ({"stage3_prefetch_bucket_size": layer} if together else {})
     chosen = DEFAULTS | {name: max(_LEAST, min(value, most[name])) for name, value in fitted.items()}
     if config.offload.parameters is OffloadDevice.nvme:
-        held = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
-        chosen |= dict.fromkeys(held, 0) | {"sub_group_size": 100_000_000}
+        chosen |= dict.fromkeys(_HELD, 0) | {"sub_group_size": 100_000_000}
     return {**chosen, "contiguous_gradients": False}
