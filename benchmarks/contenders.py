@@ -86,6 +86,10 @@ CONTENDERS = {
     "ours-offload-no-share": Contender(
         "all offloaded, the optimizer's state too", ("offload=full", "checkpointing=cpu", "offload.gpu_share=0")
     ),
+    "ours-offload-quarter-share": Contender(
+        "all offloaded, a quarter of the optimizer's state on the GPU",
+        ("offload=full", "checkpointing=cpu", "offload.gpu_share=0.25"),
+    ),
     "ours-offload-update-within": Contender(
         "all offloaded, the update within the step",
         ("offload=full", "checkpointing=cpu", "optimizer.overlap_step=false"),

@@ -45,6 +45,21 @@ def free_memory(
     return tightest if tightest is not None and tightest.bytes < best.bytes else best
 
 
+def machine_memory(capacity_bytes: int | None = None, proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """Most memory that this process and its like can have together, whatever is in use now: the same for every process of a run.
+
+    The machine's size, or capacity_bytes if that is given (see free_memory), less a reserve; at most the tightest limit of this
+    process's cgroups.
+    """
+    total = capacity_bytes or read_meminfo(proc / "meminfo").get("MemTotal", 0)
+    limits = [
+        _limit(folder / name)
+        for version, folder in cgroup_folders("memory", proc, cgroups)
+        for name in _LIMITS[version]
+    ]
+    return min([total - min(RESERVE_MOST, total // RESERVE_SHARE), *(limit for limit in limits if limit is not None)])
+
+
 def free_on_node(id: int, sysfs: Path = SYSFS) -> int | None:
     """Bytes available on the node: free pages, and page cache that the kernel drops on demand. None: unknown node."""
     info = node_meminfo(id, sysfs)
@@ -97,19 +112,28 @@ def cgroup_folders(controller: str, proc: Path = PROC, cgroups: Path = CGROUPS) 
     return found
 
 
+def _limit(path: Path) -> int | None:
+    """Bytes that one file of a cgroup allows; None: no limit, or no such file."""
+    try:
+        most = path.read_text().strip()
+        return None if most == "max" or int(most) >= _UNLIMITED else int(most)
+    except (OSError, ValueError):
+        return None
+
+
 def _room(folder: Path, limit: str, version: int) -> int | None:
     used, prefix = ("memory.current", "") if version == 2 else ("memory.usage_in_bytes", "total_")
     # Count both LRU lists, as for a node: files mapped by several runs (weights) move to the active list but are still reclaimable.
     cache = {f"{prefix}active_file", f"{prefix}inactive_file"}
+    most = _limit(folder / limit)
+    if most is None:
+        return None
     try:
-        most = (folder / limit).read_text().strip()
-        if most == "max" or int(most) >= _UNLIMITED:
-            return None
         droppable = 0
         for line in (folder / "memory.stat").read_text().splitlines():
             name, _, value = line.partition(" ")
             if name in cache:
                 droppable += int(value)
-        return int(most) - int((folder / used).read_text()) + droppable
+        return most - int((folder / used).read_text()) + droppable
     except (OSError, ValueError):
         return None

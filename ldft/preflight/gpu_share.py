@@ -1,9 +1,9 @@
 """Chooses how much of the optimizer's state lives on the GPU although it is offloaded. Imports no torch.
 
-An update beside the next forward pass (optimizer.overlap_step) cannot hide what that pass needs first, the embedding, nor what
-takes longer than the pass. So the front of the model, in the order of the forward pass, can be updated on the GPU: the embedding
+An update beside the next forward pass (optimizer.overlap_step) cannot hide what that pass needs first, nor what takes longer than
+the pass. So the front of the model, in the order of the forward pass, can be updated on the GPU: the embedding
 and some whole layers. Their master weights and moments, and their weights and gradients in compute precision, are in device
-memory; a kernel rounds as the CPU's does, so no loss changes.
+memory; a kernel rounds as the CPU's does, so no loss changes. The share also grows where host memory would not hold the state.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from collections.abc import Callable
 from ldft import environment
 from ldft.config import Config, Device, OffloadDevice
 from ldft.errors import CombinationError, ConfigError
-from ldft.memory import bandwidths
-from ldft.preflight import device_estimate, device_rates, parameter_counts
+from ldft.memory import bandwidths, limits
+from ldft.memory.cost_model import Bandwidths
+from ldft.preflight import device_estimate, device_rates, host_estimate, parameter_counts
 from ldft.preflight.selection import Selection
 
 KEY = "offload.gpu_share"
 # Of a datasheet's peak, the forward pass of a model reaches this at most: 0.53 was measured on an H100 (3B, 32768 tokens, cuDNN). A
 # higher value means a shorter forward pass, and so a larger share.
 _REACHED = 0.55
-# Of its rate alone, the update keeps this beside the forward pass and its copies (0.90 measured on an H100's host).
-_BESIDE = 0.9
+# Of its rate alone, the update keeps this beside the forward pass and its copies: 0.79 and 0.9 were measured on two hosts.
+_BESIDE = 0.8
 # Of the GPU's memory, this stays free: estimates are a few percent off.
 _SPARE = 0.08
+# Of the expected host memory, this is added before the share grows until it fits.
+_HOST_SPARE = 0.02
 
 
 def settle(run: Selection, vram_gib: Callable[[Config], float | None]) -> Selection:
@@ -55,39 +58,72 @@ def _choose(run: Selection, vram_gib: Callable[[Config], float | None]) -> tuple
             return whole, "as requested"
         layers = min(most, max(0, round((asked * whole - embedding) / layer)))
         return embedding + layers * layer, f"as requested: the embedding and {layers} layers"
-    return _hiding(run, vram_gib(config), embedding, layer, whole)
+    return _by_itself(run, vram_gib(config), embedding, layer, whole)
 
 
-def _hiding(run: Selection, vram_gib: float | None, embedding: int, layer: int, whole: int) -> tuple[int, str]:
-    """The smallest share that hides the rest of the update."""
-    config = run.config
-    forward_s = _forward_s(config)
-    rate = _host_rate(config)
-    if forward_s is None or rate is None or vram_gib is None:
-        missing = "the GPU's peak" if forward_s is None else "the host's bandwidth" if rate is None else "its memory"
-        return 0, f"none: {missing} is unknown ({_advice(forward_s, rate)})"
+def _by_itself(run: Selection, vram_gib: float | None, embedding: int, layer: int, whole: int) -> tuple[int, str]:
+    """The smallest share that hides the rest of the update and lets host memory suffice, as far as VRAM allows."""
+    most = run.config.model.num_layers
+    hidden, relieving = _layers_that_hide(run.config, embedding, layer), _layers_that_fit(run, embedding, layer)
+    if isinstance(hidden, str) and relieving is None:
+        return 0, f"none: {hidden}"
+    if vram_gib is None:
+        return 0, "none: its memory is unknown"
     each = device_estimate.share_bytes(dataclasses.replace(run, gpu_share=1))
     peak = sum(device_estimate.peak_of(device_estimate.moments(run)).values())
     need = peak * (1 + device_estimate.FRAGMENTATION) + device_estimate.CONTEXT
     room = int((vram_gib * 2**30 * (1 - _SPARE) - need) / each)
     if room < embedding:
         return 0, f"none: {_gib(max(room, 0) * each)} of VRAM are left, the embedding's takes {_gib(embedding * each)}"
+    reasons = {"the rest's update is hidden": hidden, "host memory suffices": relieving}
+    known = {why: layers for why, layers in reasons.items() if isinstance(layers, int)}
+    why = max(known, key=lambda reason: known[reason])
+    wanted = min(known[why], most)
+    layers = min(wanted, (room - embedding) // layer)
+    far = "" if layers == wanted else f", as far as VRAM allows ({wanted} layers are needed)"
+    elements = whole if layers == most else embedding + layers * layer
+    return elements, f"the embedding and {layers} of {most} layers, so that {why}{far}"
+
+
+def _layers_that_hide(config: Config, embedding: int, layer: int) -> int | str:
+    """The fewest layers at the front whose update on the GPU lets every later one be updated and fetched before its forward pass;
+    as text, what is not known.
+
+    All layers take the same time: f forward, u to update, c to fetch. With s layers on the GPU, layer i (from 0) is updated and
+    fetched after (i + 1 - s) u + c, and computed from i f on. This is tightest at the first layer after the share or at the last,
+    or at an output projection of its own.
+    """
+    known, forward_s = _bandwidths(config), _forward_s(config)
+    if forward_s is None:
+        return f"the GPU's peak is unknown (set {KEY} to choose it)"
+    if known is None:
+        return "the host's bandwidth is unknown (measure it with python -m ldft.bench nodes)"
+    ranks, count = config.launch.num_ranks, config.model.num_layers
     traffic = 2 * 4 * (2 if config.optimizer.name == "lion" else 3) + 2 * parameter_counts.width(config)
-    hidden = int(forward_s * rate / traffic)  # elements updated during the forward pass
-    wanted = max(0, math.ceil((whole - embedding - hidden) / layer))
-    layers = min(wanted, config.model.num_layers, (room - embedding) // layer)
-    elements = embedding + layers * layer
-    rest_s = (whole - elements) * traffic / rate
-    said = f"the embedding and {layers} layers, so that the rest's update, expected {rest_s:.2f} s"
-    if layers < wanted:
-        return elements, f"{said}, is as short as VRAM allows (forward pass {forward_s:.2f} s)"
-    return elements, f"{said}, fits beside a forward pass of {forward_s:.2f} s"
+    update_s = layer * traffic / (_BESIDE * sum(known.cpu.values()) / ranks)
+    fetch_s = layer * parameter_counts.width(config) / known.link_h2d
+    output = 0.0 if config.model.tie_word_embeddings else embedding / layer  # its size in layers
+    for share in range(count):
+        ready = [(i, (i + 1 - share) * update_s + fetch_s) for i in (share, count - 1)]
+        ready.append((count, (count - share + output) * update_s + output * fetch_s))
+        if all(seconds <= i * forward_s for i, seconds in ready):
+            return share
+    return count
 
 
-def _advice(forward_s: float | None, rate: float | None) -> str:
-    if forward_s is not None and rate is None:
-        return "measure it with python -m ldft.bench nodes"
-    return f"set {KEY} to choose it"
+def _layers_that_fit(run: Selection, embedding: int, layer: int) -> int | None:
+    """Layers whose state must leave host memory, beside the embedding's, so that the run should fit there; None: it fits."""
+    config = run.config
+    roles = host_estimate.host_bytes(run)
+    others = host_estimate.other_bytes(run, {})
+    need = config.launch.num_ranks * (sum(roles.values()) + sum(others.values())) * (1 + _HOST_SPARE)
+    have = int(config.memory.capacity_gib * 2**30)
+    if not environment.gpus_are_assumed():  # otherwise this machine's limits do not apply
+        have = limits.machine_memory(have or None)
+    if not have or need <= have:
+        return None
+    states = 4 * (2 if config.optimizer.name == "lion" else 3) * config.launch.num_ranks
+    return max(0, math.ceil(((need - have) / states - embedding) / layer))
 
 
 def _gib(size: int) -> str:
@@ -118,25 +154,21 @@ def _sizes(config: Config) -> tuple[int, int, int]:
 
 
 def _forward_s(config: Config) -> float | None:
-    """Expected seconds of one forward pass; None if the device's peak is unknown. Attention: the causal half."""
+    """Expected seconds of one layer's forward pass; None if the device's peak is unknown. Attention: the causal half."""
     names = environment.gpus()
     peak = device_rates.peak_tflops_per_s(names[0], config.train.precision) if names else None
     if peak is None:
         return None
     model, tokens = config.model, device_estimate.tokens(config)
-    weights = parameter_counts.num_parameters(model)
-    if not model.tie_word_embeddings:
-        weights -= parameter_counts.embedding_parameters(model)
-    attention = 2.0 * config.seq_len.tokens * model.num_attention_heads * model.head_dim * model.num_layers
-    return tokens * (2.0 * weights + attention) / (peak * 1e12 * _REACHED)
+    attention = 2.0 * config.seq_len.tokens * model.num_attention_heads * model.head_dim
+    return tokens * (2.0 * parameter_counts.layer_parameters(model) + attention) / (peak * 1e12 * _REACHED)
 
 
-def _host_rate(config: Config) -> float | None:
-    """Bytes per second of one rank's update beside the forward pass; None if not known."""
+def _bandwidths(config: Config) -> Bandwidths | None:
+    """As given or as measured on this machine; None if not known."""
     try:
-        known = bandwidths.bandwidths(config.numa.bandwidth)
+        return bandwidths.bandwidths(config.numa.bandwidth)
     except ConfigError:
         if config.numa.bandwidth:
             raise
         return None  # a damaged profile stops only what cannot do without one
-    return None if known is None else _BESIDE * sum(known.cpu.values()) / config.launch.num_ranks

@@ -67,10 +67,10 @@ def resolve(config: Config, *, topology: Topology | None = None, deepspeed: dict
     return complete(select(config, topology=topology, deepspeed=deepspeed))
 
 
-def complete(run: Selection) -> Resolved:
-    """Add the GPU's share, placements and estimate. Raises PlacementError if they do not fit the machine or the budgets, and
-    CombinationError for a share that is not possible."""
-    run = gpu_share.settle(run, device_gib)
+def complete(run: Selection, *, settled: bool = False) -> Resolved:
+    """Add the GPU's share, unless settled says that the run has it, placements and estimate. Raises PlacementError if they do not
+    fit the machine or the budgets, and CombinationError for a share that is not possible."""
+    run = run if settled else gpu_share.settle(run, device_gib)
     moments = device_estimate.moments(run)
     roles = host_estimate.host_bytes(run)
     others = host_estimate.other_bytes(run, device_estimate.peak_of(moments))

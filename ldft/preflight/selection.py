@@ -60,11 +60,14 @@ class Selection:
         return deepspeed_config.uses_arenas(self.config, self.deepspeed)
 
 
-def select(config: Config, *, topology: Topology | None = None, deepspeed: dict[str, Any] | None = None) -> Selection:
+def select(
+    config: Config, *, topology: Topology | None = None, deepspeed: dict[str, Any] | None = None, gpu_share: int = 0
+) -> Selection:
     """Make the choices for a config whose device is resolved.
 
     topology: by default this machine's. deepspeed: the effective DeepSpeed config if already built; by default it is built here,
-    which reads the user's file. Raises ConfigError if values cannot be combined or cannot run here.
+    which reads the user's file. gpu_share: of the run, if already chosen. Raises ConfigError if values cannot be combined or cannot
+    run here.
     """
     settings = deepspeed_config.build(config) if deepspeed is None else deepspeed
     kind = attention.choose(config)
@@ -80,4 +83,5 @@ def select(config: Config, *, topology: Topology | None = None, deepspeed: dict[
         fused_step=fused,
         overlap_step=overlaps,
         no_overlap=obstacle,
+        gpu_share=gpu_share,
     )

@@ -172,4 +172,7 @@ def _bytes(run: Resolved) -> list[str]:
 
 def _files(config: Config) -> list[str]:
     folder = parent.results_dir(config) / run_id(config) / "attempt-<n>"
-    return [f"files: {folder}/", "  config.json deepspeed.json started.json rank-<r>.json worker-<r>.log row.parquet"]
+    return [
+        f"files: {folder}/",
+        "  config.json deepspeed.json gpu_share.json started.json rank-<r>.json worker-<r>.log row.parquet",
+    ]

@@ -100,7 +100,7 @@ def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
     swap_files.prepare(config, ready.deepspeed)
     inputs = checks.check_inputs(ready, fetch=True)
     operators.prepare_cache(ready)
-    row |= fit.predictions(ready)
+    row |= {"gpu_share_choice": ready.about_share or None, **fit.predictions(ready)}
     fit.check(ready)
     restore_kernel_weights()  # a run that died may have left them changed
     warnings = checks.warnings(ready)
@@ -203,8 +203,9 @@ def _run_ranks(
 ) -> tuple[list[launch.RankExit], final_status.Verdict, float]:
     """Start the ranks and wait for them. Returns the verdict and the seconds waited."""
     config = ready.config
-    # The ranks use the parent's decisions: they do not read the user's DeepSpeed file again.
+    # The ranks use the parent's decisions: they read neither the user's DeepSpeed file nor the machine's memory again.
     attempt.write_json(folder / attempt.DEEPSPEED, ready.deepspeed)
+    attempt.write_json(folder / attempt.GPU_SHARE, {"elements": ready.gpu_share})
     kills_before = final_status.oom_kills()
     exits: list[launch.RankExit] = []
     interrupted, in_time = None, True

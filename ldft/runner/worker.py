@@ -136,7 +136,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     )
 
     report.phase("model", f"building {config.model.name}")
-    run = complete(dataclasses.replace(selection, deepspeed=swap_files.placed(selection.deepspeed)))
+    run = complete(dataclasses.replace(selection, deepspeed=swap_files.placed(selection.deepspeed)), settled=True)
     engines.check(run.deepspeed)
     arenas = role_memory.arenas_of(run, rank)
     network = model.build(run, device, arenas)
@@ -216,7 +216,11 @@ def main() -> int:
     logging.getLogger("ldft").addHandler(_Warnings(report))
     try:
         # Before anything imports numpy or torch: a policy applies to a thread and those it starts later, and only to new pages.
-        selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)
+        selection = select(
+            config,
+            deepspeed=attempt.read_json(folder / attempt.DEEPSPEED),
+            gpu_share=attempt.read_json(folder / attempt.GPU_SHARE)["elements"],
+        )
         first, policy = node_memory.begin(selection)
         report.put(pid=os.getpid(), **policy)
         _train(selection, report, rank, interpreter_start, first)

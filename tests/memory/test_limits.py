@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldft.memory.limits import cgroup_left, free_memory, free_on_node
+from ldft.memory.limits import cgroup_left, free_memory, free_on_node, machine_memory
 
 GIB = 1 << 30
 
@@ -26,6 +26,16 @@ def test_a_machine_that_grows_is_as_large_as_the_user_says(tmp_path, proc):
     grown = free_memory(125 * GIB, proc=folder, cgroups=tmp_path / "none")
     assert (grown.bytes, grown.limit) == ((20 + 94) * GIB - GIB, "memory.capacity_gib")
     assert free_memory(8 * GIB, proc=folder, cgroups=tmp_path / "none").bytes > 18 * GIB  # what is there counts
+
+
+def test_the_machines_memory_does_not_change_with_its_use(tmp_path, proc, write):
+    empty, full = (proc("0::/", available_gib=gib) for gib in (60, 2))
+    assert machine_memory(proc=empty, cgroups=tmp_path / "none") == 63 * GIB
+    assert machine_memory(proc=full, cgroups=tmp_path / "none") == 63 * GIB
+    assert machine_memory(32 * GIB, proc=full, cgroups=tmp_path / "none") == 32 * GIB - GIB // 2
+    limited = {"cgroup.controllers": "memory", "job/memory.max": str(10 * GIB), "job/rank/memory.max": "max"}
+    root = write(tmp_path / "cgroup", limited)
+    assert machine_memory(proc=proc("0::/job/rank"), cgroups=root) == 10 * GIB
 
 
 @pytest.mark.parametrize("path", ["/job/rank", "/host/only/job/rank"])

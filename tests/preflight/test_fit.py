@@ -48,7 +48,7 @@ def refused(config: Config) -> str:
 
 
 def test_host_memory_in_total(machine) -> None:
-    line = refused(compose("model=llama3_8b", "launch.device=cuda"))
+    line = refused(compose("model=llama3_8b", "launch.device=cuda", "offload.gpu_share=0"))
     assert line.startswith("force: false, and not enough host memory: 121.4 GiB expected, 62.0 GiB free by MemAv")
     assert "master_weights 29.9, momentum 29.9, variance 29.9" in line and "memory.capacity_gib" in line
     fit.check(resolve(compose("model=llama3_8b", "launch.device=cuda", "memory.capacity_gib=160")))
@@ -89,7 +89,9 @@ def test_a_refusal_is_a_row_with_what_was_predicted_and_starts_nothing(
 ) -> None:
     monkeypatch.setattr(environment, "driver", lambda: None)
     monkeypatch.setattr(parent, "_run_ranks", lambda *arguments: pytest.fail("a rank was started"))
-    row = parent.run(compose("model=llama3_8b", "launch.device=cuda", f"results.dir={tmp_path}")).row
+    row = parent.run(
+        compose("model=llama3_8b", "launch.device=cuda", "offload.gpu_share=0", f"results.dir={tmp_path}")
+    ).row
     assert (row["status"], row["error_type"]) == ("invalid", "DoesNotFitError")
     assert row["predicted_host_gib"] == pytest.approx(121.4, abs=0.1) and row["predicted_vram_gib"] > 2
     assert sum(json.loads(row["predicted_host_json"]).values()) == pytest.approx(row["predicted_host_gib"])
@@ -108,7 +110,12 @@ def test_a_sweep_goes_on_after_a_cell_that_does_not_fit(ldft) -> None:
 @pytest.mark.parametrize(
     ("said", "fits", "part"),
     [
-        (["memory.vram_gib=80", "memory.capacity_gib=125"], False, "125.0 GiB free by memory.capacity_gib"),
+        (
+            ["memory.vram_gib=80", "memory.capacity_gib=125", "offload.gpu_share=0"],
+            False,
+            "125.0 GiB free by memory.capacity_gib",
+        ),
+        (["memory.vram_gib=80", "memory.capacity_gib=125"], True, "so that host memory suffices"),
         (["memory.vram_gib=80", "memory.capacity_gib=1000"], True, "GPUs: 2 of 80.0 GiB"),
         (["memory.vram_gib=8", "memory.capacity_gib=1000", "offload=none"], False, "8.0 GiB by memory.vram_gib"),
         (["memory.capacity_gib=1000"], True, "of unknown size: set e.g. memory.vram_gib=80"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ldft import environment
@@ -22,7 +24,7 @@ def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settled(*overrides: str, vram_gib: float | None = 79.0) -> Selection:
-    config = compose(*THREE_B, *overrides)
+    config = compose(*THREE_B, "memory.capacity_gib=125", *overrides)
     config.validate()
     return gpu_share.settle(select(config), lambda _: vram_gib)
 
@@ -44,22 +46,40 @@ def test_a_requested_share_is_the_embedding_and_whole_layers() -> None:
     )
 
 
-def test_by_default_it_is_the_smallest_that_hides_the_rest() -> None:
-    long = settled("seq_len=32k", MEASURED)
-    assert long.gpu_share == EMBEDDING, "the rest fits beside a long forward pass"
-    assert "so that the rest's update, expected 0.63 s, fits beside a forward pass of 0.73 s" in long.about_share
-    middle, short = settled("seq_len=16k", MEASURED).gpu_share, settled("seq_len=8k", MEASURED).gpu_share
-    assert EMBEDDING < middle < short < ALL
-    slower = settled("seq_len=16k", MEASURED.replace("140", "70")).gpu_share
-    assert middle < slower
+def waits(run: Selection, forward_s: float, update_s: float, fetch_s: float, layers: int) -> int:
+    """How many layers after the share would wait for their update, played through layer by layer."""
+    share = (run.gpu_share - EMBEDDING) // LAYER
+    return sum((i + 1 - share) * update_s + fetch_s > i * forward_s for i in range(share, layers))
+
+
+@pytest.mark.parametrize("length", ["32k", "16k", "8k"])
+def test_by_default_it_is_the_smallest_that_hides_the_rest(length: str) -> None:
+    run = settled(f"seq_len={length}", MEASURED)
+    tokens = run.config.seq_len.tokens
+    forward_s = tokens * (2 * LAYER + 2 * tokens * 24 * 128) / (0.55 * 989e12)
+    update_s, fetch_s = 28 * LAYER / (0.8 * 140e9), 2 * LAYER / 54e9
+    assert run.about_share.endswith("of 28 layers, so that the rest's update is hidden")
+    assert waits(run, forward_s, update_s, fetch_s, 28) == 0
+    fewer = dataclasses.replace(run, gpu_share=run.gpu_share - LAYER)
+    assert waits(fewer, forward_s, update_s, fetch_s, 28) > 0
+
+
+def test_it_grows_with_the_work_and_shrinks_with_the_time() -> None:
+    long, middle, short = (settled(f"seq_len={length}", MEASURED).gpu_share for length in ("32k", "16k", "8k"))
+    assert EMBEDDING < long < middle < short < ALL
+    assert middle < settled("seq_len=16k", MEASURED.replace("140", "100")).gpu_share
+    # An output projection of its own is updated last.
+    assert long < settled("seq_len=32k", MEASURED, "model.tie_word_embeddings=false").gpu_share
     # Two ranks share the host, and each updates half.
-    assert settled("seq_len=32k", MEASURED, "launch.num_ranks=2").gpu_share == EMBEDDING // 2
+    layers = (long - EMBEDDING) // LAYER
+    halves = settled("seq_len=32k", MEASURED, "launch.num_ranks=2").gpu_share
+    assert abs(halves - (EMBEDDING + layers * LAYER) / 2) < LAYER / 1000
 
 
 def test_it_takes_no_more_device_memory_than_there_is() -> None:
     tight = settled("seq_len=8k", MEASURED, vram_gib=24.0)
     assert 0 < tight.gpu_share < settled("seq_len=8k", MEASURED).gpu_share
-    assert "as short as VRAM allows" in tight.about_share
+    assert "as far as VRAM allows (" in tight.about_share
     assert sum(device_estimate.peak_of(device_estimate.moments(tight)).values()) < 24 * 2**30
     none = settled("seq_len=8k", MEASURED, vram_gib=8.0)
     assert (
@@ -67,6 +87,21 @@ def test_it_takes_no_more_device_memory_than_there_is() -> None:
         and none.about_share.startswith("none: ")
         and "the embedding's takes 5.9 GiB" in none.about_share
     )
+
+
+def test_it_grows_until_host_memory_suffices() -> None:
+    at = ("seq_len=32k", MEASURED)
+    roomy = settled(*at)
+    roles, others = host_estimate.host_bytes(roomy), host_estimate.other_bytes(roomy, {})
+    less = (sum(roles.values()) + sum(others.values())) / 2**30 - 10
+    tight = settled(*at, f"memory.capacity_gib={less:g}")
+    assert tight.about_share.endswith("so that host memory suffices")
+    added = (tight.gpu_share - roomy.gpu_share) * 12 / 2**30
+    # Ten GiB, the reserve, two percent of what is needed without a share, and at most one layer more.
+    assert 10 < added < 10 + 0.75 + 0.02 * 65 + LAYER * 12 / 2**30
+    assert "as far as VRAM allows" in settled(*at, f"memory.capacity_gib={less:g}", vram_gib=16.0).about_share
+    # Without a bandwidth too: it is not needed for this.
+    assert settled("seq_len=32k", f"memory.capacity_gib={less:g}").gpu_share == tight.gpu_share
 
 
 def test_what_is_not_known_is_said() -> None:
