@@ -74,17 +74,6 @@ def leaf_modules(config: Config) -> dict[str, list[str]]:
     return {"classes": [], "name_suffixes": [f"model.layers.{number}" for number in layers]}
 
 
-def frees_weights_early(config: Config) -> bool:
-    """Value of `zero_optimization.memory_efficient_linear`: whether a linear layer must not keep its weight for the backward pass.
-
-    By default DeepSpeed runs each in Python to save that memory. Where every layer is recomputed right before its backward pass,
-    its weights are on the device from the one to the other anyway, and torch's own function takes a third of the host's time.
-    """
-    checkpointing, count = config.checkpointing, config.model.num_layers
-    recomputed = checkpointing.recomputed(count) == count and checkpointing.every == 1
-    return not (whole_layers(config) and recomputed)
-
-
 def sizes(config: Config) -> dict[str, int | bool]:
     """Keys of `zero_optimization` for stage 3.
 
