@@ -25,6 +25,8 @@ from typing import Any
 from composed import resolved_config
 
 from ldft.config import Config
+from ldft.preflight import gpu_share
+from ldft.preflight.resolved import device_gib
 from ldft.preflight.selection import select
 from ldft.runner import node_memory, worker
 
@@ -98,7 +100,7 @@ def main() -> None:
         "DS_ACCELERATOR": config.launch.device.name,
     }
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    selection = select(config)
+    selection = gpu_share.settle(select(config), device_gib)
     first, _ = node_memory.begin(selection)
 
     from torch.profiler import ProfilerActivity, profile
