@@ -218,8 +218,8 @@ def main() -> int:
         # Before anything imports numpy or torch: a policy applies to a thread and those it starts later, and only to new pages.
         selection = select(
             config,
-            deepspeed=attempt.read_json(folder / attempt.DEEPSPEED),
-            gpu_share=attempt.read_json(folder / attempt.GPU_SHARE)["elements"],
+            deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None,
+            gpu_share=attempt.read_json(folder / attempt.GPU_SHARE).get("elements", 0),
         )
         first, policy = node_memory.begin(selection)
         report.put(pid=os.getpid(), **policy)
