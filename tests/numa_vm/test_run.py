@@ -19,8 +19,8 @@ NODES = "cpu:2048 cpu:2048 mem:1536 mem:1536"
 @pytest.fixture(scope="session")
 def runs(numa_vm: Path, request: pytest.FixtureRequest) -> Path:
     """The folder with what the runs of the selected tests left, of this session alone."""
-    tests = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
-    wanted = [item.callspec.params["name"] for item in tests if hasattr(item, "callspec")]
+    tests = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    wanted = [item.callspec.params["name"] for item in tests]
     folder = numa_vm / "runs"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

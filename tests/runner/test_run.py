@@ -24,6 +24,7 @@ NULL = {
     "peak_vram_reserved_gib": "no device memory",
     "predicted_vram_gib": "no device memory",
     "predicted_vram_json": "no device memory",
+    "gpu_share_choice": "no device memory",
     "numa_mechanism": "numa=default",
     "documents_read": "data=random",
     "documents_skipped": "data=random",
