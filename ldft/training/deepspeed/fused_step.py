@@ -21,6 +21,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from ldft.training.deepspeed import device_share, layout, update_overlap
 from ldft.training.deepspeed.fetches import Fetches
@@ -51,6 +52,7 @@ NEEDED: tuple[str, ...] = (
     "unscale_and_clip_grads",
     "partition_grads",
     "_get_norm_groups",
+    "_partition_all_parameters",
     "_optimizer_step",
     "_post_step",
     "_reassign_or_swap_out_partitioned_parameters",
@@ -64,9 +66,12 @@ class FusedStage3(_Stock):
     master weight is its part of `grad_partitions_flat_buffer`, in the precision of that buffer."""
 
     updates: Updates
+    _parameters: list[Any]
+    """All parameters of the model, in its order."""
     _tasks: dict[int, Task]
     _gradient_factor = 1.0
     grad_partitions_flat_buffer: torch.Tensor
+    norm_for_param_grads: dict[int, Any]
     fp16_groups: list[list[Any]]
     norm_groups: list[list[Any]]
     """Parameters whose norms are summed together: the sub-groups of a run without a share."""
@@ -124,7 +129,18 @@ class FusedStage3(_Stock):
         finally:
             self.grad_partitions_flat_buffer = gradients
 
+    def _partition_all_parameters(self) -> None:
+        # DeepSpeed walks the tree of modules four times for it, which takes longer than the step of small adapters.
+        for parameter in self._parameters:
+            parameter.ds_active_sub_modules.clear()
+        held = [parameter for parameter in self._parameters if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE]
+        self.parameter_offload.get_param_coordinator().release_and_reset_all(_Flat(held))
+
     def _get_norm_groups(self) -> Any:
+        # DeepSpeed adds up squares one by one: numbers on the host do so without a kernel for each, to the same sum in fp64.
+        if self.norm_for_param_grads:
+            norms = torch.stack([norm.reshape(()) for norm in self.norm_for_param_grads.values()]).tolist()
+            self.norm_for_param_grads = dict(zip(self.norm_for_param_grads, norms, strict=True))
         # DeepSpeed rounds the norm of each sub-group to fp32. A share makes other sub-groups, but must not change the norm.
         groups, self.fp16_groups = self.fp16_groups, self.norm_groups
         try:
@@ -169,6 +185,19 @@ class FusedStage3(_Stock):
             tasks, self._tasks = self._tasks, {}
             self.updates.start(tasks, kept.__contains__)
         super()._post_step(*arguments)
+
+
+class _Flat:
+    """What DeepSpeed's coordinator needs of a module whose parameters it releases."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        self._parameters = parameters
+
+    def named_parameters(self, recurse: bool) -> list[tuple[str, Any]]:
+        return [("", parameter) for parameter in self._parameters]
+
+    def ds_external_parameters(self) -> tuple[()]:
+        return ()
 
 
 def _flushing(name: str) -> Callable[..., Any]:
@@ -225,6 +254,7 @@ def install(engine: Any, *, overlap: bool, share: bool = False) -> None:
     # The overridden methods run only in training and later, so changing the object's class is enough; no DeepSpeed name is patched.
     optimizer.__class__ = FusedStage3
     optimizer.updates = Updates(overlap=overlap, threads=update_overlap.threads_beside())
+    optimizer._parameters = list(engine.module.parameters())
     optimizer._tasks = {}
     optimizer.norm_groups = optimizer.fp16_groups
     share_gradients(optimizer)

@@ -46,7 +46,15 @@ STAGE_3_BUILDING = (
 )
 # What they add to a parameter.
 STAGE_1_AND_2_OF_PARAMETERS = ("_hp_mapping",)
-STAGE_3_OF_PARAMETERS = ("ds_id", "ds_numel", "ds_shape", "ds_status", "ds_tensor", "partition_numel")
+STAGE_3_OF_PARAMETERS = (
+    "ds_active_sub_modules",
+    "ds_id",
+    "ds_numel",
+    "ds_shape",
+    "ds_status",
+    "ds_tensor",
+    "partition_numel",
+)
 # Attributes of ZeRO-1/2's optimizer: always, and with the optimizer on the host.
 STAGE_1_AND_2 = ("cpu_offload", "single_partition_of_fp32_groups", "bit16_groups", "optimizer")
 STAGE_1_AND_2_OPTIMIZER = (
