@@ -137,16 +137,17 @@ class FusedStage3(_Stock):
         self.parameter_offload.get_param_coordinator().release_and_reset_all(_Flat(held))
 
     def _get_norm_groups(self) -> Any:
-        # DeepSpeed adds up squares one by one: numbers on the host do so without a kernel for each, to the same sum in fp64.
-        if self.norm_for_param_grads:
-            norms = torch.stack([norm.reshape(()) for norm in self.norm_for_param_grads.values()]).tolist()
-            self.norm_for_param_grads = dict(zip(self.norm_for_param_grads, norms, strict=True))
-        # DeepSpeed rounds the norm of each sub-group to fp32. A share makes other sub-groups, but must not change the norm.
-        groups, self.fp16_groups = self.fp16_groups, self.norm_groups
+        # DeepSpeed adds up squares one by one: numbers on the host do so without a kernel for each, to the same sum in fp64. It
+        # rounds the norm of each sub-group to fp32: a share makes other sub-groups, but must not change the norm.
+        groups, norms = self.fp16_groups, self.norm_for_param_grads
+        self.fp16_groups = self.norm_groups
+        if norms:
+            numbers = torch.stack([norm.reshape(()) for norm in norms.values()]).tolist()
+            self.norm_for_param_grads = dict(zip(norms, numbers, strict=True))
         try:
             return super()._get_norm_groups()
         finally:
-            self.fp16_groups = groups
+            self.fp16_groups, self.norm_for_param_grads = groups, norms
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         weights = self.fp16_partitioned_groups_flat[sub_group_id]
