@@ -62,6 +62,7 @@ def machine(noise: random.Random, number: int, ranks: int = 2, num_nodes: int = 
         phase_text="training",
         iteration=number // 30,
         iterations=1000,
+        update_s=number / 100,
         tokens_per_s=1000.0,
         ranks=tuple(used),
         forbidden=False,

@@ -199,6 +199,7 @@ class Sampler:
             phase_text=first.get("phase_text", "" if closed else "starting Python"),
             iteration=len(times),
             iterations=config["train"]["iterations"] if config else None,
+            update_s=sum(first["update_s"]) if "update_s" in first else None,
             tokens_per_s=tokens / times[-1] if times else None,
             ranks=tuple(ranks),
             forbidden=closed or any(self._processes[one.pid].forbidden for one in ranks),

@@ -85,6 +85,8 @@ class RunUse:
     iteration: int
     """Completed iterations, including warm-up."""
     iterations: int | None
+    update_s: float | None
+    """Seconds of the completed iterations in which the fused step's update was in progress; None: another kernel updates."""
     tokens_per_s: float | None
     """Rate of the last iteration, over all ranks."""
     ranks: tuple[RankUse, ...]

@@ -41,6 +41,7 @@ COLUMNS = [
     Column("time", pa.timestamp("ms", tz="UTC"), "UTC", "when the sample was taken"),
     Column("phase", pa.string(), "", "phase of rank 0: start, imports, operators, rendezvous, model, checkpoint_buffers, engine, train, teardown"),
     Column("iteration", pa.int32(), "", "completed iterations, including warm-up"),
+    Column("update_s", _FLOAT, "s", "time of these iterations in which the fused step's update was in progress, beside the forward pass or within the step; null: another kernel updates"),
     Column("nodes", _entries(("node", _SMALL), ("total_mib", _MB), ("used_mib", _MB), ("page_cache_mib", _MB), ("huge_total_mib", _MB), ("huge_used_mib", _MB)), "MiB", "the whole machine by NUMA node, over all processes: used is all memory that is not free, including page cache; huge: the pool of hugetlb pages"),
     Column("memory", _entries(("rank", _SMALL), ("node", _SMALL), ("mib", _MB)), "MiB", "memory of each rank's process by node, as numastat -p counts it; empty before its first reading and after the rank's end"),
     Column("memory_age_s", _FLOAT, "s", "age of `memory` at the sample: large processes are read less often"),
@@ -144,6 +145,7 @@ def table(samples: list[Sample], metadata: dict[str, str]) -> pa.Table:
         "time": [round(sample.time * 1000) for sample in samples],
         "phase": [run.phase if run else None for run in runs],
         "iteration": [run.iteration if run else None for run in runs],
+        "update_s": [run.update_s if run else None for run in runs],
         "memory_age_s": [max((rank.memory_age_s for rank in of), default=None) for of in ranks],
     }
     entries: dict[str, list[list[tuple[Any, ...]]]] = {

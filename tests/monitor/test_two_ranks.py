@@ -83,6 +83,10 @@ def test_a_run_leaves_its_samples_and_they_agree_with_its_row(watched: Watched) 
     iterations = [sample["iteration"] for sample in samples]
     assert iterations == sorted(iterations) and 0 < iterations[-1] <= 60
 
+    updated = {sample["iteration"]: sample["update_s"] for sample in samples if sample["update_s"] is not None}
+    assert len(updated) > 2
+    assert updated == {i: pytest.approx(sum(row.update_s[:i]), rel=1e-5) for i in updated}
+
     trained = [sample for sample in samples if sample["phase"] == "train" and sample["iteration"] > 0]
     assert by_rank_and_role(trained[-1]["roles"]) == by_rank_and_role(row.roles)
     for entry in trained[-1]["roles"]:
