@@ -11,6 +11,7 @@ profiler slows the host down: its iteration is printed beside the others.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
 import json
 import os
@@ -25,8 +26,7 @@ from typing import Any
 from composed import resolved_config
 
 from ldft.config import Config
-from ldft.preflight import gpu_share
-from ldft.preflight.resolved import device_gib
+from ldft.preflight.resolved import complete
 from ldft.preflight.selection import select
 from ldft.runner import node_memory, worker
 
@@ -100,7 +100,11 @@ def main() -> None:
         "DS_ACCELERATOR": config.launch.device.name,
     }
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    selection = gpu_share.settle(select(config), device_gib)
+    selection = select(config)
+    run = complete(selection)
+    selection = dataclasses.replace(
+        selection, deepspeed=run.deepspeed, gpu_share=run.gpu_share, device_inputs=run.device_inputs
+    )
     first, _ = node_memory.begin(selection)
 
     from torch.profiler import ProfilerActivity, profile

@@ -41,6 +41,10 @@ class CheckpointingConfig:
     """Where to keep attention outputs so that the backward pass need not recompute them. Takes as much memory as the layer
     inputs."""
 
+    device_inputs: int | None = None
+    """With mode cpu: how many of the kept inputs stay on the device, counted from the last, whose backward pass comes first. null:
+    one, and more where host memory would not hold the others."""
+
     def validate(self, num_layers: int) -> None:
         """Raise ConfigError if a value is wrong for a model of `num_layers` layers."""
         if not -1 <= self.layers <= num_layers:
@@ -59,6 +63,17 @@ class CheckpointingConfig:
         if self.mode is CheckpointingMode.none and self.every > 1:
             raise CombinationError(
                 "checkpointing.every", f"{self.every} needs checkpointing=cpu or gpu, not none; leave it at 1"
+            )
+        if self.device_inputs is not None and self.mode is not CheckpointingMode.cpu:
+            raise CombinationError(
+                "checkpointing.device_inputs",
+                f"{self.device_inputs}: without checkpointing=cpu no input is in host memory; leave it at null",
+            )
+        if self.device_inputs is not None and not 1 <= self.device_inputs <= max(1, self.groups(num_layers)):
+            raise ConfigError(
+                "checkpointing.device_inputs",
+                f"{self.device_inputs}: {self.groups(num_layers)} inputs are kept; use 1 to {max(1, self.groups(num_layers))}, "
+                "or null",
             )
         if self.keep_attention is not KeepAttention.none and self.recomputed(num_layers) == 0:
             raise CombinationError(

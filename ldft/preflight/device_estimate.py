@@ -40,7 +40,7 @@ def moments(run: Selection) -> dict[str, Parts]:
     base, gradients = _state(run), _gradients(config)
     model = config.model
     recomputed = config.checkpointing.recomputed(model.num_layers)
-    checkpoints, whole = _checkpoints(config), model.num_layers - recomputed
+    checkpoints, whole = _checkpoints(run), model.num_layers - recomputed
     waiting = checkpoints.copy()
     if whole:
         waiting["layer inputs"] = waiting.get("layer inputs", 0) + whole * hidden_bytes(config)
@@ -94,14 +94,15 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _checkpoints(config: Config) -> Parts:
+def _checkpoints(run: Selection) -> Parts:
     """Bytes of checkpointed layers kept on the device."""
+    config = run.config
     settings = config.checkpointing
     layers, groups = settings.recomputed(config.model.num_layers), settings.groups(config.model.num_layers)
     if groups == 0:
         return {}
-    # From host memory come the input in use and the one on its way.
-    inputs = min(groups, 2) if settings.mode is CheckpointingMode.cpu else groups
+    # Those that stay; or, of the others, the input in use and the one on its way.
+    inputs = min(groups, max(2, run.device_inputs)) if settings.mode is CheckpointingMode.cpu else groups
     parts = {"layer inputs": inputs * hidden_bytes(config)}
     if settings.keep_attention is not KeepAttention.none:
         # Of those in host memory the last group's stay; when that is under way, its own count as inside, and one is on its way.

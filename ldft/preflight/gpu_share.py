@@ -15,9 +15,9 @@ from collections.abc import Callable
 from ldft import environment
 from ldft.config import Config, Device, OffloadDevice
 from ldft.errors import CombinationError, ConfigError
-from ldft.memory import bandwidths, limits
+from ldft.memory import bandwidths
 from ldft.memory.cost_model import Bandwidths
-from ldft.preflight import device_estimate, device_rates, host_estimate, parameter_counts
+from ldft.preflight import device_estimate, device_rates, parameter_counts, room
 from ldft.preflight.selection import Selection
 
 KEY = "offload.gpu_share"
@@ -26,16 +26,16 @@ KEY = "offload.gpu_share"
 _REACHED = 0.55
 # Of its rate alone, the update keeps this beside the forward pass and its copies: 0.79 and 0.9 were measured on two hosts.
 _BESIDE = 0.8
-# Of the GPU's memory, this stays free: estimates are a few percent off.
-_SPARE = 0.08
-# Of the expected host memory, this is added before the share grows until it fits.
-_HOST_SPARE = 0.02
 
 
 def settle(run: Selection, vram_gib: Callable[[Config], float | None]) -> Selection:
     """The run with its share. vram_gib: memory of each GPU, None if unknown. Raises CombinationError for a share that is not
     possible."""
     elements, why = _choose(run, vram_gib)
+    return _with(run, elements, why)
+
+
+def _with(run: Selection, elements: int, why: str) -> Selection:
     if not elements:
         return dataclasses.replace(run, gpu_share=0, about_share=why)
     zero = run.zero | {"sub_group_size": elements}  # the first sub-group ends exactly there
@@ -58,31 +58,46 @@ def _choose(run: Selection, vram_gib: Callable[[Config], float | None]) -> tuple
             return whole, "as requested"
         layers = min(most, max(0, round((asked * whole - embedding) / layer)))
         return embedding + layers * layer, f"as requested: the embedding and {layers} layers"
-    return _by_itself(run, vram_gib(config), embedding, layer, whole)
+    return _hiding(run, vram_gib(config), embedding, layer, whole)
 
 
-def _by_itself(run: Selection, vram_gib: float | None, embedding: int, layer: int, whole: int) -> tuple[int, str]:
-    """The smallest share that hides the rest of the update and lets host memory suffice, as far as VRAM allows."""
+def _hiding(run: Selection, vram_gib: float | None, embedding: int, layer: int, whole: int) -> tuple[int, str]:
+    """The smallest share that hides the rest of the update, as far as VRAM allows."""
     most = run.config.model.num_layers
-    hidden, relieving = _layers_that_hide(run.config, embedding, layer), _layers_that_fit(run, embedding, layer)
-    if isinstance(hidden, str) and relieving is None:
-        return 0, f"none: {hidden}"
+    wanted = _layers_that_hide(run.config, embedding, layer)
+    if isinstance(wanted, str):
+        return 0, f"none: {wanted}"
     if vram_gib is None:
         return 0, "none: its memory is unknown"
     each = device_estimate.share_bytes(dataclasses.replace(run, gpu_share=1))
-    peak = sum(device_estimate.peak_of(device_estimate.moments(run)).values())
-    need = peak * (1 + device_estimate.FRAGMENTATION) + device_estimate.CONTEXT
-    room = int((vram_gib * 2**30 * (1 - _SPARE) - need) / each)
-    if room < embedding:
-        return 0, f"none: {_gib(max(room, 0) * each)} of VRAM are left, the embedding's takes {_gib(embedding * each)}"
-    reasons = {"the rest's update is hidden": hidden, "host memory suffices": relieving}
-    known = {why: layers for why, layers in reasons.items() if isinstance(layers, int)}
-    why = max(known, key=lambda reason: known[reason])
-    wanted = min(known[why], most)
-    layers = min(wanted, (room - embedding) // layer)
+    left = room.device_room(run, vram_gib) // each
+    if left < embedding:
+        return 0, f"none: {_gib(max(left, 0) * each)} of VRAM are left, the embedding's takes {_gib(embedding * each)}"
+    layers = min(wanted, (left - embedding) // layer)
     far = "" if layers == wanted else f", as far as VRAM allows ({wanted} layers are needed)"
     elements = whole if layers == most else embedding + layers * layer
-    return elements, f"the embedding and {layers} of {most} layers, so that {why}{far}"
+    return elements, f"the embedding and {layers} of {most} layers, so that the rest's update is hidden{far}"
+
+
+def relieve(run: Selection, vram_gib: Callable[[Config], float | None]) -> Selection:
+    """The run with a larger share where host memory would not hold the rest: the smallest that lets it, as far as VRAM allows."""
+    config = run.config
+    short, size = room.host_shortage(run), vram_gib(config)
+    if config.offload.gpu_share is not None or _obstacle(run) or not short or size is None:
+        return run
+    embedding, layer, whole = _sizes(config)
+    most = config.model.num_layers
+    states = 4 * (2 if config.optimizer.name == "lion" else 3) * config.launch.num_ranks
+    each = device_estimate.share_bytes(dataclasses.replace(run, gpu_share=1))
+    needed = run.gpu_share + short / states
+    possible = run.gpu_share + room.device_room(run, size) // each
+    wanted = min(most, max(0, math.ceil((needed - embedding) / layer)))
+    layers = min(wanted, (possible - embedding) // layer)
+    if layers < 0:
+        return run
+    elements = whole if layers == most else embedding + layers * layer
+    far = "" if layers == wanted else f", as far as VRAM allows ({wanted} layers are needed)"
+    return _with(run, elements, f"the embedding and {layers} of {most} layers, so that host memory suffices{far}")
 
 
 def _layers_that_hide(config: Config, embedding: int, layer: int) -> int | str:
@@ -109,21 +124,6 @@ def _layers_that_hide(config: Config, embedding: int, layer: int) -> int | str:
         if all(seconds <= i * forward_s for i, seconds in ready):
             return share
     return count
-
-
-def _layers_that_fit(run: Selection, embedding: int, layer: int) -> int | None:
-    """Layers whose state must leave host memory, beside the embedding's, so that the run should fit there; None: it fits."""
-    config = run.config
-    roles = host_estimate.host_bytes(run)
-    others = host_estimate.other_bytes(run, {})
-    need = config.launch.num_ranks * (sum(roles.values()) + sum(others.values())) * (1 + _HOST_SPARE)
-    have = int(config.memory.capacity_gib * 2**30)
-    if not environment.gpus_are_assumed():  # otherwise this machine's limits do not apply
-        have = limits.machine_memory(have or None)
-    if not have or need <= have:
-        return None
-    states = 4 * (2 if config.optimizer.name == "lion" else 3) * config.launch.num_ranks
-    return max(0, math.ceil(((need - have) / states - embedding) / layer))
 
 
 def _gib(size: int) -> str:

@@ -61,8 +61,8 @@ def host_bytes(run: Selection) -> dict[str, int]:
         roles["compute_weights"] = width * (
             parameter_counts.split(trained, ranks) + parameter_counts.split(frozen, ranks)
         )
-    if checkpoint_bytes(config):
-        roles["activations"] = checkpoint_bytes(config)
+    if waiting := checkpoint_bytes(config, run.device_inputs):
+        roles["activations"] = waiting
     return roles
 
 
@@ -76,13 +76,13 @@ def attention_output_bytes(config: Config) -> int:
     return device_estimate.attention_bytes(config)
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """Bytes kept in one rank's host memory for the backward pass: the inputs of all layer groups but the last, and the attention
-    outputs of all layers in these groups."""
+def checkpoint_bytes(config: Config, device_inputs: int = 1) -> int:
+    """Bytes kept in one rank's host memory for the backward pass: the inputs of all layer groups but the last `device_inputs`, and
+    the attention outputs of all layers in all groups but the last."""
     settings = config.checkpointing
-    groups = max(settings.groups(config.model.num_layers) - 1, 0)
-    inputs = groups if settings.mode is CheckpointingMode.cpu else 0
-    outputs = groups * settings.every if settings.keep_attention is KeepAttention.host else 0
+    groups = settings.groups(config.model.num_layers)
+    inputs = max(groups - device_inputs, 0) if settings.mode is CheckpointingMode.cpu else 0
+    outputs = max(groups - 1, 0) * settings.every if settings.keep_attention is KeepAttention.host else 0
     return inputs * device_estimate.hidden_bytes(config) + outputs * device_estimate.attention_bytes(config)
 
 

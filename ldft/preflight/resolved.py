@@ -10,7 +10,7 @@ from ldft import environment
 from ldft.config import Config
 from ldft.memory.policy import Placement
 from ldft.memory.topology import Topology
-from ldft.preflight import device_estimate, gpu_share, host_estimate, role_placement
+from ldft.preflight import device_estimate, device_inputs, gpu_share, host_estimate, role_placement
 from ldft.preflight.selection import Selection, select
 
 
@@ -68,9 +68,11 @@ def resolve(config: Config, *, topology: Topology | None = None, deepspeed: dict
 
 
 def complete(run: Selection, *, settled: bool = False) -> Resolved:
-    """Add the GPU's share, unless settled says that the run has it, placements and estimate. Raises PlacementError if they do not
-    fit the machine or the budgets, and CombinationError for a share that is not possible."""
-    run = run if settled else gpu_share.settle(run, device_gib)
+    """Add the GPU's share and the inputs on it, unless settled says that the run has them, placements and estimate. Raises
+    PlacementError if they do not fit the machine or the budgets, and CombinationError for a share that is not possible."""
+    if not settled:
+        run = device_inputs.settle(gpu_share.settle(run, device_gib), device_gib)
+        run = gpu_share.relieve(run, device_gib)
     moments = device_estimate.moments(run)
     roles = host_estimate.host_bytes(run)
     others = host_estimate.other_bytes(run, device_estimate.peak_of(moments))

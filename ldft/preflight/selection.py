@@ -34,6 +34,8 @@ class Selection:
     """Parameters of one rank whose optimizer state is on the GPU, from the front of the model; chosen by gpu_share.py."""
     about_share: str = ""
     """Why so many, or why none; empty if the question does not arise."""
+    device_inputs: int = 1
+    """Kept layer inputs that stay on the device under checkpointing=cpu, from the last; chosen by device_inputs.py."""
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -60,14 +62,12 @@ class Selection:
         return deepspeed_config.uses_arenas(self.config, self.deepspeed)
 
 
-def select(
-    config: Config, *, topology: Topology | None = None, deepspeed: dict[str, Any] | None = None, gpu_share: int = 0
-) -> Selection:
+def select(config: Config, *, topology: Topology | None = None, deepspeed: dict[str, Any] | None = None) -> Selection:
     """Make the choices for a config whose device is resolved.
 
     topology: by default this machine's. deepspeed: the effective DeepSpeed config if already built; by default it is built here,
-    which reads the user's file. gpu_share: of the run, if already chosen. Raises ConfigError if values cannot be combined or cannot
-    run here.
+    which reads the user's file. Raises ConfigError if values cannot be combined or cannot run here. The share and the inputs on the
+    GPU are chosen later (resolved.py).
     """
     settings = deepspeed_config.build(config) if deepspeed is None else deepspeed
     kind = attention.choose(config)
@@ -83,5 +83,4 @@ def select(
         fused_step=fused,
         overlap_step=overlaps,
         no_overlap=obstacle,
-        gpu_share=gpu_share,
     )

@@ -4,7 +4,7 @@ results/<run_id>/attempt-<n>/
     started.json     who claimed the attempt: host, process and its start; its modification time is the heartbeat
     config.json      the resolved config (parent, before the ranks start)
     deepspeed.json   the effective DeepSpeed config (parent, before the ranks start)
-    gpu_share.json   how many parameters the GPU updates (likewise)
+    choices.json     what the parent chose by the machine's memory (likewise)
     rank-<r>.json    partial results of rank r (rank, after each phase and iteration)
     worker-<r>.log   everything the rank printed
     trace.parquet    samples over time (parent, when the ranks have ended)
@@ -32,7 +32,7 @@ from ldft.errors import ConfigError
 # If a process cannot be looked up from here and its heartbeat is older than this, it counts as dead.
 HEARTBEAT_DEAD_S = 300.0
 HEARTBEAT_S = 10.0
-DEEPSPEED, GPU_SHARE = "deepspeed.json", "gpu_share.json"
+DEEPSPEED, CHOICES = "deepspeed.json", "choices.json"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ldft import environment
 from ldft.config import Config, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
-from ldft.preflight import decoder_layers, fit, parameter_counts, placement_text
+from ldft.preflight import decoder_layers, device_inputs, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved, device_gib
 from ldft.runner import checks, cpu_limits, parent
@@ -90,9 +90,18 @@ def _what(run: Resolved) -> list[str]:
         f"weights: {weights}; data: {data}",
         f"attention: {run.attention.name}; Liger Kernel: {'yes' if run.liger else 'no'}; {_trained(config)}",
         f"update: {config.optimizer.name}, {_updated_by(run)}",
+        *_layer_inputs(run),
         f"iteration: {sequences} sequences of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} tokens, "
         f"{train.iterations} iterations of which {train.warmup_iterations} warm-up, {train.precision.name}",
     ]
+
+
+def _layer_inputs(run: Resolved) -> list[str]:
+    if not device_inputs.waits(run.config):
+        return []
+    kept = run.config.checkpointing.groups(run.config.model.num_layers)
+    stay = min(kept, run.device_inputs)
+    return [f"layer inputs: {kept} are kept; the last {stay} on the device, the others in host memory"]
 
 
 def _updated_by(run: Resolved) -> str:
@@ -174,5 +183,5 @@ def _files(config: Config) -> list[str]:
     folder = parent.results_dir(config) / run_id(config) / "attempt-<n>"
     return [
         f"files: {folder}/",
-        "  config.json deepspeed.json gpu_share.json started.json rank-<r>.json worker-<r>.log row.parquet",
+        "  config.json deepspeed.json choices.json started.json rank-<r>.json worker-<r>.log row.parquet",
     ]

@@ -19,7 +19,7 @@ from ldft.config import from_dict
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
 from ldft.memory.probe import MemoryTable
-from ldft.preflight import device_estimate, device_rates
+from ldft.preflight import device_estimate, device_inputs, device_rates
 from ldft.preflight.resolved import complete
 from ldft.preflight.selection import Selection, select
 from ldft.results import attempt
@@ -150,6 +150,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
         liger_modules=liger_kernels.count_modules(network),
         fused_step=run.fused_step,
         overlap_step=run.overlap_step,
+        device_inputs=run.device_inputs if device_inputs.waits(config) else None,
         gpu_share_gib=device_estimate.share_bytes(run) / 2**30,
         **flops.columns(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens),
         peak_tflops_per_s=device_rates.peak_tflops_per_s(name, config.train.precision),
@@ -159,7 +160,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     report.phase("checkpoint_buffers", "allocating host memory for layer inputs")
     pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
     placement = arenas.placement_of("activations") if arenas else None
-    inputs = checkpointing.install(config, network, device, placement, pin=pin)
+    inputs = checkpointing.install(config, network, device, placement, pin=pin, device_inputs=run.device_inputs)
     activations = inputs.host_tensors() if inputs else []
     report.put(
         checkpoint_host_gib=sum(t.nbytes for t in activations) / 2**30,
@@ -216,11 +217,8 @@ def main() -> int:
     logging.getLogger("ldft").addHandler(_Warnings(report))
     try:
         # Before anything imports numpy or torch: a policy applies to a thread and those it starts later, and only to new pages.
-        selection = select(
-            config,
-            deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None,
-            gpu_share=attempt.read_json(folder / attempt.GPU_SHARE).get("elements", 0),
-        )
+        selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)
+        selection = dataclasses.replace(selection, **attempt.read_json(folder / attempt.CHOICES))
         first, policy = node_memory.begin(selection)
         report.put(pid=os.getpid(), **policy)
         _train(selection, report, rank, interpreter_start, first)

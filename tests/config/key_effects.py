@@ -19,7 +19,7 @@ from ldft.memory import placing
 from ldft.memory.limits import Free
 from ldft.memory.topology import Node, Topology
 from ldft.monitor import trace
-from ldft.preflight import deepspeed_config, fit, gpu_share, liger
+from ldft.preflight import deepspeed_config, device_inputs, fit, gpu_share, liger
 from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from ldft.results import store
@@ -58,7 +58,8 @@ def waiting_inputs(config: Config) -> Any:
     """Bytes that wait in host memory, and how often the first layer runs in one step."""
     config.offload.stage = 0
     network = model.build(select(config), torch.device("cpu"))
-    installed = checkpointing.install(config, network, torch.device("cpu"))
+    stay = device_inputs.settle(select(config), lambda _: None).device_inputs
+    installed = checkpointing.install(config, network, torch.device("cpu"), device_inputs=stay)
     runs: list[int] = []
     network.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     tokens = data.batch(config, 0, 0, 0)

@@ -105,6 +105,7 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "checkpointing.every": ("2", waiting_inputs, []),
     "checkpointing.layers": ("0", waiting_inputs, []),
     "checkpointing.keep_attention": ("host", waiting_inputs, []),
+    "checkpointing.device_inputs": ("2", waiting_inputs, []),
     "seq_len.tokens": ("9", batches, []),
     "attention.kind": ("eager", attention_that_runs, []),
     "kernels.liger": ("false", uses_liger, []),

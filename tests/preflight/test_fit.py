@@ -25,6 +25,9 @@ TWO = Topology(
     allowed=(0, 1),
 )
 
+# What would otherwise move bytes to the GPU until host memory suffices.
+FIXED = ("offload.gpu_share=0", "checkpointing.device_inputs=1")
+
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
@@ -48,7 +51,7 @@ def refused(config: Config) -> str:
 
 
 def test_host_memory_in_total(machine) -> None:
-    line = refused(compose("model=llama3_8b", "launch.device=cuda", "offload.gpu_share=0"))
+    line = refused(compose("model=llama3_8b", "launch.device=cuda", *FIXED))
     assert line.startswith("force: false, and not enough host memory: 121.4 GiB expected, 62.0 GiB free by MemAv")
     assert "master_weights 29.9, momentum 29.9, variance 29.9" in line and "memory.capacity_gib" in line
     fit.check(resolve(compose("model=llama3_8b", "launch.device=cuda", "memory.capacity_gib=160")))
@@ -89,9 +92,7 @@ def test_a_refusal_is_a_row_with_what_was_predicted_and_starts_nothing(
 ) -> None:
     monkeypatch.setattr(environment, "driver", lambda: None)
     monkeypatch.setattr(parent, "_run_ranks", lambda *arguments: pytest.fail("a rank was started"))
-    row = parent.run(
-        compose("model=llama3_8b", "launch.device=cuda", "offload.gpu_share=0", f"results.dir={tmp_path}")
-    ).row
+    row = parent.run(compose("model=llama3_8b", "launch.device=cuda", *FIXED, f"results.dir={tmp_path}")).row
     assert (row["status"], row["error_type"]) == ("invalid", "DoesNotFitError")
     assert row["predicted_host_gib"] == pytest.approx(121.4, abs=0.1) and row["predicted_vram_gib"] > 2
     assert sum(json.loads(row["predicted_host_json"]).values()) == pytest.approx(row["predicted_host_gib"])
@@ -111,7 +112,7 @@ def test_a_sweep_goes_on_after_a_cell_that_does_not_fit(ldft) -> None:
     ("said", "fits", "part"),
     [
         (
-            ["memory.vram_gib=80", "memory.capacity_gib=125", "offload.gpu_share=0"],
+            ["memory.vram_gib=80", "memory.capacity_gib=125", *FIXED],
             False,
             "125.0 GiB free by memory.capacity_gib",
         ),

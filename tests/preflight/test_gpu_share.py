@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from ldft import environment
+from ldft.config import Config
 from ldft.errors import CombinationError, ConfigError
-from ldft.preflight import device_estimate, gpu_share, host_estimate, parameter_counts
+from ldft.preflight import device_estimate, device_inputs, gpu_share, host_estimate, parameter_counts, room
 from ldft.preflight.selection import Selection, select
 from tests.conftest import compose
 
@@ -26,7 +27,11 @@ def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
 def settled(*overrides: str, vram_gib: float | None = 79.0) -> Selection:
     config = compose(*THREE_B, "memory.capacity_gib=125", *overrides)
     config.validate()
-    return gpu_share.settle(select(config), lambda _: vram_gib)
+
+    def vram(_: Config) -> float | None:
+        return vram_gib
+
+    return gpu_share.relieve(device_inputs.settle(gpu_share.settle(select(config), vram), vram), vram)
 
 
 def test_a_requested_share_is_the_embedding_and_whole_layers() -> None:
@@ -89,19 +94,40 @@ def test_it_takes_no_more_device_memory_than_there_is() -> None:
     )
 
 
-def test_it_grows_until_host_memory_suffices() -> None:
-    at = ("seq_len=32k", MEASURED)
+def test_where_host_memory_lacks_inputs_stay_on_the_device_and_then_the_share_grows() -> None:
+    at = ("seq_len=128k", MEASURED)
     roomy = settled(*at)
-    roles, others = host_estimate.host_bytes(roomy), host_estimate.other_bytes(roomy, {})
-    less = (sum(roles.values()) + sum(others.values())) / 2**30 - 10
-    tight = settled(*at, f"memory.capacity_gib={less:g}")
-    assert tight.about_share.endswith("so that host memory suffices")
-    added = (tight.gpu_share - roomy.gpu_share) * 12 / 2**30
-    # Ten GiB, the reserve, two percent of what is needed without a share, and at most one layer more.
-    assert 10 < added < 10 + 0.75 + 0.02 * 65 + LAYER * 12 / 2**30
-    assert "as far as VRAM allows" in settled(*at, f"memory.capacity_gib={less:g}", vram_gib=16.0).about_share
-    # Without a bandwidth too: it is not needed for this.
-    assert settled("seq_len=32k", f"memory.capacity_gib={less:g}").gpu_share == tight.gpu_share
+    need = sum(host_estimate.host_bytes(roomy).values()) + sum(host_estimate.other_bytes(roomy, {}).values())
+    each = host_estimate.layer_input_bytes(roomy.config)
+    assert roomy.device_inputs == 1 and room.host_shortage(roomy) == 0
+
+    def short_of(gib: float, *more: str, vram_gib: float = 79.0) -> Selection:
+        # The reserve and the spare are left too.
+        have = (1.02 * need / 2**30 + 1) - gib
+        return settled(*at, *more, f"memory.capacity_gib={have:g}", vram_gib=vram_gib)
+
+    few = short_of(2.5 * each / 2**30)
+    assert (few.device_inputs, few.gpu_share) == (4, roomy.gpu_share) and room.host_shortage(few) == 0
+    one_less = dataclasses.replace(few, device_inputs=3)
+    assert room.host_shortage(one_less) > 0, "as few as are needed"
+    fixed = short_of(2.5 * each / 2**30, "checkpointing.device_inputs=1")
+    assert fixed.device_inputs == 1 and fixed.gpu_share > roomy.gpu_share and room.host_shortage(fixed) == 0
+    assert fixed.about_share.endswith("so that host memory suffices")
+
+    much = short_of(30.0)
+    assert (much.device_inputs, room.host_shortage(much)) == (28, 0)
+    states = much.gpu_share - roomy.gpu_share
+    assert 29 * 2**30 < 1.02 * (27 * each + 12 * states) < 30 * 2**30 + 1.02 * 12 * LAYER
+    # With a share that is set, inputs alone; without VRAM, neither.
+    assert short_of(30.0, "offload.gpu_share=0").gpu_share == 0
+    tight = short_of(30.0, vram_gib=32.0)
+    assert "as far as VRAM allows" in tight.about_share and room.host_shortage(tight) > 0
+    assert room.device_room(tight, 32.0) > 0
+
+
+def test_without_a_bandwidth_the_share_grows_for_host_memory_alone() -> None:
+    run = settled("seq_len=32k", "memory.capacity_gib=40")
+    assert run.about_share.endswith("so that host memory suffices") and room.host_shortage(run) == 0
 
 
 def test_what_is_not_known_is_said() -> None:

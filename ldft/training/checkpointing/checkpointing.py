@@ -158,10 +158,12 @@ def install(
     placement: Placement | None = None,
     *,
     pin: bool = False,
+    device_inputs: int = 1,
 ) -> Checkpointing | None:
     """Install checkpointing as configured; returns None if no layer is checkpointed.
 
     Host memory is allocated here, by `placement` and pinned if `pin`, so that HostMemoryError is raised now and not in training.
+    device_inputs: inputs that stay on the device with mode cpu.
     """
     settings = config.checkpointing
     layers = settings.recomputed(len(decoder_layers(model)))
@@ -170,7 +172,8 @@ def install(
     groups, lanes = -(-layers // settings.every), lanes_of(device)
     keeper: Keeper = DeviceInputs()
     if settings.mode is CheckpointingMode.cpu:
-        keeper = HostInputs(groups, host_estimate.layer_input_bytes(config), device, placement, pin=pin, lanes=lanes)
+        size = host_estimate.layer_input_bytes(config)
+        keeper = HostInputs(groups, size, device, placement, pin=pin, lanes=lanes, on_device=device_inputs)
     attention = None
     if settings.keep_attention is KeepAttention.device:
         attention = KeptAttention(DeviceOutputs())

@@ -1,13 +1,13 @@
 """Layer inputs in host memory: copied out during the forward pass, copied back one group ahead of the backward pass.
 
     forward   compute |  group 0  |  group 1  |  group 2  | loss
-              to host |  0        |  1        |             the last input stays: its backward comes first
+              to host |  0        |  1        |             the last inputs stay, at least one: their backward comes first
     backward  compute |  group 2  |  group 1  |  group 0  |
               to device  1        |  0        |
 
 Host memory is one arena, allocated before training and divided into one slot per group, with no rounding; every micro-batch
-reuses the slots. The device holds at most two inputs at any time: the one in use and the one being copied. The backward pass
-alternates between two buffers, allocated at its start and dropped at its end. When a group's input is requested, autograd has
+reuses the slots. Besides the inputs that stay, the device holds at most two: the one in use and the one being copied. The backward
+pass alternates between two buffers, allocated at its start and dropped at its end. When a group's input is requested, autograd has
 finished the following group (it runs nodes in the reverse order of the forward pass), so that group's buffer receives the input of
 the preceding one.
 
@@ -52,11 +52,12 @@ class _Buffer:
 
 
 class HostInputs(HostSlots):
-    """Keeps the input of every group but the last in host memory. Raises HostMemoryError if that memory cannot be allocated.
+    """Keeps the input of every group but the last ones in host memory. Raises HostMemoryError if that memory cannot be allocated.
 
     groups: layer groups per forward pass. bytes_each: bytes of the largest input. placement: of the memory; None: the process
     policy.
-    pin: register the memory, so that copies overlap computation. lanes: None: create new ones.
+    pin: register the memory, so that copies overlap computation. lanes: None: create new ones. on_device: how many inputs stay,
+    from the last.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class HostInputs(HostSlots):
         *,
         pin: bool = False,
         lanes: Lanes | None = None,
+        on_device: int = 1,
     ) -> None:
-        what = f"checkpointing.mode: cpu keeps {groups - 1} layer inputs"
-        less = ", a higher checkpointing.every or checkpointing=gpu"
-        super().__init__(groups - 1, bytes_each, device, placement, pin=pin, lanes=lanes, what=what, less=less)
+        count = max(groups - on_device, 0)
+        what = f"checkpointing.mode: cpu keeps {count} layer inputs"
+        less = ", a higher checkpointing.every or checkpointing.device_inputs, or checkpointing=gpu"
+        super().__init__(count, bytes_each, device, placement, pin=pin, lanes=lanes, what=what, less=less)
         self._slots = [_Slot(row) for row in self._rows]
         self._buffers: list[_Buffer | None] = [None, None]
         self._leaving: tuple[KeptInput, torch.Tensor, Any] | None = None
@@ -86,7 +89,7 @@ class HostInputs(HostSlots):
         # A strided input is copied out through a contiguous copy, which must stay alive until the transfer has ended.
         source = hidden_states.detach() if hidden_states.is_contiguous() else hidden_states.detach().contiguous()
         kept = KeptInput(self, group, self._forward, hidden_states.requires_grad, source._version)
-        if group == len(self._slots):
+        if group >= len(self._slots):
             kept.stayed = source
             return kept
         slot = self._slots[group]
@@ -117,9 +120,9 @@ class HostInputs(HostSlots):
         else:
             states = kept.stayed
             kept.check(states)
-        if kept.group > 0:
+        if 0 < kept.group <= len(self._slots):
             self._bring(kept.group - 1, kept.forward)
-        else:
+        elif kept.group == 0:
             self._drop_buffers()
         return states.detach().requires_grad_(kept.requires_grad)
 

@@ -83,14 +83,17 @@ def equal(a: list[torch.Tensor | None], b: list[torch.Tensor | None]) -> bool:
     )
 
 
-def keeper(every: int = 1, *, lanes: LazyLanes | None = None, size: int = 2 * TOKENS * HIDDEN * 4) -> HostInputs:
-    return HostInputs(-(-LAYERS // every), size, CPU, lanes=lanes)
+def keeper(
+    every: int = 1, *, lanes: LazyLanes | None = None, size: int = 2 * TOKENS * HIDDEN * 4, on_device: int = 1
+) -> HostInputs:
+    return HostInputs(-(-LAYERS // every), size, CPU, lanes=lanes, on_device=on_device)
 
 
 KEEPERS: dict[str, Callable[[int], checkpointing.Keeper]] = {
     "gpu": lambda every: DeviceInputs(),
     "cpu": keeper,
     "cpu, copies as late as may be": lambda every: keeper(every, lanes=LazyLanes()),
+    "cpu, three stay": lambda every: keeper(every, lanes=LazyLanes(), on_device=3),
 }
 
 

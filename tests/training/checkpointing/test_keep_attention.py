@@ -299,13 +299,16 @@ def test_the_estimate_is_what_is_allocated_and_too_little_of_it_is_one_line() ->
         ("checkpointing=gpu", "checkpointing.every=2"),
         ("checkpointing=cpu", "checkpointing.layers=3", "checkpointing.every=2"),
         ("checkpointing=cpu", "checkpointing.layers=1"),
+        ("checkpointing=cpu", "checkpointing.device_inputs=4"),
     ):
         config = compose("model=nano", "model.num_layers=5", "seq_len.tokens=64", "launch.device=cpu", *line)
         config.checkpointing.keep_attention = type(config.checkpointing.keep_attention).host
         layers = nn.ModuleList(TupleLayer() for _ in range(5))
-        installed = checkpointing.install(config, layers, CPU)
+        stay = config.checkpointing.device_inputs or 1
+        installed = checkpointing.install(config, layers, CPU, device_inputs=stay)
         assert installed is not None
-        assert sum(tensor.nbytes for tensor in installed.host_tensors()) == host_estimate.checkpoint_bytes(config), line
+        held = sum(tensor.nbytes for tensor in installed.host_tensors())
+        assert held == host_estimate.checkpoint_bytes(config, stay), line
     config = compose("model=llama3_8b", "seq_len=1m", "checkpointing=gpu", "launch.device=cpu", "model.num_layers=2")
     config.checkpointing.keep_attention = type(config.checkpointing.keep_attention).host
     config.train.micro_batch_size = 1 << 10
