@@ -28,6 +28,9 @@ from ldft.environment import CONF_DIR
 
 # Before anything imports DeepSpeed, which would look for an accelerator, and say so, at every start.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Before anything loads OpenMP. Its threads spin while they wait for each other, and several tests at once have more threads than
+# there are cores: then most of them spin for one that has no core, and what takes three seconds alone takes a minute.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A shell that starts the tests in the background lets them, and so what they start, ignore Ctrl-C, which several send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
