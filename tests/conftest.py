@@ -22,12 +22,16 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from ldft import results
+from ldft.cli import command as command_line
 from ldft.cli import composition
 from ldft.config import Config, Precision, from_dict
 from ldft.environment import CONF_DIR
 
 # Before anything imports DeepSpeed, which would look for an accelerator, and say so, at every start.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Before anything loads OpenMP. Its threads spin while they wait for each other, and several tests at once have more threads than
+# there are cores: then most of them spin for one that has no core, and what takes three seconds alone takes a minute.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A shell that starts the tests in the background lets them, and so what they start, ignore Ctrl-C, which several send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -149,6 +153,27 @@ def ldft(tmp_path: Path, command: Callable[..., list[str]]) -> Callable[..., Don
             check=False,
         )
         return Done(done.returncode, done.stdout, done.stderr, tmp_path / "results")
+
+    return run
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """`python -m ldft` in this process: what it refuses starts no rank, so that only the parent's time is paid."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def run(*overrides: str) -> Done:
+        folder = tmp_path / "results"
+        arguments = [item for item in overrides]
+        if not any(item.startswith("results.dir=") for item in arguments):
+            arguments.append(f"results.dir={folder}")
+        monkeypatch.setattr(sys, "argv", ["ldft", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        capfd.readouterr()
+        code = command_line.main()
+        out, err = capfd.readouterr()
+        return Done(code, out, err, folder)
 
     return run
 

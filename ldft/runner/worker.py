@@ -5,7 +5,9 @@ It rewrites rank-<r>.json after each phase and iteration, so that the results so
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -103,6 +105,7 @@ def _peak_kib(status: Path, without: tuple[str, ...]) -> int:
 def _train(selection: Selection, report: _Report, rank: int, interpreter_start: float, first: MemoryTable) -> None:
     config = selection.config
     report.phase("imports", "importing torch, transformers and DeepSpeed")
+    gc.disable()  # a million objects that stay: to look through them again and again takes a fifth of this phase
     import deepspeed
     import torch
 
@@ -111,6 +114,9 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     from ldft.training.deepspeed import engine as engines
     from ldft.training.deepspeed import fused_step, operators, role_memory
 
+    gc.freeze()  # nor do later collections, which may come in the middle of an iteration
+    atexit.register(gc.unfreeze)  # all is freed at the end, or nanobind reports leaks
+    gc.enable()
     device_type = config.launch.device.name
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":

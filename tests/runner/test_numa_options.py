@@ -45,7 +45,7 @@ def test_a_policy_is_applied_and_its_shares_are_in_the_row_and_on_screen(ldft) -
     assert f"ldft: memory policy bind of node {NODE}: asked node {NODE} 100.0%; got node {NODE}" in done.stdout
 
 
-def test_weights_that_the_kernel_cannot_have_stripe_the_arenas_instead(ldft) -> None:
+def test_weights_that_the_kernel_cannot_have_stripe_the_arenas_instead(ldft, here) -> None:
     done = ldft("numa=weighted_0_3", f"numa.nodes=[{NODE}]", "numa.weights=[300]")
     assert done.exit_code == 0, done.stdout + done.stderr
     row = done.row
@@ -53,7 +53,7 @@ def test_weights_that_the_kernel_cannot_have_stripe_the_arenas_instead(ldft) -> 
     assert {entry["requested_share"] for entry in row.roles} == {1.0} == {entry["share"] for entry in row.roles}
     assert "offloaded tensors are striped by them instead" in done.stdout
     # Without arenas there is nothing to stripe.
-    done = ldft("numa=weighted_0_3", f"numa.nodes=[{NODE}]", "numa.weights=[300]", "memory.pinning=torch")
+    done = here("model=nano", "numa=weighted_0_3", f"numa.nodes=[{NODE}]", "numa.weights=[300]", "memory.pinning=torch")
     assert done.exit_code == 2 and "numa.weights: 300 is above the kernel's largest weight, 255" in done.stderr
 
 
@@ -66,8 +66,8 @@ def test_weights_that_the_kernel_cannot_have_stripe_the_arenas_instead(ldft) -> 
         (("numa=default", "numa.nodes=[0]"), "numa.nodes: kind default takes no nodes"),
     ],
 )
-def test_nodes_that_do_not_exist_are_one_line_and_exit_code_2(ldft, arguments, key) -> None:
-    done = ldft(*arguments)
+def test_nodes_that_do_not_exist_are_one_line_and_exit_code_2(here, arguments, key) -> None:
+    done = here("model=nano", *arguments)
     assert done.exit_code == 2 and done.row.status == "invalid"
     if "99" in key or len(read_topology().nodes) > 3:
         assert done.row.error_message.startswith(key)

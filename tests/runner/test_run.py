@@ -76,10 +76,16 @@ def test_every_column_of_a_run_has_a_producer(plain: Done) -> None:
     assert empty - EITHER.keys() == NULL.keys()
 
 
-def test_the_parent_never_imports_torch(plain: Done) -> None:
+def test_the_parent_never_imports_torch_or_pandas(plain: Done) -> None:
     imported = set(re.findall(r"\|\s+([\w.]+)$", plain.stderr, re.MULTILINE))
     assert {"hydra", "ldft.runner.parent", "pyarrow.parquet"} <= imported, "the list of imports was not read"
-    assert not imported & {"torch", "deepspeed", "transformers"}
+    assert not imported & {"torch", "deepspeed", "transformers", "pandas.core"}
+
+
+def test_a_rank_ends_without_a_word(plain: Done) -> None:
+    """Its log has nothing after the run: what was kept from garbage collection is freed, and no library reports a leak."""
+    log = (plain.results_dir / plain.row.log_path).read_text()
+    assert "leak" not in log, log
 
 
 def test_a_loss_that_is_no_number_is_said_and_kept(ldft) -> None:
