@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ldft import closed_pipe
-from ldft.cli import composition, overrides, run_mode
+from ldft.cli import composition, overrides
 from ldft.config import from_dict
 from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError, InternalError, LdftError, ResultsError
@@ -28,7 +28,6 @@ from ldft.runner.summary import summary
 from ldft.sweep import cell
 
 composition.register()
-run_mode.install()
 
 exit_codes: list[int] = []
 
