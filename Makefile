@@ -16,7 +16,7 @@ run:
 
 test:
 	$(SETUP) test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 numa-vm:
 	@$(PYTHON) tests/numa_vm/machine.py setup

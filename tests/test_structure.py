@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST, TESTS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ldft"
 MOST_LINES = 350
@@ -209,3 +211,8 @@ def test_an_import_for_a_type_checker_alone_closes_no_circle(tmp_path: Path) -> 
     (tmp_path / "ldft" / "a.py").write_text("import ldft.b")
     (tmp_path / "ldft" / "b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ldft.a")
     assert cycle(graph_of(tmp_path)) == []
+
+
+def test_files_that_begin_first_exist() -> None:
+    """Else a file that was renamed would begin anywhere, and nobody would see why `make test` takes longer."""
+    assert [name for name in LONGEST if not (TESTS / name).is_file()] == []

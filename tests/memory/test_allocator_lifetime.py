@@ -3,8 +3,13 @@
 import subprocess
 import sys
 
+from tests.conftest import IN_CI
 
-def test_ten_thousand_cycles_of_random_sizes_leave_nothing():
+# A leak of a page a cycle is four times what is allowed below after so many.
+CYCLES = 10_000 if IN_CI else 2_000
+
+
+def test_thousands_of_cycles_of_random_sizes_leave_nothing():
     """Resident memory, address space and mappings of this process return to where they were."""
     code = """
 import gc, random, torch
@@ -25,12 +30,13 @@ def state():
     gc.collect()
     words = open("/proc/self/statm").read().split()
     return int(words[0]) * 4096, int(words[1]) * 4096, len(open("/proc/self/maps").readlines())
-cycle(1000)
+cycle(500)
 before = state()
-cycle(10000)
+cycle(CYCLES)
 after = state()
 print(*(b - a for a, b in zip(before, after)), *_native.usage())
 """
+    code = code.replace("CYCLES", str(CYCLES))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     address_space, resident, mappings, regions, size, ranges = map(int, done.stdout.split())

@@ -14,7 +14,6 @@ from ldft.config import from_dict, to_dict
 from ldft.memory.topology import read_topology
 from ldft.preflight import host_estimate
 from ldft.preflight.selection import select
-from ldft.preflight.strategies import ROLES
 from tests import rank_processes
 from tests.conftest import IN_CI, Done, compose, deepspeed_has_cpu_lion
 
@@ -210,20 +209,3 @@ def test_a_run_with_a_tensor_outside_its_arena_fails_with_its_name(ldft: Callabl
         "fp32_partitioned_groups_flat[0].exp_avg (momentum, 4.3 MiB) is not in the arena"
     )
     assert row.error_message in done.stdout and "internal error" not in done.stdout + done.stderr
-
-
-def test_a_row_has_every_role_on_every_rank_and_says_who_placed_it(ldft: Callable[..., Done]) -> None:
-    weighted = (f"numa.roles.momentum.nodes=[{NODE}]", "numa.roles.momentum.weights=[3]")
-    done = ldft("checkpointing=cpu", "launch.num_ranks=2", *weighted)
-    assert done.exit_code == 0, done.stdout + done.stderr
-    row = done.row
-    entries = {(entry["rank"], entry["role"]): entry for entry in row["roles"]}
-    roles = [role for role in ROLES if role != "master_gradients"]  # the update reads those in compute precision
-    assert set(entries) == {(rank, role) for rank in (0, 1) for role in roles}
-    assert entries[0, "momentum"]["bytes"] == entries[1, "momentum"]["bytes"] == 4 * PARAMETERS // 2
-    assert 2 * entries[0, "activations"]["bytes"] == row.checkpoint_host_gib * 2**30 > 0
-    assert entries[0, "momentum"]["requested_share"] == entries[0, "momentum"]["share"] == 1.0
-    assert entries[0, "variance"]["requested_share"] is None
-    assert row.numa_mechanism in ("kernel", "stripes") and not row.pinned
-    assert 0 < row.init_placement_s + row.init_first_touch_s < row.init_s
-    assert "ldft: momentum              0.004  " in done.stdout and "100.0% -> 100.0%" in done.stdout
