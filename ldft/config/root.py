@@ -47,6 +47,7 @@ _LATER = (
     "optimizer.overlap_step",
     "offload.gpu_share",
     "checkpointing.device_inputs",
+    "kernels.mlp_tiles",
 )
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.
 _IDENTITY_VERSION = 1

@@ -43,6 +43,8 @@ class Family:
     """Whether these keys are true by default."""
     norms: int = 2
     """Norms as wide as the residual stream."""
+    norm_after_mlp: bool = False
+    """Whether a norm reads the MLP's output before the residual stream does."""
     head_norms: HeadNorms = HeadNorms.none
     sinks: bool = False
     """Whether attention has one number for each query head."""
@@ -65,11 +67,11 @@ FAMILIES = {
     "qwen2": Family(biases={"qkv_bias": _QKV}, biased=True),
     "qwen3": Family(biases=_ATTENTION_BIAS, head_norms=HeadNorms.one_head),
     "gemma": Family(biases=_ATTENTION_BIAS),
-    "gemma2": Family(biases=_ATTENTION_BIAS, norms=4),
-    "gemma3_text": Family(biases=_ATTENTION_BIAS, norms=4, head_norms=HeadNorms.one_head),
-    "olmo2": Family(biases=_ATTENTION_BIAS, head_norms=HeadNorms.all_heads),
-    "olmo3": Family(biases=_ATTENTION_BIAS, head_norms=HeadNorms.all_heads),
-    "glm4": Family(biases={"attention_bias": _QKV}, biased=True, norms=4, fused_mlp=True),
+    "gemma2": Family(biases=_ATTENTION_BIAS, norms=4, norm_after_mlp=True),
+    "gemma3_text": Family(biases=_ATTENTION_BIAS, norms=4, norm_after_mlp=True, head_norms=HeadNorms.one_head),
+    "olmo2": Family(biases=_ATTENTION_BIAS, norm_after_mlp=True, head_norms=HeadNorms.all_heads),
+    "olmo3": Family(biases=_ATTENTION_BIAS, norm_after_mlp=True, head_norms=HeadNorms.all_heads),
+    "glm4": Family(biases={"attention_bias": _QKV}, biased=True, norms=4, norm_after_mlp=True, fused_mlp=True),
     "smollm3": Family(biases={**_ATTENTION_BIAS, "mlp_bias": _MLP}),
     "granite": Family(biases={**_ATTENTION_BIAS, "mlp_bias": _MLP}),
     "mixtral": Family(),

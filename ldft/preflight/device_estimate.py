@@ -214,15 +214,21 @@ def _inside(run: Selection, recomputed: bool) -> int:
     The outputs of both norms, the residual between them, and two gradients take 5 H; queries, keys, values and the attention
     output 2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers recomputed together each keep theirs.
     An adapter on the MLP's last module adds w T (I + 2 H): a second gradient of its input, and the adapter's copy of its output
-    gradient.
+    gradient. An MLP in tiles has the arrays of one tile, and its weights' gradients in fp32; when it is done, attention's backward
+    pass sums up the queries' gradient in fp32, 4 T Q.
     """
     config = run.config
     model = config.model
     sparse = decoder_layers.largest(model)
     of_experts = model.num_experts_per_token * (model.hidden_size + experts.expert_width(model))
     width = of_experts if sparse else model.intermediate_size
+    if run.mlp_tiles > 1:
+        width = 0
     inside = parameter_counts.width(config) * tokens(config) * (2 * model.hidden_size + width) + _scores(run, 2)
-    if "down_proj" in parameter_counts.adapted(config, sparse):
+    if run.mlp_tiles > 1:
+        queries = model.num_attention_heads * model.head_dim
+        inside += max(_tile(run), 4 * tokens(config) * queries)
+    elif "down_proj" in parameter_counts.adapted(config, sparse):
         inputs = decoder_layers.linears(model, sparse)["down_proj"][0]
         inside += parameter_counts.width(config) * tokens(config) * (inputs + 2 * model.hidden_size)
     if not recomputed:
@@ -232,7 +238,7 @@ def _inside(run: Selection, recomputed: bool) -> int:
 
 
 def _kept(run: Selection) -> int:
-    """Bytes that a layer's forward pass keeps besides its input: w T (3 H + 2 Q + 2 K + 3 I).
+    """Bytes that a layer's forward pass keeps besides its input: w T (3 H + 2 Q + 2 K + 3 I); no I if the MLP runs in tiles.
 
     With dropout, each adapter also keeps its own input, and a mask of one byte per element.
     """
@@ -243,12 +249,22 @@ def _kept(run: Selection) -> int:
     keys = queries if repeats else model.num_key_value_heads * model.head_dim
     sparse = decoder_layers.largest(model)
     elements = 3 * model.hidden_size + 2 * queries + 2 * keys
-    elements += _experts(config) if sparse else 3 * model.intermediate_size
+    if run.mlp_tiles == 1:
+        elements += _experts(config) if sparse else 3 * model.intermediate_size
     kept = parameter_counts.width(config) * tokens(config) * elements + _scores(run, 4)
     if config.lora.dropout:
         inputs = sum(inputs for inputs, _ in parameter_counts.adapted(config, sparse).values())
         kept += (parameter_counts.width(config) + 1) * tokens(config) * inputs
     return kept
+
+
+def _tile(run: Selection) -> int:
+    """w T (8 I + 2 H) / n for one of n tiles: both halves, the activation, the product, and a gradient of each; and of the weights'
+    gradients the sums in fp32 and their rounded copies, 6 B each."""
+    model = run.config.model
+    size = -(-tokens(run.config) // run.mlp_tiles)
+    arrays = parameter_counts.width(run.config) * size * (8 * model.intermediate_size + 2 * model.hidden_size)
+    return arrays + (0 if run.config.lora.rank else 6 * 3 * model.intermediate_size * model.hidden_size)
 
 
 def _experts(config: Config) -> int:

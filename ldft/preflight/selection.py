@@ -7,7 +7,7 @@ from typing import Any
 
 from ldft.config import AttentionKind, Config
 from ldft.memory.topology import Topology, read_topology
-from ldft.preflight import attention, deepspeed_config, liger, update_overlap
+from ldft.preflight import attention, deepspeed_config, liger, mlp_tiles, update_overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,8 @@ class Selection:
     """Parameters of one rank whose optimizer state is on the GPU, from the front of the model; chosen by gpu_share.py."""
     about_share: str = ""
     """Why so many, or why none; empty if the question does not arise."""
+    mlp_tiles: int = 1
+    """Tiles in which each MLP runs; 1: none."""
     device_inputs: int = 1
     """Kept layer inputs that stay on the device under checkpointing=cpu, from the last; chosen by device_inputs.py."""
 
@@ -83,4 +85,5 @@ def select(config: Config, *, topology: Topology | None = None, deepspeed: dict[
         fused_step=fused,
         overlap_step=overlaps,
         no_overlap=obstacle,
+        mlp_tiles=mlp_tiles.choose(config),
     )

@@ -65,13 +65,15 @@ def whole_layers(config: Config) -> bool:
 def leaf_modules(config: Config) -> dict[str, list[str]]:
     """Values of `zero_optimization.leaf_module`: the decoder layers, whose names end like this in every family.
 
-    With adapters all but the first: its input, of frozen weights, needs no gradient, and then torch calls the hook in which
-    DeepSpeed reduces a leaf module's gradients before they are computed.
+    With adapters, of the first only its MLP: the layer's input, of frozen weights, needs no gradient, and then torch calls the hook
+    in which DeepSpeed reduces a leaf module's gradients before they are computed.
     """
     if not whole_layers(config):
         return {"classes": []}
-    layers = range(1 if config.lora.rank else 0, config.model.num_layers)
-    return {"classes": [], "name_suffixes": [f"model.layers.{number}" for number in layers]}
+    layers = [f"model.layers.{number}" for number in range(config.model.num_layers)]
+    if config.lora.rank:
+        layers[0] += ".mlp"
+    return {"classes": [], "name_suffixes": layers}
 
 
 def sizes(config: Config) -> dict[str, int | bool]:

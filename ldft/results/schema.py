@@ -88,6 +88,7 @@ MEASURED = [
     Column("fused_step", pa.bool_(), "", "whether ldft's kernel updated the offloaded weights; false: another kernel did, or nothing is offloaded", source="first"),
     Column("overlap_step", pa.bool_(), "", "whether that update ran beside the next forward pass", source="first"),
     Column("gpu_share_gib", _FLOAT, "GiB", "device memory on each GPU for the parameters that it updates although they are offloaded (offload.gpu_share); 0: none", source="first"),
+    Column("mlp_tiles", _INT, "", "tiles of tokens in which each MLP ran (kernels.mlp_tiles); 1: none", source="first"),
     Column("device_inputs", _INT, "", "kept layer inputs that stayed on the device with checkpointing=cpu (checkpointing.device_inputs); null in other modes", source="first"),
     Column("gpu_share_choice", _TEXT, "", "why as many, or why none; null where the question does not arise"),
     Column("iteration_s", _FLOATS, "s", "time of each iteration, barrier to barrier, on the slowest rank; warm-up included", source="first"),

@@ -88,7 +88,8 @@ def _what(run: Resolved) -> list[str]:
     return [
         f"model: {model.name}, {model.family}, {model.num_layers} layers, {parameters}",
         f"weights: {weights}; data: {data}",
-        f"attention: {run.attention.name}; Liger Kernel: {'yes' if run.liger else 'no'}; {_trained(config)}",
+        f"attention: {run.attention.name}; Liger Kernel: {'yes' if run.liger else 'no'}; "
+        f"MLP: {f'in {run.mlp_tiles} tiles' if run.mlp_tiles > 1 else 'whole'}; {_trained(config)}",
         f"update: {config.optimizer.name}, {_updated_by(run)}",
         *_layer_inputs(run),
         f"iteration: {sequences} sequences of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} tokens, "

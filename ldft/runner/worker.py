@@ -21,7 +21,7 @@ from ldft.config import from_dict
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
 from ldft.memory.probe import MemoryTable
-from ldft.preflight import device_estimate, device_inputs, device_rates
+from ldft.preflight import device_estimate, device_inputs, device_rates, mlp_tiles
 from ldft.preflight.resolved import complete
 from ldft.preflight.selection import Selection, select
 from ldft.results import attempt
@@ -109,7 +109,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     import deepspeed
     import torch
 
-    from ldft.training import cuda_build, data, flops, liger_kernels, loop, model, snapshot
+    from ldft.training import cuda_build, data, flops, liger_kernels, loop, model, snapshot, tiled_mlp
     from ldft.training.checkpointing import checkpointing
     from ldft.training.deepspeed import engine as engines
     from ldft.training.deepspeed import fused_step, operators, role_memory
@@ -156,6 +156,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
         liger_modules=liger_kernels.count_modules(network),
         fused_step=run.fused_step,
         overlap_step=run.overlap_step,
+        mlp_tiles=run.mlp_tiles,
         device_inputs=run.device_inputs if device_inputs.waits(config) else None,
         gpu_share_gib=device_estimate.share_bytes(run) / 2**30,
         **flops.columns(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens),
@@ -167,6 +168,8 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     pin = device_type == "cuda" and config.memory.pinning is not Pinning.none
     placement = arenas.placement_of("activations") if arenas else None
     inputs = checkpointing.install(config, network, device, placement, pin=pin, device_inputs=run.device_inputs)
+    if run.mlp_tiles > 1:
+        tiled_mlp.install(network, run.mlp_tiles, skips=mlp_tiles.skips_in_recomputation(config))
     activations = inputs.host_tensors() if inputs else []
     report.put(
         checkpoint_host_gib=sum(t.nbytes for t in activations) / 2**30,

@@ -72,6 +72,10 @@ def attention_that_runs(config: Config) -> Any:
     return model.build(select(config), torch.device("cpu")).config._attn_implementation
 
 
+def mlp_in_tiles(config: Config) -> Any:
+    return select(config).mlp_tiles
+
+
 def uses_liger(config: Config) -> Any:
     config.launch.device = Device.cuda
     return liger.wanted(config)

@@ -21,6 +21,7 @@ last runs all of them. So between the layers of a group the model sees the group
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from ldft.config import Config
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.memory.policy import Placement
 from ldft.preflight import host_estimate
+from ldft.training.checkpointing import recomputation
 from ldft.training.checkpointing.attention_outputs import HostOutputs
 from ldft.training.checkpointing.copies import lanes_of
 from ldft.training.checkpointing.keep_attention import DeviceOutputs, KeptAttention
@@ -136,10 +138,12 @@ class Checkpointing:
         fresh = [hidden_states]
 
         def body(_: torch.Tensor) -> Any:
-            states: Any = fresh.pop() if fresh else waiting.restore()
-            for run in runs:
+            again = not fresh
+            states: Any = waiting.restore() if again else fresh.pop()
+            for run in runs[:-1]:
                 states = run(states)
-            return states
+            with recomputation.last_layer() if again else nullcontext():
+                return runs[-1](states)
 
         # The empty tensor tells torch which device's random state to keep.
         contexts = partial(self._attention.contexts, group) if self._attention else noop_context_fn
