@@ -133,7 +133,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
     for part in (
         "8,030,261,248 parameters",
         "2 sequences of 32768 tokens = 65,536 tokens",
-        "attention: sdpa; Liger Kernel: no; every weight is trained",
+        "attention: sdpa; Liger Kernel: no; MLP: whole; every weight is trained",
         "update: adamw, by ldft's fused step in host memory",
         "memory policy of the ranks (numa=default): ",
         "process: 737.28 MiB",

@@ -27,6 +27,7 @@ def test_the_formula_is_within_five_percent_of_the_measured_peak(row: dict[str, 
         f"launch.num_ranks={row['ranks']}", f"offload={row['offload']}", f"train.precision={row['precision']}",
         *([f"offload.deepspeed.zero_optimization={{{SIZES},contiguous_gradients:true}}"] if row["offload"] == "full" else []),
         f"checkpointing={row['checkpointing']}", f"kernels.liger={row['liger']}", "launch.device=cuda",
+        "kernels.mlp_tiles=1",
         *(["optimizer.fused_step=false"] if row["offload"] != "none" else []),
     )  # fmt: skip
     peak_gb = sum(resolve(config).estimate.device.values()) / 1e9
