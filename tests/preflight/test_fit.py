@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,17 @@ def test_a_sweep_goes_on_after_a_cell_that_does_not_fit(ldft) -> None:
     assert ran.predicted_host_gib == pytest.approx(ran.peak_host_gib, rel=0.2)
 
 
+@pytest.fixture
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CUDA is told to show none, where there are some."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for found in (environment._visible, environment._models):
+        found.cache_clear()
+    yield
+    for found in (environment._visible, environment._models):
+        found.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("said", "fits", "part"),
     [
@@ -122,17 +134,23 @@ def test_a_sweep_goes_on_after_a_cell_that_does_not_fit(ldft) -> None:
         (["memory.capacity_gib=1000"], True, "of unknown size: set e.g. memory.vram_gib=80"),
     ],
 )
-def test_a_dry_run_answers_for_gpus_that_are_not_here(said: list[str], fits: bool, part: str, ldft, tmp_path) -> None:
-    """On a machine without GPUs; elsewhere CUDA is told to show none."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+def test_a_dry_run_answers_for_gpus_that_are_not_here(
+    said: list[str], fits: bool, part: str, here, without_gpus: None, tmp_path: Path
+) -> None:
     words = ["model=llama3_8b", "launch.device=cuda", "launch.num_ranks=2", "seq_len=32k", *said]
-    done = ldft(*words, "dry_run=true", base=(), env=hidden)
+    done = here(*words, "dry_run=true")
     assert done.exit_code == 0, done.stderr
     assert "assumed to be Hopper" in done.stdout and "attention: sdpa_cudnn" in done.stdout
     assert "train.precision=bf16 (auto; no GPU here" in done.stdout and "rank 0:" not in done.stdout
     assert part in done.stdout and ("does not fit" in done.stdout) is not fits
-    done = ldft("-m", *words, "dry_run=true", base=(), env=hidden)
+    done = here("-m", *words, "dry_run=true")
     assert done.exit_code == 0 and ("does not fit" in done.stdout) is not fits
     assert not (tmp_path / "results").exists()
-    done = ldft(*words, base=(), env=hidden)
+    done = here(*words)
     assert done.exit_code == 2 and "no NVIDIA GPU is visible here" in done.stderr
+
+
+def test_the_command_answers_for_gpus_that_are_not_here(ldft) -> None:
+    words = ("model=llama3_8b", "launch.device=cuda", "memory.vram_gib=80", "memory.capacity_gib=1000", "dry_run=true")
+    done = ldft(*words, base=(), env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.exit_code == 0 and "GPUs: 1 of 80.0 GiB" in done.stdout, done.stdout + done.stderr
