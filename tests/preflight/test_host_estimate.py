@@ -191,7 +191,7 @@ def measured() -> list[tuple[str, Config, float, float, bool]]:
             peak = row["peak_vram_allocated_gib"]
             config = from_dict(json.loads(row["config_json"]))
             name = f"{file} {who} {config.memory.pinning.name}"
-            if "mlp_tiles" not in json.loads(row["config_json"])["kernels"]:
+            if "mlp_tiles" not in json.loads(row["config_json"]).get("kernels", {}):
                 config.kernels.mlp_tiles = 1  # all were whole then
             before = "overlap_step" not in json.loads(row["config_json"]).get("optimizer", {})
             found.append((name, config, row["peak_host_gib"], max(peak) if isinstance(peak, list) else peak, before))
