@@ -61,7 +61,7 @@ class Contender:
     settings: Callable[[Config], Settings] | None = None
     """DeepSpeed settings of a peer; None is ldft itself."""
     checkpointing: str = "gpu"
-    """Checkpointing of a peer: gpu, seed, deepspeed or none. ldft's is set by an override."""
+    """Checkpointing of a peer: gpu, seed, deepspeed, alst or none. ldft's is set by an override."""
     attention: str | None = None
     """None: the one given to the benchmark."""
     against: str | None = None
@@ -82,6 +82,10 @@ CONTENDERS = {
     "ours-offload-keep-attention": Contender(
         "all offloaded, attention's outputs too",
         ("offload=full", "checkpointing=cpu", "checkpointing.keep_attention=host"),
+    ),
+    "ours-offload-keep-attention-on-device": Contender(
+        "all offloaded, attention's outputs kept on the GPU",
+        ("offload=full", "checkpointing=cpu", "checkpointing.keep_attention=device"),
     ),
     "ours-offload-no-share": Contender(
         "all offloaded, the optimizer's state too", ("offload=full", "checkpointing=cpu", "offload.gpu_share=0")
@@ -117,6 +121,10 @@ CONTENDERS = {
     "plain-offload-async-checkpoints": Contender(
         "the same, layer inputs offloaded by DeepSpeed", ("offload=full",), async_checkpoints, "deepspeed",
         against="ours-offload",
+    ),
+    "plain-offload-alst": Contender(
+        "DeepSpeed's recipe for long sequences: layer inputs offloaded, TiledMLP", ("offload=full",), async_checkpoints,
+        "alst", against="ours-offload",
     ),
     "fsdp2-offload": Contender(
         "torch's FSDP2, all but layer inputs offloaded", ("offload=full",), stock, against="ours-offload",

@@ -2,30 +2,53 @@
 
     python benchmarks/long_sequences.py OUT.parquet [--runs NAME:TOKENS ...] [--timeout SECONDS] [override ...]
 
-The default is a 3B model with 256k and 320k tokens for ldft, which keeps layer inputs in host memory, and one length for each peer:
-layer inputs on the device (plain-offload), and the seed's settings and checkpoints (seed). Names are those in contenders.py. A run
-that does not fit is recorded too, with its status. There is no search for the longest length.
+The default is a 3B model. NAME is one of contenders.py; TOKENS a number, or of ldft `longest`: 95% of the longest length that its
+estimate says to fit here, found by bisection. A run that does not fit is recorded too, with its status.
 
 Expected time on an H200: with the forward pass computed twice, there are 8 FLOPs per token and weight, and 8 x layers x heads x
-head_dim x tokens per token for causal attention: 5.4e16 for 3B at 256k, 8.2e16 at 320k. At 450 to 500 TFLOP/s this takes 110 to 130
-s and 170 to 200 s, plus half a minute to start. Host memory of ldft: 20 bytes per parameter plus layers x tokens x hidden x 2
-bytes, i.e. 102 and 112 GiB; the seed needs more, since torch rounds each pinned tensor up to a power of two. On a virtual machine
-that reports less memory than it can grow to, add memory.capacity_gib=125.
+head_dim x tokens per token for causal attention: 5.4e16 for 3B at 256k, 8.2e16 at 320k, 4.5e17 at 768k. At 450 to 500 TFLOP/s this
+takes 110 to 130 s, 170 to 200 s, 900 to 1000 s, plus half a minute to start. On a virtual machine that reports less memory than it
+can grow to, add memory.capacity_gib=125.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from contenders import CONTENDERS, Setting, run, surroundings
+from contenders import CONTENDERS, Setting, config_of, run, surroundings
 from training import save
 
 from ldft import environment
+from ldft.preflight import fit
+from ldft.preflight.resolved import resolve
 
-DEFAULT = ("ours-offload:262144", "ours-offload:327680", "plain-offload:327680", "seed:196608")
+DEFAULT = ("ours-offload:262144", "ours-offload:longest", "plain-offload-alst:262144", "seed:196608")
+# Lengths are multiples of this, at most as long as this.
+STEP, MOST = 4096, 1 << 23
+
+
+def longest(setting: Setting, name: str) -> int:
+    """Tokens: 95% of the longest sequence that the estimate says to fit, a multiple of STEP. Raises SystemExit if none does."""
+
+    def fits(steps: int) -> bool:
+        more = dataclasses.replace(setting, overrides=(*setting.overrides, f"seq_len.tokens={steps * STEP}"))
+        try:
+            fit.examine(resolve(config_of(CONTENDERS[name], more)))
+        except fit.DoesNotFitError:
+            return False
+        return True
+
+    low, high = 0, MOST // STEP  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if not low:
+        raise SystemExit(f"{name}: not even {STEP} tokens fit here")
+    return int(0.95 * low) * STEP
 
 
 def line(record: dict[str, Any]) -> str:
@@ -63,9 +86,11 @@ def main() -> int:
         for entry in options.runs:
             name, _, tokens = entry.partition(":")
             model = () if any(item.startswith("model=") for item in options.overrides) else ("model=llama3_3b",)
-            overrides = (*model, *options.overrides, f"seq_len.tokens={tokens}")
-            overrides += ("train.iterations=1", "train.warmup_iterations=0")
+            overrides = (*model, *options.overrides, "train.iterations=1", "train.warmup_iterations=0")
             setting = Setting(overrides, options.attention, options.liger, options.timeout)
+            if tokens == "longest":
+                tokens = str(longest(setting, name))
+            setting = dataclasses.replace(setting, overrides=(*overrides, f"seq_len.tokens={tokens}"))
             record = run(name, setting, Path(scratch) / entry.replace(":", "-"))
             records.append(record | common)
             save(records, options.out)

@@ -4,9 +4,11 @@
 
 DEEPSPEED.json is the config for `deepspeed.initialize`; benchmarks/plain_common.py says what the rest is. checkpointing: none, gpu
 (PyTorch's), seed (benchmarks/seed_checkpointing.py), deepspeed (DeepSpeed's own function, as `activation_checkpointing` in
-DEEPSPEED.json says; with `cpu_checkpointing`, release 0.19.8 copies layer inputs on a stream of its own; needs a GPU).
+DEEPSPEED.json says; with `cpu_checkpointing`, release 0.19.8 copies layer inputs on a stream of its own; needs a GPU), alst (the
+same, and DeepSpeed's TiledMLP in as many tiles as its example: tokens by hidden size).
 """
 
+import math
 from contextlib import nullcontext
 from functools import partial
 
@@ -18,7 +20,7 @@ import deepspeed
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-task = plain_common.setup(__doc__, ("none", "gpu", "seed", "deepspeed"))
+task = plain_common.setup(__doc__, ("none", "gpu", "seed", "deepspeed", "alst"))
 deepspeed.init_distributed("nccl" if task.cuda else "gloo", auto_mpi_discovery=False, verbose=False)
 partitioned = task.settings["zero_optimization"]["stage"] == 3
 where = deepspeed.zero.Init(config_dict_or_path=task.settings) if partitioned else task.device
@@ -33,8 +35,19 @@ if task.checkpointing == "seed":
 
     tokens = task.config["train"]["micro_batch_size"] * task.config["seq_len"]["tokens"]
     seed_checkpointing.install(model, tokens, task.dtype)
+if task.checkpointing == "alst":
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            mlp = layer.mlp
+            weights = [mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight]
+            whole = mlp.forward
+            mlp.forward = lambda states, mlp=mlp, whole=whole, weights=weights: TiledMLP.apply(
+                lambda _, tile: whole(tile), mlp, states, math.ceil(states.shape[-2] / states.shape[-1]), weights
+            )
 engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=task.settings)
-if task.checkpointing == "deepspeed":
+if task.checkpointing in ("deepspeed", "alst"):
     # `deepspeed.initialize` does not do this: the model's own code must call the function.
     deepspeed.checkpointing.configure(None, deepspeed_config=task.settings)
     for module in model.modules():

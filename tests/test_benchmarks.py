@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from ldft import environment
 from ldft.config import Device
 from ldft.environment import PACKAGE_DIR
-from ldft.preflight import deepspeed_config
+from ldft.preflight import deepspeed_config, fit
+from ldft.preflight.resolved import resolve
 from ldft.runner.core_binding import physical_cores
 from tests.conftest import long
 
@@ -37,6 +40,31 @@ def contenders(monkeypatch: pytest.MonkeyPatch):
     import contenders
 
     return contenders
+
+
+def test_the_longest_length_is_where_the_estimate_ends(contenders, monkeypatch) -> None:
+    import long_sequences
+
+    monkeypatch.setattr(environment, "gpus", lambda: ("NVIDIA H200",))
+    monkeypatch.setattr(environment, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(environment, "gpu_memory_gib", lambda: 40.0)
+    words = ("model=llama3_1b", "launch.device=cuda", "train.precision=bf16", "memory.capacity_gib=64")
+    setting = contenders.Setting(words, "sdpa", False, 60)
+    found = long_sequences.longest(setting, "ours-offload")
+    assert found % long_sequences.STEP == 0 and found > 65536
+
+    def fits(tokens: int) -> bool:
+        more = dataclasses.replace(setting, overrides=(*words, f"seq_len.tokens={tokens}"))
+        try:
+            fit.examine(resolve(contenders.config_of(contenders.CONTENDERS["ours-offload"], more)))
+        except fit.DoesNotFitError:
+            return False
+        return True
+
+    assert fits(found) and not fits(int(found / 0.95) + 3 * long_sequences.STEP)
+    monkeypatch.setattr(environment, "gpu_memory_gib", lambda: 1.0)
+    with pytest.raises(SystemExit, match="ours-offload: not even 4096 tokens fit here"):
+        long_sequences.longest(setting, "ours-offload")
 
 
 def test_peers_differ_from_ours_in_what_their_names_say(contenders) -> None:
