@@ -4,7 +4,9 @@ the time."""
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.hydra import Hydra
@@ -22,10 +24,12 @@ def can_be_set(overrides: list[str], providers: set[str]) -> bool:
     """Whether anything may set hydra.mode. False only if nothing does. providers: of Hydra's search path."""
     if not providers <= _KNOWN or any("hydra" in override or "sweep" in override for override in overrides):
         return True
-    for file in CONF_DIR.rglob("*.yaml"):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        if (file.parent.name != "sweep" and _SETS.search(text)) or _TAKES_SWEEP.search(text):
-            return True
+    # Not Path.rglob, which leaves out folders behind links, as conf/local may be.
+    for folder, _, names in os.walk(CONF_DIR, followlinks=True):
+        for file in (Path(folder, name) for name in names if name.endswith(".yaml")):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if (file.parent.name != "sweep" and _SETS.search(text)) or _TAKES_SWEEP.search(text):
+                return True
     return False
 
 

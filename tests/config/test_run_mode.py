@@ -72,3 +72,12 @@ def test_files_that_can_set_it_are_seen(tmp_path: Path, monkeypatch: pytest.Monk
 def test_overrides_that_can_set_it_are_seen(override: str) -> None:
     assert run_mode.can_be_set(["model=nano", override], KNOWN)
     assert run_mode.can_be_set(["model=nano"], {*KNOWN, "command-line"})
+
+
+def test_a_file_behind_a_link_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "default.yaml").write_text("# @package _global_\nhydra:\n  mode: MULTIRUN\n")
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "local").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(run_mode, "CONF_DIR", tmp_path / "conf")
+    assert run_mode.can_be_set(["model=nano"], KNOWN)
