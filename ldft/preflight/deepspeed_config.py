@@ -136,6 +136,7 @@ def _chosen(config: Config) -> dict[str, Any]:
     }
     if offload.stage == 3:
         zero |= zero_buckets.sizes(config)
+        zero["memory_efficient_linear"] = zero_buckets.frees_weights_early(config)
         if config.model.num_experts or zero_buckets.whole_layers(config):
             # By default, DeepSpeed would fetch some families' block of experts as a whole and reduce its gradients at its end. That
             # is for experts that are modules, of which each rank runs others; since transformers 5 one module holds all of a layer.

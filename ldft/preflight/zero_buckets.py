@@ -76,6 +76,18 @@ def leaf_modules(config: Config) -> dict[str, list[str]]:
     return {"classes": [], "name_suffixes": layers}
 
 
+def frees_weights_early(config: Config) -> bool:
+    """Value of `zero_optimization.memory_efficient_linear`: whether a linear layer must not keep its weight for the backward pass.
+
+    By default DeepSpeed runs each in a Python function that saves this memory, but saves its inputs only when it has computed its
+    output: so a recomputation, which stops at the last tensor that it needs, computes a layer's last product in vain. Where every
+    layer is recomputed right before its backward pass, its weights are on the device from the one to the other anyway.
+    """
+    checkpointing, count = config.checkpointing, config.model.num_layers
+    recomputed = checkpointing.recomputed(count) == count and checkpointing.every == 1
+    return not (whole_layers(config) and recomputed)
+
+
 def sizes(config: Config) -> dict[str, int | bool]:
     """Keys of `zero_optimization` for stage 3.
 

@@ -184,3 +184,13 @@ def test_schedule_is_that_of_transformers(name: str, warmup: int) -> None:
         assert schedule.factor(config, update) == pytest.approx(theirs.get_last_lr()[0]), update
         optimizer.step()
         theirs.step()
+
+
+def test_linear_layers_are_torchs_where_every_layer_is_recomputed_right_before_its_backward_pass() -> None:
+    def early(*overrides: str) -> bool:
+        line = ("model=llama3_1b", "launch.device=cuda", "offload=full", "checkpointing=cpu", *overrides)
+        return deepspeed_config.build(compose(*line))["zero_optimization"]["memory_efficient_linear"]
+
+    assert not early() and not early("checkpointing=gpu") and not early("lora=r8")
+    assert early("checkpointing=none") and early("checkpointing.layers=3") and early("checkpointing.every=2")
+    assert early("offload.deepspeed={zero_optimization:{stage3_max_reuse_distance:0}}")
