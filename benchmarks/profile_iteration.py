@@ -102,9 +102,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     selection = select(config)
     run = complete(selection)
-    selection = dataclasses.replace(
-        selection, deepspeed=run.deepspeed, gpu_share=run.gpu_share, device_inputs=run.device_inputs
-    )
+    selection = dataclasses.replace(selection, deepspeed=run.deepspeed, **run.choices)
     first, _ = node_memory.begin(selection)
 
     from torch.profiler import ProfilerActivity, profile

@@ -69,11 +69,11 @@ class CheckpointingConfig:
                 "checkpointing.device_inputs",
                 f"{self.device_inputs}: without checkpointing=cpu no input is in host memory; leave it at null",
             )
-        if self.device_inputs is not None and not 1 <= self.device_inputs <= max(1, self.groups(num_layers)):
+        kept = self.groups(num_layers)
+        if self.device_inputs is not None and not 1 <= self.device_inputs <= max(1, kept):
             raise ConfigError(
                 "checkpointing.device_inputs",
-                f"{self.device_inputs}: {self.groups(num_layers)} inputs are kept; use 1 to {max(1, self.groups(num_layers))}, "
-                "or null",
+                f"{self.device_inputs}: {kept} inputs are kept; use 1 to {max(1, kept)}, or null",
             )
         if self.keep_attention is not KeepAttention.none and self.recomputed(num_layers) == 0:
             raise CombinationError(

@@ -131,8 +131,7 @@ def _state(run: Selection) -> Parts:
         whole_bucket = zero["contiguous_gradients"] and config.launch.device is not Device.cpu
         parts["reduce bucket"] = width * (bucket if whole_bucket else min(bucket, parameter_counts.total(trained)))
     if offload.optimizer is OffloadDevice.none:
-        # 4 B each: master weight and two moments, one with Lion.
-        states = 8 if config.optimizer.name == "lion" else 12
+        states = parameter_counts.state_bytes(config)
         parts["optimizer"] = states * (parameter_counts.total(trained) if offload.stage == 0 else share)
         if offload.stage == 3:
             # fp32 gradients of one sub-group; all gradients in compute precision.
@@ -148,8 +147,7 @@ def _state(run: Selection) -> Parts:
 def share_bytes(run: Selection) -> int:
     """Bytes of the parameters that the GPU updates under full offload (gpu_share.py): master weights and moments, 4 B each, and
     weights and gradients in compute precision."""
-    states = 8 if run.config.optimizer.name == "lion" else 12
-    return run.gpu_share * (states + 2 * parameter_counts.width(run.config))
+    return run.gpu_share * (parameter_counts.state_bytes(run.config) + 2 * parameter_counts.width(run.config))
 
 
 def _mask(run: Selection) -> Parts:

@@ -1,9 +1,9 @@
 """Chooses how much of the optimizer's state lives on the GPU although it is offloaded. Imports no torch.
 
 An update beside the next forward pass (optimizer.overlap_step) cannot hide what that pass needs first, nor what takes longer than
-the pass. So the front of the model, in the order of the forward pass, can be updated on the GPU: the embedding
-and some whole layers. Their master weights and moments, and their weights and gradients in compute precision, are in device
-memory; a kernel rounds as the CPU's does, so no loss changes. The share also grows where host memory would not hold the state.
+the pass. So the front of the model, in the order of the forward pass, can be updated on the GPU: the embedding and some whole
+layers. Their master weights and moments, and their weights and gradients in compute precision, are in device memory; a kernel
+rounds as the CPU's does, so no loss changes. The share also grows where host memory would not hold the state.
 """
 
 from __future__ import annotations
@@ -58,12 +58,11 @@ def _choose(run: Selection, vram_gib: Callable[[Config], float | None]) -> tuple
             return whole, "as requested"
         layers = min(most, max(0, round((asked * whole - embedding) / layer)))
         return embedding + layers * layer, f"as requested: the embedding and {layers} layers"
-    return _hiding(run, vram_gib(config), embedding, layer, whole)
+    return _hiding(run, vram_gib(config), embedding, layer)
 
 
-def _hiding(run: Selection, vram_gib: float | None, embedding: int, layer: int, whole: int) -> tuple[int, str]:
+def _hiding(run: Selection, vram_gib: float | None, embedding: int, layer: int) -> tuple[int, str]:
     """The smallest share that hides the rest of the update, as far as VRAM allows."""
-    most = run.config.model.num_layers
     wanted = _layers_that_hide(run.config, embedding, layer)
     if isinstance(wanted, str):
         return 0, f"none: {wanted}"
@@ -73,10 +72,7 @@ def _hiding(run: Selection, vram_gib: float | None, embedding: int, layer: int, 
     left = room.device_room(run, vram_gib) // each
     if left < embedding:
         return 0, f"none: {_gib(max(left, 0) * each)} of VRAM are left, the embedding's takes {_gib(embedding * each)}"
-    layers = min(wanted, (left - embedding) // layer)
-    far = "" if layers == wanted else f", as far as VRAM allows ({wanted} layers are needed)"
-    elements = whole if layers == most else embedding + layers * layer
-    return elements, f"the embedding and {layers} of {most} layers, so that the rest's update is hidden{far}"
+    return _front(run.config, wanted, left, "the rest's update is hidden")
 
 
 def relieve(run: Selection, vram_gib: Callable[[Config], float | None]) -> Selection:
@@ -85,19 +81,24 @@ def relieve(run: Selection, vram_gib: Callable[[Config], float | None]) -> Selec
     short, size = room.host_shortage(run), vram_gib(config)
     if config.offload.gpu_share is not None or _obstacle(run) or not short or size is None:
         return run
+    embedding, layer, _ = _sizes(config)
+    needed = run.gpu_share + short / (parameter_counts.state_bytes(config) * config.launch.num_ranks)
+    each = device_estimate.share_bytes(dataclasses.replace(run, gpu_share=1))
+    possible = run.gpu_share + room.device_room(run, size) // each
+    if possible < embedding:
+        return run
+    wanted = min(config.model.num_layers, max(0, math.ceil((needed - embedding) / layer)))
+    return _with(run, *_front(config, wanted, possible, "host memory suffices"))
+
+
+def _front(config: Config, wanted: int, possible: int, why: str) -> tuple[int, str]:
+    """The embedding and `wanted` layers, or as many as `possible` elements hold: elements, and why."""
     embedding, layer, whole = _sizes(config)
     most = config.model.num_layers
-    states = 4 * (2 if config.optimizer.name == "lion" else 3) * config.launch.num_ranks
-    each = device_estimate.share_bytes(dataclasses.replace(run, gpu_share=1))
-    needed = run.gpu_share + short / states
-    possible = run.gpu_share + room.device_room(run, size) // each
-    wanted = min(most, max(0, math.ceil((needed - embedding) / layer)))
     layers = min(wanted, (possible - embedding) // layer)
-    if layers < 0:
-        return run
-    elements = whole if layers == most else embedding + layers * layer
     far = "" if layers == wanted else f", as far as VRAM allows ({wanted} layers are needed)"
-    return _with(run, elements, f"the embedding and {layers} of {most} layers, so that host memory suffices{far}")
+    elements = whole if layers == most else embedding + layers * layer
+    return elements, f"the embedding and {layers} of {most} layers, so that {why}{far}"
 
 
 def _layers_that_hide(config: Config, embedding: int, layer: int) -> int | str:
@@ -114,7 +115,7 @@ def _layers_that_hide(config: Config, embedding: int, layer: int) -> int | str:
     if known is None:
         return "the host's bandwidth is unknown (measure it with python -m ldft.bench nodes)"
     ranks, count = config.launch.num_ranks, config.model.num_layers
-    traffic = 2 * 4 * (2 if config.optimizer.name == "lion" else 3) + 2 * parameter_counts.width(config)
+    traffic = 2 * (parameter_counts.state_bytes(config) + parameter_counts.width(config))
     update_s = layer * traffic / (_BESIDE * sum(known.cpu.values()) / ranks)
     fetch_s = layer * parameter_counts.width(config) / known.link_h2d
     output = 0.0 if config.model.tie_word_embeddings else embedding / layer  # its size in layers

@@ -95,7 +95,7 @@ def other_bytes(run: Selection, device: device_estimate.Parts) -> dict[str, int]
     if run.gpu_share:
         # DeepSpeed builds all master weights in host memory; the GPU's share leaves before the moments of the others are allocated.
         rest = parameter_counts.split(parameter_counts.trained_sizes(config), config.launch.num_ranks) - run.gpu_share
-        moments = 4 * rest * (1 if config.optimizer.name == "lion" else 2)
+        moments = (parameter_counts.state_bytes(config) - 4) * rest
         parts["the share's master weights at the start"] = max(0, 4 * run.gpu_share - moments)
     if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
         parts["swap buffers"] = _swap_buffers(run)

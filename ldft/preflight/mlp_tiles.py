@@ -29,12 +29,13 @@ def choose(config: Config) -> int:
 
 def skips_in_recomputation(config: Config) -> bool:
     """Whether a layer adds its MLP's output to the residual stream as it is, so that recomputing the layer does not need it."""
-    family = decoder_layers.FAMILIES.get(config.model.family)
-    return family is not None and not family.norm_after_mlp
+    return not decoder_layers.of(config.model).norm_after_mlp
 
 
 def _obstacle(config: Config) -> str:
     checkpointing, count = config.checkpointing, config.model.num_layers
+    if config.model.family not in decoder_layers.FAMILIES:
+        return f"the MLP of model.family={config.model.family} is not known"
     if config.model.num_experts:
         return "experts compute their tokens by themselves"
     if checkpointing.recomputed(count) < count:

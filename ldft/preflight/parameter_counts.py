@@ -74,6 +74,11 @@ def width(config: Config) -> int:
     return 4 if config.train.precision is Precision.fp32 else 2
 
 
+def state_bytes(config: Config) -> int:
+    """Bytes of a trained parameter's master weight and moments: 12, with Lion 8."""
+    return 8 if config.optimizer.name == "lion" else 12
+
+
 def embedding_parameters(model: ModelConfig) -> int:
     return model.vocab_size * model.hidden_size
 

@@ -40,6 +40,11 @@ class Selection:
     """Kept layer inputs that stay on the device under checkpointing=cpu, from the last; chosen by device_inputs.py."""
 
     @property
+    def choices(self) -> dict[str, Any]:
+        """What resolved.py chose by the machine's memory: fields of this class, which the ranks take from the parent."""
+        return {"gpu_share": self.gpu_share, "device_inputs": self.device_inputs}
+
+    @property
     def zero(self) -> dict[str, Any]:
         """DeepSpeed's settings of ZeRO."""
         section: dict[str, Any] = self.deepspeed["zero_optimization"]

@@ -205,7 +205,7 @@ def _run_ranks(
     config = ready.config
     # The ranks use the parent's decisions: they read neither the user's DeepSpeed file nor the machine's memory again.
     attempt.write_json(folder / attempt.DEEPSPEED, ready.deepspeed)
-    attempt.write_json(folder / attempt.CHOICES, {"gpu_share": ready.gpu_share, "device_inputs": ready.device_inputs})
+    attempt.write_json(folder / attempt.CHOICES, ready.choices)
     kills_before = final_status.oom_kills()
     exits: list[launch.RankExit] = []
     interrupted, in_time = None, True

@@ -95,9 +95,8 @@ class _Function(torch.autograd.Function):
         (states,) = ctx.saved_tensors
         tiles: _Tiles = ctx.tiles
         sums = _Sums(ctx.trained)
-        before = [
-            parameter for parameter in ctx.trained if id(parameter) not in {id(p) for p in tiles.last.parameters()}
-        ]
+        last = {id(parameter) for parameter in tiles.last.parameters()}
+        before = [parameter for parameter in ctx.trained if id(parameter) not in last]
         of_states = torch.empty_like(states, memory_format=torch.contiguous_format)
         for tile, outer, into in tiles.cut(states, gradient, of_states):
             tile = tile.detach().requires_grad_()

@@ -214,6 +214,7 @@ def test_training_under_zero_3_is_that_without_tiles(run_once) -> None:  # noqa:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (("model.family=stablelm",), "the MLP of model.family=stablelm is not known"),
         (("checkpointing=none",), "only recomputed layers have tiles"),
         (("checkpointing.layers=1",), "only recomputed layers have tiles"),
         (("lora=r8", "lora.dropout=0.1"), "would draw other numbers"),
