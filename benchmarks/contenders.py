@@ -26,7 +26,7 @@ from ldft.config import Config, to_dict
 from ldft.preflight import deepspeed_config
 from ldft.runner.core_binding import cores_of_ranks
 from ldft.runner.measured import tokens_per_iteration
-from ldft.training.deepspeed.operators import cache_dir
+from ldft.training.deepspeed import operators
 
 FOLDER = Path(__file__).parent
 Settings = dict[str, Any]
@@ -257,13 +257,15 @@ def _start(command: list[str], config: Config, log_path: Path, timeout_s: float)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
+    # torch would wait forever for a peer that was killed as it compiled.
+    operators.remove_stale_locks(operators.cache_dir())
     with log_path.open("w") as log:
         for rank, cores in enumerate(cores_of_ranks(ranks, config.launch.device.name)):
             environment = os.environ | {
                 "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
                 "DS_ACCELERATOR": config.launch.device.name,
                 "OMP_NUM_THREADS": str(len(cores)),
-                "TORCH_EXTENSIONS_DIR": str(cache_dir()),
+                "TORCH_EXTENSIONS_DIR": str(operators.cache_dir()),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),

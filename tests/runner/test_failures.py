@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,13 @@ class Running:
         self.family = psutil.Process(self.process.pid).children(recursive=True)
 
     def ranks(self) -> list[psutil.Process]:
-        return [p for p in self.family if "ldft.worker" in p.cmdline()]
+        ranks = []
+        for process in self.family:
+            # A probe that was alive then may be gone or a zombie by now, without a command line.
+            with suppress(psutil.NoSuchProcess):
+                if "ldft.worker" in process.cmdline():
+                    ranks.append(process)
+        return ranks
 
     def stop_during_an_update(self, rank: int, timeout_s: float = 60) -> psutil.Process:
         """Stop a rank (SIGSTOP) at a moment at which threads of the overlapped update have work left."""

@@ -13,9 +13,11 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+
+import psutil
 
 from ldft.config import OffloadDevice
 from ldft.errors import ConfigError
@@ -55,13 +57,28 @@ def prepare_cache(run: Selection) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Allow one builder per machine. torch's lock files wait forever for a killed builder; the holder of this lock removes them."""
+    """Allow one ldft to build per machine, beside other programs that compile in this folder under torch's own locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".ldft.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in folder.glob("*/lock"):
-            stale.unlink()
+        remove_stale_locks(folder)
         yield
+
+
+def remove_stale_locks(folder: Path) -> None:
+    """Remove the lock files of killed builders, for which torch would wait forever.
+
+    torch keeps its lock file open while it builds (torch/utils/file_baton.py): one that no process has open is stale.
+    """
+    locks = set(folder.resolve().glob("*/lock"))
+    if not locks:
+        return
+    in_use: set[Path] = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # another user's process, or one that has ended
+            in_use.update(Path(opened.path) for opened in process.open_files())
+    for stale in locks - in_use:
+        stale.unlink(missing_ok=True)
 
 
 def needed(run: Selection) -> list[str]:
