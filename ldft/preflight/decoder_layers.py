@@ -8,10 +8,13 @@ store them transposed, which has the same size).
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from operator import attrgetter
+from typing import Concatenate, ParamSpec, TypeVar
 
 from ldft.config import ModelConfig
 from ldft.preflight import experts
@@ -82,10 +85,33 @@ FAMILIES = {
 }
 
 
+_Rest = ParamSpec("_Rest")
+_Found = TypeVar("_Found")
+_values = attrgetter(*(field.name for field in fields(ModelConfig) if field.name not in ("extra", "rope_scaling")))
+
+
+def remembered(
+    function: Callable[Concatenate[ModelConfig, _Rest], _Found],
+) -> Callable[Concatenate[ModelConfig, _Rest], _Found]:
+    """The function, which computes once for the same values of a model: choosing a plan asks thousands of times. Callers must not
+    change what it returns."""
+    known: dict[tuple[object, ...], _Found] = {}
+
+    @functools.wraps(function)
+    def ask(model: ModelConfig, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
+        key = (_values(model), repr(model.extra), rest, *named.items())
+        if key not in known:
+            known[key] = function(model, *rest, **named)
+        return known[key]
+
+    return ask
+
+
 def of(model: ModelConfig) -> Family:
     return FAMILIES.get(model.family, Family())
 
 
+@remembered
 def kinds(model: ModelConfig) -> Counter[bool]:
     """Number of decoder layers with experts (True) and without."""
     if not model.num_experts:
@@ -124,6 +150,7 @@ def linears(model: ModelConfig, sparse: bool) -> dict[str, tuple[int, int]]:
     return found
 
 
+@remembered
 def sizes(model: ModelConfig, sparse: bool) -> Counter[int]:
     """Elements -> number of parameters of that size in one decoder layer."""
     family, modules = of(model), linears(model, sparse)
@@ -148,6 +175,7 @@ def sizes(model: ModelConfig, sparse: bool) -> Counter[int]:
     return found
 
 
+@remembered
 def largest(model: ModelConfig) -> bool:
     """Whether the kind of layer with most parameters is the one with experts."""
     return max(kinds(model), key=lambda sparse: sum(size * count for size, count in sizes(model, sparse).items()))

@@ -6,6 +6,7 @@ stays, whose backward pass comes first, and more only where host memory would no
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 
@@ -33,12 +34,9 @@ def settle(run: Selection, vram_gib: Callable[[Config], float | None]) -> Select
     size = vram_gib(config)
     if size is None or not room.host_shortage(run):
         return run
-    best = run
-    for count in range(2, config.checkpointing.groups(config.model.num_layers) + 1):
-        more = dataclasses.replace(run, device_inputs=count)
-        if room.device_room(more, size) < 0:
-            break
-        best = more
-        if not room.host_shortage(more):
-            break
-    return best
+    counts = range(2, config.checkpointing.groups(config.model.num_layers) + 1)
+    runs = [dataclasses.replace(run, device_inputs=count) for count in counts]
+    # Each further input takes from the device what it leaves to the host, so both answers change once.
+    possible = bisect.bisect_left(runs, True, key=lambda more: room.device_room(more, size) < 0)
+    enough = bisect.bisect_left(runs, True, key=lambda more: room.host_shortage(more) == 0)
+    return [run, *runs][min(possible, enough + 1)]

@@ -14,6 +14,7 @@ def layer_sizes(model: ModelConfig) -> Counter[int]:
     return decoder_layers.sizes(model, decoder_layers.largest(model))
 
 
+@decoder_layers.remembered
 def parameter_sizes(model: ModelConfig) -> Counter[int]:
     """Elements -> number of parameters of that size in the model; a tied embedding counts once."""
     sizes: Counter[int] = Counter()
