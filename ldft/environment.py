@@ -32,22 +32,25 @@ _WITHOUT_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "
 
 
 @dataclass(frozen=True, slots=True)
-class _Assumed:
-    """GPUs that are assumed, not present."""
+class Assumed:
+    """GPUs, and their host's memory, that are assumed, not present."""
 
     count: int
     memory_gib: float | None
+    """Of each GPU; None: unknown."""
+    model: str = "assumed Hopper GPU"
+    capability: tuple[int, int] = (9, 0)
+    host_gib: float | None = None
+    """None: unknown."""
 
 
-_assumed: ContextVar[_Assumed | None] = ContextVar("_assumed", default=None)
-ASSUMED_CAPABILITY = (9, 0)
+_assumed: ContextVar[Assumed | None] = ContextVar("_assumed", default=None)
 
 
 @contextmanager
-def assumed_gpus(count: int, memory_gib: float | None) -> Iterator[None]:
-    """Within the context, report `count` Hopper GPUs (compute capability 9.0), each with `memory_gib` GiB (None: unknown). For dry
-    runs for another machine."""
-    token = _assumed.set(_Assumed(count, memory_gib))
+def assumed(machine: Assumed) -> Iterator[None]:
+    """Within the context, report this machine's GPUs. For dry runs and plans for another machine."""
+    token = _assumed.set(machine)
     try:
         yield
     finally:
@@ -59,10 +62,16 @@ def gpus_are_assumed() -> bool:
     return _assumed.get() is not None
 
 
+def assumed_host_gib() -> float | None:
+    """Host memory of the assumed machine, GiB; None if unknown, or if none is assumed."""
+    machine = _assumed.get()
+    return machine.host_gib if machine else None
+
+
 def compute_capability() -> tuple[int, int] | None:
     """The lowest CUDA compute capability among the GPUs visible to CUDA; None without a GPU."""
-    if _assumed.get():
-        return ASSUMED_CAPABILITY
+    if machine := _assumed.get():
+        return machine.capability
     import pynvml
 
     return min((tuple(pynvml.nvmlDeviceGetCudaComputeCapability(_whole(gpu))) for gpu in _visible()), default=None)
@@ -87,8 +96,8 @@ def native_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 def gpu_memory_gib() -> float | None:
     """Memory of the smallest GPU visible to CUDA, GiB; None without a GPU."""
-    if assumed := _assumed.get():
-        return assumed.memory_gib
+    if machine := _assumed.get():
+        return machine.memory_gib
     import pynvml
 
     return min((float(pynvml.nvmlDeviceGetMemoryInfo(gpu).total) / 2**30 for gpu in _visible()), default=None)
@@ -96,8 +105,8 @@ def gpu_memory_gib() -> float | None:
 
 def gpus() -> tuple[str, ...]:
     """Models of the GPUs visible to CUDA, in CUDA's order; empty without a driver."""
-    if assumed := _assumed.get():
-        return ("assumed Hopper GPU",) * assumed.count
+    if machine := _assumed.get():
+        return (machine.model,) * machine.count
     return _models()
 
 

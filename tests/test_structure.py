@@ -26,10 +26,11 @@ ROOMS: dict[str, set[str]] = {
     "monitor": {"config", "memory", "results"},
     "preflight": {"config", "memory"},
     "training": {"config", "memory", "preflight"},
-    "runner": {"config", "memory", "monitor", "preflight", "results", "training"},
+    "planning": {"config", "memory", "preflight"},
+    "runner": {"config", "memory", "monitor", "planning", "preflight", "results", "training"},
     "sweep": {"config", "preflight", "results", "runner"},
-    "bench": {"memory", "runner", "training"},
-    "cli": {"config", "results", "runner", "sweep"},
+    "bench": {"config", "memory", "runner", "training"},
+    "cli": {"config", "planning", "preflight", "results", "runner", "sweep"},
 }
 SHARED = {"closed_pipe", "errors", "environment", "files", "proc", "terminal", "_native"}
 TORCH = ("torch", "deepspeed", "transformers", "peft", "liger_kernel", "accelerate")

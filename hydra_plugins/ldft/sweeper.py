@@ -30,9 +30,12 @@ class LdftSweeper(Sweeper):
         self._context, self._task, self._config = hydra_context, task_function, config
 
     def _compose(self, overrides: list[str]) -> DictConfig:
+        from ldft.cli.overrides import keys
+
         assert self._context is not None
         tree: DictConfig = self._context.config_loader.load_sweep_config(self._config, overrides).copy()
         tree._set_flag(["struct", "readonly"], [False, False])
+        tree["plan"]["keep"] += keys(overrides)
         del tree["hydra"]
         return tree
 

@@ -1,5 +1,6 @@
-"""`python -m ldft.bench nodes`: its arguments, the checks before any measurement, and the files that it writes.
+"""`python -m ldft.bench`: its arguments, the checks before any measurement, and the files that it writes.
 
+python -m ldft.bench machine                                 measure this machine once, for plans
 python -m ldft.bench nodes                                   measure this machine and save its profile for numa=optimal
 python -m ldft.bench nodes --rows streams.parquet --nodes 0 3 0,3 --weights 1:1 4:1 --sizes 64M 1G --processes 1 2
 """
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ldft import closed_pipe, files
-from ldft.bench import profile
+from ldft.bench import machine, profile
 from ldft.bench.nodes import ARRAYS, COPIES, CPU_KERNELS, SCHEMA, NodeSet, measure, processes
 from ldft.errors import ConfigError, LdftError, ResultsError
 from ldft.memory import bandwidths
@@ -98,7 +99,11 @@ def _check_writable(key: str, path: Path) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m ldft.bench", description="Measure this machine's memory bandwidths.")
-    nodes = parser.add_subparsers(dest="command", required=True).add_parser("nodes", help="bandwidth by NUMA node")
+    commands = parser.add_subparsers(dest="command", required=True)
+    whole = commands.add_parser("machine", help="all that python -m ldft.plan needs, in about two minutes")
+    whole.add_argument("--precision", choices=("bf16", "fp16", "fp32"), help="default: that of train.precision=auto")
+    whole.add_argument("--profile", type=Path, help="file for the profile; default: where plans look for it")
+    nodes = commands.add_parser("nodes", help="bandwidth by NUMA node")
     nodes.add_argument(
         "--nodes", nargs="+", type=lambda t: _numbers(t, ","), help="node sets, e.g. 0 3 0,3; default: each node"
     )
@@ -122,12 +127,29 @@ def _parser() -> Parser:
     return parser
 
 
+def _machine(path: Path, precision: str | None) -> int:
+    try:
+        _check_writable("--profile", path)
+        machine.run(path, precision)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except ConfigError as error:
+        print(f"ldft: {error}", file=sys.stderr)
+        return 2
+    except (LdftError, OSError) as error:
+        print(f"ldft: {error}", file=sys.stderr)
+        return 1
+
+
 @closed_pipe.work_on
 def main() -> int:
     """Returns the exit code: 0, or 1 if nothing could be measured or written, or 2 for invalid input."""
     from ldft import environment
 
     arguments = _parser().parse_args()
+    if arguments.command == "machine":
+        return _machine(arguments.profile or bandwidths.profile_path(), arguments.precision)
     topology = read_topology()
     whole = arguments.nodes or [(node,) for node in topology.memory_nodes]
     sets = [NodeSet(nodes) for nodes in whole]

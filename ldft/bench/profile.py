@@ -19,10 +19,20 @@ _LEAST, _MOST = 64 << 20, 1 << 30
 
 
 def save(profile: Mapping[str, Any], path: Path) -> None:
-    """Write a profile atomically. Raises OSError."""
+    """Write a profile atomically; devices that were measured before, in other precisions, stay. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    devices = _devices(path) | profile.get("devices", {})
     with files.replacing(path) as file:
-        file.write(json.dumps(profile, indent=2).encode() + b"\n")
+        file.write(json.dumps({**profile, **({"devices": devices} if devices else {})}, indent=2).encode() + b"\n")
+
+
+def _devices(path: Path) -> dict[str, Any]:
+    """Measured devices of a profile; empty if there is none, or if it is damaged, since it is replaced."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text()).get("devices", {})
+        return found
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def make(rows: list[dict[str, Any]]) -> dict[str, Any]:

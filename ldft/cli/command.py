@@ -13,6 +13,7 @@ from typing import NoReturn
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -43,6 +44,7 @@ def _task(tree: DictConfig) -> None:
 
 def _cell(tree: DictConfig) -> int:
     config = from_dict(tree)
+    config.plan.keep += overrides.keys(HydraConfig.get().overrides.task)
     if config.dry_run:
         from ldft.runner import dry_run
 

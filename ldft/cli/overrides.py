@@ -39,6 +39,11 @@ def check_options(options: dict[str, object]) -> None:
         )
 
 
+def keys(overrides: list[str]) -> list[str]:
+    """The groups and keys that these overrides set."""
+    return [override.partition("=")[0].lstrip("+~").partition("@")[0] for override in overrides]
+
+
 def check(overrides: list[str]) -> None:
     """Raise ConfigError for an override that has the wrong form, or that names an option or a key in the wrong way."""
     typed = {key: value for key, _, value in (override.partition("=") for override in overrides)}

@@ -6,18 +6,21 @@ from ldft.config.data import DataConfig, DataKind, DataLoss
 from ldft.config.kernels import KernelsConfig
 from ldft.config.launch import Device, LaunchConfig
 from ldft.config.lora import LoraConfig
+from ldft.config.machine import THIS, HostLayout, MachineConfig
 from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig, Weights
 from ldft.config.monitor import MonitorConfig
 from ldft.config.numa import NumaConfig, NumaKind, NumaScope, NumaStrategy
 from ldft.config.offload import OffloadConfig, OffloadDevice
 from ldft.config.optimizer import OptimizerConfig, Schedule
+from ldft.config.plan import Goal, PlanConfig
 from ldft.config.root import Config, ResultsConfig, columns, from_dict, run_id, series_id, to_dict
 from ldft.config.seq_len import SeqLenConfig
 from ldft.config.sweep import Rerun, SweepConfig
 from ldft.config.train import Precision, TrainConfig
 
 __all__ = [
+    "THIS",
     "AttentionConfig",
     "AttentionKind",
     "CheckpointingConfig",
@@ -26,9 +29,12 @@ __all__ = [
     "DataKind",
     "DataLoss",
     "Device",
+    "Goal",
+    "HostLayout",
     "KernelsConfig",
     "LaunchConfig",
     "LoraConfig",
+    "MachineConfig",
     "MemoryConfig",
     "ModelConfig",
     "MonitorConfig",
@@ -40,6 +46,7 @@ __all__ = [
     "OffloadDevice",
     "OptimizerConfig",
     "Pinning",
+    "PlanConfig",
     "Precision",
     "Rerun",
     "ResultsConfig",

@@ -21,12 +21,14 @@ from ldft.config.data import DataConfig
 from ldft.config.kernels import KernelsConfig
 from ldft.config.launch import Device, LaunchConfig
 from ldft.config.lora import LoraConfig
+from ldft.config.machine import MachineConfig
 from ldft.config.memory import MemoryConfig, Pinning
 from ldft.config.model import ModelConfig
 from ldft.config.monitor import MonitorConfig
 from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig
 from ldft.config.optimizer import OptimizerConfig
+from ldft.config.plan import PlanConfig
 from ldft.config.seq_len import SeqLenConfig
 from ldft.config.sweep import Rerun, SweepConfig
 from ldft.config.train import Precision, TrainConfig
@@ -35,6 +37,7 @@ from ldft.errors import CombinationError, ConfigError
 # Keys that do not change what is measured: where results go, time limits, sampling intervals, what else runs.
 _NOT_IDENTITY = (
     *("results", "launch.timeout_s", "memory.vram_gib", "monitor", "sweep", "rerun", "dry_run", "force", "asked"),
+    "plan",  # the values that it chose are part of the identity
 )
 # Keys that were added later. With its default such a key is left out, so the runs from before it existed keep their identity.
 _LATER = (
@@ -48,6 +51,7 @@ _LATER = (
     "offload.gpu_share",
     "checkpointing.device_inputs",
     "kernels.mlp_tiles",
+    *(f"machine.{one.name}" for one in fields(MachineConfig)),
 )
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.
 _IDENTITY_VERSION = 1
@@ -77,6 +81,8 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
     results: ResultsConfig = field(default_factory=ResultsConfig)
 
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -122,6 +128,8 @@ class Config:
             self.launch,
             self.memory,
             self.monitor,
+            self.plan,
+            self.machine,
             self.sweep,
         ):
             part.validate()
@@ -234,6 +242,8 @@ def _identity(config: Config, without: tuple[str, ...] = ()) -> str:
         if not any(key == name or key.startswith(name + ".") for name in _NOT_IDENTITY + without)
         and not (key in _LATER and value == defaults[key])
     }
+    if config.asked.get("plan.goal", config.plan.goal.name) != config.plan.goal.name:
+        identity["plan.goal"] = config.asked["plan.goal"]  # why there is no plan: not the run that the values would be
     text = json.dumps({"version": _IDENTITY_VERSION, **identity}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -97,14 +97,13 @@ def remembered(
     change what it returns."""
     known: dict[tuple[object, ...], _Found] = {}
 
-    @functools.wraps(function)
-    def ask(model: ModelConfig, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
+    def ask(model: ModelConfig, /, *rest: _Rest.args, **named: _Rest.kwargs) -> _Found:
         key = (_values(model), repr(model.extra), rest, *named.items())
         if key not in known:
             known[key] = function(model, *rest, **named)
         return known[key]
 
-    return ask
+    return functools.update_wrapper(ask, function)
 
 
 def of(model: ModelConfig) -> Family:

@@ -96,8 +96,11 @@ def _check_host(run: Resolved) -> None:
 def available(config: Config) -> Free:
     """Memory that all ranks together may touch: at most memory.capacity_gib, if that is less than the free memory."""
     capacity = int(config.memory.capacity_gib * GIB)
+    assumed = environment.assumed_host_gib()
     if capacity and environment.gpus_are_assumed():  # this machine's limits do not apply to the assumed one
         return Free(bytes=capacity, limit="memory.capacity_gib")
+    if assumed is not None:
+        return Free(bytes=int(assumed * GIB), limit="machine.host_gib")
     free = free_memory(capacity or None)
     return Free(bytes=capacity, limit="memory.capacity_gib") if 0 < capacity < free.bytes else free
 
@@ -108,7 +111,7 @@ def _check_nodes(run: Resolved) -> None:
     if len(run.topology.nodes) == 1:
         return
     for node, parts in bytes_by_node(run).items():
-        free = free_on_node(node)
+        free = run.topology.node(node).total_bytes if environment.gpus_are_assumed() else free_on_node(node)
         if free is not None and sum(parts.values()) > free:
             raise _refusal(f"memory of node {node}", sum(parts.values()), f"{free / GIB:.1f} GiB free there", parts)
 

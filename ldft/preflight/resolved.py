@@ -67,12 +67,16 @@ def resolve(config: Config, *, topology: Topology | None = None, deepspeed: dict
     return complete(select(config, topology=topology, deepspeed=deepspeed))
 
 
+def settle(run: Selection) -> Selection:
+    """The run with the GPU's share and the inputs on it. Raises CombinationError for a share that is not possible."""
+    return gpu_share.relieve(device_inputs.settle(gpu_share.settle(run, device_gib), device_gib), device_gib)
+
+
 def complete(run: Selection, *, settled: bool = False) -> Resolved:
     """Add the GPU's share and the inputs on it, unless settled says that the run has them, placements and estimate. Raises
     PlacementError if they do not fit the machine or the budgets, and CombinationError for a share that is not possible."""
     if not settled:
-        run = device_inputs.settle(gpu_share.settle(run, device_gib), device_gib)
-        run = gpu_share.relieve(run, device_gib)
+        run = settle(run)
     moments = device_estimate.moments(run)
     roles = host_estimate.host_bytes(run)
     others = host_estimate.other_bytes(run, device_estimate.peak_of(moments))

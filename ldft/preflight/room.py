@@ -6,27 +6,34 @@ The ranks take the parent's choices, so these use what does not change with use:
 from __future__ import annotations
 
 from ldft import environment
+from ldft.config import Config
 from ldft.memory import limits
 from ldft.preflight import device_estimate, host_estimate
 from ldft.preflight.selection import Selection
 
 # Estimates are a few percent off: of the GPU's memory this stays free, and this is added to the expected host memory.
-_DEVICE_SPARE, _HOST_SPARE = 0.08, 0.02
+DEVICE_SPARE, HOST_SPARE = 0.08, 0.02
 
 
 def host_shortage(run: Selection) -> int:
     """Bytes of all ranks by which host memory is expected to fall short; 0: it suffices."""
-    config = run.config
     roles, others = host_estimate.host_bytes(run), host_estimate.other_bytes(run, {})
-    need = config.launch.num_ranks * (sum(roles.values()) + sum(others.values())) * (1 + _HOST_SPARE)
-    have = int(config.memory.capacity_gib * 2**30)
-    if not environment.gpus_are_assumed():  # otherwise this machine's limits do not apply
-        have = limits.machine_memory(have or None)
+    need = run.config.launch.num_ranks * (sum(roles.values()) + sum(others.values())) * (1 + HOST_SPARE)
+    have = host_memory(run.config)
     return max(0, int(need) - have) if have else 0
 
 
-def device_room(run: Selection, vram_gib: float) -> int:
-    """Bytes of each GPU of this size that the run leaves free; below 0 if it lacks some."""
+def host_memory(config: Config) -> int:
+    """Bytes of host memory that all ranks may use, whether free now or not; 0 if unknown."""
+    have = int((config.memory.capacity_gib or environment.assumed_host_gib() or 0) * 2**30)
+    if environment.gpus_are_assumed():  # this machine's limits do not apply
+        return have
+    return limits.machine_memory(have or None)
+
+
+def device_room(run: Selection, vram_gib: float, spare: float = DEVICE_SPARE) -> int:
+    """Bytes of each GPU of this size that the run leaves free; below 0 if it lacks some. spare: part of its memory that no run may
+    use."""
     peak = sum(device_estimate.peak_of(device_estimate.moments(run)).values())
     need = peak * (1 + device_estimate.FRAGMENTATION) + device_estimate.CONTEXT
-    return int(vram_gib * 2**30 * (1 - _DEVICE_SPARE) - need)
+    return int(vram_gib * 2**30 * (1 - spare) - need)

@@ -68,6 +68,15 @@ def check(model: ModelConfig) -> None:
         raise reaches_no_layer(model, fix_of_layers("max_window_layers" in declared))
 
 
+def number(model: ModelConfig) -> int:
+    """Layers whose attention has a window; all, if the family's rule is not known here."""
+    if not model.sliding_window:
+        return 0
+    declared = families.config_keys(model.family)
+    kinds = _kinds(model, switched="use_sliding_window" in declared) if "layer_types" in declared else None
+    return kinds.count(WINDOWED) if kinds else model.num_layers
+
+
 def _kinds(model: ModelConfig, *, switched: bool) -> list[str] | None:
     """The type of each layer; None if it is not known here.
 

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from ldft import environment
-from ldft.config import Config, Device, Precision, Weights
+from ldft.config import THIS, Config, Device, Precision, Weights
 from ldft.errors import ConfigError
-from ldft.memory.topology import read_topology
+from ldft.planning import settled
 from ldft.preflight import (
+    assumed_machine,
     deepspeed_managed,
     deepspeed_refused,
     experts,
@@ -27,25 +28,32 @@ from ldft.training.text import check as data_check
 
 
 def resolve(config: Config) -> None:
-    """Replace launch.device=auto and train.precision=auto by values for this machine, and keys left to a config.json by its values;
-    record it in `asked`. Raises ConfigError if that file cannot be used."""
+    """Replace launch.device=auto and train.precision=auto by values for this machine, keys left to a config.json by its values, and
+    those left to a plan by the plan's; record it in `asked`. Raises ConfigError if that file cannot be
+    used."""
     model_source.fill(config)
-    if config.launch.device is Device.auto:
-        config.asked["launch.device"] = Device.auto.name
-        config.launch.device = Device.cuda if environment.gpus() else Device.cpu
-    if config.train.precision is Precision.auto:
-        config.asked["train.precision"] = Precision.auto.name
-        config.train.precision, _ = _native_precision(config.launch.device)
+    config.machine.validate()
+    with assumed_machine.assumed(config):
+        if config.launch.device is Device.auto:
+            config.asked["launch.device"] = Device.auto.name
+            config.launch.device = Device.cuda if environment.gpus() else Device.cpu
+        if config.train.precision is Precision.auto:
+            config.asked["train.precision"] = Precision.auto.name
+            config.train.precision, _ = native_precision(config.launch.device)
+    if config.machine.name != THIS and not config.numa.bandwidth:
+        config.numa.bandwidth = assumed_machine.bandwidth(config.machine)
+    with assumed_machine.assumed(config):
+        settled.settle(config)
 
 
-def _native_precision(device: Device) -> tuple[Precision, str]:
+def native_precision(device: Device) -> tuple[Precision, str]:
     """The precision that train.precision=auto means on this machine, and the reason."""
     if device is Device.cpu:
         if environment.native_bf16():
             return Precision.bf16, "this CPU has bf16 instructions"
         return Precision.fp32, "this CPU has no bf16 instructions"
     lowest = environment.compute_capability()
-    if lowest is None or environment.gpus_are_assumed():
+    if lowest is None or (environment.gpus_are_assumed() and environment.assumed_host_gib() is None):
         return Precision.bf16, "no GPU here; an Ampere or later GPU is assumed"
     if lowest >= (8, 0):
         return Precision.bf16, f"compute capability {lowest[0]}.{lowest[1]}"
@@ -57,8 +65,10 @@ def resolutions(config: Config) -> list[str]:
     """One line for the keys that were auto, with their values, and one for a model that a config.json defines; if there are any."""
     chosen = {"launch.device": config.launch.device.name, "train.precision": config.train.precision.name}
     text = ", ".join(f"{key}={chosen[key]}" for key in config.asked if key in chosen)
-    because = f"; {_native_precision(config.launch.device)[1]}" if "train.precision" in config.asked else ""
+    because = f"; {native_precision(config.launch.device)[1]}" if "train.precision" in config.asked else ""
     lines = [f"{text} (auto{because})"] if text else []
+    if config.asked.get(settled.DONE) == config.plan.goal.name:
+        lines.append(f"plan={config.plan.goal.name}: {', '.join(settled.overrides(config)) or 'the defaults are best'}")
     if model_source.ASKED in config.asked:
         lines.append(f"model {config.model.name} {config.asked[model_source.ASKED]}")
     return lines
@@ -93,7 +103,8 @@ def notes(run: Resolved) -> list[str]:
 
 def check_machine(config: Config) -> Resolved:
     """The resolved run. Raises ConfigError if the config needs something that this machine lacks."""
-    topology = read_topology()
+    settled.check(config)
+    topology = assumed_machine.topology(config)
     config.numa.placement.resolve(topology, "numa")
     gpus = environment.gpus()
     if config.launch.device is Device.cuda:

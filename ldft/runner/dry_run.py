@@ -7,13 +7,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ldft import environment
 from ldft.config import Config, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
-from ldft.preflight import decoder_layers, device_inputs, fit, parameter_counts, placement_text
+from ldft.preflight import assumed_machine, decoder_layers, device_inputs, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved, device_gib
 from ldft.runner import checks, cpu_limits, parent
@@ -24,16 +23,9 @@ _LIST_RANKS = 4
 
 def describe(config: Config) -> str:
     """The text that a dry run prints. Raises ConfigError if the run would be invalid."""
-    with _machine(config):
-        return _describe(config)
-
-
-def _machine(config: Config) -> AbstractContextManager[None]:
-    """The machine for the dry run: this one, or an assumed one with GPUs if launch.device=cuda is set and this one has none."""
     checks.resolve(config)
-    if config.launch.device is Device.cuda and not environment.gpus():
-        return environment.assumed_gpus(config.launch.num_ranks, config.memory.vram_gib or None)
-    return nullcontext()
+    with assumed_machine.assumed(config):
+        return _describe(config)
 
 
 def _describe(config: Config) -> str:
@@ -62,7 +54,8 @@ def _check(config: Config) -> tuple[Resolved, list[str]]:
 def summarize(config: Config) -> tuple[str, str]:
     """One cell of a sweep: its outcome (`fits`, `does not fit`, `skipped`, `invalid`) and the line that explains it."""
     try:
-        with _machine(config):
+        checks.resolve(config)
+        with assumed_machine.assumed(config):
             run, _ = _check(config)
             fit.check(run)
     except fit.DoesNotFitError as error:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ldft import environment, files
-from ldft.config import Config, run_id, series_id, to_dict
+from ldft.config import THIS, Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError, ResultsError
 from ldft.memory.kernel_weights import kernel_weights, restore_kernel_weights
 from ldft.monitor.trace import TRACE_FILE, Recorder
+from ldft.planning import settled
 from ldft.preflight import fit
 from ldft.preflight.resolved import Resolved
 from ldft.results import attempt, schema, store
@@ -95,12 +96,17 @@ def _announce(config: Config, warnings: list[str], notes: list[str]) -> int:
 def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
     """Everything before the ranks start: fill the row with predictions. Returns the resolved run, and the row's notes that are
     warnings. Raises ConfigError if the ranks must not start."""
+    if config.machine.name != THIS:
+        raise ConfigError(
+            "machine",
+            f"{config.machine.name} is not this machine; add dry_run=true, use python -m ldft.plan, or leave it out",
+        )
     config.validate()
     ready = checks.check_machine(config)
     swap_files.prepare(config, ready.deepspeed)
     inputs = checks.check_inputs(ready, fetch=True)
     operators.prepare_cache(ready)
-    row |= {"gpu_share_choice": ready.about_share or None, **fit.predictions(ready)}
+    row |= {"gpu_share_choice": ready.about_share or None, **fit.predictions(ready), **settled.columns(ready)}
     fit.check(ready)
     restore_kernel_weights()  # a run that died may have left them changed
     warnings = checks.warnings(ready)

@@ -19,12 +19,13 @@ from ldft.memory import placing
 from ldft.memory.limits import Free
 from ldft.memory.topology import Node, Topology
 from ldft.monitor import trace
-from ldft.preflight import deepspeed_config, device_inputs, fit, gpu_share, liger
+from ldft.planning import machine, settled
+from ldft.preflight import assumed_machine, deepspeed_config, device_inputs, fit, gpu_share, liger
 from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from ldft.results import store
 from ldft.results.history import History
-from ldft.runner import dry_run, launch, node_memory, parent
+from ldft.runner import checks, dry_run, launch, node_memory, parent
 from ldft.runner.launch import RankExit
 from ldft.sweep import cell, plan
 from ldft.training import data, model, safetensors_index, schedule
@@ -259,6 +260,27 @@ def fitting_the_gpu(config: Config) -> Any:
         except ConfigError as error:
             return str(error)
     return "runs"
+
+
+def machine_of(config: Config) -> Any:
+    """Nodes, GPUs and rates of the machine that dry runs and plans see."""
+    config.numa.bandwidth = config.numa.bandwidth or assumed_machine.bandwidth(config.machine)
+    with assumed_machine.assumed(config):
+        gpus = environment.gpus(), environment.compute_capability(), environment.gpu_memory_gib()
+        return assumed_machine.topology(config), gpus, fit.available(config).limit, machine_rates(config)
+
+
+def machine_rates(config: Config) -> Any:
+    try:
+        return machine.rates(config)
+    except ConfigError as error:
+        return str(error)
+
+
+def plan_of(config: Config) -> Any:
+    """What a plan chooses."""
+    checks.resolve(config)
+    return settled.overrides(config)
 
 
 def printed(config: Config) -> Any:

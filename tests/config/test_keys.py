@@ -34,9 +34,11 @@ from tests.config.key_effects import (
     labels,
     learning_rates,
     loaded_weights,
+    machine_of,
     mlp_in_tiles,
     overlaps_update,
     placement,
+    plan_of,
     planned,
     printed,
     refusal,
@@ -51,6 +53,7 @@ from tests.conftest import compose
 
 BANDWIDTH = "{node0:{cpu:200},node1:{cpu:200},node2:{cpu:50},node3:{cpu:50}}"
 MIXTRAL = ["model.family=mixtral", "model.num_experts=4", "model.num_experts_per_token=2"]
+H200 = ["model=llama3_1b", "launch.device=cuda", "machine=h200"]
 # key -> (what it is changed to, where that must show, what else is set before and after). A new key without an entry fails the
 # test; there are no exemptions.
 CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
@@ -145,6 +148,23 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "memory.huge_pages": ("false", allocations, []),
     "memory.capacity_gib": ("64", allocations, []),
     "memory.vram_gib": ("1", fitting_the_gpu, ["model=llama3_1b", "offload=none", "launch.device=cuda"]),
+    "plan.goal": ("fastest", plan_of, H200),
+    "plan.tokens_per_update": ("64", plan_of, [*H200, "plan=fastest"]),
+    "plan.keep": ("[checkpointing]", plan_of, [*H200, "plan=fastest"]),
+    "machine.name": ("other", refusal, []),
+    "machine.gpu": ("NVIDIA A100", machine_of, H200),
+    "machine.capability": ("[8,0]", machine_of, H200),
+    "machine.gpus": ("3", machine_of, H200),
+    "machine.vram_gib": ("3", machine_of, H200),
+    "machine.memory_gb_per_s": ("3", machine_of, H200),
+    "machine.link_gb_per_s": ("3", machine_of, H200),
+    "machine.peer_gb_per_s": ("3", machine_of, [*H200, "launch.num_ranks=2"]),
+    "machine.host": ("two_nodes", machine_of, H200),
+    "machine.cores": ("3", machine_of, H200),
+    "machine.host_gib": ("3", machine_of, H200),
+    "machine.host_gb_per_s": ("3", machine_of, H200),
+    "machine.cxl_gib": ("3", machine_of, [*H200, "machine.host=two_nodes_cxl"]),
+    "machine.cxl_gb_per_s": ("3", machine_of, [*H200, "machine.host=two_nodes_cxl"]),
     "monitor.interval_s": ("0", traced, []),
     "results.dir": ("$TMP/elsewhere", run, []),
     "system": ("rack7", run, []),

@@ -1,0 +1,192 @@
+"""Sustained rates of the device that computes, for predicting the time of an iteration: `python -m ldft.bench.device cuda bf16`.
+
+Prints one line of JSON, and what it measures on stderr. Each rate is work over time, of work that runs without a pause for a
+second or more, since a GPU that has been busy for so long runs at a lower clock. On a CPU the shapes are small.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldft.memory.allocator import allocate
+from ldft.memory.policy import Placement
+from ldft.training.optimizers.host_optimizer import HostAdamW
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Tokens, width and inner width of the products; tokens of the sequences; seconds that each piece of work runs; bytes of copies.
+_SHAPES = {
+    "cuda": ((8192, 4096, 14336), (8192, 32768, 131072), 1.0, 1 << 30),
+    "cpu": ((1024, 1024, 4096), (512, 2048), 0.3, 1 << 27),
+}
+_HEAD_DIMS, _HEADS, _KEY_HEADS = (64, 128), 32, 8
+_UPDATE_BYTES, _UPDATES = 256 << 20, 9
+
+
+class Device:
+    """The device, and how to time its work."""
+
+    def __init__(self, kind: str, precision: str) -> None:
+        self._kind, self._dtype = kind, _DTYPES[precision]
+        self._tokens, self._lengths, self._least_s, self._copied = _SHAPES[kind]
+        torch.manual_seed(0)
+
+    def _random(self, *shape: int, **options: Any) -> torch.Tensor:
+        return torch.randn(*shape, dtype=self._dtype, device=self._kind, **options)
+
+    def _wait(self) -> None:
+        if self._kind == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """Seconds of one call, of as many as take `least_s`, after two for warm-up."""
+        for _ in range(2):
+            work()
+        self._wait()
+        count, passed = 1, 0.0
+        while passed < self._least_s:
+            started = time.perf_counter()
+            for _ in range(count):
+                work()
+            self._wait()
+            passed = time.perf_counter() - started
+            done, count = count, max(2 * count, int(1.2 * count * self._least_s / max(passed, 1e-6)))
+        return passed / done
+
+    def products_tflops_per_s(self) -> float:
+        """The three products of an MLP's matrix in training: forward, gradient of the input, gradient of the weight."""
+        tokens, width, inner = self._tokens
+        inputs, weight, gradient = self._random(tokens, width), self._random(inner, width), self._random(tokens, inner)
+
+        def work() -> None:
+            torch.matmul(inputs, weight.T)
+            torch.matmul(gradient, weight)
+            torch.matmul(gradient.T, inputs)
+
+        return 3 * 2 * tokens * width * inner / self.seconds(work) / 1e12
+
+    def attention_tflops_per_s(self) -> dict[int, dict[int, tuple[float, float]]]:
+        """By width of a head and by tokens: causal attention with grouped heads, forward and backward."""
+        found: dict[int, dict[int, tuple[float, float]]] = {}
+        for width in _HEAD_DIMS:
+            for tokens in self._lengths:
+                found.setdefault(width, {})[tokens] = self._attention(width, tokens)
+        return found
+
+    def _attention(self, width: int, tokens: int) -> tuple[float, float]:
+        query = self._random(1, _HEADS, tokens, width, requires_grad=True)
+        key, value = (self._random(1, _KEY_HEADS, tokens, width, requires_grad=True) for _ in range(2))
+
+        def attend() -> torch.Tensor:
+            with self._kernel():
+                return torch.nn.functional.scaled_dot_product_attention(
+                    query, key, value, is_causal=True, enable_gqa=True
+                )
+
+        output = attend()
+        gradient = torch.randn_like(output)
+        forward_s = self.seconds(attend)
+        backward_s = self.seconds(lambda: torch.autograd.grad(output, (query, key, value), gradient, retain_graph=True))
+        flop = 2.0 * tokens * tokens * _HEADS * width
+        return flop / forward_s / 1e12, 2.5 * flop / backward_s / 1e12
+
+    def _kernel(self) -> AbstractContextManager[None]:
+        """The kernel that attention=auto chooses on this device (preflight/attention.py)."""
+        if (
+            self._kind == "cuda"
+            and torch.cuda.get_device_capability()[0] in (9, 10)
+            and self._dtype is not torch.float32
+        ):
+            return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+        return nullcontext()
+
+    def memory_gb_per_s(self) -> float:
+        """Reads and writes of a copy within the device's memory."""
+        source = torch.zeros(self._copied, dtype=torch.uint8, device=self._kind)
+        target = torch.empty_like(source)
+        return 2 * self._copied / self.seconds(lambda: target.copy_(source)) / 1e9
+
+    def peer_gb_per_s(self) -> float | None:
+        """Copies from the first GPU to the second; None with one."""
+        if self._kind != "cuda" or torch.cuda.device_count() < 2:
+            return None
+        source = torch.zeros(self._copied, dtype=torch.uint8, device="cuda:0")
+        target = torch.empty(self._copied, dtype=torch.uint8, device="cuda:1")
+        return self._copied / self.seconds(lambda: target.copy_(source)) / 1e9
+
+    def update_beside(self) -> float:
+        """The part of its rate that the host's update keeps while copies in both directions and products run."""
+        pin = self._kind == "cuda"
+        arrays = [allocate(_UPDATE_BYTES // 4, torch.float32, Placement(), pin=pin) for _ in range(6)]
+        for number, array in enumerate(arrays):
+            array.fill_(number + 1e-3)
+        weight, gradient, mean, square, down, up = arrays
+        optimizer = HostAdamW([weight], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+        weight.grad = gradient
+
+        def update() -> float:
+            optimizer.state[weight] = {"step": 0, "exp_avg": mean, "exp_avg_sq": square}
+            started = time.perf_counter()
+            optimizer.step()
+            return time.perf_counter() - started
+
+        def median() -> float:
+            return statistics.median([update() for _ in range(_UPDATES + 2)][2:])
+
+        alone = median()
+        if not pin:
+            return 1.0
+        ended = threading.Event()
+        busy = threading.Thread(target=self._keep_busy, args=(ended, down, up))
+        busy.start()
+        try:
+            return min(1.0, alone / median())
+        finally:
+            ended.set()
+            busy.join()
+
+    def _keep_busy(self, ended: threading.Event, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Copies and products, each on a stream of its own, until told to end."""
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        there, back, square = down.cuda(), up.cuda(), self._random(8192, 8192)
+        while not ended.is_set():
+            with torch.cuda.stream(streams[0]):
+                there.copy_(down, non_blocking=True)
+            with torch.cuda.stream(streams[1]):
+                up.copy_(back, non_blocking=True)
+            with torch.cuda.stream(streams[2]):
+                torch.matmul(square, square)
+            for stream in streams:
+                stream.synchronize()
+
+
+def main() -> int:
+    kind, precision = sys.argv[1:3]
+    device = Device(kind, precision)
+    found: dict[str, Any] = {}
+    for name in (
+        "products_tflops_per_s",
+        "attention_tflops_per_s",
+        "memory_gb_per_s",
+        "peer_gb_per_s",
+        "update_beside",
+    ):
+        print(
+            f"ldft: {kind}, {precision}: {name.replace('_per_s', '/s').replace('_', ' ')}", file=sys.stderr, flush=True
+        )
+        found[name] = getattr(device, name)()
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The values among which a plan chooses. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ldft.config import Config, Goal, NumaConfig, NumaScope, NumaStrategy, OffloadDevice
+from ldft.config.checkpointing import CheckpointingMode, KeepAttention
+from ldft.errors import CombinationError, ConfigError
+from ldft.memory.topology import Topology
+
+# Offload options that a plan may choose, by stage and by device of parameters and optimizer, as in conf/offload.
+_OFFLOADS = {
+    "none": (0, OffloadDevice.none, OffloadDevice.none),
+    "zero3": (3, OffloadDevice.none, OffloadDevice.none),
+    "optimizer": (2, OffloadDevice.none, OffloadDevice.cpu),
+    "full": (3, OffloadDevice.cpu, OffloadDevice.cpu),
+}
+_EVERY_FOR_LONGEST = (1, 2, 3, 4)
+_TILES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One value for each knob."""
+
+    offload: tuple[int, OffloadDevice, OffloadDevice]
+    mode: CheckpointingMode
+    layers: int
+    every: int
+    keep_attention: KeepAttention
+    mlp_tiles: int | None
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What it has in common with plans that differ only in numbers."""
+        return self.offload, self.mode, self.keep_attention
+
+
+def free(config: Config, key: str) -> bool:
+    """Whether a plan may choose this key: it was not set. Choosing an option of the group checkpointing sets its mode only."""
+    group = {"checkpointing.mode": "checkpointing"}.get(key, key)
+    return not {key, group} & set(config.plan.keep)
+
+
+def choices(config: Config) -> Iterator[Choice]:
+    """Every combination of the free keys' values, valid or not. Raises ConfigError for a number of tokens that is not possible."""
+    settings, count = config.checkpointing, config.model.num_layers
+    modes = list(CheckpointingMode) if _default(config, "checkpointing.mode") else [settings.mode]
+    layers = list(range(1, count + 1)) if _default(config, "checkpointing.layers") else [settings.layers]
+    every = [settings.every]
+    if config.plan.goal is Goal.longest and _default(config, "checkpointing.every"):
+        every = [k for k in _EVERY_FOR_LONGEST if k <= count]
+    keeps = list(KeepAttention) if _default(config, "checkpointing.keep_attention") else [settings.keep_attention]
+    tiles = [None, _TILES] if _default(config, "kernels.mlp_tiles") else [config.kernels.mlp_tiles]
+    for offload, mode, (micro, accumulated) in itertools.product(_offloads(config), modes, _batches(config)):
+        if mode is CheckpointingMode.none:
+            yield Choice(offload, mode, -1, 1, KeepAttention.none, None, micro, accumulated)
+            continue
+        for number, k, keep, tile in itertools.product(layers, every, keeps, tiles):
+            if tile and len(tiles) > 1 and number != count:
+                continue  # only models whose layers are all recomputed have tiles
+            # All layers are written as -1, as users do.
+            yield Choice(offload, mode, -1 if number == count else number, k, keep, tile, micro, accumulated)
+
+
+def leanest(config: Config) -> Iterator[Choice]:
+    """Of the choices, those that need least memory of each kind: all layers recomputed, as few outputs kept as possible."""
+    found = list(choices(config))
+    layers = {choice.layers for choice in found if choice.mode is not CheckpointingMode.none}
+    keeps = {choice.keep_attention for choice in found if choice.mode is not CheckpointingMode.none}
+    for choice in found:
+        whole = choice.layers == -1 or len(layers) == 1
+        least = choice.keep_attention is KeepAttention.none or len(keeps) == 1
+        if choice.mode is CheckpointingMode.none or (whole and least):
+            yield choice
+
+
+def applied(config: Config, choice: Choice) -> Config:
+    """The config with a choice. Raises CombinationError or ConfigError if its values cannot be combined."""
+    stage, parameters, optimizer = choice.offload
+    found = dataclasses.replace(
+        config,
+        offload=dataclasses.replace(config.offload, stage=stage, parameters=parameters, optimizer=optimizer),
+        checkpointing=dataclasses.replace(
+            config.checkpointing,
+            mode=choice.mode,
+            layers=choice.layers,
+            every=choice.every,
+            keep_attention=choice.keep_attention,
+        ),
+        kernels=dataclasses.replace(config.kernels, mlp_tiles=choice.mlp_tiles),
+        train=dataclasses.replace(
+            config.train,
+            micro_batch_size=choice.micro_batch_size,
+            gradient_accumulation_steps=choice.gradient_accumulation_steps,
+        ),
+    )
+    found.offload.validate()
+    found.checkpointing.validate(config.model.num_layers)
+    if config.offload.gpu_share and optimizer is not OffloadDevice.cpu:
+        raise CombinationError(
+            "offload.gpu_share", f"{config.offload.gpu_share:g} needs the optimizer in host memory; leave it at null"
+        )
+    return found
+
+
+def placed(config: Config, topology: Topology) -> Config:
+    """The config with numa=optimal where several nodes have memory and no policy was set."""
+    if (
+        len(topology.memory_nodes) < 2
+        or not free(config, "numa")
+        or config.numa != NumaConfig(bandwidth=config.numa.bandwidth)
+    ):
+        return config
+    if any(key.startswith("numa.") and key != "numa.bandwidth" for key in config.plan.keep):
+        return config
+    numa = dataclasses.replace(config.numa, name="optimal", scope=NumaScope.roles, strategy=NumaStrategy.optimal)
+    return dataclasses.replace(config, numa=numa)
+
+
+def _default(config: Config, key: str) -> bool:
+    """Whether a key is free and has its default value."""
+    section, _, name = key.partition(".")
+    value, default = getattr(getattr(config, section), name), getattr(getattr(Config(), section), name)
+    return free(config, key) and value == default
+
+
+def _offloads(config: Config) -> list[tuple[int, OffloadDevice, OffloadDevice]]:
+    """What may be offloaded. A set gpu_share does not decide it; DeepSpeed's own keys do, since they fit one mode only."""
+    given = config.offload
+    now = given.stage, given.parameters, given.optimizer
+    kept = [key for key in config.plan.keep if key.startswith("offload") and key != "offload.gpu_share"]
+    if kept or now != _OFFLOADS["full"] or given.deepspeed or given.deepspeed_file:
+        return [now]
+    several = config.launch.num_ranks > 1
+    return [value for name, value in _OFFLOADS.items() if several or name != "zero3"]
+
+
+def _batches(config: Config) -> list[tuple[int, int]]:
+    """Micro-batch sizes and accumulation steps, their product given."""
+    train, plan = config.train, config.plan
+    micro, steps = train.micro_batch_size, train.gradient_accumulation_steps
+    if not plan.tokens_per_update:
+        return [(micro, steps)]
+    unit = config.seq_len.tokens * config.launch.num_ranks
+    sequences, rest = divmod(plan.tokens_per_update, unit)
+    if rest or not sequences:
+        raise ConfigError(
+            "plan.tokens_per_update",
+            f"{plan.tokens_per_update} is no multiple of {unit}, the tokens of one sequence on each rank; use e.g. "
+            f"{max(1, sequences) * unit}",
+        )
+    found = [(size, sequences // size) for size in range(1, sequences + 1) if sequences % size == 0]
+    if not free(config, "train.micro_batch_size"):
+        found = [pair for pair in found if pair[0] == micro]
+    if not free(config, "train.gradient_accumulation_steps"):
+        found = [pair for pair in found if pair[1] == steps]
+    if not found:
+        raise CombinationError(
+            "plan.tokens_per_update",
+            f"{plan.tokens_per_update} are {sequences} sequences a rank, which train.micro_batch_size={micro} and "
+            f"train.gradient_accumulation_steps={steps} do not give; leave one of them out",
+        )
+    return found

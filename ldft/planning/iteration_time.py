@@ -1,0 +1,266 @@
+"""Expected seconds of an iteration by formula. Imports no torch.
+
+Of each layer: its matrix products, attention's, and what norms, rotary embedding, activation and residuals read and write. What
+moves meanwhile, weights and layer inputs over the link, gradients, hides behind that or is waited for. An update beside the forward
+pass is followed layer by layer: no layer starts before its weights are updated and fetched.
+
+H: hidden size, I: MLP width, Q and K: total widths of query heads and of key heads, T: tokens per micro-batch, V: vocabulary size,
+w: bytes per number in compute precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ldft.config import Config, Device, OffloadDevice
+from ldft.config.checkpointing import CheckpointingMode, KeepAttention
+from ldft.planning.rates import Rates
+from ldft.preflight import attention, decoder_layers, device_estimate, experts, parameter_counts, windows
+from ldft.preflight.selection import Selection
+
+# Without offload, DeepSpeed (0.19) spends as much as this traffic to device memory for each parameter: copies of weights and
+# gradients to fp32 and back, norms, and the update itself. Derived from 0.042 s for 1.24e9 and 0.097 s for 3.21e9 parameters on an
+# H200 (benchmarks/results/fp16-llama3_1b-2k-h200.parquet, training-llama3_3b-32k-in-gpu-h200.parquet).
+_STEP_BYTES = 140.0
+# Python's part of a step with offload, and its part of each layer's pass under ZeRO-3, seconds.
+_STEP_S, _LAYER_S = 0.015, 0.0004
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Seconds of one iteration."""
+
+    forward_s: float
+    backward_s: float
+    step_s: float
+    update_s: float
+    """The host's update; 0 without one."""
+    exposed_s: float
+    """Part of the iteration in which the GPU waits for that update."""
+    arithmetic_s: float
+    """The GPU's own work."""
+    link_s: float
+    """Copies in the direction that has more of them."""
+
+    @property
+    def iteration_s(self) -> float:
+        return self.forward_s + self.backward_s + self.step_s
+
+    @property
+    def bound(self) -> str:
+        """What takes most of the time: the GPU's arithmetic, the link, or the host's update."""
+        parts = {"arithmetic": self.arithmetic_s, "link": self.link_s, "host update": self.update_s}
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Seconds of the GPU's work in one decoder layer."""
+
+    forward: float
+    backward: float
+    again: float
+    """Of the recomputation, with its attention."""
+    attention: float
+    """Of the forward pass, attention alone."""
+
+
+def predict(run: Selection, rates: Rates) -> Times:
+    """Expected times of a run whose share, inputs and tiles are chosen."""
+    config = run.config
+    layer, count = _layer(run, rates), config.model.num_layers
+    checkpointing = config.checkpointing
+    recomputed = checkpointing.recomputed(count)
+    again = layer.again - (layer.attention if checkpointing.keep_attention is not KeepAttention.none else 0.0)
+    loss = _loss(run, rates)
+    hooks = _LAYER_S if config.offload.stage == 3 else 0.0
+    forward_s = count * (layer.forward + hooks) + loss
+    backward_s = count * (layer.backward + hooks) + recomputed * (again + hooks) + (0.0 if run.liger else 2 * loss)
+    arithmetic = forward_s + backward_s
+    link = _link(run, rates)
+    micro_batches = config.train.gradient_accumulation_steps
+    later_forward = max(forward_s, *link.forward)
+    backward = max(backward_s, *link.backward) + link.tail
+    update_s, step_s = _update(run, rates), _step(run, rates)
+    if run.overlap_step:
+        # It is slower only while the pass's own copies and kernels run.
+        meanwhile = min(later_forward, update_s / rates.beside)
+        update_s += (1 - rates.beside) * meanwhile
+        first_forward = _beside(run, layer.forward + hooks, loss, update_s, link.fetch)
+        first_forward = max(first_forward, later_forward)
+        exposed = first_forward - later_forward
+    else:
+        first_forward, exposed = later_forward, update_s
+        step_s += update_s
+    return Times(
+        forward_s=first_forward + (micro_batches - 1) * later_forward,
+        backward_s=micro_batches * backward,
+        step_s=step_s,
+        update_s=update_s,
+        exposed_s=exposed,
+        arithmetic_s=micro_batches * arithmetic,
+        link_s=micro_batches * (max(link.forward) + max(link.backward)),
+    )
+
+
+def _seen(run: Selection) -> float:
+    """Tokens with which a token's query is multiplied, on average: in layers with a window those within it, or, where the window is
+    a mask, all."""
+    config = run.config
+    length, window = config.seq_len.tokens, config.model.sliding_window
+    if not attention.windowed(config):
+        return length / 2
+    part = windows.number(config.model) / config.model.num_layers
+    seen = length if attention.SPECS[run.attention].masks_windows else window * (1 - window / (2 * length))
+    return part * seen + (1 - part) * length / 2
+
+
+def _products(config: Config, sparse: bool) -> float:
+    """Weights of a layer that one token is multiplied with."""
+    model = config.model
+    found = sum(inputs * outputs for inputs, outputs in decoder_layers.linears(model, sparse).values())
+    if sparse:
+        found += model.num_experts * model.hidden_size
+        found += model.num_experts_per_token * 3 * experts.expert_width(model) * model.hidden_size
+    return float(found)
+
+
+def _layer(run: Selection, rates: Rates) -> _Layer:
+    """The mean layer."""
+    config = run.config
+    model, tokens, width = config.model, device_estimate.tokens(config), parameter_counts.width(config)
+    kinds = decoder_layers.kinds(model)
+    weights = sum(count * _products(config, sparse) for sparse, count in kinds.items()) / model.num_layers
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    hidden, inner = model.hidden_size, model.intermediate_size
+    if model.num_experts:
+        inner = model.num_experts_per_token * experts.expert_width(model) + decoder_layers.shared_width(model)
+    per_byte = width * tokens / rates.device_memory
+    # Two norms 4 H, two residuals 6 H, rotary embedding and layout 4 Q + 6 K, activation and product 3 I; and their gradients.
+    passes = per_byte * (10 * hidden + 4 * queries + 6 * keys + 3 * inner)
+    passes_back = per_byte * (12 * hidden + 4 * queries + 6 * keys + 5 * inner)
+    # An adapter reads its input, writes its output, and adds it to the module's; backward each of these has a gradient, too.
+    adapters = [parameter_counts.adapted(config, sparse) for sparse in kinds for _ in range(kinds[sparse])]
+    adapted = sum(inputs + 3 * outputs for found in adapters for inputs, outputs in found.values()) / model.num_layers
+    passes += per_byte * adapted
+    passes_back += 2 * per_byte * adapted
+    products = 2.0 * tokens * weights / rates.products
+    of_down = 2.0 * tokens * inner * hidden / rates.products
+    ahead, back = rates.attention_of(model.head_dim, config.seq_len.tokens)
+    attends = 4.0 * tokens * _seen(run) * queries
+    return _Layer(
+        forward=products + attends / ahead + passes,
+        # A frozen weight has no gradient of its own.
+        backward=products * (1 if config.lora.rank else 2) + 2.5 * attends / back + passes_back,
+        # The last product is not needed again.
+        again=products - of_down + attends / ahead + passes,
+        attention=attends / ahead,
+    )
+
+
+def _loss(run: Selection, rates: Rates) -> float:
+    """Seconds of the output projection and the loss in the forward pass; Liger computes its gradients there, too."""
+    config = run.config
+    once = 2.0 * device_estimate.tokens(config) * parameter_counts.embedding_parameters(config.model) / rates.products
+    return once * (2 if config.lora.rank else 3) if run.liger else once
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """Seconds of copies."""
+
+    forward: tuple[float, ...]
+    """To the device, from it, and between GPUs."""
+    backward: tuple[float, ...]
+    fetch: float
+    """One layer's weights, to the device."""
+    tail: float
+    """After the last layer's backward pass: the embedding's gradient."""
+
+
+def _link(run: Selection, rates: Rates) -> _Link:
+    config = run.config
+    if config.launch.device is Device.cpu:
+        return _Link((0.0,), (0.0,), 0.0, 0.0)
+    model, width, ranks = config.model, parameter_counts.width(config), config.launch.num_ranks
+    down, up = rates.host.link_h2d, rates.host.link_d2h
+    whole = parameter_counts.num_parameters(model)
+    trained = parameter_counts.total(parameter_counts.trained_sizes(config))
+    share = min(1.0, run.gpu_share * ranks / whole)
+    offloads = config.offload.parameters is not OffloadDevice.none
+    weights = width * whole * (1 - share) / ranks / down if offloads else 0.0
+    gathered = width * whole * (ranks - 1) / ranks / rates.peers if config.offload.stage == 3 and ranks > 1 else 0.0
+    waiting = _waiting_bytes(run)
+    leaves = config.offload.optimizer is not OffloadDevice.none
+    gradients = width * trained * (1 - share) / ranks / up if leaves else 0.0
+    embedding = width * parameter_counts.embedding_parameters(model) / ranks / up
+    reduced = width * trained * (ranks - 1) / ranks / rates.peers if ranks > 1 else 0.0
+    return _Link(
+        forward=(weights, waiting / up, gathered),
+        backward=(weights + waiting / down, gradients, gathered + reduced),
+        fetch=width * parameter_counts.layer_parameters(model) / ranks / down if offloads else 0.0,
+        tail=embedding if leaves and not share and not config.lora.rank else 0.0,
+    )
+
+
+def _waiting_bytes(run: Selection) -> int:
+    """Bytes of layer inputs and attention outputs of one micro-batch that wait in one rank's host memory."""
+    config, settings = run.config, run.config.checkpointing
+    groups = settings.groups(config.model.num_layers)
+    found = 0
+    if settings.mode is CheckpointingMode.cpu:
+        found += max(groups - run.device_inputs, 0) * device_estimate.hidden_bytes(config)
+    if settings.keep_attention is KeepAttention.host:
+        found += max(groups - 1, 0) * settings.every * device_estimate.attention_bytes(config)
+    return found
+
+
+def _update(run: Selection, rates: Rates) -> float:
+    """Seconds of the host's update alone."""
+    config = run.config
+    if config.offload.optimizer is not OffloadDevice.cpu:
+        return 0.0
+    trained = parameter_counts.total(parameter_counts.trained_sizes(config)) - run.gpu_share * config.launch.num_ranks
+    # Each state is read and written, the gradient read, the weight written. Stock DeepSpeed also unscales, and copies twice.
+    traffic = 2 * (parameter_counts.state_bytes(config) + parameter_counts.width(config))
+    if not run.fused_step:
+        traffic += 3 * 4 + 2 * (4 + parameter_counts.width(config))
+    return traffic * trained / sum(rates.host.cpu.values())
+
+
+def _step(run: Selection, rates: Rates) -> float:
+    """Seconds of the optimizer's part besides the host's update."""
+    config = run.config
+    ranks, model = config.launch.num_ranks, config.model
+    trained = parameter_counts.total(parameter_counts.trained_sizes(config))
+    if config.offload.optimizer is OffloadDevice.none:
+        # Stages 1 and above update a shard each.
+        return _STEP_BYTES * trained / (1 if config.offload.stage == 0 else ranks) / rates.device_memory
+    seconds = _STEP_S + 28 * run.gpu_share / rates.device_memory
+    if config.offload.parameters is OffloadDevice.none and config.launch.device is Device.cuda:
+        seconds += parameter_counts.width(config) * parameter_counts.num_parameters(model) / ranks / rates.host.link_h2d
+    return seconds
+
+
+def _beside(run: Selection, layer_s: float, loss_s: float, update_s: float, fetch_s: float) -> float:
+    """Seconds of a forward pass that waits, layer by layer, for the update and the fetch of its weights."""
+    config = run.config
+    model, ranks = config.model, config.launch.num_ranks
+    layer = parameter_counts.split(parameter_counts.layer_sizes(model), ranks)
+    embedding = -(-parameter_counts.embedding_parameters(model) // ranks)
+    whole = parameter_counts.split(parameter_counts.parameter_sizes(model), ranks)
+    rest = whole - run.gpu_share
+    if rest <= 0:
+        return model.num_layers * layer_s + loss_s
+    per_element = update_s / rest
+    done = 0.0 if run.gpu_share else embedding * per_element
+    at = done + (0.0 if run.gpu_share else fetch_s * embedding / layer)
+    held = max(0, (run.gpu_share - embedding) // layer)
+    for index in range(model.num_layers):
+        if index >= held:
+            done += layer * per_element
+            at = max(at, done + fetch_s)
+        at += layer_s
+    if not model.tie_word_embeddings:
+        at = max(at, done + embedding * per_element + fetch_s * embedding / layer)
+    return at + loss_s

@@ -1,0 +1,101 @@
+"""The rates of the machine that a run is planned for: as `python -m ldft.bench machine` measured them, or from datasheets."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from ldft import environment
+from ldft.config import THIS, Config, Device, Precision
+from ldft.errors import ConfigError
+from ldft.memory import bandwidths
+from ldft.memory.cost_model import Bandwidths
+from ldft.planning.rates import Rates, from_datasheet
+from ldft.preflight import device_rates
+
+_MEASURE = "measure this machine once with python -m ldft.bench machine"
+
+
+class UnknownRatesError(ConfigError):
+    """The machine's rates are not known, so no time can be predicted."""
+
+
+def rates(config: Config) -> Rates:
+    """Rates for a config whose device and precision are resolved. Raises UnknownRatesError, and ConfigError for a damaged
+    profile."""
+    host = bandwidths.bandwidths(config.numa.bandwidth)
+    if config.machine.name != THIS:
+        return _of_datasheet(config, host)
+    if environment.gpus_are_assumed():
+        raise UnknownRatesError(
+            "plan.goal",
+            f"{config.plan.goal.name}: there is no GPU here; name a machine, as in machine=h200, or launch.device=cpu",
+        )
+    device = _measured(config)
+    if host is None:
+        raise UnknownRatesError("plan.goal", f"{config.plan.goal.name}: the host's bandwidth is unknown; {_MEASURE}")
+    return _parse(device, host, config)
+
+
+def _of_datasheet(config: Config, host: Bandwidths | None) -> Rates:
+    machine = config.machine
+    peak = device_rates.peak_tflops_per_s(machine.gpu, Precision.bf16)
+    if peak is None or host is None:
+        raise UnknownRatesError(
+            "machine.gpu", f"'{machine.gpu}': its peak is not known here; use the GPU of one of ldft's machines"
+        )
+    if config.train.precision is Precision.fp32:
+        peak /= 8  # tensor cores do not compute fp32; vector units do, at about an eighth on these GPUs
+    peers = 1e9 * machine.peer_gb_per_s if config.launch.num_ranks > 1 else math.inf
+    return from_datasheet(peak=1e12 * peak, device_memory=1e9 * machine.memory_gb_per_s, host=host, peers=peers)
+
+
+def _key(config: Config) -> str:
+    """The entry of the profile: rates differ by device and precision."""
+    return f"{config.launch.device.name} {config.train.precision.name}"
+
+
+def _measured(config: Config) -> dict[str, Any]:
+    """The profile's section of the GPU, checked against the GPU and the driver that are there."""
+    path, goal = bandwidths.profile_path(), config.plan.goal.name
+    try:
+        devices = json.loads(path.read_text()).get("devices", {})
+    except (FileNotFoundError, NotADirectoryError):
+        devices = {}
+    except (OSError, ValueError, AttributeError):
+        raise ConfigError("plan.goal", f"{goal}: the profile {path} cannot be read; {_MEASURE}") from None
+    found: dict[str, Any] = devices.get(_key(config), {})
+    if not found:
+        raise UnknownRatesError("plan.goal", f"{goal}: the rates of {_key(config)} are unknown; {_MEASURE}")
+    if config.launch.device is Device.cuda:
+        here = {"gpu": environment.gpus()[0], "driver": environment.driver()}
+        for name, value in here.items():
+            if found.get(name) != value:
+                raise UnknownRatesError(
+                    "plan.goal",
+                    f"{goal}: the profile was measured with {name} {found.get(name)}, here is {value}; {_MEASURE}",
+                )
+    return found
+
+
+def _parse(device: dict[str, Any], host: Bandwidths, config: Config) -> Rates:
+    try:
+        return Rates(
+            products=1e12 * device["products_tflops_per_s"],
+            attention={
+                int(width): {int(tokens): (1e12 * pair[0], 1e12 * pair[1]) for tokens, pair in lengths.items()}
+                for width, lengths in device["attention_tflops_per_s"].items()
+            },
+            device_memory=1e9 * device["memory_gb_per_s"],
+            host=host,
+            beside=device["update_beside"],
+            peers=1e9 * device["peer_gb_per_s"]
+            if config.launch.num_ranks > 1 and device.get("peer_gb_per_s")
+            else math.inf,
+            measured=True,
+        )
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ConfigError(
+            "plan.goal", f"{config.plan.goal.name}: the profile {bandwidths.profile_path()} is damaged; {_MEASURE}"
+        ) from None

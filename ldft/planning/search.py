@@ -1,0 +1,191 @@
+"""Finds the best plan: the fastest combination of values whose expected memory fits. Imports no torch.
+
+Each combination has a least time, that of the GPU's arithmetic, which costs little to compute. They are tried in the order of this
+bound until it exceeds the best time found, so the result is that of trying all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldft.config import Config, Device, Goal
+from ldft.errors import ConfigError
+from ldft.memory.policy import PlacementError
+from ldft.memory.topology import Topology
+from ldft.planning import candidates, iteration_time
+from ldft.planning.candidates import Choice
+from ldft.planning.iteration_time import Times
+from ldft.planning.rates import Rates
+from ldft.preflight import device_estimate, fit, host_estimate, mlp_tiles, resolved, room, selection
+from ldft.preflight.resolved import Resolved
+from ldft.preflight.selection import Selection
+
+# Of device memory this stays free beyond the estimate and its allowance for fragmentation.
+_DEVICE_SPARE = 0.02
+LEANEST_WITHIN = 1.05
+HOST, VRAM = "host memory", "VRAM"
+MEMORIES = (HOST, VRAM)
+"""Refusals for lack of memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A choice, and what is expected of it."""
+
+    choice: Choice
+    run: Selection
+    times: Times
+    host_bytes: int
+    device_bytes: int
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.times.iteration_s / _tokens(self.run.config)
+
+
+def _tokens(config: Config) -> int:
+    """Tokens between two updates, of all ranks."""
+    sequences = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
+    return sequences * config.seq_len.tokens
+
+
+@dataclass(slots=True)
+class Search:
+    """The plans for one config on one machine. Device, precision and model are resolved."""
+
+    config: Config
+    topology: Topology
+    rates: Rates
+    refusals: dict[str, int] = field(default_factory=dict)
+    """Why combinations were not possible -> how many."""
+    host_limit: int = 0
+    """Bytes that all ranks may use, of what the machine has and of what is free now."""
+    _bases: dict[tuple[Any, ...], Selection | ConfigError] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        free = fit.available(self.config).bytes
+        self.host_limit = self.host_limit or min(free, room.host_memory(self.config) or free)
+
+    def plans(self) -> Iterator[tuple[float, Callable[[], Plan | None]]]:
+        """Every valid combination with its least seconds per token, in that order, and a function that makes its plan: None if it
+        does not fit."""
+        config = candidates.placed(self.config, self.topology)
+        queue: list[tuple[float, int, Choice, Selection]] = []
+        for number, choice in enumerate(candidates.choices(config)):
+            try:
+                run = self._select(candidates.applied(config, choice))
+            except ConfigError as error:
+                self._refuse(str(error))
+                continue
+            heapq.heappush(queue, (self._least(run), number, choice, run))
+        while queue:
+            least, _, choice, run = heapq.heappop(queue)
+            yield least, lambda choice=choice, run=run: self._plan(choice, run)  # type: ignore[misc]
+
+    def _select(self, config: Config) -> Selection:
+        """selection.select, which builds DeepSpeed's settings only once for combinations that agree in what these depend on."""
+        checkpointing, count = config.checkpointing, config.model.num_layers
+        key = (
+            *(config.offload.stage, config.offload.parameters, config.offload.optimizer),
+            *(config.train.micro_batch_size, config.train.gradient_accumulation_steps),
+            *(checkpointing.recomputed(count) == count, checkpointing.every, checkpointing.keep_attention),
+        )
+        if key not in self._bases:
+            try:
+                self._bases[key] = selection.select(config, topology=self.topology)
+            except ConfigError as error:
+                self._bases[key] = error
+        base = self._bases[key]
+        if isinstance(base, ConfigError):
+            raise base
+        return dataclasses.replace(base, config=config, mlp_tiles=mlp_tiles.choose(config))
+
+    def _least(self, run: Selection) -> float:
+        times = iteration_time.predict(dataclasses.replace(run, overlap_step=False), self.rates)
+        return (times.arithmetic_s + times.step_s - times.update_s) / _tokens(run.config)
+
+    def _plan(self, choice: Choice, run: Selection) -> Plan | None:
+        """The plan of one combination; None if it does not fit."""
+        config = run.config
+        size = resolved.device_gib(config) if config.launch.device is Device.cuda else None
+        # What settles next only adds to device memory.
+        if size is not None and room.device_room(run, size, _DEVICE_SPARE) < 0:
+            self._refuse(VRAM)
+            return None
+        try:
+            run = resolved.settle(run)
+        except ConfigError as error:
+            self._refuse(str(error))
+            return None
+        peak = device_estimate.peak_of(device_estimate.moments(run))
+        roles, others = host_estimate.host_bytes(run), host_estimate.other_bytes(run, peak)
+        host = config.launch.num_ranks * (sum(roles.values()) + sum(others.values()))
+        if host * (1 + room.HOST_SPARE) > self.host_limit:
+            self._refuse(HOST)
+            return None
+        if size is not None and room.device_room(run, size, _DEVICE_SPARE) < 0:
+            self._refuse(VRAM)
+            return None
+        return Plan(choice, run, iteration_time.predict(run, self.rates), host, sum(peak.values()))
+
+    def _refuse(self, why: str) -> None:
+        self.refusals[why] = self.refusals.get(why, 0) + 1
+
+    def fits(self, plan: Plan) -> Resolved | None:
+        """The plan with its placements, if the check of every run lets it pass."""
+        try:
+            run = resolved.complete(plan.run, settled=True)
+            fit.examine(run)
+        except (ConfigError, PlacementError) as error:
+            self._refuse(str(error))
+            return None
+        return run
+
+    def any_fits(self) -> bool:
+        """Whether any plan fits. Of plans that differ in nothing else, only the one that recomputes and offloads most is tried."""
+        config = candidates.placed(self.config, self.topology)
+        for choice in candidates.leanest(config):
+            try:
+                plan = self._plan(choice, self._select(candidates.applied(config, choice)))
+            except ConfigError:
+                continue
+            if plan is not None and self.fits(plan) is not None:
+                return True
+        return False
+
+    def within(self, part: float = 1.0) -> list[Plan]:
+        """The fastest plan, and all plans that take at most `part` of its time, fastest first; empty if none fits."""
+        found: list[Plan] = []
+        best = math.inf
+        for least, make in self.plans():
+            if least > best * part:
+                break
+            plan = make()
+            if plan is None or plan.seconds_per_token > best * part or self.fits(plan) is None:
+                continue
+            best = min(best, plan.seconds_per_token)
+            found.append(plan)
+        found.sort(key=lambda plan: (plan.seconds_per_token, plan.host_bytes, plan.device_bytes))
+        return [plan for plan in found if plan.seconds_per_token <= best * part]
+
+    def best(self) -> Plan | None:
+        """The best plan by config.plan.goal, whose sequence length is set; None if none fits."""
+        goal = self.config.plan.goal
+        plans = self.within(LEANEST_WITHIN if goal is Goal.leanest else 1.0)
+        return best_of(plans, goal) if plans else None
+
+
+def best_of(plans: list[Plan], goal: Goal) -> Plan:
+    """Of plans in the order of within(), which hold all those that a goal may choose from."""
+    if goal is not Goal.leanest:
+        return plans[0]
+    limit = plans[0].seconds_per_token * LEANEST_WITHIN
+    return min(
+        (plan for plan in plans if plan.seconds_per_token <= limit),
+        key=lambda plan: (plan.host_bytes, plan.seconds_per_token),
+    )

@@ -1,0 +1,134 @@
+"""Puts a plan's values into a config, before the run's identity is computed. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ldft.config import Config, Device, Goal
+from ldft.config.root import flatten
+from ldft.errors import CombinationError, ConfigError
+from ldft.planning import machine, search
+from ldft.planning.iteration_time import Times, predict
+from ldft.planning.search import Plan, Search
+from ldft.preflight import assumed_machine
+from ldft.preflight.resolved import Resolved
+
+DONE = "plan.goal"
+"""Key of config.asked that says that the plan is made."""
+# Lengths are searched in these steps, tokens; GPU kernels and tiles like multiples.
+_LENGTH_STEP = 4096
+
+
+def settle(config: Config) -> None:
+    """Replace values that were left at their default by those of the best plan, and record them in `asked`; nothing if no plan is
+    asked for, or if it is made. Where there is none, `asked` says why, so that the run becomes a row; check() raises it."""
+    if config.plan.goal is Goal.none or DONE in config.asked:
+        return
+    try:
+        config.validate()
+        plan = best(config)
+    except ConfigError as error:
+        config.asked[DONE] = str(error)
+        return
+    chosen = plan.run.config
+    config.asked |= {key: _text(before) for key, before, _ in changed(config, chosen)}
+    config.asked[DONE] = config.plan.goal.name
+    for field in dataclasses.fields(config):
+        setattr(config, field.name, getattr(chosen, field.name) if field.name != "asked" else config.asked)
+
+
+def changed(config: Config, chosen: Config) -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ, with both."""
+    before, after = flatten(config), flatten(chosen)
+    return [(key, before[key], value) for key, value in after.items() if before[key] != value and key != "asked"]
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError if a plan was asked for and there is none."""
+    key, _, problem = config.asked.get(DONE, "").partition(": ")
+    if problem:
+        raise ConfigError(key, problem)
+
+
+def best(config: Config) -> Plan:
+    """The best plan by config.plan.goal. Raises ConfigError if its times cannot be predicted or if none fits."""
+    searched = started(config)
+    found = longest(searched) if config.plan.goal is Goal.longest else searched.best()
+    if found is None:
+        raise ConfigError("plan.goal", f"{config.plan.goal.name}: {nothing_fits(searched)}")
+    return found
+
+
+def started(config: Config) -> Search:
+    """The search for a config whose device, precision and model are resolved."""
+    return Search(config, assumed_machine.topology(config), machine.rates(config))
+
+
+def longest(searched: Search) -> Plan | None:
+    """The fastest plan at the longest sequence that fits. Raises CombinationError if seq_len was set."""
+    config = searched.config
+    if set(config.plan.keep) & {"seq_len", "seq_len.tokens"}:
+        raise CombinationError(
+            "plan.goal",
+            f"longest chooses seq_len, and seq_len.tokens={config.seq_len.tokens} is set; leave one of them out",
+        )
+
+    def at(steps: int) -> Search:
+        tokens = dataclasses.replace(config.seq_len, tokens=steps * _LENGTH_STEP)
+        return dataclasses.replace(searched, config=dataclasses.replace(config, seq_len=tokens), refusals={}, _bases={})
+
+    few, many = 0, 1
+    while at(many).any_fits():
+        few, many = many, 2 * many
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if at(middle).any_fits() else (few, middle)
+    return next(iter(at(few).within()), None) if few else None
+
+
+def nothing_fits(searched: Search) -> str:
+    """Why there is no plan, and what to do."""
+    refusals = sorted(searched.refusals.items(), key=lambda item: -item[1])
+    memory = [name for name, _ in refusals if name in search.MEMORIES]
+    if memory:
+        return (
+            f"nothing fits: every combination lacks {' or '.join(memory)}; python -m ldft.plan with the same settings says what "
+            "would"
+        )
+    return f"no combination is possible: {refusals[0][0] if refusals else 'every value is set'}"
+
+
+def times(run: Resolved) -> Times | None:
+    """Expected times of a run; None if the machine's rates are unknown, or on a CPU, where the formulas only compare plans."""
+    if run.config.launch.device is Device.cpu:
+        return None
+    try:
+        return predict(run, machine.rates(run.config))
+    except machine.UnknownRatesError:
+        return None
+
+
+def columns(run: Resolved) -> dict[str, Any]:
+    """The row's columns: expected times, where the machine's rates are known."""
+    found = times(run)
+    if found is None:
+        return {}
+    return {
+        "predicted_iteration_s": found.iteration_s,
+        "predicted_forward_s": found.forward_s,
+        "predicted_backward_s": found.backward_s,
+        "predicted_step_s": found.step_s,
+        "predicted_bound": found.bound,
+    }
+
+
+def overrides(config: Config) -> list[str]:
+    """What a plan changed, as on a command line."""
+    left = {"launch.device", "train.precision", DONE}
+    values = {key: value for key, value in flatten(config).items() if key in config.asked and key not in left}
+    return [f"{key}={_text(value)}" for key, value in values.items() if not key.startswith("model.")]
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
