@@ -15,7 +15,16 @@ ldft.results reads the rows; nothing here imports torch.
 from multirun_analysis import traces
 from multirun_analysis.comparison import compare, diff
 from multirun_analysis.rows import load
-from multirun_analysis.tidy import cells, memory_by_node, memory_by_role, pareto, phases, placement, predicted
+from multirun_analysis.tidy import (
+    cells,
+    memory_by_node,
+    memory_by_role,
+    pareto,
+    phases,
+    placement,
+    predicted,
+    predicted_times,
+)
 
 __all__ = [
     "cells",
@@ -28,5 +37,6 @@ __all__ = [
     "phases",
     "placement",
     "predicted",
+    "predicted_times",
     "traces",
 ]

@@ -188,6 +188,21 @@ def predicted(df: pd.DataFrame) -> pd.DataFrame:
     return found.assign(ratio=found["predicted_gib"] / found["measured_gib"])
 
 
+def predicted_times(df: pd.DataFrame) -> pd.DataFrame:
+    """Predicted and measured seconds, one line per ok run and quantity (iteration, forward, backward, step), with `ratio`."""
+    parts = []
+    for quantity in ("iteration", *_PHASES):
+        prediction, measurement = f"predicted_{quantity}_s", f"{quantity}_median_s"
+        if prediction in df.columns:
+            part = df.loc[df["ok"], [*CELL, "run_id", "attempt", prediction, measurement]]
+            part = part.rename(columns={prediction: "predicted_s", measurement: "measured_s"})
+            parts.append(part.assign(quantity=quantity).dropna(subset=["predicted_s", "measured_s"]))
+    if not parts:
+        return pd.DataFrame(columns=[*CELL, "run_id", "attempt", "predicted_s", "measured_s", "quantity", "ratio"])
+    found = pd.concat(parts, ignore_index=True)
+    return found.assign(ratio=found["predicted_s"] / found["measured_s"])
+
+
 def larger_is_better(column: str) -> bool:
     """Whether larger is better: True for throughput, utilisation and lengths, False for seconds and bytes."""
     return column.endswith(("_per_s", "mfu", "tokens", "speedup"))

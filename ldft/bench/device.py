@@ -23,13 +23,14 @@ from ldft.memory.policy import Placement
 from ldft.training.optimizers.host_optimizer import HostAdamW
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Tokens, width and inner width of the products; tokens of the sequences; seconds that each piece of work runs; bytes of copies.
+# Tokens, width and inner width of the products; tokens of the sequences; seconds that each piece of work runs; bytes of copies; and
+# bytes of each array of the update.
 _SHAPES = {
-    "cuda": ((8192, 4096, 14336), (8192, 32768, 131072), 1.0, 1 << 30),
-    "cpu": ((1024, 1024, 4096), (512, 2048), 0.3, 1 << 27),
+    "cuda": ((8192, 4096, 14336), (8192, 32768, 131072), 1.0, 1 << 30, 256 << 20),
+    "cpu": ((512, 512, 2048), (256, 1024), 0.1, 64 << 20, 32 << 20),
 }
 _HEAD_DIMS, _HEADS, _KEY_HEADS = (64, 128), 32, 8
-_UPDATE_BYTES, _UPDATES = 256 << 20, 9
+_UPDATES = 9
 
 
 class Device:
@@ -37,7 +38,7 @@ class Device:
 
     def __init__(self, kind: str, precision: str) -> None:
         self._kind, self._dtype = kind, _DTYPES[precision]
-        self._tokens, self._lengths, self._least_s, self._copied = _SHAPES[kind]
+        self._tokens, self._lengths, self._least_s, self._copied, self._updated = _SHAPES[kind]
         torch.manual_seed(0)
 
     def _random(self, *shape: int, **options: Any) -> torch.Tensor:
@@ -126,7 +127,7 @@ class Device:
     def update_beside(self) -> float:
         """The part of its rate that the host's update keeps while copies in both directions and products run."""
         pin = self._kind == "cuda"
-        arrays = [allocate(_UPDATE_BYTES // 4, torch.float32, Placement(), pin=pin) for _ in range(6)]
+        arrays = [allocate(self._updated // 4, torch.float32, Placement(), pin=pin) for _ in range(6)]
         for number, array in enumerate(arrays):
             array.fill_(number + 1e-3)
         weight, gradient, mean, square, down, up = arrays

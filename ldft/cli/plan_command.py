@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import os
@@ -191,9 +190,7 @@ def _table_of(rows: list[tuple[str, str]]) -> list[str]:
 def _command(config: Config, plan: Plan, given: list[str]) -> list[str]:
     """The command that runs the plan here, or on the machine that it is for."""
     own = [text for text in given if text.partition("=")[0].partition(".")[0] not in ("plan", "machine")]
-    chosen = copy.copy(plan.run.config)
-    chosen.asked = {key: "" for key, _, _ in settled.changed(config, chosen)}
-    return [Path(sys.executable).name, "-m", "ldft", *own, *settled.overrides(chosen)]
+    return [Path(sys.executable).name, "-m", "ldft", *own, *settled.changes(config, plan.run.config)]
 
 
 def _grid(given: list[str]) -> list[list[str]]:
@@ -232,7 +229,7 @@ def _map(cells: list[list[str]], out: Path | None, say: Callable[[str], None]) -
                 "vram_gib": plan.device_bytes / GIB,
                 "host_gib": plan.host_bytes / GIB,
                 "bound": plan.times.bound,
-                "chosen": settled.overrides(_with_asked(config, chosen)),
+                "chosen": settled.changes(config, chosen),
             }
         rows.append(row)
         text = (
@@ -252,12 +249,6 @@ def _map(cells: list[list[str]], out: Path | None, say: Callable[[str], None]) -
             raise ResultsError(f"cannot write {out}: {error.strerror}; name another file") from error
         say(f"ldft: rows: {out}")
     return 0
-
-
-def _with_asked(config: Config, chosen: Config) -> Config:
-    found = copy.copy(chosen)
-    found.asked = {key: "" for key, _, _ in settled.changed(config, chosen)}
-    return found
 
 
 @closed_pipe.work_on

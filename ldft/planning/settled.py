@@ -130,5 +130,10 @@ def overrides(config: Config) -> list[str]:
     return [f"{key}={_text(value)}" for key, value in values.items() if not key.startswith("model.")]
 
 
+def changes(config: Config, chosen: Config) -> list[str]:
+    """What differs between a config and a plan's, as on a command line."""
+    return [f"{key}={_text(value)}" for key, _, value in changed(config, chosen)]
+
+
 def _text(value: Any) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

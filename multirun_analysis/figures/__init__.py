@@ -14,9 +14,9 @@ from multirun_analysis.figures.memory import (
     memory_by_role,
     peak_memory,
     placement,
-    predicted,
 )
 from multirun_analysis.figures.over_time import devices_over_time, memory_over_time
+from multirun_analysis.figures.predictions import predicted, predicted_times
 from multirun_analysis.figures.speed import groups_to_compare, phases, speedup, throughput
 
 FIGURES = {
@@ -28,6 +28,7 @@ FIGURES = {
     "memory_by_role": memory_by_role,
     "placement": placement,
     "predicted": predicted,
+    "predicted_times": predicted_times,
     "memory_over_time": memory_over_time,
     "devices_over_time": devices_over_time,
 }
@@ -43,6 +44,7 @@ __all__ = [
     "phases",
     "placement",
     "predicted",
+    "predicted_times",
     "speedup",
     "throughput",
     "write_all",

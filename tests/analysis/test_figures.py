@@ -65,6 +65,8 @@ def df(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
                     nodes=[node(0, gib), node(3, 2 * gib)] if ok else None,
                     roles=placed if ok else None,
                     predicted_host_gib=2.2 * gib,
+                    predicted_iteration_s=0.9 * time,
+                    predicted_forward_s=0.3 * time,
                     predicted_vram_gib=gib,
                     samples=whole_run(random.Random(0)) if ok and gib == 16 else None,
                 )
@@ -186,6 +188,17 @@ def test_predictions_lie_against_the_measured_peak(df) -> None:
     assert sorted(dots.get_xdata()) == [8, 8, 16, 16, 32, 32]
     assert sorted(dots.get_ydata()) == pytest.approx([8.8, 8.8, 17.6, 17.6, 35.2, 35.2])
     assert "10.0% at the worst" in _title(figure)
+
+
+def test_predicted_times_lie_against_the_measured_medians(df) -> None:
+    figure = drawn(FIGURES["predicted_times"](df))
+    dots = _artist(figure, "iteration|cxl_aware")
+    assert (
+        sorted(dots.get_ydata()) == pytest.approx(sorted(0.9 * x for x in dots.get_xdata()))
+        and len(dots.get_xdata()) == 6
+    )
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["iteration", "forward"]
+    assert "Predicted time is off by" in _title(figure) and "10.0% at the worst" in _title(figure)
 
 
 def test_nothing_overlaps_or_is_cut(df) -> None:

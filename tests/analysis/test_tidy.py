@@ -7,7 +7,18 @@ import pytest
 
 from ldft.errors import ResultsError
 from ldft.results import schema
-from multirun_analysis import cells, compare, load, memory_by_node, memory_by_role, pareto, phases, placement, predicted
+from multirun_analysis import (
+    cells,
+    compare,
+    load,
+    memory_by_node,
+    memory_by_role,
+    pareto,
+    phases,
+    placement,
+    predicted,
+    predicted_times,
+)
 from tests.analysis.conftest import node, role
 
 
@@ -149,10 +160,18 @@ def test_predictions_stand_beside_what_was_measured(rows) -> None:
     assert table.ratio[0] == pytest.approx(1.1)
 
 
+def test_predicted_times_stand_beside_the_medians(rows) -> None:
+    rows.add(predicted_iteration_s=1.2, iteration_s=[9.0, 1.0, 1.0, 1.0], warmup_iterations=1)
+    rows.add(tokens=2048)
+    table = predicted_times(load(rows.folder))
+    assert table[["quantity", "predicted_s", "measured_s", "ratio"]].values.tolist() == [["iteration", 1.2, 1.0, 1.2]]
+
+
 def test_rows_without_memory_columns_give_empty_tables(rows) -> None:
     rows.add(without=("nodes",))
     df = load(rows.folder)
     assert memory_by_node(df).empty and memory_by_role(df).empty and placement(df).empty and predicted(df).empty
+    assert predicted_times(df.drop(columns=[name for name in df if name.startswith("predicted")])).empty
 
 
 def test_older_rows_take_todays_default_for_a_key_they_lack(rows) -> None:

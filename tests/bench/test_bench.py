@@ -1,7 +1,8 @@
-"""`python -m ldft.bench nodes`: through the command line, rows read back, a profile that a dry run picks up."""
+"""`python -m ldft.bench`: through the command line, rows read back, a profile that a dry run picks up."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -52,6 +53,25 @@ def test_rows_profile_and_the_plan_that_uses_it(tmp_path: Path) -> None:
     assert len(list(text)) == 1 and not list(tmp_path.rglob("*.tmp"))
     done = say("ldft", "dry_run=true", "numa=local_only", "launch.device=cpu", cwd=tmp_path, env=env)
     assert done.returncode == 0 and "modelled traffic to host memory, s per step:" in done.stdout, done.stderr
+
+
+def test_a_machine_is_measured_once_and_a_plan_uses_it(tmp_path: Path) -> None:
+    env = {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+    ask = ("ldft.plan", "model=tiny", "launch.device=cpu", "train.precision=fp32")
+    assert "measure this machine once with python -m ldft.bench machine" in say(*ask, cwd=tmp_path, env=env).stderr
+    done = say("ldft.bench", "machine", "--precision", "fp32", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = next((tmp_path / "config" / "ldft" / "hardware").glob("*.json"))
+    found = json.loads(path.read_text())
+    rates = found["devices"]["cpu fp32"]
+    assert rates["products_tflops_per_s"] > 1e-3 and rates["memory_gb_per_s"] > 0.1 and rates["update_beside"] == 1.0
+    assert set(rates["attention_tflops_per_s"]) == {"64", "128"}
+    assert found["bandwidth"][f"node{NODE}"]["cpu"] > 0.1
+    # Measuring only the nodes again keeps the device.
+    profile.save({"host": "a", "bandwidth": {"node0": {"cpu": 5.0}}}, path)
+    assert json.loads(path.read_text())["devices"] == found["devices"]
+    done = say(*ask, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and "this machine (measured)" in done.stdout, done.stderr
 
 
 def test_a_profile_is_not_made_from_caches(tmp_path: Path) -> None:
