@@ -38,12 +38,14 @@ ON_THE_HUB = "model.hf_id=Qwen/Qwen3-8B"
 # Parses the options of a module as it would, and ends there.
 PARSE_ONLY = """
 import argparse, runpy, sys
-whole = argparse.ArgumentParser.parse_args
-def parse(self, *args, **options):
-    whole(self, *args, **options)
-    print("parsed")
-    sys.exit(0)
-argparse.ArgumentParser.parse_args = parse
+def only(whole):
+    def parse(self, *args, **options):
+        whole(self, *args, **options)
+        print("parsed")
+        sys.exit(0)
+    return parse
+for name in ("parse_args", "parse_intermixed_args"):
+    setattr(argparse.ArgumentParser, name, only(getattr(argparse.ArgumentParser, name)))
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """

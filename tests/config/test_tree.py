@@ -239,7 +239,7 @@ def test_identity_leaves_out_what_is_not_measured() -> None:
         key: value
         for key, value in flatten(same).items()
         if key not in ("launch.timeout_s", "memory.vram_gib", "rerun", "dry_run", "force", "asked")
-        and key.partition(".")[0] not in ("results", "monitor", "sweep")
+        and key.partition(".")[0] not in ("results", "monitor", "sweep", "plan", "machine")
         and "expert" not in key
         and key
         not in ("model.router_aux_loss", "data.column", "data.loss", "optimizer.overlap_step", "offload.gpu_share")

@@ -1,5 +1,9 @@
 """Whole runs with each role placed alone. The row has the requested shares, and the watcher finds DeepSpeed's own tensors there."""
 
+import json
+import sys
+from pathlib import Path
+
 from .whole import Runs, Seen
 
 RUNS = Runs()
@@ -73,3 +77,20 @@ def cxl_aware_cut(row, seen):
     shares = {role: {0: 1.0} for role in ("momentum", "variance", "compute_gradients")}
     shares |= {"master_weights": {0: 0.5, 3: 0.5}, "compute_weights": {3: 1.0}}
     check_roles(row, seen, shares)
+
+
+@RUNS.add("plan", "plan=fastest", "offload=full", before=(sys.executable, str(Path(__file__).with_name("measured.py"))))
+def plan(row, seen):
+    """A plan places the roles by the cost model, and they are where it said."""
+    asked = json.loads(row["cfg.asked"])
+    assert (asked["plan.goal"], asked["numa.name"], row["cfg.numa.name"]) == ("fastest", "default", "optimal")
+    wanted: dict[str, dict[int, float]] = {}
+    for entry in row["roles"]:
+        if entry["requested_share"]:
+            wanted.setdefault(entry["role"], {})[entry["node"]] = entry["requested_share"]
+    assert {"master_weights", "momentum", "variance", "compute_weights", "compute_gradients"} <= set(wanted)
+    bytes_of = {entry["role"]: entry["bytes"] for entry in row["roles"]}
+    by_node = {node: sum(bytes_of[role] * of.get(node, 0.0) for role, of in wanted.items()) for node in range(4)}
+    # Sockets are three times as fast as expanders; all four take part.
+    assert min(by_node.values()) > 0 and by_node[0] + by_node[1] > 2 * (by_node[2] + by_node[3]), by_node
+    check_roles(row, seen, wanted)

@@ -12,9 +12,9 @@ from ldft import environment
 from ldft.config import Config
 from ldft.memory.limits import Free
 from ldft.memory.topology import Node, Topology
-from ldft.preflight import fit, selection
+from ldft.preflight import assumed_machine, fit, selection
 from ldft.preflight.resolved import resolve
-from ldft.runner import checks, dry_run, parent
+from ldft.runner import dry_run, parent
 from tests.conftest import compose
 
 GIB = 2**30
@@ -34,7 +34,7 @@ FIXED = ("offload.gpu_share=0", "checkpointing.device_inputs=1")
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """64 GiB of host memory on two nodes, of which the second has 2 GiB left; GPUs of 80 GiB."""
     monkeypatch.setattr(selection, "read_topology", lambda: TWO)
-    monkeypatch.setattr(checks, "read_topology", lambda: TWO)
+    monkeypatch.setattr(assumed_machine, "read_topology", lambda: TWO)
     monkeypatch.setattr(fit, "free_on_node", lambda node: [60 * GIB, 2 * GIB][node])
     monkeypatch.setattr(fit, "free_memory", lambda capacity: Free(bytes=capacity or 62 * GIB, limit="MemAvailable"))
     monkeypatch.setattr(environment, "gpus", lambda: ("a GPU",))

@@ -25,6 +25,8 @@ NULL = {
     "predicted_vram_gib": "no device memory",
     "predicted_vram_json": "no device memory",
     "gpu_share_choice": "no device memory",
+    **dict.fromkeys((f"predicted_{name}_s" for name in ("iteration", "forward", "backward", "step")), "no GPU"),
+    "predicted_bound": "no GPU",
     "numa_mechanism": "numa=default",
     "documents_read": "data=random",
     "documents_skipped": "data=random",
