@@ -66,6 +66,8 @@ def resolved_config(given: list[str]) -> Config:
     checks.resolve(config)
     config.plan.goal = Goal.fastest if goal is Goal.none else goal
     config.validate()
+    with assumed_machine.assumed(config):
+        checks.check_config(config, assumed_machine.topology(config))
     return config
 
 
@@ -133,10 +135,10 @@ def _cells(name: str, plan: Plan) -> tuple[str, ...]:
     return (
         name,
         f"{1 / plan.seconds_per_token:.0f}",
-        seconds(plan.times.iteration_s),
+        _duration(plan.times.iteration_s),
         f"{plan.device_bytes / GIB:.1f}",
         f"{plan.host_bytes / GIB:.1f}",
-        _OFFLOADS.get(state, f"stage {offload.stage}"),
+        _OFFLOADS.get(state, offload.optimizer.name),
         share,
         f"{recomputed} of {count}{where if recomputed else ''}",
         choice.keep_attention.name,
@@ -144,6 +146,10 @@ def _cells(name: str, plan: Plan) -> tuple[str, ...]:
         f"{config.train.micro_batch_size} x {config.train.gradient_accumulation_steps}",
         plan.times.bound,
     )
+
+
+def _duration(value: float) -> str:
+    return f"{value:.3g}s" if value < 10 else seconds(value)
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -60,7 +60,9 @@ def choices(config: Config) -> Iterator[Choice]:
     tiles = [None, _TILES] if _default(config, "kernels.mlp_tiles") else [config.kernels.mlp_tiles]
     for offload, mode, (micro, accumulated) in itertools.product(_offloads(config), modes, _batches(config)):
         if mode is CheckpointingMode.none:
-            yield Choice(offload, mode, -1, 1, KeepAttention.none, None, micro, accumulated)
+            # What was set stays, also where it makes this choice invalid.
+            asked = settings.layers, settings.every, settings.keep_attention, config.kernels.mlp_tiles
+            yield Choice(offload, mode, *asked, micro, accumulated)
             continue
         for number, k, keep, tile in itertools.product(layers, every, keeps, tiles):
             if tile and len(tiles) > 1 and number != count:

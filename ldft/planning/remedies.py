@@ -90,4 +90,4 @@ def _host(config: Config, gib: float) -> Config:
 
 def _fresh(searched: Search, config: Config, **changes: object) -> Search:
     """A search for another config."""
-    return dataclasses.replace(searched, config=config, host_limit=0, refusals={}, _bases={}, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(searched, config=config, host_limit=0, refusals={}, invalid={}, _bases={}, **changes)  # type: ignore[arg-type]

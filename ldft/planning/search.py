@@ -62,7 +62,9 @@ class Search:
     topology: Topology
     rates: Rates
     refusals: dict[str, int] = field(default_factory=dict)
-    """Why combinations were not possible -> how many."""
+    """Memory that combinations lack, or what the check of every run said -> how many."""
+    invalid: dict[str, int] = field(default_factory=dict)
+    """Why other combinations are not possible at all -> how many."""
     host_limit: int = 0
     """Bytes that all ranks may use, of what the machine has and of what is free now."""
     _bases: dict[tuple[Any, ...], Selection | ConfigError] = field(default_factory=dict)
@@ -80,7 +82,7 @@ class Search:
             try:
                 run = self._select(candidates.applied(config, choice))
             except ConfigError as error:
-                self._refuse(str(error))
+                self.invalid[str(error)] = self.invalid.get(str(error), 0) + 1
                 continue
             heapq.heappush(queue, (self._least(run), number, choice, run))
         while queue:
@@ -170,7 +172,10 @@ class Search:
                 continue
             best = min(best, plan.seconds_per_token)
             found.append(plan)
-        found.sort(key=lambda plan: (plan.seconds_per_token, plan.host_bytes, plan.device_bytes))
+        # Of equal times, that with less work to hide is the safer one.
+        found.sort(
+            key=lambda plan: (plan.seconds_per_token, plan.times.arithmetic_s, plan.host_bytes, plan.device_bytes)
+        )
         return [plan for plan in found if plan.seconds_per_token <= best * part]
 
     def best(self) -> Plan | None:

@@ -76,7 +76,9 @@ def longest(searched: Search) -> Plan | None:
 
     def at(steps: int) -> Search:
         tokens = dataclasses.replace(config.seq_len, tokens=steps * _LENGTH_STEP)
-        return dataclasses.replace(searched, config=dataclasses.replace(config, seq_len=tokens), refusals={}, _bases={})
+        return dataclasses.replace(
+            searched, config=dataclasses.replace(config, seq_len=tokens), refusals={}, invalid={}, _bases={}
+        )
 
     few, many = 0, 1
     while at(many).any_fits():
@@ -89,14 +91,16 @@ def longest(searched: Search) -> Plan | None:
 
 def nothing_fits(searched: Search) -> str:
     """Why there is no plan, and what to do."""
-    refusals = sorted(searched.refusals.items(), key=lambda item: -item[1])
-    memory = [name for name, _ in refusals if name in search.MEMORIES]
-    if memory:
+    refusals = sorted(searched.refusals, key=lambda name: -searched.refusals[name])
+    memory = [name for name in refusals if name in search.MEMORIES]
+    others = [name for name in refusals if name not in memory]
+    if memory and not others:
         return (
             f"nothing fits: every combination lacks {' or '.join(memory)}; python -m ldft.plan with the same settings says what "
             "would"
         )
-    return f"no combination is possible: {refusals[0][0] if refusals else 'every value is set'}"
+    others += sorted(searched.invalid, key=lambda text: -searched.invalid[text])
+    return f"no combination is possible: {others[0] if others else 'every value is set'}"
 
 
 def times(run: Resolved) -> Times | None:

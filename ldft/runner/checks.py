@@ -8,6 +8,7 @@ from pathlib import Path
 from ldft import environment
 from ldft.config import THIS, Config, Device, Precision, Weights
 from ldft.errors import ConfigError
+from ldft.memory.topology import Topology
 from ldft.planning import settled
 from ldft.preflight import (
     assumed_machine,
@@ -105,6 +106,12 @@ def check_machine(config: Config) -> Resolved:
     """The resolved run. Raises ConfigError if the config needs something that this machine lacks."""
     settled.check(config)
     topology = assumed_machine.topology(config)
+    check_config(config, topology)
+    return resolved.resolve(config, topology=topology)
+
+
+def check_config(config: Config, topology: Topology) -> None:
+    """Raise ConfigError if the config needs something that this machine lacks, whatever a plan would choose."""
     config.numa.placement.resolve(topology, "numa")
     gpus = environment.gpus()
     if config.launch.device is Device.cuda:
@@ -126,7 +133,6 @@ def check_machine(config: Config) -> Resolved:
     experts.check(config.model)
     windows.check(config.model)
     parameter_counts.check_adapted(config)
-    return resolved.resolve(config, topology=topology)
 
 
 def check_inputs(run: Selection, *, fetch: bool) -> list[str]:

@@ -44,8 +44,10 @@ def summary(outcome: Outcome, config: Config) -> str:
         if row.get("log_path"):
             lines.append(f"ldft: log: {outcome.row_path.parents[2] / row['log_path']}")
     elif row.get("loss"):
+        expected = row.get("predicted_iteration_s")
         lines.append(
-            f"ldft: median iteration {row['iteration_median_s']:.3f} s, {row['tokens_per_s']:.0f} tokens/s, "
+            f"ldft: median iteration {row['iteration_median_s']:.3f} s{f' ({expected:.3f} s expected)' if expected else ''}, "
+            f"{row['tokens_per_s']:.0f} tokens/s, "
             f"loss {row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}, host peak {row['peak_host_gib']:.2f} GiB"
         )
     snapshots = sorted(path.name for path in outcome.row_path.parent.glob("snapshot-*.pickle"))

@@ -15,6 +15,7 @@ import pytest
 
 from ldft.cli import plan_command
 from ldft.config import run_id
+from ldft.config.root import flatten
 from ldft.planning import settled
 from ldft.runner import checks
 from tests.conftest import Done, compose
@@ -80,6 +81,18 @@ def test_what_was_set_stays_and_the_rest_is_chosen() -> None:
     assert keys(planned("checkpointing.keep_attention=host")) == {"checkpointing.layers"}
     assert keys(planned("checkpointing.layers=30", "checkpointing.keep_attention=none")) <= {"checkpointing.mode"}
     assert "offload.stage" not in keys(planned("offload=full", "model=llama3_1b"))
+    # Values that need recomputation keep it on.
+    for value in (
+        "checkpointing.layers=3",
+        "checkpointing.every=2",
+        "checkpointing.keep_attention=host",
+        "kernels.mlp_tiles=4",
+    ):
+        config = compose(*THERE, "plan=fastest", "machine.vram_gib=2000", value)
+        config.plan.keep.append(value.partition("=")[0])
+        checks.resolve(config)
+        assert config.asked[settled.DONE] == "fastest" and value.endswith(str(flatten(config)[value.partition("=")[0]]))
+        assert config.checkpointing.mode.name != "none"
     slow = ["model=llama3_1b", "seq_len=8k", "machine.link_gb_per_s=1", "offload.gpu_share=0"]
     assert "offload.optimizer=none" in planned(*slow)
     assert "offload.optimizer" not in keys(planned(*slow, keep=("offload",)))
