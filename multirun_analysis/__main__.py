@@ -1,4 +1,4 @@
-"""`python -m multirun_analysis [FOLDER]` and `python -m multirun_analysis diff A B`."""
+"""`python -m multirun_analysis [FOLDER]`, `python -m multirun_analysis diff A B`, `python -m multirun_analysis plans FILE`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ldft import closed_pipe
 from ldft.errors import LdftError
 from ldft.terminal import Parser
 
-_EPILOG = "python -m multirun_analysis diff A B shows what changed between two folders."
+_EPILOG = (
+    "python -m multirun_analysis diff A B shows what changed between two folders; plans FILE draws what python -m ldft.plan -m "
+    "--rows wrote."
+)
 
 
 def _summary_parser() -> Parser:
@@ -37,6 +40,13 @@ def _diff_parser() -> Parser:
     parser.add_argument("a", type=Path, help="results folder before")
     parser.add_argument("b", type=Path, help="results folder after")
     parser.add_argument("--all", action="store_true", help="print every line of the table")
+    return parser
+
+
+def _plans_parser() -> Parser:
+    parser = Parser(prog="python -m multirun_analysis plans", description="Draw a map of plans.")
+    parser.add_argument("rows", type=Path, help="file that python -m ldft.plan -m --rows wrote")
+    parser.add_argument("--out", type=Path, help="folder for the figure (that of the file)")
     return parser
 
 
@@ -81,6 +91,19 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plans(arguments: argparse.Namespace) -> int:
+    from multirun_analysis import style
+    from multirun_analysis.figures import plans
+
+    figure = plans.plans(plans.load(arguments.rows))
+    if isinstance(figure, str):
+        _console().print(f"no figure: {figure}", soft_wrap=True)
+        return 0
+    for path in style.save(figure, arguments.out or arguments.rows.parent, "plans"):
+        _console().print(str(path), soft_wrap=True)
+    return 0
+
+
 @closed_pipe.work_on
 def main(argv: list[str] | None = None) -> int:
     """Returns exit code 0, or 2 after printing one line if the folder, the group or the baseline does not exist."""
@@ -88,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if words[:1] == ["diff"]:
             return _diff(_diff_parser().parse_args(words[1:]))
+        if words[:1] == ["plans"]:
+            return _plans(_plans_parser().parse_args(words[1:]))
         return _summarise(_summary_parser().parse_args(words))
     except LdftError as error:
         print(f"multirun_analysis: {error}", file=sys.stderr)

@@ -12,10 +12,11 @@ from pathlib import Path
 from ldft import environment
 from ldft.config import Config, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
+from ldft.planning import settled
 from ldft.preflight import assumed_machine, decoder_layers, device_inputs, fit, parameter_counts, placement_text
 from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved, device_gib
-from ldft.runner import checks, cpu_limits, parent
+from ldft.runner import checks, cpu_limits, measured, parent
 from ldft.runner.core_binding import cores_of_ranks
 
 _LIST_RANKS = 4
@@ -36,6 +37,7 @@ def _describe(config: Config) -> str:
         *(f"warning: {warning}" for warning in checks.warnings(run)),
         *(f"note: {note}" for note in notes),
         *_bytes(run),
+        *_times(run),
         *placement_text.lines(run),
         *_files(config),
         "DeepSpeed config:",
@@ -171,6 +173,17 @@ def _bytes(run: Resolved) -> list[str]:
             else f"does not fit here: {error}"
         )
     return lines
+
+
+def _times(run: Resolved) -> list[str]:
+    """Expected times, if the machine's rates are known."""
+    if (found := settled.times(run)) is None:
+        return []
+    speed = measured.tokens_per_iteration(run.config) / found.iteration_s
+    return [
+        f"expected time: {found.iteration_s:.3f} s an iteration (forward {found.forward_s:.3f}, backward {found.backward_s:.3f}, "
+        f"step {found.step_s:.3f}), {speed:.0f} tokens/s, bound by {found.bound}"
+    ]
 
 
 def _files(config: Config) -> list[str]:
