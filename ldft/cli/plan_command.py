@@ -217,10 +217,11 @@ def _map(cells: list[list[str]], out: Path | None, say: Callable[[str], None]) -
     for given in cells:
         config = resolved_config(given)
         with assumed_machine.assumed(config):
-            _, plan, _ = answer(config)
+            searched, plan, _ = answer(config)
         row = {
             "model": config.model.name,
             "machine": config.machine.name,
+            "rates": "measured" if searched.rates.measured else "datasheet",
             "goal": config.plan.goal.name,
             "num_ranks": config.launch.num_ranks,
             "tokens": (plan.run.config if plan else config).seq_len.tokens,

@@ -13,7 +13,7 @@ from ldft.errors import ResultsError
 from multirun_analysis import style
 from multirun_analysis.figures import layout
 
-_COLUMNS = {"model", "machine", "goal", "num_ranks", "tokens", "fits"}
+_COLUMNS = {"model", "machine", "rates", "goal", "num_ranks", "tokens", "fits"}
 _BOUNDS = {"arithmetic": "o", "link": "s", "host update": "^"}
 
 
@@ -37,7 +37,7 @@ def plans(df: pd.DataFrame) -> Figure | str:
         return "no plan in the file"
     if not df["fits"].any():
         return "nothing fits on any of these machines"
-    table = df.assign(panel=[f"{row.num_ranks} x {row.machine}, {row.goal}" for row in df.itertuples()])
+    table = df.assign(panel=[f"{row.num_ranks} x {row.machine} ({row.rates}), {row.goal}" for row in df.itertuples()])
     colours = {model: style.OTHERS[i % len(style.OTHERS)] for i, model in enumerate(sorted(table["model"].unique()))}
     with style.styled():
         panels = list(table.groupby("panel", sort=True))

@@ -13,7 +13,7 @@ from tests.analysis.conftest import artists
 
 
 def cell(model: str, tokens: int, speed: float | None, bound: str | None = None) -> dict[str, object]:
-    row = {"model": model, "machine": "h200", "goal": "fastest", "num_ranks": 1, "tokens": tokens}
+    row = {"model": model, "machine": "h200", "rates": "datasheet", "goal": "fastest", "num_ranks": 1, "tokens": tokens}
     return row | {"fits": speed is not None, "tokens_per_s": speed, "bound": bound}
 
 
@@ -32,7 +32,7 @@ def test_each_plan_is_a_point_and_what_does_not_fit_a_cross() -> None:
     (point,) = found["a|32768"]
     assert (list(point.get_xdata()), list(point.get_ydata()), point.get_marker()) == ([32768], [500.0], "s")
     assert "none|b|32768" in found and "b|32768" not in found
-    assert figure.axes[0].get_title(loc="left") == "1 x h200, fastest"
+    assert figure.axes[0].get_title(loc="left") == "1 x h200 (datasheet), fastest"
     assert figure.get_suptitle().replace("\n", " ") == "Of 4 plans 3 fit; the longest is a at 32k tokens on 1 x h200"
 
 
