@@ -25,7 +25,7 @@ from ldft.runner import checks
 from tests.conftest import IN_CI, compose
 
 MODEL = ("model=llama3_1b", "model.num_layers=4", "launch.device=cuda", "machine=h200", "train.precision=bf16")
-NUMBER = 600 if IN_CI else 60
+NUMBER = 300 if IN_CI else 40
 
 
 def config_of(*overrides: str) -> Config:
