@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,14 @@ TESTS = {
     "ldft/memory/policy.py": ["tests/memory/test_policy.py"],
     "ldft/memory/probe.py": ["tests/memory/test_probe.py"],
     "ldft/preflight/deepspeed_keys.py": [
+        "tests/preflight/test_deepspeed_bounds.py",
         "tests/preflight/test_deepspeed_files.py",
         "tests/preflight/test_deepspeed_config.py",
     ],
-    "ldft/preflight/deepspeed_refused.py": ["tests/preflight/test_deepspeed_files.py"],
+    "ldft/preflight/deepspeed_refused.py": [
+        "tests/preflight/test_deepspeed_bounds.py",
+        "tests/preflight/test_deepspeed_files.py",
+    ],
     "ldft/preflight/device_estimate.py": ["tests/preflight/test_device_estimate.py", "tests/preflight/test_fit.py"],
     "ldft/preflight/device_inputs.py": ["tests/preflight/test_gpu_share.py"],
     "ldft/preflight/fit.py": ["tests/preflight/test_fit.py"],
@@ -45,11 +50,16 @@ TESTS = {
     "ldft/preflight/mlp_tiles.py": ["tests/preflight/test_mlp_tiles.py"],
     "ldft/preflight/parameter_counts.py": ["tests/preflight/test_host_estimate.py", "tests/training/test_models.py"],
     "ldft/preflight/role_placement.py": [
+        "tests/preflight/test_budgets.py",
         "tests/preflight/test_role_placement.py",
         "tests/preflight/test_strategy_options.py",
     ],
     "ldft/preflight/room.py": ["tests/preflight/test_gpu_share.py"],
-    "ldft/preflight/strategies.py": ["tests/preflight/test_greedy.py", "tests/preflight/test_strategy_options.py"],
+    "ldft/preflight/strategies.py": [
+        "tests/preflight/test_greedy.py",
+        "tests/preflight/test_budgets.py",
+        "tests/preflight/test_strategy_options.py",
+    ],
     "ldft/results/places.py": ["tests/results/test_rewritten.py"],
     "ldft/results/rewritten.py": ["tests/results/test_rewritten.py"],
     "ldft/sweep/plan.py": ["tests/sweep/test_plan.py"],
@@ -130,7 +140,7 @@ def _copied(folder: Path) -> Path:
     return folder
 
 
-def _pass(tests: list[str], folder: Path) -> bool:
+def _pass(tests: Sequence[str], folder: Path) -> bool:
     """Whether the tests pass in the copy. The first failure ends them; so does a mutation that never ends."""
     command = f"sys.path.insert(0, {str(folder)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     line = [
@@ -170,8 +180,9 @@ def main() -> int:
     survivors = []
     with tempfile.TemporaryDirectory(prefix="ldft-mutations-") as name:
         folder = _copied(Path(name))
+        passed = functools.cache(lambda tests: _pass(tests, folder))
         for module in sorted({mutation.module for mutation in drawn}):
-            if not _pass(TESTS[module], folder):
+            if not passed(tuple(TESTS[module])):
                 print(f"the tests of {module} fail without a mutation; nothing can be said about it", flush=True)
                 drawn = [mutation for mutation in drawn if mutation.module != module]
         for number, mutation in enumerate(sorted(drawn, key=lambda one: (one.module, one.number)), start=1):
