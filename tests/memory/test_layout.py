@@ -90,6 +90,10 @@ def test_what_counts_as_misplaced(topology):
     assert both.misplaced({0: 4096}, 0) == 2048
     assert both.misplaced({0: 2048, 2: 2047, -1: 1}, 0) == 1  # a page without memory is nowhere
     assert plan(Placement(), topology, 16 << 20, True).misplaced({0: 4096}, 0) == 0
+    # A half page too much on each of three nodes of four: what each lacks or has too much is counted, however little.
+    four = layout.Layout(method="kernel", ranges=[(0, 4098, -1)], shares=dict.fromkeys(range(4), 0.25), tolerance=1)
+    assert four.misplaced({0: 1025, 1: 1025, 2: 1025, 3: 1023}, 0) == 2
+    assert four.misplaced({0: 1025, 1: 1025, 2: 1024, 3: 1024}, 0) == 0
 
 
 def test_clipping_keeps_every_byte():
