@@ -16,6 +16,7 @@ import argparse
 import ast
 import copy
 import functools
+import os
 import random
 import shutil
 import subprocess
@@ -73,7 +74,7 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
 _LONGEST_TESTS_S = 600
-# An editable install would import the checkout's packages, not the copy's.
+# An editable install would import the checkout's packages, not the copy's. Every Python that the tests start runs this first.
 _WITHOUT_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__]"
 
 
@@ -137,26 +138,18 @@ def _copied(folder: Path) -> Path:
     import ldft._native as native
 
     shutil.copy2(str(native.__file__), folder / "ldft" / Path(str(native.__file__)).name)
+    (folder / "sitecustomize.py").write_text(_WITHOUT_EDITABLE)
     return folder
 
 
 def _pass(tests: Sequence[str], folder: Path) -> bool:
     """Whether the tests pass in the copy. The first failure ends them; so does a mutation that never ends."""
-    command = f"sys.path.insert(0, {str(folder)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    line = [
-        sys.executable,
-        "-c",
-        f"{_WITHOUT_EDITABLE}; {command}",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "0",
-        *tests,
-    ]
+    line = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
     try:
-        done = subprocess.run(line, cwd=folder, capture_output=True, timeout=_LONGEST_TESTS_S, check=False)
+        done = subprocess.run(
+            line, cwd=folder, env=environment, capture_output=True, timeout=_LONGEST_TESTS_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0

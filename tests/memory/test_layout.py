@@ -75,12 +75,14 @@ def test_the_kernel_interleaves_where_it_is_exact_enough(topology):
 
 def test_what_counts_as_misplaced(topology):
     one = plan(Placement(kind="bind", nodes=(2,)), topology, 16 << 20, True)
+    assert one.ranges == [(0, 16 << 20, 2)]
     assert one.misplaced({2: 4096}, 0) == 0
     assert one.misplaced({2: 4090, 0: 6}, 6) == 6
     striped = plan(weighted((0, 2), (1, 1), "stripes"), topology, 128 << 20, True)
     assert striped.misplaced({0: 24576, 2: 7680, -1: 512}, 8192) == 8704
     assert striped.misplaced({0: 16384, 2: 16384}, 2) == 2  # the right shares in the wrong places
     several = plan(Placement(kind="bind", nodes=(0, 2)), topology, 16 << 20, True)
+    assert several.ranges == [(0, 16 << 20, -1)]
     assert several.misplaced({0: 96, 2: 4000}, 0) == 0
     assert several.misplaced({0: 96, 1: 4000}, 0) == 4000
     both = plan(Placement(kind="interleave", nodes=(0, 2)), topology, 16 << 20, False)
