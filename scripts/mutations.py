@@ -43,7 +43,11 @@ TESTS = {
         "tests/preflight/test_deepspeed_bounds.py",
         "tests/preflight/test_deepspeed_files.py",
     ],
-    "ldft/preflight/device_estimate.py": ["tests/preflight/test_device_estimate.py", "tests/preflight/test_fit.py"],
+    "ldft/preflight/device_estimate.py": [
+        "tests/preflight/test_device_parts.py",
+        "tests/preflight/test_device_estimate.py",
+        "tests/preflight/test_memory_of_experts.py",
+    ],
     "ldft/preflight/device_inputs.py": ["tests/preflight/test_gpu_share.py"],
     "ldft/preflight/fit.py": ["tests/preflight/test_fit.py"],
     "ldft/preflight/gpu_share.py": ["tests/preflight/test_gpu_share.py"],
