@@ -48,10 +48,10 @@ TESTS = {
         "tests/preflight/test_device_estimate.py",
         "tests/preflight/test_memory_of_experts.py",
     ],
-    "ldft/preflight/device_inputs.py": ["tests/preflight/test_gpu_share.py"],
-    "ldft/preflight/fit.py": ["tests/preflight/test_fit.py"],
+    "ldft/preflight/device_inputs.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_gpu_share.py"],
+    "ldft/preflight/fit.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_fit.py"],
     "ldft/preflight/gpu_share.py": ["tests/preflight/test_gpu_share.py"],
-    "ldft/preflight/host_estimate.py": ["tests/preflight/test_host_estimate.py"],
+    "ldft/preflight/host_estimate.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_host_estimate.py"],
     "ldft/preflight/mlp_tiles.py": ["tests/preflight/test_mlp_tiles.py"],
     "ldft/preflight/parameter_counts.py": ["tests/preflight/test_host_estimate.py", "tests/training/test_models.py"],
     "ldft/preflight/role_placement.py": [
@@ -59,7 +59,7 @@ TESTS = {
         "tests/preflight/test_role_placement.py",
         "tests/preflight/test_strategy_options.py",
     ],
-    "ldft/preflight/room.py": ["tests/preflight/test_gpu_share.py"],
+    "ldft/preflight/room.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_gpu_share.py"],
     "ldft/preflight/strategies.py": [
         "tests/preflight/test_greedy.py",
         "tests/preflight/test_budgets.py",
