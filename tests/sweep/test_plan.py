@@ -115,6 +115,26 @@ def test_the_plan_is_read_back_as_it_was(planned, tmp_path) -> None:
     assert back.cells == found.cells and back.name == found.name
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"name": "x", "cel', b"\xff{}"])
+def test_a_damaged_plan_is_named_and_the_others_are_read(planned, tmp_path, capsys, damaged: bytes) -> None:
+    found = planned("-m", "model=nano", "seq_len=4k,1k")
+    torn = tmp_path / "results" / "sweeps" / "torn.json"
+    torn.parent.mkdir(parents=True)
+    found.save(tmp_path / "results")
+    torn.write_bytes(damaged)
+    torn.with_name("old.json").write_text('{"name": "of another version"}')
+    assert [back.cells for back in plan.load_plans(tmp_path / "results")] == [found.cells]
+    said = capsys.readouterr().err
+    assert said.startswith(f"ldft: skipped unreadable {torn}: ") and said.count("\n") == 1
+
+
+def test_the_newest_plan_comes_first(tmp_path) -> None:
+    for at in (3.0, 1.0, 2.0):
+        planned = plan.Plan(f"sweep{at:g}", at, "host", [])
+        planned.save(tmp_path)
+    assert [back.started_at for back in plan.load_plans(tmp_path)] == [3.0, 2.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
