@@ -68,9 +68,13 @@ TESTS = {
     "ldft/results/places.py": ["tests/results/test_rewritten.py"],
     "ldft/results/rewritten.py": ["tests/results/test_rewritten.py"],
     "ldft/sweep/plan.py": ["tests/sweep/test_plan.py"],
-    "multirun_analysis/comparison.py": ["tests/analysis/test_comparison.py"],
-    "multirun_analysis/rows.py": ["tests/analysis/test_tidy.py", "tests/analysis/test_labels.py"],
-    "multirun_analysis/tidy.py": ["tests/analysis/test_tidy.py"],
+    "multirun_analysis/comparison.py": ["tests/analysis/test_verdicts.py", "tests/analysis/test_comparison.py"],
+    "multirun_analysis/rows.py": [
+        "tests/analysis/test_verdicts.py",
+        "tests/analysis/test_tidy.py",
+        "tests/analysis/test_labels.py",
+    ],
+    "multirun_analysis/tidy.py": ["tests/analysis/test_verdicts.py", "tests/analysis/test_tidy.py"],
 }
 _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
