@@ -65,8 +65,8 @@ TESTS = {
         "tests/preflight/test_budgets.py",
         "tests/preflight/test_strategy_options.py",
     ],
-    "ldft/results/places.py": ["tests/results/test_rewritten.py"],
-    "ldft/results/rewritten.py": ["tests/results/test_rewritten.py"],
+    "ldft/results/places.py": ["tests/results/test_places.py", "tests/results/test_rewritten.py"],
+    "ldft/results/rewritten.py": ["tests/results/test_places.py", "tests/results/test_rewritten.py"],
     "ldft/sweep/plan.py": ["tests/sweep/test_plan.py"],
     "multirun_analysis/comparison.py": ["tests/analysis/test_verdicts.py", "tests/analysis/test_comparison.py"],
     "multirun_analysis/rows.py": [
