@@ -60,6 +60,28 @@ def test_mappings_never_run_out(topology, monkeypatch):
     assert used < 0.6 * limit
 
 
+def test_a_tensor_leaves_seven_eighths_of_half_the_mappings(tmp_path, monkeypatch):
+    def ranges(limit, used, nodes=2):
+        (tmp_path / "limit").write_text(str(limit))
+        monkeypatch.setattr(layout, "_MAP_COUNT", tmp_path / "limit")
+        monkeypatch.setattr(_native, "usage", lambda: (0, 0, used))
+        return layout._most_ranges(nodes)
+
+    assert ranges(65530, 0) == 4095 - 2 and ranges(1 << 20, 0) == MOST_STRIPES - 2
+    assert ranges(65530, 32765 - 800) == 100 - 2 and ranges(65530, 32765 - 800, nodes=4) == 100 - 4
+    assert ranges(65530, 32765) == ranges(65530, 99999) == 1
+    assert ranges("none", 0) == ranges(65530, 0)
+
+
+def test_the_kernels_error_that_is_just_small_enough(topology):
+    """Weights of 6:6, of a kernel that has 1:1: a cut cycle shifts three pages, and 1/256 of a tensor is as much from 768 on."""
+    for pages, method in ((767, "stripes"), (768, "kernel")):
+        assert plan(weighted((0, 1), (6, 6)), topology, pages * PAGE, False).method == method
+    # One page, or one huge page, is always small enough: of two nodes by one to one, a cut cycle shifts half.
+    assert plan(weighted((0, 1), (1, 1)), topology, 2 * PAGE, False).method == "kernel"
+    assert plan(weighted((0, 2), (1, 2)), topology, HUGE, True).method == "kernel"
+
+
 def test_the_kernel_interleaves_where_it_is_exact_enough(topology):
     def method(placement, size, huge):
         return plan(placement, topology, size, huge).method
