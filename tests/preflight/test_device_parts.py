@@ -118,6 +118,8 @@ def test_an_mlp_in_tiles_has_the_arrays_of_one() -> None:
     first = "backward of the first layer"
     assert moments(*line, "kernels.mlp_tiles=3")[first]["inside a layer"] == attention + tile + 6 * 3 * H * W
     assert moments(*line, "kernels.mlp_tiles=3", "lora=r8")[first]["inside a layer"] == attention + tile
+    two = moments(*line, "kernels.mlp_tiles=2", "lora=r8")[first]["inside a layer"]
+    assert two == attention + 2 * T * (8 * W + 2 * H)
     # With a tile of one token, the queries' gradient in fp32 is larger.
     many = moments(*line, "kernels.mlp_tiles=2048", "lora=r8")[first]["inside a layer"]
     assert many == attention + 4 * 2 * T * Q
