@@ -224,10 +224,10 @@ def pareto(
     table = table.dropna(subset=[x, y])
     cost = pd.DataFrame({name: -table[name] if larger_is_better(name) else table[name] for name in (x, y)})
     kept: list[Any] = []
-    groups = table.groupby(list(within), sort=True).groups.values() if within else [table.index]
-    for labels in groups:
+    groups = [part for _, part in table.groupby(list(within), sort=True)] if within else [table]
+    for group in groups:
         best = np.inf
-        ordered = cost.loc[labels].sort_values([x, y], kind="stable")
+        ordered = cost.loc[group.index].sort_values([x, y], kind="stable")
         for _, same_x in ordered.groupby(x, sort=True):
             least = same_x[y].min()
             if least < best:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ldft.errors import ResultsError
+from ldft.results import intact
 
 
 def traced(df: pd.DataFrame) -> pd.DataFrame:
@@ -21,9 +21,11 @@ def read(row: pd.Series) -> pd.DataFrame:
     """A row's trace, one line per sample, with `elapsed_s` since the first. Raises ResultsError if it cannot be read."""
     path = Path(row["trace_file"])
     try:
-        frame: pd.DataFrame = pq.read_table(path).to_pandas()
-    except (OSError, pa.ArrowException) as error:
+        table = pq.read_table(path)
+        intact.check(table, "time", "phase", "iteration", "memory", "memory_age_s", "roles", "devices")
+    except intact.DAMAGE as error:
         raise ResultsError(f"cannot read {path}: {' '.join(str(error).split())}; run the cell again") from error
+    frame: pd.DataFrame = table.to_pandas()
     return frame.assign(elapsed_s=(frame["time"] - frame["time"].iloc[0]).dt.total_seconds())
 
 

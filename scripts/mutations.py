@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,25 +35,46 @@ TESTS = {
     "ldft/memory/policy.py": ["tests/memory/test_policy.py"],
     "ldft/memory/probe.py": ["tests/memory/test_probe.py"],
     "ldft/preflight/deepspeed_keys.py": [
+        "tests/preflight/test_deepspeed_bounds.py",
         "tests/preflight/test_deepspeed_files.py",
         "tests/preflight/test_deepspeed_config.py",
     ],
-    "ldft/preflight/deepspeed_refused.py": ["tests/preflight/test_deepspeed_files.py"],
-    "ldft/preflight/device_estimate.py": ["tests/preflight/test_device_estimate.py", "tests/preflight/test_fit.py"],
-    "ldft/preflight/fit.py": ["tests/preflight/test_fit.py"],
-    "ldft/preflight/host_estimate.py": ["tests/preflight/test_host_estimate.py"],
+    "ldft/preflight/deepspeed_refused.py": [
+        "tests/preflight/test_deepspeed_bounds.py",
+        "tests/preflight/test_deepspeed_files.py",
+    ],
+    "ldft/preflight/device_estimate.py": [
+        "tests/preflight/test_device_parts.py",
+        "tests/preflight/test_device_estimate.py",
+        "tests/preflight/test_memory_of_experts.py",
+    ],
+    "ldft/preflight/device_inputs.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_gpu_share.py"],
+    "ldft/preflight/fit.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_fit.py"],
+    "ldft/preflight/gpu_share.py": ["tests/preflight/test_gpu_share.py"],
+    "ldft/preflight/host_estimate.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_host_estimate.py"],
+    "ldft/preflight/mlp_tiles.py": ["tests/preflight/test_mlp_tiles.py"],
     "ldft/preflight/parameter_counts.py": ["tests/preflight/test_host_estimate.py", "tests/training/test_models.py"],
     "ldft/preflight/role_placement.py": [
+        "tests/preflight/test_budgets.py",
         "tests/preflight/test_role_placement.py",
         "tests/preflight/test_strategy_options.py",
     ],
-    "ldft/preflight/strategies.py": ["tests/preflight/test_greedy.py", "tests/preflight/test_strategy_options.py"],
-    "ldft/results/places.py": ["tests/results/test_rewritten.py"],
-    "ldft/results/rewritten.py": ["tests/results/test_rewritten.py"],
+    "ldft/preflight/room.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_gpu_share.py"],
+    "ldft/preflight/strategies.py": [
+        "tests/preflight/test_greedy.py",
+        "tests/preflight/test_budgets.py",
+        "tests/preflight/test_strategy_options.py",
+    ],
+    "ldft/results/places.py": ["tests/results/test_places.py", "tests/results/test_rewritten.py"],
+    "ldft/results/rewritten.py": ["tests/results/test_places.py", "tests/results/test_rewritten.py"],
     "ldft/sweep/plan.py": ["tests/sweep/test_plan.py"],
-    "multirun_analysis/comparison.py": ["tests/analysis/test_comparison.py"],
-    "multirun_analysis/rows.py": ["tests/analysis/test_tidy.py", "tests/analysis/test_labels.py"],
-    "multirun_analysis/tidy.py": ["tests/analysis/test_tidy.py"],
+    "multirun_analysis/comparison.py": ["tests/analysis/test_verdicts.py", "tests/analysis/test_comparison.py"],
+    "multirun_analysis/rows.py": [
+        "tests/analysis/test_verdicts.py",
+        "tests/analysis/test_tidy.py",
+        "tests/analysis/test_labels.py",
+    ],
+    "multirun_analysis/tidy.py": ["tests/analysis/test_verdicts.py", "tests/analysis/test_tidy.py"],
 }
 _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
@@ -59,7 +82,7 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
 _LONGEST_TESTS_S = 600
-# An editable install would import the checkout's packages, not the copy's.
+# An editable install would import the checkout's packages, not the copy's. Every Python that the tests start runs this first.
 _WITHOUT_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__]"
 
 
@@ -123,26 +146,18 @@ def _copied(folder: Path) -> Path:
     import ldft._native as native
 
     shutil.copy2(str(native.__file__), folder / "ldft" / Path(str(native.__file__)).name)
+    (folder / "sitecustomize.py").write_text(_WITHOUT_EDITABLE)
     return folder
 
 
-def _pass(tests: list[str], folder: Path) -> bool:
+def _pass(tests: Sequence[str], folder: Path) -> bool:
     """Whether the tests pass in the copy. The first failure ends them; so does a mutation that never ends."""
-    command = f"sys.path.insert(0, {str(folder)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    line = [
-        sys.executable,
-        "-c",
-        f"{_WITHOUT_EDITABLE}; {command}",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "0",
-        *tests,
-    ]
+    line = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
     try:
-        done = subprocess.run(line, cwd=folder, capture_output=True, timeout=_LONGEST_TESTS_S, check=False)
+        done = subprocess.run(
+            line, cwd=folder, env=environment, capture_output=True, timeout=_LONGEST_TESTS_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
@@ -166,8 +181,9 @@ def main() -> int:
     survivors = []
     with tempfile.TemporaryDirectory(prefix="ldft-mutations-") as name:
         folder = _copied(Path(name))
+        passed = functools.cache(lambda tests: _pass(tests, folder))
         for module in sorted({mutation.module for mutation in drawn}):
-            if not _pass(TESTS[module], folder):
+            if not passed(tuple(TESTS[module])):
                 print(f"the tests of {module} fail without a mutation; nothing can be said about it", flush=True)
                 drawn = [mutation for mutation in drawn if mutation.module != module]
         for number, mutation in enumerate(sorted(drawn, key=lambda one: (one.module, one.number)), start=1):

@@ -9,6 +9,9 @@ from typing import Any
 from ldft.config import rope
 from ldft.errors import ConfigError
 
+# A list with an entry for each layer is made long before a model is; the deepest published models have some hundred layers.
+MOST_LAYERS = 10_000
+
 
 class Weights(Enum):
     """random: drawn from train.seed; pretrained: safetensors from a local folder (model.path) or the hub (model.hf_id)."""
@@ -97,6 +100,8 @@ class ModelConfig:
                     "head_dim", "vocab_size", "max_position_embeddings"):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ConfigError(f"model.{key}", f"{getattr(self, key)} is too small; use 1 or more")
+        if self.num_layers > MOST_LAYERS:
+            raise ConfigError("model.num_layers", f"{self.num_layers} is too large; use at most {MOST_LAYERS}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 "model.num_key_value_heads",

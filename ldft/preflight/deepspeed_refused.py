@@ -60,7 +60,7 @@ _ZERO_PLUS_PLUS = {
 _OF_OPTIMIZER = "optimizer.params."
 _COMMON = {"lr", "betas", "eps", "weight_decay", "max_grad_norm", "torch_adam", "adam_w_mode"}
 _PARAMETERS = {
-    "torch's AdamW": {"amsgrad", "foreach", "fused", "capturable"},
+    "torch's AdamW": {"amsgrad", "foreach", "fused", "capturable", "maximize", "differentiable"},
     "DeepSpeedCPUAdam": {"bias_correction", "fp32_optimizer_states"},
     "FusedAdam": {"bias_correction", "set_grad_none"},
     "DeepSpeedCPULion": {"fp32_optimizer_states"},

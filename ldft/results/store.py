@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from ldft import files
 from ldft.errors import ResultsError
-from ldft.results import places, rewritten
+from ldft.results import intact, places, rewritten
 from ldft.results.schema import ROW_FILE, schema
 
 # Merged files with fewer rows are merged again, so that their number stays small.
@@ -93,8 +93,7 @@ class Reader:
                 with pq.ParquetFile(path) as file:
                     table = file.read(columns=self._columns, use_threads=path.name != ROW_FILE)
                     by = rewritten.writer(file.schema_arrow, file.metadata.created_by or "")
-                if not {"run_id", "attempt"} <= set(table.column_names):
-                    raise pa.ArrowInvalid("it has no columns run_id and attempt")
+                intact.check(table, "run_id", "attempt")
                 # Column types never change between versions, so ldft did not write a file whose types differ.
                 if not table.schema.equals(self._united):
                     table = rewritten.restored(table, self._schema)
@@ -102,7 +101,7 @@ class Reader:
                 self._seen[path] = table
             except FileNotFoundError:
                 raise
-            except (OSError, pa.ArrowException) as error:
+            except intact.DAMAGE as error:
                 said = f"; {by} wrote it again: restore ldft's own file" if by else ""
                 self.unreadable[path] = " ".join(str(error).split()) + said
         return self._seen.get(path)
@@ -237,7 +236,7 @@ def _rows_and_types(path: Path) -> tuple[int, pa.Schema]:
     try:
         with pq.ParquetFile(path) as file:
             return int(file.metadata.num_rows), file.schema_arrow
-    except (OSError, pa.ArrowException):
+    except intact.DAMAGE:
         return _ROWS_OF_A_FULL_FILE, pa.schema([])  # unreadable: reported by readers, never touched
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -63,10 +64,15 @@ class Plan:
 
 
 def load_plans(results_dir: Path) -> list[Plan]:
-    """The plans in a results folder, newest first. Plans written by another version of ldft may be left out."""
+    """The plans in a results folder, newest first. Damaged ones are named on stderr; those written by another version of ldft may
+    be left out."""
     plans = []
     for path in (results_dir / "sweeps").glob("*.json"):
-        values = json.loads(path.read_text())
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:  # no JSON, or no UTF-8
+            print(f"ldft: skipped unreadable {path}: {error}", file=sys.stderr)
+            continue
         with contextlib.suppress(TypeError, KeyError):
             plans.append(Plan(**values | {"cells": [Cell(**one) for one in values["cells"]]}))
     return sorted(plans, key=lambda plan: plan.started_at, reverse=True)

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from ldft.config import ModelConfig
+from ldft.config.model import MOST_LAYERS
 from ldft.errors import ConfigError, shown
 from ldft.preflight import experts
 from ldft.preflight.windows import SOFTCAPS, WINDOWED
@@ -130,6 +131,9 @@ def _check(source: ConfigJson) -> None:
                 f"{key}{f' ({method})' if method else ''}: the weights are quantised, and ldft trains bf16, fp16 or fp32; "
                 f"{checkpoint_faults.unquantised(method)}; for random weights, take the key out of a copy of the file"
             )
+    for key, value in (item for section in sections for item in section.items()):
+        if key.endswith(("layers", "n_layer")) and isinstance(value, int) and value > MOST_LAYERS:
+            raise source.refusal(f"{key}={shown(value)} is too large; correct it, with at most {MOST_LAYERS} layers")
     names = values.get("architectures")
     for name in names if isinstance(names, list) else ():
         if isinstance(name, str) and "For" in name and not name.endswith(("ForCausalLM", "ForConditionalGeneration")):

@@ -105,9 +105,16 @@ def test_without_a_trace_a_sentence_stands_in_its_place(rows, samples) -> None:
     )
     path = add(rows, samples)
     drawn(memory_over_time(load(rows.folder)))
-    path.write_bytes(b"PAR1 torn")
-    with pytest.raises(ResultsError, match=r"cannot read .*trace\.parquet.*; run the cell again"):
-        memory_over_time(load(rows.folder))
+    whole = path.read_bytes()
+    # Torn, with a column's name changed, and with a text and a name that are not UTF-8.
+    for damaged in (
+        b"PAR1 torn",
+        *(whole.replace(b"phase", new) for new in (b"phasf", b"phas\x9a")),
+        whole.replace(b"train", b"\xfftra\xff"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ResultsError, match=r"cannot read .*trace\.parquet.*; run the cell again"):
+            memory_over_time(load(rows.folder))
     path.unlink()
     assert isinstance(memory_over_time(load(rows.folder)), str)
 

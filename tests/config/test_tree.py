@@ -17,9 +17,9 @@ from hydra import initialize_config_dir
 
 from ldft.cli import composition
 from ldft.config import Device, from_dict
-from ldft.config.root import FROM_FILE, flatten
+from ldft.config.root import FROM_FILE, flatten, typed_tree
 from ldft.environment import CONF_DIR
-from tests.conftest import FAST, compose, options
+from tests.conftest import FAST, compose, compose_afresh, options
 
 EVERY = sorted(
     (file.parent.name, file.stem) for file in CONF_DIR.glob("*/*.yaml") if file.parent.name not in ("local", "hydra")
@@ -52,6 +52,21 @@ def test_defaults_are_what_the_readme_promises() -> None:
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.betas) == (1e-4, 0.01, [0.9, 0.95])
     assert (optimizer.gradient_clipping, config.train.iterations, config.train.warmup_iterations) == (0.9, 5, 2)
+
+
+def test_a_composed_config_is_the_callers_own() -> None:
+    """Tests change theirs; the next one of the same command line is as it was. So is the typed tree that composing starts with."""
+    first = compose("model=nano")
+    first.train.iterations += 1
+    first.optimizer.betas.append(0.5)
+    first.offload.deepspeed["steps_per_print"] = 1
+    first.asked["model.name"] = "changed"
+    again, afresh = compose("model=nano"), compose_afresh("model=nano")
+    assert again == afresh != first
+
+    tree = typed_tree()
+    tree.model.extra["changed"] = True
+    assert typed_tree().model.extra == {} == typed_tree().model.rope_scaling
 
 
 def test_yaml_of_a_user_reaches_deepspeed_without_a_plus(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ WRONG = {
     "optimizer.gradient_clipping=inf": ["optimizer.gradient_clipping: inf is not finite"],
     "memory.capacity_gib=inf": ["memory.capacity_gib: inf is not finite"],
     "optimizer.betas=[0.9]": ["optimizer.betas: [0.9] is not two numbers", "[0.9,0.95]"],
+    "model=gemma3_1b model.num_layers=10001": ["model.num_layers: 10001 is too large; use at most 10000"],
     "launch.num_ranks=0": ["launch.num_ranks: 0 is too small", "1 or more"],
     "model.num_key_value_heads=3": ["model.num_key_value_heads: 3 does not divide", "use a divisor"],
     "model.family=lama": ["model.family: transformers has no causal language model 'lama'; did you mean", "llama"],

@@ -201,3 +201,20 @@ def test_rounded_weights_are_small_and_sum_to_the_whole() -> None:
 def test_a_ratio_in_lowest_terms_keeps_every_node_that_has_a_weight() -> None:
     assert cost_model.reduced({0: 1, 1: 0, 3: 2}) == {0: 1, 3: 2}
     assert cost_model.reduced({0: 6, 3: 2, 5: 4}) == {0: 3, 3: 1, 5: 2}
+
+
+def test_a_stream_takes_as_long_as_its_slowest_part() -> None:
+    assert stream_s(12, {0: 0.5, 1: 0.5}, {0: 6.0, 1: 3.0}) == 2.0
+    assert stream_s(12, {0: 1.0}, {0: 12.0}, link=2.0, gpus=3) == 2.0
+    assert stream_s(10, {0: 1.0, 1: 0.0}, {0: 5.0}) == 2.0, "no rate is needed of a node without bytes"
+    assert stream_s(0, {}, {}) == 0.0
+
+
+def test_roles_without_bytes_cost_nothing() -> None:
+    rates = {0: 1.0}
+    bandwidths = Bandwidths(cpu=rates, h2d=rates, d2h=rates, link_h2d=1.0, link_d2h=1.0)
+    nothing = {"optimizer": 0.0, "forward": 0.0, "backward": 0.0}
+    assert step_s({}, {"momentum": {0: 1.0}, "compute_weights": {0: 1.0}}, bandwidths) == nothing
+    assert cost_model.solve({}, bandwidths, {}) == cost_model.solve({"momentum": 0.0}, bandwidths, {}) == {}
+    assert cost_model.bound_s({"momentum": 0.0}, bandwidths, {}) == 0.0
+    assert cost_model.bound_s({"momentum": 3.0}, bandwidths, {}) == pytest.approx(6.0)

@@ -60,6 +60,28 @@ def test_mappings_never_run_out(topology, monkeypatch):
     assert used < 0.6 * limit
 
 
+def test_a_tensor_leaves_seven_eighths_of_half_the_mappings(tmp_path, monkeypatch):
+    def ranges(limit, used, nodes=2):
+        (tmp_path / "limit").write_text(str(limit))
+        monkeypatch.setattr(layout, "_MAP_COUNT", tmp_path / "limit")
+        monkeypatch.setattr(_native, "usage", lambda: (0, 0, used))
+        return layout._most_ranges(nodes)
+
+    assert ranges(65530, 0) == 4095 - 2 and ranges(1 << 20, 0) == MOST_STRIPES - 2
+    assert ranges(65530, 32765 - 800) == 100 - 2 and ranges(65530, 32765 - 800, nodes=4) == 100 - 4
+    assert ranges(65530, 32765) == ranges(65530, 99999) == 1
+    assert ranges("none", 0) == ranges(65530, 0)
+
+
+def test_the_kernels_error_that_is_just_small_enough(topology):
+    """Weights of 6:6, of a kernel that has 1:1: a cut cycle shifts three pages, and 1/256 of a tensor is as much from 768 on."""
+    for pages, method in ((767, "stripes"), (768, "kernel")):
+        assert plan(weighted((0, 1), (6, 6)), topology, pages * PAGE, False).method == method
+    # One page, or one huge page, is always small enough: of two nodes by one to one, a cut cycle shifts half.
+    assert plan(weighted((0, 1), (1, 1)), topology, 2 * PAGE, False).method == "kernel"
+    assert plan(weighted((0, 2), (1, 2)), topology, HUGE, True).method == "kernel"
+
+
 def test_the_kernel_interleaves_where_it_is_exact_enough(topology):
     def method(placement, size, huge):
         return plan(placement, topology, size, huge).method
@@ -75,12 +97,14 @@ def test_the_kernel_interleaves_where_it_is_exact_enough(topology):
 
 def test_what_counts_as_misplaced(topology):
     one = plan(Placement(kind="bind", nodes=(2,)), topology, 16 << 20, True)
+    assert one.ranges == [(0, 16 << 20, 2)]
     assert one.misplaced({2: 4096}, 0) == 0
     assert one.misplaced({2: 4090, 0: 6}, 6) == 6
     striped = plan(weighted((0, 2), (1, 1), "stripes"), topology, 128 << 20, True)
     assert striped.misplaced({0: 24576, 2: 7680, -1: 512}, 8192) == 8704
     assert striped.misplaced({0: 16384, 2: 16384}, 2) == 2  # the right shares in the wrong places
     several = plan(Placement(kind="bind", nodes=(0, 2)), topology, 16 << 20, True)
+    assert several.ranges == [(0, 16 << 20, -1)]
     assert several.misplaced({0: 96, 2: 4000}, 0) == 0
     assert several.misplaced({0: 96, 1: 4000}, 0) == 4000
     both = plan(Placement(kind="interleave", nodes=(0, 2)), topology, 16 << 20, False)
@@ -90,6 +114,10 @@ def test_what_counts_as_misplaced(topology):
     assert both.misplaced({0: 4096}, 0) == 2048
     assert both.misplaced({0: 2048, 2: 2047, -1: 1}, 0) == 1  # a page without memory is nowhere
     assert plan(Placement(), topology, 16 << 20, True).misplaced({0: 4096}, 0) == 0
+    # A half page too much on each of three nodes of four: what each lacks or has too much is counted, however little.
+    four = layout.Layout(method="kernel", ranges=[(0, 4098, -1)], shares=dict.fromkeys(range(4), 0.25), tolerance=1)
+    assert four.misplaced({0: 1025, 1: 1025, 2: 1025, 3: 1023}, 0) == 2
+    assert four.misplaced({0: 1025, 1: 1025, 2: 1024, 3: 1024}, 0) == 0
 
 
 def test_clipping_keeps_every_byte():

@@ -28,6 +28,23 @@ def test_a_machine_that_grows_is_as_large_as_the_user_says(tmp_path, proc):
     assert free_memory(8 * GIB, proc=folder, cgroups=tmp_path / "none").bytes > 18 * GIB  # what is there counts
 
 
+def test_a_capacity_of_what_is_there_changes_nothing(tmp_path, proc):
+    folder = proc("0::/", available_gib=20, total_gib=31)
+    as_it_is = free_memory(proc=folder, cgroups=tmp_path / "none")
+    assert free_memory(31 * GIB, proc=folder, cgroups=tmp_path / "none") == as_it_is
+    small = proc("0::/", available_gib=6, total_gib=8)  # of less than 64 GiB, a 64th is left
+    assert free_memory(proc=small, cgroups=tmp_path / "none").bytes == 6 * GIB - GIB // 8
+
+
+def test_what_a_kernel_does_not_say_counts_as_nothing(tmp_path, write):
+    for meminfo, free in (("MemTotal: 9 kB", 0), ("MemTotal: 9 kB\nMemFree: 5 kB", 5 * 1024)):
+        folder = write(tmp_path / "proc", {"meminfo": meminfo, "self/cgroup": "0::/"})
+        assert free_memory(proc=folder, cgroups=tmp_path / "none").bytes == max(0, free - 9 * 1024 // 64)
+        node = "\n".join(f"Node 0 {line}" for line in meminfo.splitlines())
+        sysfs = write(tmp_path / "sys", {"devices/system/node/node0/meminfo": node})
+        assert free_on_node(0, sysfs) == free
+
+
 def test_the_machines_memory_does_not_change_with_its_use(tmp_path, proc, write):
     empty, full = (proc("0::/", available_gib=gib) for gib in (60, 2))
     assert machine_memory(proc=empty, cgroups=tmp_path / "none") == 63 * GIB
@@ -97,6 +114,13 @@ def test_cgroup_v1(tmp_path, proc, write):
     )
     folder = proc("9:name=systemd:/\n4:memory:/job\n3:cpuset:/\n0::/")
     assert cgroup_left(folder, root) == 2 * GIB + GIB // 2
+
+
+@pytest.mark.parametrize(("limit", "left"), [(2**60, None), (2**60 - 1, 2**60 - 6)])
+def test_a_limit_near_2_to_the_63_is_none(tmp_path, proc, write, limit, left):
+    files = {"memory.limit_in_bytes": str(limit), "memory.usage_in_bytes": "5", "memory.stat": "total_active_file 0"}
+    root = write(tmp_path / "cgroup", {f"memory/{name}": text for name, text in files.items()})
+    assert cgroup_left(proc("4:memory:/"), root) == left
 
 
 def test_a_node_gives_its_free_pages_and_its_page_cache(sysfs):

@@ -1,18 +1,26 @@
 """Placements: what is valid where, what the user reads when it is not, and the process's own policy."""
 
+import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from ldft import _native
 from ldft.memory.policy import (
     MPOL_BIND,
+    HostMemoryError,
+    NumaCallError,
     Placement,
     PlacementError,
+    is_harmless,
     kernel_has_weights,
     kernel_policy,
     process_policy,
+    refused,
+    require_kernel_weights,
     set_process_policy,
 )
 from ldft.memory.topology import read_topology
@@ -43,6 +51,17 @@ def topology(sysfs, status):
         ),
         (Placement(kind="weighted_interleave", weights=(1, 2)), "numa.weights: 2 weights for 3 nodes (0-2)"),
         (Placement(kind="weighted_interleave", nodes=(0,), weights=(0,)), "numa.weights: 0 must be an integer from 1"),
+        (
+            Placement(kind="weighted_interleave", nodes=(0,), weights=(2**20 + 1,)),
+            "numa.weights: 1048577 must be an integer from 1 to 1048576",
+        ),
+        (Placement(kind="weighted_interleave", nodes=(0,), weights=(True,)), "numa.weights: True must be an integer"),
+        (
+            Placement(kind="weighted_interleave", nodes=(0,)),
+            "numa.weights: 0 weights for 1 node (0); give one per node",
+        ),
+        (Placement(kind="interleave", nodes=(True,)), "numa.nodes: [True] must be node numbers"),
+        (Placement(kind="preferred"), "numa.nodes: kind preferred needs at least one node"),
         (Placement(kind="spread"), "numa.kind: 'spread' is unknown; choose from default, bind, preferred"),
         (Placement(kind="interleave", method="magic"), "numa.method: 'magic' is unknown"),
     ],
@@ -69,6 +88,80 @@ def test_shares(topology):
     assert Placement(kind="weighted_interleave", nodes=(0, 2), weights=(1, 3)).shares() == {0: 0.25, 2: 0.75}
 
 
+def test_what_is_possible_stays_as_it_is(topology):
+    placement = Placement(kind="weighted_interleave", nodes=(0, 2), weights=(1, 2**20))
+    assert placement.resolve(topology) == placement
+    assert Placement().resolve(topology) == Placement()
+    assert Placement(kind="preferred", nodes=(2,)).shares() == {2: 1.0}
+    assert Placement(kind="interleave").shares() is None
+
+
+def test_a_placement_is_described_in_a_few_words():
+    assert Placement().describe() == "default"
+    assert Placement(kind="bind", nodes=(3,)).describe() == "bind of node 3"
+    assert Placement(kind="interleave", nodes=(0, 1, 3)).describe() == "interleave of nodes 0-1,3"
+    weighted = Placement(kind="weighted_interleave", nodes=(0, 1, 3), weights=(4, 2, 1))
+    assert weighted.describe() == "weighted_interleave of nodes 0,1,3 by 4:2:1"
+
+
+# The numbers of linux/mempolicy.h.
+@pytest.mark.parametrize(
+    ("placement", "mode"),
+    [
+        (Placement(), 0),
+        (Placement(kind="preferred", nodes=(0,)), 1),
+        (Placement(kind="interleave", nodes=(0, 2)), 3),
+        (Placement(kind="preferred", nodes=(0, 2)), 5),
+        (Placement(kind="weighted_interleave", nodes=(0, 2), weights=(1, 2)), 6),
+    ],
+)
+def test_the_kernels_policy_is_set_and_read(topology, monkeypatch, placement, mode):
+    flags = 0xE000  # what numactl may add
+    assert kernel_policy(placement) == (mode, placement.nodes)
+    monkeypatch.setattr(_native, "thread_policy", lambda: (mode | flags, list(placement.nodes)))
+    assert process_policy(topology) == placement
+
+
+def test_other_policies_of_the_kernel_are_read(topology, monkeypatch):
+    for seen, placement in (
+        ((2, [1]), Placement(kind="bind", nodes=(1,))),
+        ((4, [0]), Placement()),  # local
+        ((1, []), Placement()),
+        ((7, [0]), Placement()),  # of a kernel to come
+        ((6, [0, 5]), Placement(kind="weighted_interleave", nodes=(0, 5), weights=(1, 1))),  # no weight is known
+    ):
+        monkeypatch.setattr(_native, "thread_policy", lambda seen=seen: seen)
+        assert process_policy(topology) == placement
+
+
+def test_a_forbidden_call_is_harmless_where_there_is_one_node(topology, monkeypatch):
+    one = replace(topology, nodes=topology.nodes[:1], allowed=(0,))
+    forbidden, other = OSError(errno.EPERM, "not permitted"), OSError(errno.EINVAL, "invalid")
+    here, there = Placement(kind="bind", nodes=(0,)), Placement(kind="bind", nodes=(1,))
+    assert is_harmless(forbidden, here, one) and is_harmless(OSError(errno.ENOSYS, ""), Placement(), one)
+    assert not is_harmless(other, here, one)
+    assert not is_harmless(forbidden, there, one) and not is_harmless(forbidden, here, topology)
+
+    def refuse(mode, nodes):
+        raise forbidden
+
+    monkeypatch.setattr(_native, "set_thread_policy", refuse)
+    assert set_process_policy(here, one) == here
+    with pytest.raises(NumaCallError, match=r"^numa: bind of node 0 needs set_mempolicy, which is forbidden here"):
+        set_process_policy(here, topology)
+
+
+def test_a_refused_call_is_one_line_with_its_fix():
+    forbidden = OSError(errno.EPERM, "Operation not permitted")
+    assert "in a container use --cap-add SYS_NICE, or --sec" in str(refused(forbidden, "set_mempolicy", "it"))
+    assert "in a container use --security-opt" in str(refused(forbidden, "move_pages", "it"))
+    for number, said in ((errno.EINVAL, "does not know this policy"), (errno.ENOMEM, "no memory for another mapping")):
+        error = refused(OSError(number, "x"), "mbind", "it")
+        assert isinstance(error, HostMemoryError) and str(error).startswith("mbind: it was refused: ")
+        assert said in str(error)
+    assert str(refused(OSError(errno.EIO, "broken"), "mbind", "it")) == "mbind: it was refused: broken"
+
+
 def test_the_kernel_is_never_asked_to_bind(topology):
     # It would kill the process when the node is full.
     for nodes in ((0,), (0, 2)):
@@ -91,6 +184,21 @@ def test_the_process_cannot_be_weighted_against_the_kernels_weights(topology):
     folder = "/sys/kernel/mm/mempolicy/weighted_interleave"
     assert "are 1:2, not 1:3" in str(error.value)
     assert f"echo 1 > {folder}/node0; echo 3 > {folder}/node2" in str(error.value)
+
+
+def test_weights_for_a_whole_process_need_a_kernel_that_has_them(topology):
+    def require(weights, of=topology, **how):
+        placement = Placement(kind="weighted_interleave", nodes=(0, 2), weights=weights)
+        require_kernel_weights(placement, of, "numa", **how)
+
+    require((1, 2))
+    require((1, 255), ratio=False)
+    with pytest.raises(PlacementError, match=r"^numa\.weights: 256 is above the kernel's largest weight, 255$"):
+        require((1, 256), ratio=False)
+    with pytest.raises(PlacementError, match=r"^numa\.weights: the kernel's weights for nodes 0,2 are 1:2, not 1:255"):
+        require((1, 255))
+    with pytest.raises(PlacementError, match=r"^numa\.kind: .* needs Linux 6\.9 or later"):
+        require((1, 2), replace(topology, weights={}))
 
 
 def in_fresh_process(code):

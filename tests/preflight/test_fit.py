@@ -81,6 +81,19 @@ def test_each_node_where_a_placement_leaves_no_choice(machine) -> None:
     fit.check(resolve(compose("model=llama3_1b", "launch.device=cuda", "numa.roles.momentum.nodes=[1]", "force=true")))
 
 
+def test_what_must_be_on_a_node_is_the_sum_over_ranks(machine) -> None:
+    line = ("model=llama3_1b", "launch.device=cuda", "launch.num_ranks=2", "offload.gpu_share=0")
+    by_role = ("numa.roles.momentum.nodes=[0,1]", "numa.roles.momentum.weights=[3,1]", "numa.roles.variance.nodes=[1]")
+    states = 4 * 1_235_814_400
+    run = resolve(
+        compose(*line, *by_role, "numa.roles.master_weights.nodes=[0]", "numa.roles.master_weights.kind=preferred")
+    )
+    assert fit.bytes_by_node(run) == {
+        0: {"momentum": 0.75 * states},
+        1: {"momentum": 0.25 * states, "variance": states},
+    }, "preferred leaves a choice"
+
+
 def test_a_dry_run_says_so(machine) -> None:
     text = dry_run.describe(compose("model=llama3_8b", "launch.device=cpu", "seq_len=32k"))
     assert "\ndoes not fit here: force: false, and not enough host memory" in text

@@ -171,3 +171,39 @@ def test_a_share_that_is_not_possible_is_refused(overrides: tuple[str, ...], wor
 def test_a_value_that_is_no_share_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^offload\.gpu_share: 1\.5 is not a share; use 0 to 1, or null$"):
         settled("offload.gpu_share=1.5")
+
+
+def test_an_update_that_nothing_hides_is_all_on_the_gpu() -> None:
+    run = settled("seq_len=8k", MEASURED.replace("140", "1"))
+    assert run.gpu_share == ALL and run.about_share.startswith("the embedding and 28 of 28 layers")
+    assert settled("offload.gpu_share=0.9999").gpu_share == EMBEDDING + 28 * LAYER
+
+
+def test_an_embedding_that_just_fits_is_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 B an element; without host memory enough, and with it."""
+    for more in ((MEASURED, "seq_len=8k"), ("checkpointing.device_inputs=1", "memory.capacity_gib=20")):
+        monkeypatch.setattr(room, "device_room", lambda run, size: 16 * (EMBEDDING - run.gpu_share))
+        run = settled(*more)
+        assert run.gpu_share == EMBEDDING and run.about_share.startswith("the embedding and 0 of 28 layers, so that ")
+        assert "as far as VRAM allows (" in run.about_share
+        monkeypatch.setattr(room, "device_room", lambda run, size: 16 * EMBEDDING - 1)
+        assert settled(*more).gpu_share == 0
+
+
+def test_what_is_short_by_little_moves_the_embedding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "host_shortage", lambda run: max(0, 12 * 1000 - 12 * run.gpu_share))
+    run = settled("checkpointing.device_inputs=1")
+    assert run.gpu_share == EMBEDDING
+    assert run.about_share == "the embedding and 0 of 28 layers, so that host memory suffices"
+    monkeypatch.setattr(room, "host_shortage", lambda run: max(0, 12 * (EMBEDDING + LAYER + 1) - 12 * run.gpu_share))
+    assert settled("checkpointing.device_inputs=1").gpu_share == EMBEDDING + 2 * LAYER
+    # A share that is there already counts.
+    at = (MEASURED, "seq_len=32k", "checkpointing.device_inputs=1")
+    monkeypatch.setattr(room, "host_shortage", lambda run: 0)
+    before = settled(*at).gpu_share
+    monkeypatch.setattr(room, "host_shortage", lambda run: max(0, 12 * (before + LAYER - run.gpu_share)))
+    assert before > EMBEDDING and settled(*at).gpu_share == before + LAYER
+    # Each of two ranks moves its half.
+    monkeypatch.setattr(room, "host_shortage", lambda run: max(0, 12 * (EMBEDDING + LAYER) - 24 * run.gpu_share))
+    two = settled("checkpointing.device_inputs=1", "launch.num_ranks=2")
+    assert two.gpu_share == pytest.approx((EMBEDDING + LAYER) / 2, rel=1e-4)

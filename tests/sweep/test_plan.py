@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,23 @@ def test_a_budget_draws_the_same_cells_every_time(planned) -> None:
     assert [one.run_id for one in first.cells] == [one.run_id for one in again.cells] and len(first.cells) == 4
     other = planned(*line, "sweep.budget_seed=1")
     assert {one.run_id for one in other.cells} != {one.run_id for one in first.cells}
+    # As many as there are, or more, are all of them; drawn ones keep their order.
+    every = labels(planned("-m", "model=nano", "train.seed=range(3)"))
+    assert len(every) == 3
+    for budget, drawn in ((2, 2), (3, 3), (4, 3)):
+        found = labels(planned("-m", "model=nano", "train.seed=range(3)", f"sweep.budget={budget}"))
+        assert len(found) == drawn and found == [label for label in every if label in found]
+
+
+def test_a_sweep_and_its_passes_are_named(planned) -> None:
+    line = ("-m", "model=nano", "+model.extra.x=1,2")
+    twice = planned(*line, "sweep.repeats=2")
+    assert labels(twice)[1:3] == ["nano 1k default model.extra.x=2 #1", "nano 1k default model.extra.x=1 #2"]
+    assert labels(planned(*line))[0] == "nano 1k default model.extra.x=1"
+    assert re.fullmatch(r"sweep-[0-9a-f]{6}", twice.name)
+    assert re.fullmatch(rf"sweeps/{twice.name}-[0-9a-f]{{6}}\.json", str(twice.path))
+    config = twice.configs[twice.cells[2].run_id]
+    assert (config.repeat, config.sweep.name, twice.cells[2].tokens_per_iteration) == (2, twice.name, 1024)
 
 
 def test_the_smoke_sweep_has_twelve_cells_and_the_command_line_wins_over_a_file(planned) -> None:
@@ -115,6 +133,26 @@ def test_the_plan_is_read_back_as_it_was(planned, tmp_path) -> None:
     assert back.cells == found.cells and back.name == found.name
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"name": "x", "cel', b"\xff{}"])
+def test_a_damaged_plan_is_named_and_the_others_are_read(planned, tmp_path, capsys, damaged: bytes) -> None:
+    found = planned("-m", "model=nano", "seq_len=4k,1k")
+    torn = tmp_path / "results" / "sweeps" / "torn.json"
+    torn.parent.mkdir(parents=True)
+    found.save(tmp_path / "results")
+    torn.write_bytes(damaged)
+    torn.with_name("old.json").write_text('{"name": "of another version"}')
+    assert [back.cells for back in plan.load_plans(tmp_path / "results")] == [found.cells]
+    said = capsys.readouterr().err
+    assert said.startswith(f"ldft: skipped unreadable {torn}: ") and said.count("\n") == 1
+
+
+def test_the_newest_plan_comes_first(tmp_path) -> None:
+    for at in (3.0, 1.0, 2.0):
+        planned = plan.Plan(f"sweep{at:g}", at, "host", [])
+        planned.save(tmp_path)
+    assert [back.started_at for back in plan.load_plans(tmp_path)] == [3.0, 2.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -126,6 +164,7 @@ def test_the_plan_is_read_back_as_it_was(planned, tmp_path) -> None:
         (("-m", "model=nano", "rerun=missing,all"), "rerun: "),
         (("-m", "model=nano", "train.learning_rate=interval(0,1)"), "interval"),
         (("model=nano", "sweep.repeats=3"), "add -m"),
+        (("-m", "model=nano", "repeat=2"), "repeat: set by the sweep; use sweep.repeats"),
     ],
 )
 def test_what_cannot_be_composed_refuses_the_whole_sweep_in_one_line(

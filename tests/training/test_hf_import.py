@@ -70,6 +70,8 @@ WRONG_VALUES: list[tuple[str, dict[str, Any], str]] = [
     (LLAMA, {"num_hidden_layers": None, "vocab_size": None}, "it has no num_hidden_layers, vocab_size"),
     (LLAMA, {"hidden_size": "4096"}, "transformers refuses it (Field 'hidden_size' expected int"),
     (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers=0: ldft needs one positive whole number"),
+    (LLAMA, {"num_hidden_layers": 2**63}, "num_hidden_layers=9223372036854775808 is too large; correct it, with at most 10000"),
+    (GEMMA, {"text_config": {"model_type": "gemma3_text", "num_hidden_layers": 10001}}, "num_hidden_layers=10001 is too"),
     (LLAMA, {"num_attention_heads": -32}, "num_attention_heads=-32: ldft needs one positive"),
     (LLAMA, {"num_attention_heads": 0}, "config.json: "),
     (LLAMA, {"num_key_value_heads": 5}, "model.num_key_value_heads: 5 does not divide"),

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ldft.config import Config
-from ldft.errors import CombinationError, ConfigError
 from ldft.preflight import mlp_tiles
 from ldft.preflight.selection import select
 from ldft.training import data, model, tiled_mlp
@@ -209,29 +208,3 @@ def test_training_under_zero_3_is_that_without_tiles(run_once) -> None:  # noqa:
         assert (whole.mlp_tiles, tiles.mlp_tiles) == (1, 5)
         assert whole.loss[-1] < 0.95 * whole.loss[0], "the loss must fall, else a missing update would not show"
         assert relative_error(tiles.loss, whole.loss) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (("model.family=stablelm",), "the MLP of model.family=stablelm is not known"),
-        (("checkpointing=none",), "only recomputed layers have tiles"),
-        (("checkpointing.layers=1",), "only recomputed layers have tiles"),
-        (("lora=r8", "lora.dropout=0.1"), "would draw other numbers"),
-        (("offload=full", "offload.deepspeed={zero_optimization:{stage3_max_live_parameters:5}}"), "whole layers"),
-        (("model.num_experts=4", "model.family=mixtral", "model.num_experts_per_token=2"), "experts compute"),
-    ],
-)
-def test_where_tiles_are_not_possible_they_are_refused_and_never_chosen(overrides: tuple[str, ...], words: str) -> None:
-    line = ("model=nano", "launch.device=cpu", "seq_len=64k", *overrides)
-    assert mlp_tiles.choose(compose(*line)) == 1
-    with pytest.raises(CombinationError, match=rf"^kernels\.mlp_tiles: 4: .*{words}.*; use 1, or leave it at null$"):
-        mlp_tiles.choose(compose(*line, "kernels.mlp_tiles=4"))
-
-
-def test_long_inputs_have_sixteen_by_default_and_a_number_of_none_is_refused() -> None:
-    assert mlp_tiles.choose(compose("seq_len=64k")) == 16
-    assert mlp_tiles.choose(compose("seq_len=32k", "train.micro_batch_size=2")) == 16
-    assert mlp_tiles.choose(compose("seq_len=32k")) == 1
-    with pytest.raises(ConfigError, match=r"^kernels\.mlp_tiles: 0: use 1 to 32768, "):
-        mlp_tiles.choose(compose("seq_len=32k", "kernels.mlp_tiles=0"))
