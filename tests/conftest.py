@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
@@ -29,6 +30,7 @@ from ldft.environment import CONF_DIR
 
 # Before anything imports DeepSpeed, which would look for an accelerator, and say so, at every start.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+gc.disable()  # until all is imported (pytest_collection_finish)
 # Before anything loads OpenMP. Its threads spin while they wait for each other, and several tests at once have more threads than
 # there are cores: then most of them spin for one that has no core, and what takes three seconds alone takes a minute.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -72,8 +74,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported by now stays: without this, each garbage collection looks at a million objects of torch and pytest, and
     tests that end in one (nothing may be left) take ten times as long."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -122,6 +124,12 @@ def models() -> list[str]:
     return [name for name in options("model") if name != "from_hf"]
 
 
+def hub_ids() -> dict[str, str]:
+    """hf_id of each of them. From the files: composing all of them takes seconds, which every worker would pay at its start."""
+    files = {name: yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text()) for name in models()}
+    return {name: values.get("hf_id", "") for name, values in files.items()}
+
+
 def deepspeed_has_cpu_lion() -> bool:
     """Whether DeepSpeed can run its CPULion without a GPU. From 0.19.8 on it can; before, its vector code was wrong besides."""
     spec = importlib.util.find_spec("deepspeed")
@@ -131,7 +139,6 @@ def deepspeed_has_cpu_lion() -> bool:
 
 def compose_afresh(*overrides: str) -> Config:
     """`compose`, for tests that change the files it reads."""
-    composition.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
         config = from_dict(hydra_compose("config", overrides=list(overrides)))
     if config.train.precision is Precision.auto:
