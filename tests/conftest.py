@@ -21,6 +21,7 @@ import pytest
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.hydra import Hydra
 
 from ldft import results
 from ldft.cli import command as command_line
@@ -205,7 +206,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["ldft", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         capfd.readouterr()
-        code = command_line.main()
+        with monkeypatch.context() as patch:
+            if not any("sweep" in item or "hydra" in item or item == "-m" for item in overrides):
+                # Hydra composes everything once more beforehand, to see whether a file asks for a sweep.
+                patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+            code = command_line.main()
         out, err = capfd.readouterr()
         return Done(code, out, err, folder)
 
