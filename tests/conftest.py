@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.hydra import Hydra
 
 from ldft import results
 from ldft.cli import command as command_line
@@ -29,6 +31,7 @@ from ldft.environment import CONF_DIR
 
 # Before anything imports DeepSpeed, which would look for an accelerator, and say so, at every start.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+gc.disable()  # until all is imported (pytest_collection_finish)
 # Before anything loads OpenMP. Its threads spin while they wait for each other, and several tests at once have more threads than
 # there are cores: then most of them spin for one that has no core, and what takes three seconds alone takes a minute.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -72,8 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported by now stays: without this, each garbage collection looks at a million objects of torch and pytest, and
     tests that end in one (nothing may be left) take ten times as long."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -122,6 +125,12 @@ def models() -> list[str]:
     return [name for name in options("model") if name != "from_hf"]
 
 
+def hub_ids() -> dict[str, str]:
+    """hf_id of each of them. From the files: composing all of them takes seconds, which every worker would pay at its start."""
+    files = {name: yaml.safe_load((CONF_DIR / "model" / f"{name}.yaml").read_text()) for name in models()}
+    return {name: values.get("hf_id", "") for name, values in files.items()}
+
+
 def deepspeed_has_cpu_lion() -> bool:
     """Whether DeepSpeed can run its CPULion without a GPU. From 0.19.8 on it can; before, its vector code was wrong besides."""
     spec = importlib.util.find_spec("deepspeed")
@@ -131,7 +140,6 @@ def deepspeed_has_cpu_lion() -> bool:
 
 def compose_afresh(*overrides: str) -> Config:
     """`compose`, for tests that change the files it reads."""
-    composition.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
         config = from_dict(hydra_compose("config", overrides=list(overrides)))
     if config.train.precision is Precision.auto:
@@ -198,7 +206,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["ldft", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         capfd.readouterr()
-        code = command_line.main()
+        with monkeypatch.context() as patch:
+            if not any("sweep" in item or "hydra" in item or item == "-m" for item in overrides):
+                # Hydra composes everything once more beforehand, to see whether a file asks for a sweep.
+                patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+            code = command_line.main()
         out, err = capfd.readouterr()
         return Done(code, out, err, folder)
 

@@ -87,7 +87,7 @@ def warnings(run: Resolved) -> list[str]:
     ):
         found.append(
             "train.precision=bf16: this CPU has no bf16 instructions; matrix products take about 50 times as long as in fp32 with "
-            "AVX2, 3 times with AVX-512 (benchmarks/cpu_precision.py); train.precision=fp32 or auto avoids it"
+            "AVX2, 4 times with AVX-512 (benchmarks/cpu_precision.py); train.precision=fp32 or auto avoids it"
         )
     return found
 

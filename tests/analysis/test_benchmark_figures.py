@@ -275,6 +275,29 @@ def test_rates_of_the_node() -> None:
     assert f"{copies}, AdamW at {found['adam']:.0f} GB/s" in PAGE
 
 
+def test_bf16_on_a_cpu() -> None:
+    found = rows("cpu_precision-xeon_amx-1core")
+    assert {row["num_cores"] for row in found} == {1}
+
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for row in found:
+        kinds.setdefault((row["onednn_max_cpu_isa"], row["dtype"]), []).extend(row["seconds"])
+    assert {len(samples) for samples in kinds.values()} == {15}
+
+    def ratio(limit: str) -> float:
+        return statistics.median(kinds[limit, "bfloat16"]) / statistics.median(kinds[limit, "float32"])
+
+    without = (
+        f"With AVX2 alone bf16 takes {ratio('AVX2'):.0f} times as long, with AVX-512 {ratio('AVX512_CORE'):.1f} times"
+    )
+    instructions = (
+        f"with its bf16 instructions {ratio('AVX512_CORE_BF16'):.1f} times, and with AMX {ratio('ALL'):.2f} times"
+    )
+    assert f"{without}, {instructions}." in PAGE
+    spread = max(max(samples) / min(samples) for samples in kinds.values())
+    assert f"samples of one kind differ by up to a factor of {spread:.1f}." in PAGE
+
+
 def test_both_samples_of_the_largest_allocation() -> None:
     samples = [*rows("host_memory-h200-8-16-32gib"), *rows("host_memory-h200-32gib")]
     low, high = sorted(row["allocate_s"] for row in samples if (row["way"], row["gib"]) == ("ours", 32))

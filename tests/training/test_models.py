@@ -15,14 +15,14 @@ from ldft.preflight import parameter_counts
 from ldft.preflight.selection import select
 from ldft.training import data, flops, model
 from ldft.training.architecture import hf_config
-from tests.conftest import compose, models
+from tests.conftest import compose, hub_ids, models
 
 # Counts and config.json values as published on the hub, written down apart from conf/.
 PUBLISHED = json.loads((Path(__file__).parents[1] / "config" / "published.json").read_text())
 OURS = {"tiny": 4_000_000, "nano": 1_122_624}
 # Options that test_published_configs.py compares with the whole published file.
 FILES = json.loads((Path(__file__).parent / "published_configs.json").read_text())
-FROM_FILES = [name for name in models() if compose(f"model={name}").model.hf_id in FILES]
+FROM_FILES = [name for name, hf_id in hub_ids().items() if hf_id in FILES]
 
 
 def meta_count(config) -> int:

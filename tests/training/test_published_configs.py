@@ -21,10 +21,9 @@ from transformers.initialization import no_init_weights
 from ldft.preflight import parameter_counts
 from ldft.training import config_json, hf_import
 from ldft.training.architecture import hf_config
-from tests.conftest import compose, models
+from tests.conftest import compose, hub_ids
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published_configs.json").read_text())
-OF_OPTIONS = {name: compose(f"model={name}").model for name in models()}
 LENGTHS = (1000, 10_000, 100_000)
 """Tokens: below and above the lengths at which scaled rotary embeddings change."""
 
@@ -91,9 +90,9 @@ def test_a_published_file_gives_the_published_model(name: str, tmp_path: Path) -
     assert tied[0] == tied[1] == imported.model.tie_word_embeddings
 
 
-@pytest.mark.parametrize("option", [name for name, model in OF_OPTIONS.items() if model.hf_id in PUBLISHED])
+@pytest.mark.parametrize("option", [name for name, hf_id in hub_ids().items() if hf_id in PUBLISHED])
 def test_an_option_is_what_its_published_file_gives(option: str, tmp_path: Path) -> None:
-    model = OF_OPTIONS[option]
+    model = compose(f"model={option}").model
     (tmp_path / "config.json").write_text(json.dumps(published(model.hf_id)))
     imported = hf_import.convert(config_json.read(str(tmp_path), "")).model
     assert hf_config(model).to_dict() == hf_config(imported).to_dict()

@@ -11,6 +11,7 @@ Writes FOLDER/rank-<r>.json.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -237,6 +238,7 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    gc.freeze()  # what is imported stays, as in a worker: DeepSpeed looks for garbage at every start of an engine
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda = os.environ["DS_ACCELERATOR"] == "cuda"

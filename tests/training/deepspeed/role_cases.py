@@ -10,6 +10,7 @@ Each case goes through the functions that a worker calls, in one process, so tha
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -118,6 +119,7 @@ def train(case: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    gc.freeze()  # what is imported stays, as in a worker: DeepSpeed looks for garbage at every start of an engine
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     configs = [from_dict(json.loads(case["config"])) for case in cases.values()]
