@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -218,7 +219,7 @@ def _map(cells: list[list[str]], out: Path | None, say: Callable[[str], None]) -
         config = resolved_config(given)
         with assumed_machine.assumed(config):
             searched, plan, _ = answer(config)
-        row = {
+        row: dict[str, Any] = {
             "model": config.model.name,
             "machine": config.machine.name,
             "rates": "measured" if searched.rates.measured else "datasheet",
