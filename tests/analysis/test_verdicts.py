@@ -133,6 +133,17 @@ def test_cells_and_phases_leave_out_what_has_no_length(rows) -> None:
     assert phases(load(rows.folder)).set_index("phase").share["backward"] == pytest.approx(0.6)
 
 
+def test_cells_come_in_the_order_of_tables(rows) -> None:
+    for tokens, policy in ((4096, "default"), (1024, "striped"), (1024, "default")):
+        rows.add(tokens=tokens, policy=policy)
+    table = cells(load(rows.folder))
+    assert table[["seq_len_tokens", "policy"]].values.tolist() == [
+        [1024, "default"],
+        [1024, "striped"],
+        [4096, "default"],
+    ]
+
+
 def test_the_front_compares_all_cells_where_no_group_is_named() -> None:
     table = pd.DataFrame({"s": [1.0, 2.0, 2.0, 3.0], "gib": [3.0, 2.0, 2.0, 2.0], "name": list("abcd")})
     assert pareto(table, "s", "gib", within=()).name.tolist() == ["a", "b", "c"], "of equal cells, all stay"

@@ -78,6 +78,12 @@ def test_what_changes_nothing_is_taken(key: str, taken: list[Any], refused: Any)
 def test_a_threshold_that_takes_the_whole_model_is_of_zero_3_alone() -> None:
     two = compose("model=nano", "launch.device=cpu", "offload=optimizer")
     check("zero_optimization.stage3_module_granularity_threshold", 10**8, two)
+    # Frozen weights count as those that are trained.
+    check(
+        "zero_optimization.stage3_module_granularity_threshold",
+        374208,
+        compose("model=nano", "launch.device=cpu", "lora=r8"),
+    )
 
 
 def test_the_largest_number_is_what_torch_can_count() -> None:
