@@ -29,6 +29,7 @@ SAME_CELL = (
     "sweep",
     "repeat",
     "system",
+    "plan",  # what it chose has its own keys
     "launch.timeout_s",
     "train.iterations",
     "train.warmup_iterations",

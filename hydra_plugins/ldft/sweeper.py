@@ -31,11 +31,13 @@ class LdftSweeper(Sweeper):
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         from ldft.cli.overrides import keys
+        from ldft.config import Goal
 
         assert self._context is not None
         tree: DictConfig = self._context.config_loader.load_sweep_config(self._config, overrides).copy()
         tree._set_flag(["struct", "readonly"], [False, False])
-        tree["plan"]["keep"] += keys(overrides)
+        if tree["plan"]["goal"] != Goal.none:
+            tree["plan"]["keep"] += keys(overrides)
         del tree["hydra"]
         return tree
 

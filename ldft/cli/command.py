@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldft import closed_pipe
 from ldft.cli import composition, overrides
-from ldft.config import from_dict
+from ldft.config import Goal, from_dict
 from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError, InternalError, LdftError, ResultsError
 from ldft.results.history import History
@@ -44,7 +44,8 @@ def _task(tree: DictConfig) -> None:
 
 def _cell(tree: DictConfig) -> int:
     config = from_dict(tree)
-    config.plan.keep += overrides.keys(HydraConfig.get().overrides.task)
+    if config.plan.goal is not Goal.none:
+        config.plan.keep += overrides.keys(HydraConfig.get().overrides.task)
     if config.dry_run:
         from ldft.runner import dry_run
 

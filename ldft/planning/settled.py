@@ -111,6 +111,10 @@ def times(run: Resolved) -> Times | None:
         return predict(run, machine.rates(run.config))
     except machine.UnknownRatesError:
         return None
+    except ConfigError:
+        if run.config.plan.goal is not Goal.none or run.config.numa.bandwidth:
+            raise
+        return None  # a damaged profile stops only what cannot do without one
 
 
 def columns(run: Resolved) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldft.config import Config, from_dict, run_id
+from ldft.config import Config, Goal, from_dict, run_id
 from ldft.errors import ConfigError
 from ldft.results import attempt
 from ldft.runner import checks
@@ -152,7 +152,13 @@ def make(
 
 
 def _refuse_auto(config: Config) -> None:
-    """Refuse machine-dependent values (auto) if cells run on other machines: their run_ids are computed here."""
+    """Refuse machine-dependent values (auto, plans) if cells run on other machines: their run_ids are computed here."""
+    if config.plan.goal is not Goal.none:
+        raise ConfigError(
+            "plan.goal",
+            f"{config.plan.goal.name}: the launcher may run cells on other machines than the plan is made for; "
+            "take the values that python -m ldft.plan gives",
+        )
     for key, value, choices in (
         ("launch.device", config.launch.device.name, "cuda or cpu"),
         ("train.precision", config.train.precision.name, "bf16, fp16 or fp32"),

@@ -223,16 +223,23 @@ def test_a_rank_that_is_killed_is_gone_from_the_next_sample(running) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert watching.stdout is not None
-    assert len(json.loads(watching.stdout.readline())["runs"][0]["ranks"]) == 2
+    out = watching.stdout
+    assert out is not None
+
+    def shown(line: str) -> set[int]:
+        return {rank["pid"] for found in json.loads(line)["runs"] for rank in found["ranks"]}
+
     victim, other = running.ranks()
-    other.resume()
+    assert shown(out.readline()) == {victim.pid, other.pid}
     victim.kill()
+    # The other rank stands still: it is shown until its time to end has passed, and the first one never again.
+    pids = [shown(out.readline())]
+    while victim.pid in pids[-1]:
+        pids.append(shown(out.readline()))
+    assert pids[-1] == {other.pid}
+    other.resume()
     running.process.wait(timeout=60)
     time.sleep(1)
     watching.send_signal(signal.SIGINT)
-    samples = [json.loads(line) for line in watching.communicate(timeout=30)[0].splitlines()]
-    pids = [{rank["pid"] for found in sample["runs"] for rank in found["ranks"]} for sample in samples]
-    first_without = next(i for i, found in enumerate(pids) if victim.pid not in found)
-    assert pids[-1] == set() and all(victim.pid not in found for found in pids[first_without:])
-    assert {other.pid} in pids, "the other rank is shown until it ends"
+    after = [shown(line) for line in watching.communicate(timeout=30)[0].splitlines()]
+    assert after[-1] == set() and not any(victim.pid in found for found in after)

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,6 +222,9 @@ def test_a_measured_profile_counts_for_its_gpu_and_driver_only(tmp_path: Path, m
     path.write_text(json.dumps(profile))
     with pytest.raises(ConfigError, match="is damaged"):
         machine.rates(config)
+    config.plan.goal = Goal.none
+    assert settled.columns(SimpleNamespace(config=config)) == {}, "a run without a plan can do without it"  # type: ignore[arg-type]
+    config.plan.goal = Goal.fastest
     path.write_text("{")
     with pytest.raises(ConfigError, match="measure again"):
         machine.rates(config)

@@ -27,6 +27,7 @@ def auto(device: Device):
     [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 9), "bf16"), ((12, 0), "bf16")],
 )
 def test_on_gpus_by_generation(capability, expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: ("a GPU",))
     monkeypatch.setattr(environment, "compute_capability", lambda: capability)
     config = auto(Device.cuda)
     checks.resolve(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ class AwayLauncher(Launcher):
 """
 
 
-@pytest.mark.parametrize("left", ["launch.device", "train.precision", ""])
+@pytest.mark.parametrize("left", ["launch.device", "train.precision", "plan.goal", ""])
 def test_a_launchers_cells_need_device_and_precision_by_name(tmp_path: Path, left: str) -> None:
     package = tmp_path / "site" / "hydra_plugins" / "away"
     package.mkdir(parents=True)
@@ -44,13 +45,16 @@ def test_a_launchers_cells_need_device_and_precision_by_name(tmp_path: Path, lef
     path = os.pathsep.join(filter(None, (str(package.parents[1]), os.environ.get("PYTHONPATH"))))
     words = ["-m", "hydra/launcher=away", f"hydra.launcher.file={tmp_path}/cells", f"results.dir={tmp_path}/results"]
     said = [f"{key}={value}" for key, value in (("launch.device", "cpu"), ("train.precision", "fp32")) if key != left]
+    said += ["plan=fastest"] * (left == "plan.goal")
     done = subprocess.run(
         [sys.executable, "-m", "ldft", *words, *FAST, "train.seed=1,2", *said],
         capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path}, check=False,
     )  # fmt: skip
     if left:
         assert done.returncode == 2 and not (tmp_path / "cells").exists(), done.stdout + done.stderr
-        assert done.stderr.count("\n") == 1 and f"{left}: auto: the launcher may run cells" in done.stderr
+        assert done.stderr.count("\n") == 1 and re.search(
+            rf"{left}: (auto|fastest): the launcher may run cells", done.stderr
+        )
     else:
         cells = (tmp_path / "cells").read_text()
         assert "train.seed=1" in cells and "train.seed=2" in cells, done.stdout + done.stderr
