@@ -226,8 +226,9 @@ def test_a_rank_that_is_killed_is_gone_from_the_next_sample(running) -> None:
     assert watching.stdout is not None
     assert len(json.loads(watching.stdout.readline())["runs"][0]["ranks"]) == 2
     victim, other = running.ranks()
-    other.resume()
     victim.kill()
+    time.sleep(1)  # a few samples: once it goes on, the other one sees the loss and ends at once
+    other.resume()
     running.process.wait(timeout=60)
     time.sleep(1)
     watching.send_signal(signal.SIGINT)
