@@ -127,29 +127,16 @@ def _parser() -> Parser:
     return parser
 
 
-def _machine(path: Path, precision: str | None) -> int:
-    try:
-        _check_writable("--profile", path)
-        machine.run(path, precision)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except ConfigError as error:
-        print(f"ldft: {error}", file=sys.stderr)
-        return 2
-    except (LdftError, OSError) as error:
-        print(f"ldft: {error}", file=sys.stderr)
-        return 1
+def _machine(arguments: argparse.Namespace) -> int:
+    path = arguments.profile or bandwidths.profile_path()
+    _check_writable("--profile", path)
+    machine.run(path, arguments.precision)
+    return 0
 
 
-@closed_pipe.work_on
-def main() -> int:
-    """Returns the exit code: 0, or 1 if nothing could be measured or written, or 2 for invalid input."""
+def _nodes(arguments: argparse.Namespace) -> int:
     from ldft import environment
 
-    arguments = _parser().parse_args()
-    if arguments.command == "machine":
-        return _machine(arguments.profile or bandwidths.profile_path(), arguments.precision)
     topology = read_topology()
     whole = arguments.nodes or [(node,) for node in topology.memory_nodes]
     sets = [NodeSet(nodes) for nodes in whole]
@@ -158,35 +145,40 @@ def main() -> int:
     sizes, least = arguments.sizes or [default], profile.least_size(default)
     path = arguments.profile or bandwidths.profile_path()
     counts = arguments.processes or sorted({1, max(1, len(environment.gpus()))})
+    for key, least_given in (("--repeats", arguments.repeats), ("--processes", min(counts))):
+        if least_given < 1:
+            raise ConfigError(key, f"{least_given} is too small; use 1 or more")
+    _check_sets(sets, arguments.weights, topology)
+    _check_room(max(sizes), max(counts))
+    lacks = profile.lacks(arguments.kernels, sets, topology, max(sizes), least)
+    if arguments.rows:
+        _check_writable("--rows", arguments.rows)
+    if not lacks:
+        _check_writable("--profile", path)
+    rows = measure(sets, sizes, counts, arguments.kernels, arguments.repeats)
+    if arguments.rows:
+        _write_rows(rows, arguments.rows)
+        print(f"ldft: rows: {arguments.rows}")
+    found = profile.make(rows)
+    if not lacks:
+        left_out = [node for node in topology.memory_nodes if "cpu" not in found["bandwidth"].get(f"node{node}", {})]
+        lacks = f"node {left_out[0]} was left out" if left_out else ""
+    if not rows:
+        return 1
+    if lacks:
+        print(f"ldft: profile: {path} is unchanged: {lacks}")
+    else:
+        profile.save(found, path)
+        print(f"ldft: profile: {path}: {json.dumps(found['bandwidth'])}")
+    return 0
+
+
+@closed_pipe.work_on
+def main() -> int:
+    """Returns the exit code: 0, or 1 if nothing could be measured or written, or 2 for invalid input."""
+    arguments = _parser().parse_args()
     try:
-        for key, least_given in (("--repeats", arguments.repeats), ("--processes", min(counts))):
-            if least_given < 1:
-                raise ConfigError(key, f"{least_given} is too small; use 1 or more")
-        _check_sets(sets, arguments.weights, topology)
-        _check_room(max(sizes), max(counts))
-        lacks = profile.lacks(arguments.kernels, sets, topology, max(sizes), least)
-        if arguments.rows:
-            _check_writable("--rows", arguments.rows)
-        if not lacks:
-            _check_writable("--profile", path)
-        rows = measure(sets, sizes, counts, arguments.kernels, arguments.repeats)
-        if arguments.rows:
-            _write_rows(rows, arguments.rows)
-            print(f"ldft: rows: {arguments.rows}")
-        found = profile.make(rows)
-        if not lacks:
-            left_out = [
-                node for node in topology.memory_nodes if "cpu" not in found["bandwidth"].get(f"node{node}", {})
-            ]
-            lacks = f"node {left_out[0]} was left out" if left_out else ""
-        if not rows:
-            return 1
-        if lacks:
-            print(f"ldft: profile: {path} is unchanged: {lacks}")
-        else:
-            profile.save(found, path)
-            print(f"ldft: profile: {path}: {json.dumps(found['bandwidth'])}")
-        return 0
+        return _machine(arguments) if arguments.command == "machine" else _nodes(arguments)
     except KeyboardInterrupt:
         return 130
     except (ConfigError, PlacementError) as error:

@@ -21,15 +21,13 @@ def run(path: Path, precision: str | None) -> None:
     """Measure and save. precision: by default that of train.precision=auto. Raises LdftError if something cannot be measured."""
     topology = read_topology()
     gpus = environment.gpus()
-    kinds = [Device.cuda, Device.cpu] if gpus else [Device.cpu]
+    device = Device.cuda if gpus else Device.cpu
     sets = [NodeSet((node,)) for node in topology.memory_nodes]
     counts = sorted({1, max(1, len(gpus))})
     rows = measure(sets, [profile.default_size(topology)], counts, ["adam", *COPIES], 7)
     found = profile.make(rows)
     if missing := [node for node in topology.memory_nodes if "cpu" not in found["bandwidth"].get(f"node{node}", {})]:
         raise LdftError(f"node {missing[0]} could not be measured; see above")
-    # The GPU, or the CPU where there is none.
-    device = kinds[0]
     name = precision or checks.native_precision(device)[0].name
     found["devices"] = {f"{device.name} {name}": _device(device, name)}
     profile.save(found, path)

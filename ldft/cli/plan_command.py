@@ -25,7 +25,7 @@ from ldft.config import THIS, Config, Device, Goal, from_dict
 from ldft.config.checkpointing import CheckpointingMode
 from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError, ResultsError
-from ldft.planning import remedies, search, settled
+from ldft.planning import candidates, remedies, search, settled
 from ldft.planning.search import Plan, Search
 from ldft.preflight import assumed_machine, fit
 from ldft.preflight.resolved import device_gib
@@ -33,12 +33,6 @@ from ldft.runner import checks
 from ldft.terminal import Parser, length, seconds
 
 GIB = 2**30
-_OFFLOADS = {
-    (0, "none", "none"): "none",
-    (3, "none", "none"): "zero3",
-    (2, "none", "cpu"): "optimizer",
-    (3, "cpu", "cpu"): "full",
-}
 _HEAD = (
     "",
     "tokens/s",
@@ -125,13 +119,12 @@ def _runners_up(plans: list[Plan], found: Plan) -> list[Plan]:
 
 def _cells(name: str, plan: Plan) -> tuple[str, ...]:
     config, choice, run = plan.run.config, plan.choice, plan.run
-    offload = config.offload
     count = config.model.num_layers
     recomputed = config.checkpointing.recomputed(count)
     where = {CheckpointingMode.cpu: ", inputs on host", CheckpointingMode.gpu: "", CheckpointingMode.none: ""}[
         choice.mode
     ]
-    state = offload.stage, offload.parameters.name, offload.optimizer.name
+    named = (name for name, value in candidates.OFFLOADS.items() if value == choice.offload)
     share = f"{run.gpu_share / 1e9:.2f}e9 parameters" if run.gpu_share else "-"
     return (
         name,
@@ -139,7 +132,7 @@ def _cells(name: str, plan: Plan) -> tuple[str, ...]:
         _duration(plan.times.iteration_s),
         f"{plan.device_bytes / GIB:.1f}",
         f"{plan.host_bytes / GIB:.1f}",
-        _OFFLOADS.get(state, offload.optimizer.name),
+        next(named, config.offload.optimizer.name),
         share,
         f"{recomputed} of {count}{where if recomputed else ''}",
         choice.keep_attention.name,
@@ -245,9 +238,7 @@ def _map(cells: list[list[str]], out: Path | None, say: Callable[[str], None]) -
             if plan
             else "nothing fits"
         )
-        say(
-            f"{row['model']} {length(int(str(row['tokens'])))} {row['machine']} x{row['num_ranks']} {row['goal']}: {text}"
-        )
+        say(f"{row['model']} {length(row['tokens'])} {row['machine']} x{row['num_ranks']} {row['goal']}: {text}")
     if out:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from ldft.errors import CombinationError, ConfigError
 from ldft.memory.topology import Topology
 
 # Offload options that a plan may choose, by stage and by device of parameters and optimizer, as in conf/offload.
-_OFFLOADS = {
+OFFLOADS = {
     "none": (0, OffloadDevice.none, OffloadDevice.none),
     "zero3": (3, OffloadDevice.none, OffloadDevice.none),
     "optimizer": (2, OffloadDevice.none, OffloadDevice.cpu),
@@ -138,10 +138,10 @@ def _offloads(config: Config) -> list[tuple[int, OffloadDevice, OffloadDevice]]:
     given = config.offload
     now = given.stage, given.parameters, given.optimizer
     kept = [key for key in config.plan.keep if key.startswith("offload") and key != "offload.gpu_share"]
-    if kept or now != _OFFLOADS["full"] or given.deepspeed or given.deepspeed_file:
+    if kept or now != OFFLOADS["full"] or given.deepspeed or given.deepspeed_file:
         return [now]
     several = config.launch.num_ranks > 1
-    return [value for name, value in _OFFLOADS.items() if several or name != "zero3"]
+    return [value for name, value in OFFLOADS.items() if several or name != "zero3"]
 
 
 def _batches(config: Config) -> list[tuple[int, int]]:

@@ -13,7 +13,9 @@ from ldft.memory.cost_model import Bandwidths
 # heads of 128 0.50 to 0.61 forward and 0.44 to 0.53 backward
 # (benchmarks/results/attention-h200.parquet; less when it runs for seconds).
 _PRODUCTS, _ATTENTION, _DEVICE_MEMORY = 0.72, (0.55, 0.49), 0.85
-# Narrow heads do half of the work for each exponential: 64 wide ones measured 0.73 and 0.65 of that.
+# Narrow heads do half of the work for each exponential. Of that, heads of 64 reach about this: chosen by rows of a 1B model
+# (benchmarks/results/share-llama3_1b-16k-h200.parquet), not measured by themselves. Published for cuDNN, forward: 0.69
+# (arXiv 2407.08608).
 _NARROW = (0.73, 0.65)
 
 

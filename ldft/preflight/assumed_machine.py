@@ -11,8 +11,8 @@ from ldft.config import THIS, Config, Device, HostLayout, MachineConfig
 from ldft.memory.topology import Node, Topology, read_topology
 
 GIB = 2**30
-# What training sustains of a datasheet's bandwidth: the update of host memory's, copies of the link's. Measured on H100 and H200
-# (benchmarks/results/nodes-h200.parquet).
+# What training sustains of a datasheet's bandwidth: the update of host memory's, which is assumed, and copies of the link's, 0.85
+# of which were measured (benchmarks/results/nodes-h200.parquet).
 _OF_HOST, _OF_LINK = 0.8, 0.86
 
 
