@@ -109,10 +109,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     import deepspeed
     import torch
 
-    from ldft.training.deepspeed import unused
-
-    with unused.no_scipy():
-        from ldft.training import cuda_build, data, flops, liger_kernels, loop, model, snapshot, tiled_mlp
+    from ldft.training import cuda_build, data, flops, liger_kernels, loop, model, snapshot, tiled_mlp
     from ldft.training.checkpointing import checkpointing
     from ldft.training.deepspeed import engine as engines
     from ldft.training.deepspeed import fused_step, operators, role_memory

@@ -3,25 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-
-
-@contextmanager
-def no_scipy() -> Iterator[None]:
-    """Within this context scipy cannot be found. transformers' losses of object detection load it where they find it, which takes
-    half a second per rank; no causal model asks for it."""
-    modules: dict[str, Any] = sys.modules
-    if "scipy" in modules:
-        yield
-        return
-    modules["scipy"] = None
-    try:
-        yield
-    finally:
-        del modules["scipy"]
 
 
 def leave_out() -> None:
