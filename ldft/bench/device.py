@@ -1,7 +1,7 @@
 """Sustained rates of the device that computes, for predicting the time of an iteration: `python -m ldft.bench.device cuda bf16`.
 
-Prints one line of JSON, and what it measures on stderr. Each rate is work over time, of work that runs without a pause for a
-second or more, since a GPU that has been busy for so long runs at a lower clock. On a CPU the shapes are small.
+Prints one line of JSON, and what it measures on stderr. Each rate is work over time, of work that runs without a pause for some
+seconds, since a GPU that has been busy for so long runs at a lower clock. On a CPU the shapes are small.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Tokens, width and inner width of the products; tokens of the sequences; seconds that each piece of work runs; bytes of copies; and
 # bytes of each array of the update.
 _SHAPES = {
-    "cuda": ((8192, 4096, 14336), (8192, 32768, 131072), 1.0, 1 << 30, 256 << 20),
+    "cuda": ((8192, 4096, 14336), (8192, 32768, 131072), 4.0, 1 << 30, 256 << 20),
     "cpu": ((512, 512, 2048), (256, 1024), 0.1, 64 << 20, 32 << 20),
 }
 _HEAD_DIMS, _HEADS, _KEY_HEADS = (64, 128), 32, 8
@@ -84,8 +84,11 @@ class Device:
         return found
 
     def _attention(self, width: int, tokens: int) -> tuple[float, float]:
-        query = self._random(1, _HEADS, tokens, width, requires_grad=True)
-        key, value = (self._random(1, _KEY_HEADS, tokens, width, requires_grad=True) for _ in range(2))
+        # Laid out as a model's projections leave them: heads within tokens.
+        query, key, value = (
+            self._random(1, tokens, heads, width).transpose(1, 2).requires_grad_()
+            for heads in (_HEADS, _KEY_HEADS, _KEY_HEADS)
+        )
 
         def attend() -> torch.Tensor:
             with self._kernel():
