@@ -26,7 +26,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Tokens, width and inner width of the products; tokens of the sequences; seconds that each piece of work runs; bytes of copies; and
 # bytes of each array of the update.
 _SHAPES = {
-    "cuda": ((8192, 4096, 14336), (8192, 32768, 131072), 4.0, 1 << 30, 256 << 20),
+    "cuda": ((8192, 4096, 14336), (8192, 32768, 131072), 3.0, 1 << 30, 256 << 20),
     "cpu": ((512, 512, 2048), (256, 1024), 0.1, 64 << 20, 32 << 20),
 }
 _HEAD_DIMS, _HEADS, _KEY_HEADS = (64, 128), 32, 8

@@ -1,8 +1,9 @@
 """Expected seconds of an iteration by formula. Imports no torch.
 
-Of each layer: its matrix products, attention's, and what norms, rotary embedding, activation and residuals read and write. What
-moves meanwhile, weights and layer inputs over the link, gradients, hides behind that or is waited for. An update beside the forward
-pass is followed layer by layer: no layer starts before its weights are updated and fetched.
+Of each layer: its matrix products, attention's, and what norms, rotary embedding, activation and residuals read and write; or the
+time that Python needs to start them, if that is longer. What moves meanwhile, weights and layer inputs over the link, gradients, hides
+behind that or is waited for. An update beside the forward pass is followed layer by layer: no layer starts before its weights are
+updated and fetched.
 
 H: hidden size, I: MLP width, Q and K: total widths of query heads and of key heads, T: tokens per micro-batch, V: vocabulary size,
 w: bytes per number in compute precision.
@@ -22,7 +23,7 @@ from ldft.preflight.selection import Selection
 # gradients to fp32 and back, norms, and the update itself. Derived from 0.042 s for 1.24e9 and 0.097 s for 3.21e9 parameters on an
 # H200 (benchmarks/results/fp16-llama3_1b-2k-h200.parquet, training-llama3_3b-32k-in-gpu-h200.parquet).
 _STEP_BYTES = 140.0
-# Python's part of a step with offload, and its part of each layer's pass under ZeRO-3, seconds.
+# Python's part of a step with offload, and how long the device waits at each fetched layer even if the host is ahead, seconds.
 _STEP_S, _LAYER_S = 0.015, 0.0004
 
 
@@ -39,6 +40,8 @@ class Times:
     """Part of the iteration in which the GPU waits for that update."""
     arithmetic_s: float
     """The GPU's own work."""
+    launch_s: float
+    """Python and DeepSpeed, layer by layer: until then the GPU has no more work."""
     link_s: float
     """Copies in the direction that has more of them."""
 
@@ -48,8 +51,13 @@ class Times:
 
     @property
     def bound(self) -> str:
-        """What takes most of the time: the GPU's arithmetic, the link, or the host's update."""
-        parts = {"arithmetic": self.arithmetic_s, "link": self.link_s, "host update": self.update_s}
+        """What takes most of the time: the GPU's arithmetic, the host's Python, the link, or the host's update."""
+        parts = {
+            "arithmetic": self.arithmetic_s,
+            "Python": self.launch_s,
+            "link": self.link_s,
+            "host update": self.update_s,
+        }
         return max(parts, key=lambda name: parts[name])
 
 
@@ -73,10 +81,16 @@ def predict(run: Selection, rates: Rates) -> Times:
     recomputed = checkpointing.recomputed(count)
     again = layer.again - (layer.attention if checkpointing.keep_attention is not KeepAttention.none else 0.0)
     loss = _loss(run, rates)
-    hooks = _LAYER_S if config.offload.stage == 3 else 0.0
-    forward_s = count * (layer.forward + hooks) + loss
-    backward_s = count * (layer.backward + hooks) + recomputed * (again + hooks) + (0.0 if run.liger else 2 * loss)
-    arithmetic = forward_s + backward_s
+    fetches = config.offload.stage == 3
+    hooks, host = (_LAYER_S, rates.fetched) if fetches else (0.0, rates.resident)
+    ahead = max(layer.forward + hooks, host.forward)
+    back = max(layer.backward + hooks, host.backward)
+    back_again = max(layer.backward + again + 2 * hooks, host.backward + host.again)
+    losses = loss, 0.0 if run.liger else 2 * loss
+    forward_s = count * ahead + losses[0]
+    backward_s = (count - recomputed) * back + recomputed * back_again + losses[1]
+    arithmetic = count * (layer.forward + layer.backward + 2 * hooks) + recomputed * (again + hooks) + sum(losses)
+    launches = count * (host.forward + host.backward) + recomputed * host.again
     link = _link(run, rates)
     micro_batches = config.train.gradient_accumulation_steps
     later_forward = max(forward_s, *link.forward)
@@ -86,7 +100,7 @@ def predict(run: Selection, rates: Rates) -> Times:
         # It is slower only while the pass's own copies and kernels run.
         meanwhile = min(later_forward, update_s / rates.beside)
         update_s += (1 - rates.beside) * meanwhile
-        first_forward = _beside(run, layer.forward + hooks, loss, update_s, link.fetch)
+        first_forward = _beside(run, ahead, loss, update_s, link.fetch)
         first_forward = max(first_forward, later_forward)
         exposed = first_forward - later_forward
     else:
@@ -99,6 +113,7 @@ def predict(run: Selection, rates: Rates) -> Times:
         update_s=update_s,
         exposed_s=exposed,
         arithmetic_s=micro_batches * arithmetic,
+        launch_s=micro_batches * launches,
         link_s=micro_batches * (max(link.forward) + max(link.backward)),
     )
 

@@ -11,9 +11,10 @@ from ldft.config import THIS, Config, Device, Precision
 from ldft.errors import ConfigError
 from ldft.memory import bandwidths
 from ldft.memory.cost_model import Bandwidths
-from ldft.planning.rates import Rates, from_datasheet
+from ldft.planning.rates import HostTime, Rates, from_datasheet
 from ldft.preflight import device_rates
 
+_NONE = (0.0, 0.0, 0.0)
 _MEASURE = "measure this machine once with python -m ldft.bench machine"
 
 
@@ -81,6 +82,10 @@ def _measured(config: Config) -> dict[str, Any]:
 
 def _parse(device: dict[str, Any], host: Bandwidths, config: Config) -> Rates:
     try:
+        # A CPU that computes has no other that starts its work.
+        host_s = (
+            device["layer_host_s"] if config.launch.device is Device.cuda else {"fetched": _NONE, "resident": _NONE}
+        )
         return Rates(
             products=1e12 * device["products_tflops_per_s"],
             attention={
@@ -90,6 +95,8 @@ def _parse(device: dict[str, Any], host: Bandwidths, config: Config) -> Rates:
             device_memory=1e9 * device["memory_gb_per_s"],
             host=host,
             beside=device["update_beside"],
+            fetched=HostTime(*host_s["fetched"]),
+            resident=HostTime(*host_s["resident"]),
             peers=1e9 * device["peer_gb_per_s"]
             if config.launch.num_ranks > 1 and device.get("peer_gb_per_s")
             else math.inf,

@@ -19,6 +19,20 @@ _PRODUCTS, _ATTENTION, _DEVICE_MEMORY = 0.72, (0.55, 0.49), 0.85
 _NARROW = (0.73, 0.65)
 
 
+@dataclass(frozen=True, slots=True)
+class HostTime:
+    """Seconds that Python and DeepSpeed need for one decoder layer; the device waits if it is done earlier."""
+
+    forward: float
+    backward: float
+    again: float
+    """For its recomputation."""
+
+
+# Chosen, not measured.
+_FETCHED, _RESIDENT = HostTime(0.004, 0.004, 0.003), HostTime(0.002, 0.002, 0.002)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """Sustained rates of one GPU and of the host."""
@@ -34,6 +48,10 @@ class Rates:
     """The host's update by node, and the link's copies, bytes/s."""
     beside: float
     """Part of its rate that the host's update keeps beside copies and kernels."""
+    fetched: HostTime
+    """With ZeRO-3, which fetches and releases each layer's weights."""
+    resident: HostTime
+    """With the weights in device memory."""
     peers: float
     """Between one GPU and the others, bytes/s; infinite for a single GPU."""
     measured: bool
@@ -63,6 +81,8 @@ def from_datasheet(*, peak: float, device_memory: float, host: Bandwidths, peers
         device_memory=_DEVICE_MEMORY * device_memory,
         host=host,
         beside=0.8,
+        fetched=_FETCHED,
+        resident=_RESIDENT,
         peers=peers,
         measured=False,
     )

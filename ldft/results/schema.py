@@ -125,7 +125,7 @@ MEASURED = [
     Column("predicted_forward_s", _FLOAT, "s", "forward part of predicted_iteration_s"),
     Column("predicted_backward_s", _FLOAT, "s", "backward part"),
     Column("predicted_step_s", _FLOAT, "s", "optimizer part"),
-    Column("predicted_bound", _TEXT, "", "what was expected to take most of the time: arithmetic, link or host update"),
+    Column("predicted_bound", _TEXT, "", "what was expected to take most of the time: arithmetic, Python, link or host update"),
     Column("modelled_traffic_s", _FLOAT, "s", "modelled time of a step's host-memory traffic; null if bandwidths are unknown"),
     Column("checkpoint_host_gib", _FLOAT, "GiB", "host memory that keeps layer inputs for the backward pass, over all ranks", source="sum"),
     Column("notes", pa.list_(_TEXT), "", "what makes this row differ from others, e.g. another algorithm, keys without effect, a loss that diverged, skipped updates"),

@@ -14,7 +14,7 @@ from multirun_analysis import style
 from multirun_analysis.figures import layout
 
 _COLUMNS = {"model", "machine", "rates", "goal", "num_ranks", "tokens", "fits"}
-_BOUNDS = {"arithmetic": "o", "link": "s", "host update": "^"}
+_BOUNDS = {"arithmetic": "o", "Python": "v", "link": "s", "host update": "^"}
 
 
 def load(path: Path) -> pd.DataFrame:

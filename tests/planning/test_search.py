@@ -196,6 +196,7 @@ def test_a_measured_profile_counts_for_its_gpu_and_driver_only(tmp_path: Path, m
         "memory_gb_per_s": 4000.0,
         "peer_gb_per_s": None,
         "update_beside": 0.9,
+        "layer_host_s": {"fetched": [3e-3, 4e-3, 2e-3], "resident": [1e-3, 2e-3, 1e-3]},
         "gpu": "NVIDIA H200",
         "driver": "1",
     }
@@ -214,6 +215,7 @@ def test_a_measured_profile_counts_for_its_gpu_and_driver_only(tmp_path: Path, m
     path.write_text(json.dumps(profile))
     found = machine.rates(config)
     assert (found.measured, found.products, found.attention_of(128, 8192)) == (True, 7e14, (5e14, 4e14))
+    assert (found.fetched.forward, found.fetched.again, found.resident.backward) == (3e-3, 2e-3, 2e-3)
     monkeypatch.setattr(environment, "driver", lambda: "2")
     with pytest.raises(machine.UnknownRatesError, match="measured with driver 1, here is 2"):
         machine.rates(config)
