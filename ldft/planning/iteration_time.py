@@ -1,9 +1,9 @@
 """Expected seconds of an iteration by formula. Imports no torch.
 
 Of each layer: its matrix products, attention's, and what norms, rotary embedding, activation and residuals read and write; or the
-time that Python needs to start them, if that is longer. What moves meanwhile, weights and layer inputs over the link, gradients, hides
-behind that or is waited for. An update beside the forward pass is followed layer by layer: no layer starts before its weights are
-updated and fetched.
+time that Python needs to start them, if that is longer. What moves meanwhile, weights and layer inputs over the link, gradients,
+hides behind that or is waited for. An update beside the forward pass is followed layer by layer: no layer starts before its weights
+are updated and fetched.
 
 H: hidden size, I: MLP width, Q and K: total widths of query heads and of key heads, T: tokens per micro-batch, V: vocabulary size,
 w: bytes per number in compute precision.

@@ -36,6 +36,7 @@ TRAINING = [
     ("scaling-llama3_3b-32k-h100", 3, True),
     ("long_sequences-131072-llama3_3b-h200", 1, False),
     ("long_sequences-llama3_3b-h200", 1, False),
+    ("long_sequences-plans-h200", 1, False),
 ]
 SHAPES = {
     "checkpoint_offload-3b-8b-h200": {
