@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,11 @@ from ldft.errors import ConfigError
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
+def writer() -> str:
+    """This process, for names in folders that several hosts share: pids alone are not unique there."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
 @contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[IO[bytes]]:
     """A file to write, which replaces `path` at the end of the block. If the block or the writing fails, `path` stays as it was.
@@ -22,7 +28,7 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[IO[bytes]]:
     The temporary file is hidden and ends in .tmp, so no pattern for rows or traces matches it. sync: reach the disk before
     replacing. Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{writer()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

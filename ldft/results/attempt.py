@@ -1,7 +1,7 @@
 """The folder of one attempt: claiming it, and the small JSON files through which parent, ranks and ldft.status communicate.
 
 results/<run_id>/attempt-<n>/
-    started.json     who claimed the attempt: host, process and its start; its modification time is the heartbeat
+    started.json     who claimed the attempt: host, process and its start, job; its modification time is the heartbeat
     config.json      the resolved config (parent, before the ranks start)
     deepspeed.json   the effective DeepSpeed config (parent, before the ranks start)
     choices.json     what the parent chose by the machine's memory (likewise)
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldft import files, proc
+from ldft import batch, files, proc
 from ldft.errors import ConfigError
 
 # If a process cannot be looked up from here and its heartbeat is older than this, it counts as dead.
@@ -74,6 +74,8 @@ def owner() -> dict[str, Any]:
         "pid": pid,
         "pid_start": _process_start(pid),
         "time": time.time(),
+        "job": batch.job_id(),
+        "restarts": batch.restarts(),
     }
 
 
@@ -84,6 +86,9 @@ def is_alive(folder: Path) -> bool:
         beat = (folder / "started.json").stat().st_mtime
     except OSError:
         return False
+    job = batch.job_id()
+    if job and started.get("job") == job and started["restarts"] < batch.restarts():
+        return False  # requeued: an earlier start of the very job that asks
     if started.get("here") == _here():
         return bool(_process_start(started["pid"]) == started["pid_start"])
     return time.time() - beat < HEARTBEAT_DEAD_S
@@ -137,7 +142,7 @@ def try_claim(results_dir: Path, run_id: str, number: int) -> Path | None:
     rename with started.json inside, so that no process sees a claim without an owner.
     """
     run_dir = results_dir / run_id
-    unfinished = run_dir / f".claim-{os.getpid()}"
+    unfinished = run_dir / f".claim-{files.writer()}"
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         write_json(unfinished / "started.json", owner())

@@ -71,6 +71,7 @@ MEASURED = [
     Column("duration_s", _FLOAT, "s", "from the claim to the row"),
     Column("parent_s", _FLOAT, "s", "the parent's part of duration_s: without its time waiting for the ranks"),
     Column("hosts", pa.list_(_TEXT), "", "machines that ran ranks"),
+    Column("job_id", _TEXT, "", "SLURM's job that ran it, as squeue and scancel take it; null outside a job"),
     Column("device_type", _TEXT, "", "cuda or cpu"),
     Column("status", _TEXT, "", "ok, invalid, skipped, oom_device, oom_host, timeout, interrupted, error"),
     Column("exit_code", _INT, "", "exit code of the first rank that failed; null when a signal ended it"),

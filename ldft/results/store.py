@@ -1,7 +1,7 @@
 """Files of rows: one file per new row, larger files after compaction.
 
 results/<run_id>/attempt-<n>/row.parquet   a loose row, as the run wrote it
-results/rows-<time>-<pid>.parquet          merged rows; their loose files have been removed
+results/rows-<time>-<host>-<pid>.parquet          merged rows; their loose files have been removed
 
 A file never changes once it has its name. A row is identified by (run_id, attempt). It may be in two files for a while, since a
 merged file appears before the files that it replaces are removed; readers count it once.
@@ -223,7 +223,7 @@ def compact(results_dir: Path) -> int:
         if not tables:
             return 0
         united = reader.unite(tables)
-        target = results_dir / f"rows-{time.time_ns()}-{os.getpid()}.parquet"
+        target = results_dir / f"rows-{time.time_ns()}-{files.writer()}.parquet"
         _write(united, target)
         if set(keys(pq.ParquetFile(target).read(columns=["run_id", "attempt"]))) != set(keys(united)):
             raise ResultsError(f"{target} does not contain what was written to it; nothing was removed")

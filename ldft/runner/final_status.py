@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldft import batch
 from ldft.runner.launch import RankExit
 
+# SIGUSR2 counts as the job's time limit in its last ten minutes, since users choose how early it comes; SIGTERM, which also tells of
+# scancel, only at the very end.
+_WARNED_S, _ENDED_S = 600.0, 5.0
 OOM_DEVICE, OOM_HOST = "oom_device", "oom_host"
 
 
@@ -51,6 +55,18 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
+def stopped(name: str) -> Verdict:
+    """The verdict on a run that this signal to ldft ended: timeout if its job's time was up, else interrupted."""
+    left = batch.seconds_left()
+    # Earlier they tell of preemption.
+    if (name == "SIGUSR2" and (left is None or left < _WARNED_S)) or (
+        name == "SIGTERM" and left is not None and left < _ENDED_S
+    ):
+        limit = f"{name} to ldft: its job's time limit; give the job more time, as in hydra.launcher.timeout_min=240"
+        return Verdict("timeout", exit_code=None, signal=name, error_message=limit)
+    return Verdict("interrupted", exit_code=None, signal=name, error_message=f"{name} to ldft")
+
+
 def judge(
     exits: list[RankExit],
     reports: list[dict[str, Any]],
@@ -66,7 +82,7 @@ def judge(
     new_oom_kills: increase of `oom_kills()` during the run.
     """
     if interrupted:
-        return Verdict("interrupted", exit_code=None, signal=interrupted, error_message=f"{interrupted} to ldft")
+        return stopped(interrupted)
     if timed_out_s:
         passed = f"launch.timeout_s={timed_out_s:g} exceeded; raise it, or use 0 for no limit"
         return Verdict("timeout", exit_code=None, error_message=passed)

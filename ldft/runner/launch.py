@@ -66,6 +66,8 @@ class Ranks:
                     if os.getppid() != parent:
                         os._exit(1)
                     os.sched_setaffinity(0, cores)
+                    # SLURM sends it to every process of a job; the parent decides.
+                    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
                 with (attempt_dir / f"worker-{rank}.log").open("wb") as log:
                     process = subprocess.Popen(

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ldft import environment, files
+from ldft import batch, environment, files
 from ldft.config import THIS, Config, run_id, series_id, to_dict
 from ldft.config.root import flatten
 from ldft.errors import CombinationError, ConfigError, InternalError, ResultsError
@@ -149,6 +149,7 @@ def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
         "system": config.system,
         "started_at": datetime.fromtimestamp(started, UTC),
         "hosts": [socket.gethostname()],
+        "job_id": batch.job_id(),
         "device_type": config.launch.device.name,
         "status": "error",
         "warmup_iterations": config.train.warmup_iterations,
@@ -163,7 +164,8 @@ def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
         status = "skipped" if isinstance(error, CombinationError) and config.sweep.started_at else "invalid"
         row |= {"status": status, "error_type": type(error).__name__, "error_message": str(error)}
     except signals.Stopped as told:
-        row |= {"status": "interrupted", "signal": told.name, "error_message": f"{told.name} to ldft"}
+        found = final_status.stopped(told.name)
+        row |= {"status": found.status, "signal": found.signal, "error_message": found.error_message}
     except Exception as error:
         log = folder / "internal-error.log"
         log.write_text(traceback.format_exc())

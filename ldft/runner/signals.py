@@ -1,4 +1,4 @@
-"""Stop signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP.
+"""Stop signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP, and SIGUSR2, which batch systems are told to send before a job's time limit.
 
 While ranks run, a signal raises Stopped, so that they are ended and the row gets status interrupted. While ranks are being started
 or ended, and between the cells of a sweep, the signal is only noted: no rank is lost half-way, and the next step does not begin.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _noted: str | None = None
 _depth = 0
 

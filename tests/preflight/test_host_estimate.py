@@ -210,7 +210,9 @@ def test_estimates_match_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> 
         # Rows of before attention and Liger had keys of their own.
         if "fp16-llama3_1b-2k-h200" in name:
             config.kernels.liger, config.checkpointing.mode = False, CheckpointingMode.gpu
-        if name.startswith(("share-", "long_sequences-plans")):  # where the rate of the machine's memory decided on the GPU's share
+        if name.startswith(
+            ("share-", "long_sequences-plans")
+        ):  # where the rate of the machine's memory decided on the GPU's share
             config.numa.bandwidth = {"node0": {"cpu": 126, "h2d": 54, "d2h": 54}}
         run = resolve(config)
         # Older rows kept gradients in fp32 as well, and copied them as stock DeepSpeed does.

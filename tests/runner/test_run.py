@@ -27,6 +27,7 @@ NULL = {
     "gpu_share_choice": "no device memory",
     **dict.fromkeys((f"predicted_{name}_s" for name in ("iteration", "forward", "backward", "step")), "no GPU"),
     "predicted_bound": "no GPU",
+    "job_id": "no job",
     "numa_mechanism": "numa=default",
     "documents_read": "data=random",
     "documents_skipped": "data=random",
