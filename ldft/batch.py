@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 
 
@@ -19,6 +20,27 @@ def restarts() -> int:
 
 
 def seconds_left() -> float | None:
-    """Until the job's time limit; None outside a job, or if SLURM does not tell (before 22.05)."""
+    """Until the job's time limit; None outside a job, or if it has none that SLURM tells."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")
-    return int(text) - time.time() if text.isdigit() else None
+    if text.isdigit():
+        return int(text) - time.time()
+    job = job_id()
+    if job is None:
+        return None
+    # Before SLURM 23.02. Not the end that squeue gives: once scancel has been called, that is now.
+    try:
+        command = ["squeue", "--noheader", "--format=%S|%l", f"--jobs={job}"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+        start, _, limit = said.partition("|")
+        return time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S")) + _seconds(limit) - time.time()
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+
+
+def _seconds(limit: str) -> int:
+    """SLURM's `days-hours:minutes:seconds`, of which the front may be left out. Raises ValueError for UNLIMITED and the like."""
+    days, _, clock = limit.rpartition("-")
+    found = 0
+    for part in clock.split(":"):
+        found = 60 * found + int(part)
+    return found + 86400 * int(days or 0)

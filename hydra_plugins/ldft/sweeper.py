@@ -14,6 +14,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from hydra_plugins.ldft.slurm_launcher import SlurmLauncher
+
 
 class LdftSweeper(Sweeper):
     """params: as for Hydra's own sweeper, hydra.sweeper.params: the grid, swept values by key.
@@ -96,5 +98,8 @@ class LdftSweeper(Sweeper):
         # yaml files as they are by then, and it swallows errors.
         here = isinstance(launcher, BasicLauncher)
         planned = plan.make(plan.grid(fixed, points), self._compose, swept, time.time(), elsewhere=not here)
+        if isinstance(launcher, SlurmLauncher):
+            command.exit_codes.append(loop.Sweep(planned, queue=launcher).run())
+            return
         elsewhere = None if here else lambda cells: launcher.launch(cells, initial_job_idx=0)
         command.exit_codes.append(loop.Sweep(planned, elsewhere).run())

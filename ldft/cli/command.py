@@ -135,6 +135,9 @@ def main() -> int:
         print(f"ldft {metadata.version('ldft')}")
         return 0
     try:
+        if "--detach" in sys.argv[1:]:  # Hydra's parser does not know it
+            sys.argv.remove("--detach")
+            os.environ["LDFT_DETACH"] = "1"
         sys.argv = [sys.argv[0], *map(_at_home, _options_first(sys.argv[1:]))]
         overrides.check(_overrides())
         _task()

@@ -15,6 +15,7 @@ OOM = ("oom_device", "oom_host")
 COLUMNS = [
     "run_id",
     "attempt",
+    "job_id",
     "series_id",
     "sweep",
     "repeat",

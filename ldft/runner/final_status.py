@@ -9,8 +9,8 @@ from typing import Any
 from ldft import batch
 from ldft.runner.launch import RankExit
 
-# SIGUSR2 counts as the job's time limit in its last ten minutes, since users choose how early it comes; SIGTERM, which also tells of
-# scancel, only at the very end.
+# SIGUSR2 counts as the job's time limit in its last ten minutes, since users choose how early it comes; SIGTERM, which also tells
+# of scancel, only at the very end.
 _WARNED_S, _ENDED_S = 600.0, 5.0
 OOM_DEVICE, OOM_HOST = "oom_device", "oom_host"
 

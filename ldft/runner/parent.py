@@ -122,6 +122,23 @@ def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str
     return Outcome("skipped", row, folder / schema.ROW_FILE)
 
 
+def lost(
+    config: Config, claimed: tuple[Path, int], status: str, reason: str, *, job: str | None, log: str | None
+) -> Outcome:
+    """Write the row of an attempt whose job ended without one, on another machine, with what its ranks had reported.
+
+    job, log: columns of the row.
+    """
+    folder, number = claimed
+    started = attempt.read_json(folder / "started.json")
+    with _row(config, folder, number, started["time"]) as row:
+        reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
+        row |= measured.columns(config, [], reports) if any(reports) else {}
+        row |= {"status": status, "error_message": reason, "job_id": job, "hosts": [started["host"]]}
+        row["log_path"] = log
+    return Outcome(status, row, folder / schema.ROW_FILE)
+
+
 def prepare(config: Config) -> Path:
     """Resolve the values that the run's identity needs from this machine. Returns the results folder, created and writable."""
     checks.check_results_dir(results_dir(config))
@@ -137,9 +154,12 @@ def results_dir(config: Config) -> Path:
 
 
 @contextmanager
-def _row(config: Config, folder: Path, number: int) -> Iterator[dict[str, Any]]:
-    """The row of an attempt, to be filled inside the context. It is always written, even after a refusal or a bug."""
-    started = time.time()
+def _row(config: Config, folder: Path, number: int, started: float | None = None) -> Iterator[dict[str, Any]]:
+    """The row of an attempt, to be filled inside the context. It is always written, even after a refusal or a bug.
+
+    started: when it began, seconds since the epoch, if not now.
+    """
+    started = started or time.time()
     row: dict[str, Any] = {
         "run_id": run_id(config),
         "attempt": number,

@@ -15,7 +15,7 @@ from ldft.errors import LdftError, ResultsError
 from ldft.results import store
 from ldft.results.history import History, Row
 from ldft.runner import checks, parent, signals
-from ldft.sweep import cell
+from ldft.sweep import cell, jobs, slurm
 from ldft.sweep.plan import Cell, Plan
 from ldft.sweep.view import View
 
@@ -26,9 +26,16 @@ _COMPACT_AT = 200
 class Sweep:
     """Runs a plan: cell by cell from this process, which starts each cell's processes, or through a launcher on other machines."""
 
-    def __init__(self, plan: Plan, launch_elsewhere: Callable[[list[list[str]]], None] | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        launch_elsewhere: Callable[[list[list[str]]], None] | None = None,
+        *,
+        queue: jobs.Launcher | None = None,
+    ) -> None:
         self._plan = plan
         self._launch_elsewhere = launch_elsewhere
+        self._queue = queue
         self._results_dir = parent.results_dir(plan.configs[plan.cells[0].run_id])
         self._history = History(self._results_dir)
         self._view = View(plan, self._results_dir)
@@ -51,8 +58,12 @@ class Sweep:
             for index, one in enumerate(self._plan.cells)
             if not cell.has_row(self._plan.configs[one.run_id], self._history)
         ]
-        self._view.start(self._history, len(todo), elsewhere=self._launch_elsewhere is not None)
-        if self._launch_elsewhere and todo:
+        self._view.start(self._history, len(todo), elsewhere=bool(self._launch_elsewhere or self._queue))
+        if self._queue:
+            with signals.noting(), self._view.live():
+                if not self._as_jobs(self._queue, todo):
+                    return 0
+        elif self._launch_elsewhere and todo:
             self._launch_elsewhere([one.overrides for _, one in todo])
         else:
             with signals.noting(), self._view.live():
@@ -64,6 +75,27 @@ class Sweep:
         if self._bugs:
             raise self._bugs[0]
         return self._view.end(self._history, signals.noted())
+
+    def _as_jobs(self, launcher: jobs.Launcher, todo: list[tuple[int, Cell]]) -> bool:
+        """Submit the cells that neither ran nor run, and follow all. False if that is left to ldft.status."""
+        number = {one.run_id: index for index, one in todo}
+        cells = [one for _, one in todo]
+        mine = jobs.Jobs(self._results_dir, self._plan.configs, self._history)
+        busy, new = mine.sort(cells)
+        if busy:
+            self._view.say(f"ldft: {len(busy)} cells wait or run as jobs already")
+        if new:
+            self._view.say(f"ldft: submitted {slurm.ranges(mine.submit(new, launcher))}")
+        where = f"python -m ldft.status {self._results_dir}"
+        if launcher.detach:
+            self._view.say(f"ldft: see {where}; the same command again submits only what neither ran nor runs")
+            return False
+        mine.follow([*busy, *new], signals.noted, lambda one, done: self._view.finish(number[one.run_id], one, done))
+        if signals.noted() and (left := mine.left(cells)):
+            self._view.say(
+                f"ldft: jobs {slurm.ranges(left)} run on; see squeue --me or {where}; stop them with scancel {slurm.arrays(left)}"
+            )
+        return True
 
     def _dry_run(self) -> int:
         """Print one line per cell: its estimated memory, or why it would not run, and whether it already has a row."""

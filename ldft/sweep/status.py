@@ -10,13 +10,27 @@ from ldft import closed_pipe
 from ldft.errors import LdftError
 from ldft.results import attempt, places
 from ldft.results.history import History
+from ldft.sweep import slurm
+from ldft.sweep.jobs import submitted
 from ldft.sweep.plan import Cell, Plan, load_plans
 from ldft.sweep.view import Clock, at_work, columns, measured, report_lines
 from ldft.terminal import Parser
 
 
-def _line(one: Cell, history: History) -> tuple[list[str], bool]:
-    """Label, status and figures of a cell; and whether it is pending or running."""
+def _queue(plan: Plan, history: History) -> tuple[dict[str, str], dict[str, slurm.Job]]:
+    """Job by run_id, of cells without a row that were submitted to SLURM; and those of the jobs that wait or run."""
+    jobs = {}
+    for one in plan.cells:
+        if not history.latest_number(one.run_id) and (job := submitted(history.results_dir, one.run_id)):
+            jobs[one.run_id] = job
+    try:
+        return jobs, slurm.queued(jobs.values())
+    except LdftError:  # not a machine of the cluster
+        return jobs, {}
+
+
+def _line(one: Cell, history: History, job: str | None, queued: slurm.Job | None) -> tuple[list[str], bool]:
+    """Label, status and figures of a cell; and whether it is pending or running. job: its job, if it has no row yet."""
     number = max([history.latest_number(one.run_id), *attempt.numbers(history.results_dir, one.run_id)])
     row = history.row(one.run_id, number)
     if row:
@@ -24,21 +38,26 @@ def _line(one: Cell, history: History) -> tuple[list[str], bool]:
         return [one.label, row["status"], " ".join(words)], False
     folder = attempt.folder_of(history.results_dir, one.run_id, number)
     if not number:
-        return [one.label, "pending", ""], True
+        if queued:
+            return [one.label, "queued", f"job {job} {queued.state.lower()} {queued.nodes}"], True
+        return [one.label, "pending", f"job {job} is not in the queue here" if job else ""], True
     if not attempt.is_alive(folder):
         return [one.label, "abandoned", "its process is gone; rerun the sweep's command to run it again"], True
     started = attempt.read_json(folder / "started.json")
     doing = at_work(attempt.rank_report(folder, 0), one.tokens_per_iteration)
-    return [one.label, "running", f"{doing}, on {started['host']} pid {started['pid']}"], True
+    on = f", job {job}, {queued.left} left" if queued else ""
+    return [one.label, "running", f"{doing}, on {started['host']} pid {started['pid']}{on}"], True
 
 
 def lines(plan: Plan, history: History) -> list[str]:
     """The plan, cell by cell, then the sweep's summary and the time left."""
     clock = Clock()
     table, to_come = [], []
+    jobs, queue = _queue(plan, history)
     for index, one in enumerate(plan.cells):
         clock.add(one, history.row(one.run_id, history.latest_number(one.run_id)))
-        line, open_ = _line(one, history)
+        job = jobs.get(one.run_id)
+        line, open_ = _line(one, history, job, queue.get(job or ""))
         table.append([f"[{index + 1}/{len(plan.cells)}]", *line])
         if open_:
             to_come.append(one)

@@ -1,4 +1,4 @@
-"""Runs inside a batch system's job: its number in the row, its time limit as a status, its requeueing as the end of its first start."""
+"""Runs inside a batch system's job: its number in the row, its time limit as a status, and what its requeueing ends."""
 
 from __future__ import annotations
 
@@ -86,6 +86,21 @@ def test_a_signal_means_the_time_limit_only_near_the_jobs_end(
         job(SLURM_JOB_END_TIME=str(int(time.time()) + left_s))
     found = final_status.stopped(name)
     assert (found.status, found.signal) == (status, name)
+
+
+@pytest.mark.parametrize(
+    ("limit", "left_s"), [("2:00", 90), ("1:00:00", 3570), ("1-02:00:03", 93573), ("UNLIMITED", None), ("", None)]
+)
+def test_the_time_left_comes_from_squeue_where_the_job_does_not_know_it(
+    tmp_path: Path, job: Callable[..., None], limit: str, left_s: int | None
+) -> None:
+    """As squeue before SLURM 23.02 answers for a job that began 30 seconds ago."""
+    began = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 30))
+    (tmp_path / "squeue").write_text(f'#!/bin/sh\necho "{began}|{limit}"\n')
+    (tmp_path / "squeue").chmod(0o755)
+    job(**JOB, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    found = batch.seconds_left()
+    assert found == (pytest.approx(left_s, abs=3) if left_s else None)
 
 
 def test_a_requeued_job_takes_over_from_its_own_earlier_start_only(tmp_path: Path, job: Callable[..., None]) -> None:
