@@ -35,7 +35,7 @@ TESTS = {
     "ldft/memory/policy.py": ["tests/memory/test_policy.py"],
     "ldft/memory/probe.py": ["tests/memory/test_probe.py"],
     "ldft/planning/candidates.py": ["tests/planning/test_search.py", "tests/planning/test_plans.py"],
-    "ldft/planning/iteration_time.py": ["tests/planning/test_iteration_time.py"],
+    "ldft/planning/iteration_time.py": ["tests/planning/test_time_formulas.py", "tests/planning/test_iteration_time.py"],
     "ldft/planning/machine.py": ["tests/planning/test_search.py"],
     "ldft/planning/rates.py": ["tests/planning/test_iteration_time.py"],
     "ldft/planning/remedies.py": ["tests/planning/test_search.py", "tests/planning/test_plans.py"],
