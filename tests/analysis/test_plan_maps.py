@@ -31,7 +31,15 @@ def test_each_plan_is_a_point_and_what_does_not_fit_a_cross() -> None:
     found = artists(figure)
     (point,) = found["a|32768"]
     assert (list(point.get_xdata()), list(point.get_ydata()), point.get_marker()) == ([32768], [500.0], "s")
-    assert "none|b|32768" in found and "b|32768" not in found
+    assert "b|32768" not in found
+    (cross,) = found["none|b|32768"]
+    assert list(cross.get_ydata()) == [figure.axes[0].get_ylim()[0]] and cross.get_marker() == "x"
+    # Lines, marks of what binds (nothing is bound by the host's update), and the cross.
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["a", "b", "bound by arithmetic", "bound by link", "nothing fits"]
+    lines = [line for line in figure.axes[0].lines if not line.get_gid()]
+    assert [list(line.get_xdata()) for line in lines] == [[8192, 32768], [8192]]
+    assert figure.axes[0].get_yscale() == "log" and figure.axes[0].get_ylabel() == "expected tokens/s"
     assert figure.axes[0].get_title(loc="left") == "1 x h200 (datasheet), fastest"
     assert figure.get_suptitle().replace("\n", " ") == "Of 4 plans 3 fit; the longest is a at 32k tokens on 1 x h200"
 

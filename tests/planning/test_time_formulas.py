@@ -215,8 +215,8 @@ def beside(run: Selection, *, update_s: float, fetch_s: float = 7.0) -> float:
 
 def test_a_layer_starts_when_its_weights_are_updated_and_fetched() -> None:
     run = run_of()
-    # A second for each of 2472 elements: the embedding is updated at 400, each layer 688 later, the last at 2464; then it is fetched
-    # and computed, and the loss follows.
+    # A second for each of 2472 elements: the embedding is updated at 400, each layer 688 later, the last at 2464; then it is
+    # fetched and computed, and the loss follows.
     assert beside(run, update_s=2472.0) == near(2464 + 7 + 10 + 3)
     # A quick update: the first layer waits for it and for its fetch, the others only for each other.
     embedding, layer = 0.4, 0.688
