@@ -34,7 +34,7 @@ TESTS = {
     "ldft/memory/limits.py": ["tests/memory/test_limits.py"],
     "ldft/memory/policy.py": ["tests/memory/test_policy.py"],
     "ldft/memory/probe.py": ["tests/memory/test_probe.py"],
-    "ldft/planning/candidates.py": ["tests/planning/test_search.py", "tests/planning/test_plans.py"],
+    "ldft/planning/candidates.py": ["tests/planning/test_candidates.py"],
     "ldft/planning/iteration_time.py": [
         "tests/planning/test_time_formulas.py",
         "tests/planning/test_iteration_time.py",
@@ -42,7 +42,7 @@ TESTS = {
     "ldft/planning/machine.py": ["tests/planning/test_machine_rates.py"],
     "ldft/planning/rates.py": ["tests/planning/test_machine_rates.py"],
     "ldft/planning/remedies.py": ["tests/planning/test_search.py", "tests/planning/test_plans.py"],
-    "ldft/planning/search.py": ["tests/planning/test_search.py"],
+    "ldft/planning/search.py": ["tests/planning/test_search_steps.py", "tests/planning/test_search.py"],
     "ldft/planning/settled.py": ["tests/planning/test_search.py", "tests/planning/test_plans.py"],
     "ldft/preflight/assumed_machine.py": ["tests/preflight/test_assumed_machine.py"],
     "ldft/preflight/deepspeed_keys.py": [

@@ -222,7 +222,7 @@ def test_a_layer_starts_when_its_weights_are_updated_and_fetched() -> None:
     embedding, layer = 0.4, 0.688
     assert beside(run, update_s=2.472, fetch_s=1.0) == near(embedding + layer + 1 + 3 * 10 + 3)
     run.config.model.tie_word_embeddings = False  # the output's own weights come last, of 2872
-    assert beside(run, update_s=2872.0) == near(400 + 3 * 688 + 400 + 7 * 400 / 688 + 3)
+    assert beside(run, update_s=2872.0) == near(2872 + 7 * 400 / 688 + 3)
     assert beside(run, update_s=2.872, fetch_s=1.0) == near(embedding + layer + 1 + 3 * 10 + 3)
     # An embedding larger than a layer is waited for longer: 1600 of 1600 + 3 x 688 + 8.
     run.config.model.tie_word_embeddings, run.config.model.vocab_size = True, 200
@@ -234,13 +234,21 @@ def test_what_the_gpu_updates_itself_waits_for_nothing() -> None:
     run = run_of(gpu_share=1088)
     assert beside(run, update_s=1384.0) == near(2 * 688 + 7 + 10 + 3)
     assert beside(run, update_s=1.384, fetch_s=0.0) == near(3 * 10 + 3)
-    # One element less: the first layer waits, too.
+    # One element less: the first layer waits for it, and for its fetch. The last is updated after 1377 of the 1385.
     run = run_of(gpu_share=1087)
-    assert beside(run, update_s=1385.0) == near(3 * 688 + 7 + 10 + 3)
+    assert beside(run, update_s=1385.0) == near(1377 + 7 + 10 + 3)
+    assert beside(run, update_s=1.385, fetch_s=20.0) == near(0.001 + 20 + 3 * 10 + 3)
     # All, or more, is on the GPU.
     assert [beside(run_of(gpu_share=share), update_s=9e9) for share in (2472, 2473)] == near([33, 33])
-    # A share within the embedding: no layer is held.
-    assert beside(run_of(gpu_share=1), update_s=2471.0) == near(3 * 688 + 7 + 10 + 3)
+    # All but one element of the embedding waits for the host.
+    run = run_of(gpu_share=1)
+    assert beside(run, update_s=2471.0) == near(2463 + 7 + 10 + 3)
+    run.config.model.vocab_size = 200  # 1600
+    assert beside(run, update_s=3.671, fetch_s=20.0) == near(1.599 + 20 * 1600 / 688 + 3 * 10 + 3)
+    # Only the last element of the output's own weights does: no weight is updated after the update ends.
+    run = run_of(gpu_share=2871)
+    run.config.model.tie_word_embeddings = False
+    assert beside(run, update_s=50.0) == near(50 + 7 * 400 / 688 + 3)
     # On three GPUs each has a third, rounded up: 134 of the embedding; a layer has 2 x 22 + 2 x 11 + 3 x 54 + 2 x 3 = 234.
     run = run_of()
     run.config.launch.num_ranks = 3
