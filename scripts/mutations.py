@@ -41,9 +41,9 @@ TESTS = {
     ],
     "ldft/planning/machine.py": ["tests/planning/test_machine_rates.py"],
     "ldft/planning/rates.py": ["tests/planning/test_machine_rates.py"],
-    "ldft/planning/remedies.py": ["tests/planning/test_search.py", "tests/planning/test_plans.py"],
+    "ldft/planning/remedies.py": ["tests/planning/test_remedies.py"],
     "ldft/planning/search.py": ["tests/planning/test_search_steps.py", "tests/planning/test_search.py"],
-    "ldft/planning/settled.py": ["tests/planning/test_search.py", "tests/planning/test_plans.py"],
+    "ldft/planning/settled.py": ["tests/planning/test_settled.py"],
     "ldft/preflight/assumed_machine.py": ["tests/preflight/test_assumed_machine.py"],
     "ldft/preflight/deepspeed_keys.py": [
         "tests/preflight/test_deepspeed_bounds.py",

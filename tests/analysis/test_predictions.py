@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -45,8 +46,8 @@ def test_dots_a_line_of_exact_predictions_a_band_of_a_tenth_and_the_worst_cell()
     ends = [10 / 1.4, 42.0]
     assert host.get_xlim() == pytest.approx(ends) and host.get_ylim() == pytest.approx(ends)
     exact = host.lines[0]
-    assert list(exact.get_xdata()) == pytest.approx(ends) and list(exact.get_ydata()) == pytest.approx(ends)
-    corners = {(round(x, 6), round(y, 6)) for x, y in host.collections[0].get_paths()[0].vertices}
+    assert exact.get_xydata() == pytest.approx(np.array([ends, ends]).T)
+    corners = {(round(x, 6), round(y, 6)) for x, y in np.array(host.collections[0].get_paths()[0].vertices)}
     assert corners == {(round(x, 6), round(y, 6)) for x in ends for y in (x / 1.1, x * 1.1)}
     assert [text.get_text() for text in host.get_yticklabels()] == ["10", "15", "20", "30"]
     assert list(host.get_xticks()) == [10, 15, 20, 30] and not len(host.get_xticks(minor=True))

@@ -12,6 +12,7 @@ import pytest
 from ldft import environment
 from ldft.config import Config, Device, Goal, Precision
 from ldft.errors import ConfigError
+from ldft.memory import bandwidths
 from ldft.memory.cost_model import Bandwidths
 from ldft.planning import machine
 from ldft.planning.rates import Rates, from_datasheet
@@ -82,7 +83,7 @@ PROFILE: dict[str, Any] = {
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The profile of this machine, which has no GPU unless a test says so."""
-    monkeypatch.setattr(machine.bandwidths, "profile_path", lambda: tmp_path / "profile.json")
+    monkeypatch.setattr(bandwidths, "profile_path", lambda: tmp_path / "profile.json")
     return tmp_path / "profile.json"
 
 
@@ -145,6 +146,6 @@ def test_gpus_that_are_assumed_have_no_rates_and_those_of_others_do_not_count(
             machine.rates(config)
     here.write_text(json.dumps({"devices": {"cuda bf16": profile}}))
     config.numa.bandwidth = {}
-    monkeypatch.setattr(machine.bandwidths, "bandwidths", lambda given: None)
+    monkeypatch.setattr(bandwidths, "bandwidths", lambda given: None)
     with pytest.raises(machine.UnknownRatesError, match="the host's bandwidth is unknown"):
         machine.rates(config)

@@ -15,11 +15,12 @@ from ldft.errors import ConfigError
 from ldft.memory.cost_model import Bandwidths
 from ldft.memory.policy import PlacementError
 from ldft.memory.topology import Node, Topology
-from ldft.planning import search
+from ldft.planning import iteration_time
 from ldft.planning.candidates import OFFLOADS, Choice
 from ldft.planning.iteration_time import Times
 from ldft.planning.rates import from_datasheet
 from ldft.planning.search import HOST, VRAM, Plan, Search, best_of
+from ldft.preflight import device_estimate, fit, host_estimate, mlp_tiles, resolved, room, selection
 
 TIMES = Times(forward_s=1, backward_s=2, step_s=3, update_s=2.5, exposed_s=0, arithmetic_s=4, link_s=0)
 CHOICE = Choice(OFFLOADS["full"], CheckpointingMode.cpu, -1, 1, KeepAttention.none, None, 1, 1)
@@ -62,8 +63,8 @@ def test_seconds_of_a_token_count_all_tokens_of_all_ranks() -> None:
 
 def test_memory_of_the_host_is_what_the_machine_has_or_less(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, have, limit in ((100, 80, 80), (100, 120, 100), (100, 0, 100)):
-        monkeypatch.setattr(search.fit, "available", lambda config, free=free: SimpleNamespace(bytes=free))
-        monkeypatch.setattr(search.room, "host_memory", lambda config, have=have: have)
+        monkeypatch.setattr(fit, "available", lambda config, free=free: SimpleNamespace(bytes=free))
+        monkeypatch.setattr(room, "host_memory", lambda config, have=have: have)
         assert search_of(config_of(), host_limit=0).host_limit == limit
         assert search_of(config_of(), host_limit=7).host_limit == 7
 
@@ -132,17 +133,13 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise said["error"]
         return run
 
-    monkeypatch.setattr(search.resolved, "settle", settle)
-    monkeypatch.setattr(search.resolved, "device_gib", lambda config: said["gib"])
-    monkeypatch.setattr(search.room, "device_room", lambda run, gib, spare: said["room"].pop(0))
-    monkeypatch.setattr(
-        search.device_estimate, "moments", lambda run: {"loss": {"weights": 3, "inputs": 4}, "step": {"x": 5}}
-    )
-    monkeypatch.setattr(search.host_estimate, "host_bytes", lambda run: {"momentum": 60, "variance": 40})
-    monkeypatch.setattr(
-        search.host_estimate, "other_bytes", lambda run, peak: {"process": 43, "device": sum(peak.values())}
-    )
-    monkeypatch.setattr(search.iteration_time, "predict", lambda run, rates: TIMES)
+    monkeypatch.setattr(resolved, "settle", settle)
+    monkeypatch.setattr(resolved, "device_gib", lambda config: said["gib"])
+    monkeypatch.setattr(room, "device_room", lambda run, gib, spare: said["room"].pop(0))
+    monkeypatch.setattr(device_estimate, "moments", lambda run: {"loss": {"weights": 3, "inputs": 4}, "step": {"x": 5}})
+    monkeypatch.setattr(host_estimate, "host_bytes", lambda run: {"momentum": 60, "variance": 40})
+    monkeypatch.setattr(host_estimate, "other_bytes", lambda run, peak: {"process": 43, "device": sum(peak.values())})
+    monkeypatch.setattr(iteration_time, "predict", lambda run, rates: TIMES)
     return said
 
 
@@ -170,7 +167,12 @@ def test_a_combination_is_refused_for_the_memory_it_lacks(settled: dict[str, Any
 
 def test_a_fiftieth_of_device_memory_stays_free(settled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[float, float]] = []
-    monkeypatch.setattr(search.room, "device_room", lambda run, gib, spare: asked.append((gib, spare)) or 0)
+
+    def device_room(run: Any, gib: float, spare: float) -> int:
+        asked.append((gib, spare))
+        return 0
+
+    monkeypatch.setattr(room, "device_room", device_room)
     config = config_of()
     config.launch.device = Device.cuda
     assert search_of(config)._plan(CHOICE, SimpleNamespace(config=config))  # type: ignore[arg-type]
@@ -192,8 +194,8 @@ def test_deepspeeds_settings_are_built_once_for_combinations_that_share_them(mon
             raise ConfigError("a", "b")
         return made(config, 0)
 
-    monkeypatch.setattr(search.selection, "select", select)
-    monkeypatch.setattr(search.mlp_tiles, "choose", lambda config: config.kernels.mlp_tiles)
+    monkeypatch.setattr(selection, "select", select)
+    monkeypatch.setattr(mlp_tiles, "choose", lambda config: config.kernels.mlp_tiles)
     one, config = search_of(config_of()), config_of()
     config.kernels.mlp_tiles = 2
 
@@ -248,14 +250,15 @@ def test_what_cannot_be_combined_is_counted_and_the_rest_comes_in_the_order_of_i
 
 def test_the_check_of_every_run_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     one, plan = search_of(config_of()), plan_of(1)
-    monkeypatch.setattr(search.resolved, "complete", lambda run, settled: ("whole", settled))
-    monkeypatch.setattr(search.fit, "examine", lambda run: None)
-    assert one.fits(plan) == ("whole", True) and not one.refusals
+    monkeypatch.setattr(resolved, "complete", lambda run, settled: ("whole", settled))
+    monkeypatch.setattr(fit, "examine", lambda run: None)
+    found: Any = one.fits(plan)
+    assert found == ("whole", True) and not one.refusals
 
     def refuse(run: Any) -> None:
         raise PlacementError("numa", "no node")
 
-    monkeypatch.setattr(search.fit, "examine", refuse)
+    monkeypatch.setattr(fit, "examine", refuse)
     assert one.fits(plan) is None and one.fits(plan) is None and one.refusals == {"numa: no node": 2}
 
 
