@@ -60,3 +60,10 @@ def test_another_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["plans", str(tmp_path / name)]) == 2
     err = capsys.readouterr().err
     assert what in err and err.count("\n") == 1
+
+
+def test_panels_stand_in_the_order_of_their_machines() -> None:
+    figure = plans.plans(pd.DataFrame([CELLS[0] | {"machine": name} for name in ("rtx_4090", "h200")]))
+    assert not isinstance(figure, str)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["1 x h200 (datasheet), fastest", "1 x rtx_4090 (datasheet), fastest"]
