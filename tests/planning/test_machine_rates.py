@@ -135,7 +135,7 @@ def test_gpus_that_are_assumed_have_no_rates_and_those_of_others_do_not_count(
     config = config_here(Device.cuda)
     with environment.assumed(environment.Assumed(1, 80)), pytest.raises(machine.UnknownRatesError, match="no GPU here"):
         machine.rates(config)
-    monkeypatch.setattr(environment, "gpus", lambda: ("NVIDIA H200", "NVIDIA H200"))
+    monkeypatch.setattr(environment, "gpus", lambda: ("NVIDIA H200", "another"))
     monkeypatch.setattr(environment, "driver", lambda: "5")
     profile = PROFILE | {"gpu": "NVIDIA H200", "driver": "5"}
     here.write_text(json.dumps({"devices": {"cuda bf16": profile}}))
