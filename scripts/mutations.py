@@ -65,7 +65,10 @@ TESTS = {
     "ldft/preflight/gpu_share.py": ["tests/preflight/test_gpu_share.py"],
     "ldft/preflight/host_estimate.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_host_estimate.py"],
     "ldft/preflight/mlp_tiles.py": ["tests/preflight/test_mlp_tiles.py"],
-    "ldft/preflight/parameter_counts.py": ["tests/preflight/test_host_estimate.py", "tests/training/test_models.py"],
+    "ldft/preflight/parameter_counts.py": [
+        "tests/preflight/test_parameter_counts.py",
+        "tests/preflight/test_host_estimate.py",
+    ],
     "ldft/preflight/role_placement.py": [
         "tests/preflight/test_budgets.py",
         "tests/preflight/test_role_placement.py",
