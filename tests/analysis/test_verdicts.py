@@ -149,3 +149,10 @@ def test_the_front_compares_all_cells_where_no_group_is_named() -> None:
     assert pareto(table, "s", "gib", within=()).name.tolist() == ["a", "b", "c"], "of equal cells, all stay"
     assert [larger_is_better(name) for name in ("tokens_per_s", "mfu", "seq_len_tokens", "speedup")] == [True] * 4
     assert not larger_is_better("iteration_s") and not larger_is_better("peak_host_gib")
+
+
+def test_rows_are_numbered_in_the_order_of_their_start(rows) -> None:
+    for seed in range(6):
+        rows.add(seed=seed)
+    frame = load(rows.folder)
+    assert list(frame["cfg.train.seed"]) == list(frame.index) == [0, 1, 2, 3, 4, 5]
