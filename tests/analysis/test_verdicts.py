@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
@@ -151,8 +152,10 @@ def test_the_front_compares_all_cells_where_no_group_is_named() -> None:
     assert not larger_is_better("iteration_s") and not larger_is_better("peak_host_gib")
 
 
-def test_rows_are_numbered_in_the_order_of_their_start(rows) -> None:
-    for seed in range(6):
-        rows.add(seed=seed)
+def test_rows_are_numbered_in_the_order_of_their_start_and_then_of_their_attempt(rows) -> None:
+    """Of two that started at once, the folder of the tenth attempt comes before that of the second."""
+    for attempt in (10, 2):
+        rows.add(attempt=attempt, started_at=datetime(2026, 1, 1, tzinfo=UTC))
+    rows.add(seed=1, started_at=datetime(2025, 1, 1, tzinfo=UTC))
     frame = load(rows.folder)
-    assert list(frame["cfg.train.seed"]) == list(frame.index) == [0, 1, 2, 3, 4, 5]
+    assert list(frame["attempt"]) == [1, 2, 10] and list(frame.index) == [0, 1, 2]
