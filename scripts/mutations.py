@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,17 @@ TESTS = {
     "ldft/memory/limits.py": ["tests/memory/test_limits.py"],
     "ldft/memory/policy.py": ["tests/memory/test_policy.py"],
     "ldft/memory/probe.py": ["tests/memory/test_probe.py"],
+    "ldft/planning/candidates.py": ["tests/planning/test_candidates.py"],
+    "ldft/planning/iteration_time.py": [
+        "tests/planning/test_time_formulas.py",
+        "tests/planning/test_iteration_time.py",
+    ],
+    "ldft/planning/machine.py": ["tests/planning/test_machine_rates.py"],
+    "ldft/planning/rates.py": ["tests/planning/test_machine_rates.py"],
+    "ldft/planning/remedies.py": ["tests/planning/test_remedies.py"],
+    "ldft/planning/search.py": ["tests/planning/test_search_steps.py", "tests/planning/test_search.py"],
+    "ldft/planning/settled.py": ["tests/planning/test_settled.py"],
+    "ldft/preflight/assumed_machine.py": ["tests/preflight/test_assumed_machine.py"],
     "ldft/preflight/deepspeed_keys.py": [
         "tests/preflight/test_deepspeed_bounds.py",
         "tests/preflight/test_deepspeed_files.py",
@@ -53,7 +65,10 @@ TESTS = {
     "ldft/preflight/gpu_share.py": ["tests/preflight/test_gpu_share.py"],
     "ldft/preflight/host_estimate.py": ["tests/preflight/test_host_parts.py", "tests/preflight/test_host_estimate.py"],
     "ldft/preflight/mlp_tiles.py": ["tests/preflight/test_mlp_tiles.py"],
-    "ldft/preflight/parameter_counts.py": ["tests/preflight/test_host_estimate.py", "tests/training/test_models.py"],
+    "ldft/preflight/parameter_counts.py": [
+        "tests/preflight/test_parameter_counts.py",
+        "tests/preflight/test_host_estimate.py",
+    ],
     "ldft/preflight/role_placement.py": [
         "tests/preflight/test_budgets.py",
         "tests/preflight/test_role_placement.py",
@@ -65,10 +80,13 @@ TESTS = {
         "tests/preflight/test_budgets.py",
         "tests/preflight/test_strategy_options.py",
     ],
+    "ldft/results/intact.py": ["tests/results/test_intact.py"],
     "ldft/results/places.py": ["tests/results/test_places.py", "tests/results/test_rewritten.py"],
     "ldft/results/rewritten.py": ["tests/results/test_places.py", "tests/results/test_rewritten.py"],
     "ldft/sweep/plan.py": ["tests/sweep/test_plan.py"],
     "multirun_analysis/comparison.py": ["tests/analysis/test_verdicts.py", "tests/analysis/test_comparison.py"],
+    "multirun_analysis/figures/plans.py": ["tests/analysis/test_plan_maps.py"],
+    "multirun_analysis/figures/predictions.py": ["tests/analysis/test_predictions.py"],
     "multirun_analysis/rows.py": [
         "tests/analysis/test_verdicts.py",
         "tests/analysis/test_tidy.py",
@@ -81,7 +99,8 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Pow: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
-_LONGEST_TESTS_S = 600
+# A mutation that takes this many times as long as the tests without one never ends; quick tests have this long at least.
+_TIMES_AS_LONG, _LONG_S = 5, 60
 # An editable install would import the checkout's packages, not the copy's. Every Python that the tests start runs this first.
 _WITHOUT_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__]"
 
@@ -150,14 +169,12 @@ def _copied(folder: Path) -> Path:
     return folder
 
 
-def _pass(tests: Sequence[str], folder: Path) -> bool:
-    """Whether the tests pass in the copy. The first failure ends them; so does a mutation that never ends."""
+def _pass(tests: Sequence[str], folder: Path, within_s: float | None = None) -> bool:
+    """Whether the tests pass in the copy. The first failure ends them; so does a mutation that never ends, after `within_s`."""
     line = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", *tests]
     environment = os.environ | {"PYTHONPATH": str(folder)}
     try:
-        done = subprocess.run(
-            line, cwd=folder, env=environment, capture_output=True, timeout=_LONGEST_TESTS_S, check=False
-        )
+        done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, timeout=within_s, check=False)
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
@@ -181,15 +198,22 @@ def main() -> int:
     survivors = []
     with tempfile.TemporaryDirectory(prefix="ldft-mutations-") as name:
         folder = _copied(Path(name))
-        passed = functools.cache(lambda tests: _pass(tests, folder))
+
+        @functools.cache
+        def takes_s(tests: tuple[str, ...]) -> float | None:
+            """Seconds of the tests without a mutation; None if they fail."""
+            start = time.monotonic()
+            return time.monotonic() - start if _pass(tests, folder) else None
+
         for module in sorted({mutation.module for mutation in drawn}):
-            if not passed(tuple(TESTS[module])):
+            if takes_s(tuple(TESTS[module])) is None:
                 print(f"the tests of {module} fail without a mutation; nothing can be said about it", flush=True)
                 drawn = [mutation for mutation in drawn if mutation.module != module]
         for number, mutation in enumerate(sorted(drawn, key=lambda one: (one.module, one.number)), start=1):
             target = folder / mutation.module
             target.write_text(mutated(mutation))
-            survived = _pass(TESTS[mutation.module], folder)
+            usual_s = takes_s(tuple(TESTS[mutation.module])) or 0
+            survived = _pass(TESTS[mutation.module], folder, max(_TIMES_AS_LONG * usual_s, _LONG_S))
             shutil.copy2(ROOT / mutation.module, target)
             word = "SURVIVED" if survived else "caught"
             print(

@@ -204,12 +204,12 @@ def _link(run: Selection, rates: Rates) -> _Link:
     share = min(1.0, run.gpu_share * ranks / whole)
     offloads = config.offload.parameters is not OffloadDevice.none
     weights = width * whole * (1 - share) / ranks / down if offloads else 0.0
-    gathered = width * whole * (ranks - 1) / ranks / rates.peers if config.offload.stage == 3 and ranks > 1 else 0.0
+    gathered = width * whole * (ranks - 1) / ranks / rates.peers if config.offload.stage == 3 else 0.0
     waiting = _waiting_bytes(run)
     leaves = config.offload.optimizer is not OffloadDevice.none
     gradients = width * trained * (1 - share) / ranks / up if leaves else 0.0
     embedding = width * parameter_counts.embedding_parameters(model) / ranks / up
-    reduced = width * trained * (ranks - 1) / ranks / rates.peers if ranks > 1 else 0.0
+    reduced = width * trained * (ranks - 1) / ranks / rates.peers
     return _Link(
         forward=(weights, waiting / up, gathered),
         backward=(weights + waiting / down, gradients, gathered + reduced),
@@ -264,18 +264,16 @@ def _beside(run: Selection, layer_s: float, loss_s: float, update_s: float, fetc
     layer = parameter_counts.split(parameter_counts.layer_sizes(model), ranks)
     embedding = -(-parameter_counts.embedding_parameters(model) // ranks)
     whole = parameter_counts.split(parameter_counts.parameter_sizes(model), ranks)
-    rest = whole - run.gpu_share
-    if rest <= 0:
-        return model.num_layers * layer_s + loss_s
-    per_element = update_s / rest
-    done = 0.0 if run.gpu_share else embedding * per_element
-    at = done + (0.0 if run.gpu_share else fetch_s * embedding / layer)
-    held = max(0, (run.gpu_share - embedding) // layer)
+    per_element = update_s / max(1, whole - run.gpu_share)
+    embedding_s = fetch_s * embedding / layer
+
+    def ready(end: int, fetched_s: float) -> float:
+        """When the weights up to this element are updated and fetched. The GPU updates those of its share, at the front, itself."""
+        return max(0, end - run.gpu_share) * per_element + (fetched_s if end > run.gpu_share else 0.0)
+
+    at = ready(embedding, embedding_s)
     for index in range(model.num_layers):
-        if index >= held:
-            done += layer * per_element
-            at = max(at, done + fetch_s)
-        at += layer_s
+        at = max(at, ready(embedding + (index + 1) * layer, fetch_s)) + layer_s
     if not model.tie_word_embeddings:
-        at = max(at, done + embedding * per_element + fetch_s * embedding / layer)
+        at = max(at, ready(whole, embedding_s))
     return at + loss_s

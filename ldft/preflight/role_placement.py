@@ -132,5 +132,6 @@ def _budgets(
                 total = max(total, int(config.memory.capacity_gib * 2**30))
             found[(node,)] = max(0.0, total * (1 - _RESERVE) - own / len(nodes) - taken.get(node, 0.0))
         if given > 0 and nodes:
-            found[nodes] = max(0.0, given * 2**30 - sum(taken.get(node, 0.0) for node in nodes))
+            budget = max(0.0, given * 2**30 - sum(taken.get(node, 0.0) for node in nodes))
+            found[nodes] = min(budget, found.get(nodes, budget))  # a set of one node holds no more than the node
     return found

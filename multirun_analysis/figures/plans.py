@@ -80,5 +80,6 @@ def _panel(axes: Axes, part: pd.DataFrame, colours: dict[str, str]) -> None:
     axes.set(xscale="log", yscale="log")
     missing = part[~part["fits"]]
     bottom = axes.get_ylim()[0]
+    axes.set_ylim(bottom)  # else the axis would grow below the crosses
     for one in missing.itertuples():
         axes.plot([one.tokens], [bottom], "x", color=style.FAILED, gid=f"none|{one.model}|{one.tokens}", clip_on=False)

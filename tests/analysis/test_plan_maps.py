@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -31,7 +32,15 @@ def test_each_plan_is_a_point_and_what_does_not_fit_a_cross() -> None:
     found = artists(figure)
     (point,) = found["a|32768"]
     assert (list(point.get_xdata()), list(point.get_ydata()), point.get_marker()) == ([32768], [500.0], "s")
-    assert "none|b|32768" in found and "b|32768" not in found
+    assert "b|32768" not in found
+    (cross,) = found["none|b|32768"]
+    assert list(cross.get_ydata()) == [figure.axes[0].get_ylim()[0]] and cross.get_marker() == "x"
+    # Lines, marks of what binds (nothing is bound by the host's update), and the cross.
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["a", "b", "bound by arithmetic", "bound by link", "nothing fits"]
+    lines = [line for line in figure.axes[0].lines if not line.get_gid()]
+    assert [np.shape(line.get_xydata()) for line in lines] == [(2, 2), (1, 2)]
+    assert figure.axes[0].get_yscale() == "log" and figure.axes[0].get_ylabel() == "expected tokens/s"
     assert figure.axes[0].get_title(loc="left") == "1 x h200 (datasheet), fastest"
     assert figure.get_suptitle().replace("\n", " ") == "Of 4 plans 3 fit; the longest is a at 32k tokens on 1 x h200"
 
@@ -51,3 +60,10 @@ def test_another_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["plans", str(tmp_path / name)]) == 2
     err = capsys.readouterr().err
     assert what in err and err.count("\n") == 1
+
+
+def test_panels_stand_in_the_order_of_their_machines() -> None:
+    figure = plans.plans(pd.DataFrame([CELLS[0] | {"machine": name} for name in ("rtx_4090", "h200")]))
+    assert not isinstance(figure, str)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["1 x h200 (datasheet), fastest", "1 x rtx_4090 (datasheet), fastest"]

@@ -161,6 +161,15 @@ def test_predictions_stand_beside_what_was_measured(rows) -> None:
     assert table.ratio[0] == pytest.approx(1.1)
 
 
+def test_predictions_of_both_memories_and_of_all_times_are_numbered_through(rows) -> None:
+    """A figure looks the worst one up by its number."""
+    rows.add(predicted_host_gib=2.2, peak_host_gib=2.0, predicted_vram_gib=1.0, peak_vram_allocated_gib=[2.0])
+    rows.add(seed=1, predicted_host_gib=2.2, peak_host_gib=2.0, predicted_iteration_s=1.0, predicted_forward_s=1.0)
+    df = load(rows.folder)
+    assert list(predicted(df).index) == [0, 1, 2] and list(predicted_times(df).index) == [0, 1]
+    assert predicted(df)["ratio"].tolist() == pytest.approx([1.1, 1.1, 0.5])
+
+
 def test_predicted_times_stand_beside_the_medians(rows) -> None:
     rows.add(predicted_iteration_s=1.2, iteration_s=[9.0, 1.0, 1.0, 1.0], warmup_iterations=1)
     rows.add(tokens=2048)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
@@ -149,3 +150,12 @@ def test_the_front_compares_all_cells_where_no_group_is_named() -> None:
     assert pareto(table, "s", "gib", within=()).name.tolist() == ["a", "b", "c"], "of equal cells, all stay"
     assert [larger_is_better(name) for name in ("tokens_per_s", "mfu", "seq_len_tokens", "speedup")] == [True] * 4
     assert not larger_is_better("iteration_s") and not larger_is_better("peak_host_gib")
+
+
+def test_rows_are_numbered_in_the_order_of_their_start_and_then_of_their_attempt(rows) -> None:
+    """Of two that started at once, the folder of the tenth attempt comes before that of the second."""
+    for attempt in (10, 2):
+        rows.add(attempt=attempt, started_at=datetime(2026, 1, 1, tzinfo=UTC))
+    rows.add(seed=1, started_at=datetime(2025, 1, 1, tzinfo=UTC))
+    frame = load(rows.folder)
+    assert list(frame["attempt"]) == [1, 2, 10] and list(frame.index) == [0, 1, 2]

@@ -10,7 +10,7 @@ from ldft.memory.cost_model import DoesNotFit, shares_of
 from ldft.memory.policy import Placement, PlacementError
 from ldft.preflight import placement_text
 from ldft.preflight.resolved import resolve
-from ldft.preflight.role_placement import node_sets, placement_of
+from ldft.preflight.role_placement import _budgets, node_sets, placement_of
 from ldft.preflight.selection import select
 from ldft.preflight.strategies import STRATEGIES, greedy, in_turns, priority
 from tests.preflight.test_strategy_options import BANDWIDTH, GIB, assign, config, machine, on_nodes
@@ -85,6 +85,22 @@ def test_the_processes_are_spread_over_the_local_nodes(ranks: int, local: int, g
     held = on_nodes(made, topology)
     for node in range(local):
         assert held[node] == pytest.approx(gib * GIB * 31 / 32 - ranks * process / local, rel=1e-4)
+
+
+def test_budgets_of_nodes_and_sets_to_the_byte() -> None:
+    """80 GiB a node, of which a 32nd stays free, with two ranks that have 1000 bytes each beside the roles."""
+    topology, node = machine(cxl=2, gib=80), 80 * GIB * 31 / 32
+    by_hand = {"momentum": Placement(kind="bind", nodes=(1,)), "variance": Placement()}
+
+    def budgets(local_gib: int) -> dict[tuple[int, ...], float]:
+        keys = (f"numa.local_budget_gib={local_gib}", "numa.cxl_budget_gib=30", "launch.num_ranks=2")
+        run = select(config("cxl_aware", *keys), topology=topology)
+        return _budgets(run, (0,), (1, 2), by_hand, {"momentum": 7, "variance": 9}, 1000)
+
+    alone = {(1,): node - 14, (2,): node, (1, 2): 30 * GIB - 14}
+    assert budgets(0) == alone | {(0,): node - 2000}
+    assert budgets(50) == alone | {(0,): 50 * GIB}
+    assert budgets(100) == budgets(0), "a budget beyond the node's memory makes it no larger"
 
 
 def test_a_role_by_hand_takes_its_part_of_its_nodes() -> None:

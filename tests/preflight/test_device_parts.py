@@ -161,6 +161,13 @@ def test_one_rank_with_its_weights_on_the_device_gathers_none() -> None:
     assert two["weights"] == 2 * ALL // 2
 
 
+def test_a_shard_without_offload_has_its_gradients_in_both_precisions() -> None:
+    """They are kept in bf16 and, for all parameters at once, in fp32: the step adds none."""
+    found = moments("offload=zero3", "launch.num_ranks=2")["step"]
+    assert set(found) == {"weights", "reduce bucket", "optimizer", "gradients"}
+    assert (found["optimizer"], found["gradients"]) == (12 * ALL // 2, (2 + 4) * ALL // 2)
+
+
 def test_the_share_of_the_gpu_has_weights_gradients_and_states() -> None:
     run = select(compose(*LINE, "offload=full"))
     from dataclasses import replace

@@ -190,6 +190,13 @@ def test_an_embedding_that_just_fits_is_the_share(monkeypatch: pytest.MonkeyPatc
         assert settled(*more).gpu_share == 0
 
 
+@pytest.mark.parametrize(("room_bytes", "left"), [(3 * 2**30, "3.0"), (-(2**30), "0.0")])
+def test_too_little_room_for_the_embedding_is_said(monkeypatch: pytest.MonkeyPatch, room_bytes: int, left: str) -> None:
+    monkeypatch.setattr(room, "device_room", lambda run, size: room_bytes)
+    about = settled(MEASURED, "seq_len=8k", "memory.capacity_gib=500").about_share
+    assert about == f"none: {left} GiB of VRAM are left, the embedding's takes 5.9 GiB"
+
+
 def test_what_is_short_by_little_moves_the_embedding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "host_shortage", lambda run: max(0, 12 * 1000 - 12 * run.gpu_share))
     run = settled("checkpointing.device_inputs=1")

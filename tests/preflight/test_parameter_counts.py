@@ -13,7 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from ldft.config import ModelConfig
+from ldft.config import Config, ModelConfig
 from ldft.preflight import decoder_layers, parameter_counts
 from ldft.training.architecture import hf_config
 
@@ -65,6 +65,13 @@ def test_every_family_is_tried() -> None:
 def test_every_parameters_size_is_transformers_own(family: str, values: dict[str, Any]) -> None:
     config = odd(family, values)
     assert parameter_counts.parameter_sizes(config) == sizes_of_transformers(hf_config(config))
+
+
+def test_a_trained_parameter_has_a_master_weight_and_one_or_two_moments() -> None:
+    config = Config()
+    assert parameter_counts.state_bytes(config) == 4 + 2 * 4
+    config.optimizer.name = "lion"
+    assert parameter_counts.state_bytes(config) == 4 + 4
 
 
 def test_the_largest_layer_is_the_one_with_most_parameters() -> None:

@@ -1,0 +1,180 @@
+"""What a plan puts into a config, how the longest is found, and what is said where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ldft.config import Config, Device, Goal, Precision
+from ldft.errors import CombinationError, ConfigError
+from ldft.memory.topology import Topology
+from ldft.planning import machine, settled
+from ldft.planning.iteration_time import Times
+from ldft.planning.search import HOST, VRAM, Search
+
+TIMES = Times(forward_s=1, backward_s=2, step_s=4, update_s=0, exposed_s=0, arithmetic_s=3, link_s=5)
+
+
+def config_of(goal: Goal = Goal.fastest, tokens: int = 1024) -> Config:
+    config = Config()
+    config.plan.goal, config.launch.device, config.seq_len.tokens = goal, Device.cuda, tokens
+    config.train.precision = Precision.bf16
+    return config
+
+
+def search_of(config: Config, **values: Any) -> Search:
+    return Search(config, Topology(nodes=(), gpus={}, weights={}, weights_auto=None), None, host_limit=1, **values)  # type: ignore[arg-type]
+
+
+def chosen_of(config: Config) -> Any:
+    """A plan that recomputes one layer, in tiles."""
+    return SimpleNamespace(
+        run=SimpleNamespace(
+            config=dataclasses.replace(
+                config,
+                asked={"of": "the plan"},
+                checkpointing=dataclasses.replace(config.checkpointing, layers=1),
+                kernels=dataclasses.replace(config.kernels, mlp_tiles=16),
+            )
+        )
+    )
+
+
+def test_the_plans_values_replace_the_configs_and_what_they_were_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settled, "best", chosen_of)
+    config = config_of()
+    config.asked = {"launch.device": "auto"}
+    settled.settle(config)
+    assert (config.checkpointing.layers, config.kernels.mlp_tiles) == (1, 16)
+    values = {"checkpointing.layers": "-1", "kernels.mlp_tiles": "null", "plan.goal": "fastest"}
+    assert config.asked == {"launch.device": "auto", **values}
+    settled.check(config)
+    assert settled.overrides(config) == ["checkpointing.layers=1", "kernels.mlp_tiles=16"]
+    # It is made once, and only where it is asked for.
+    monkeypatch.setattr(settled, "best", lambda config: pytest.fail("again"))
+    settled.settle(config)
+    settled.settle(Config())
+    config.asked["model.family"] = "the file's"
+    assert not any("model" in text for text in settled.overrides(config))
+
+
+def test_where_there_is_no_plan_the_reason_is_recorded_and_raised_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: Config) -> Any:
+        raise ConfigError("plan.goal", "none: at all")
+
+    monkeypatch.setattr(settled, "best", fail)
+    config = config_of()
+    settled.settle(config)
+    assert config.asked == {"plan.goal": "plan.goal: none: at all"}
+    with pytest.raises(ConfigError, match=r"^plan\.goal: none: at all$"):
+        settled.check(config)
+    settled.check(Config())
+
+
+def test_changes_are_those_between_two_configs() -> None:
+    config = config_of()
+    chosen = chosen_of(config).run.config
+    assert settled.changed(config, chosen) == [("checkpointing.layers", -1, 1), ("kernels.mlp_tiles", None, 16)]
+    assert settled.changes(chosen, config) == ["checkpointing.layers=-1", "kernels.mlp_tiles=null"]
+    assert settled._text(0.25) == "0.25" and settled._text(3.0) == "3"
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The longest length that fits, in tokens; a search's only plan is its length."""
+    said = {"tokens": 0}
+
+    def fits(self: Search) -> bool:
+        assert not self.refusals and not self.invalid, "each length counts its own"
+        return self.config.seq_len.tokens <= said["tokens"]
+
+    monkeypatch.setattr(Search, "any_fits", fits)
+    monkeypatch.setattr(Search, "within", lambda self: [self.config.seq_len.tokens, 0])
+    return said
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 8, 9, 100])
+def test_the_longest_is_found_in_steps_of_4096_tokens(limit: dict[str, int], steps: int) -> None:
+    limit["tokens"] = steps * 4096 + 4095
+    searched = search_of(config_of(Goal.longest), refusals={VRAM: 1}, invalid={"a": 1})
+    assert settled.longest(searched) == steps * 4096  # type: ignore[comparison-overlap]
+    limit["tokens"] = steps * 4096
+    assert settled.longest(searched) == steps * 4096  # type: ignore[comparison-overlap]
+
+
+def test_there_may_be_no_longest_and_a_set_length_is_none(limit: dict[str, int]) -> None:
+    limit["tokens"] = 4095
+    config = config_of(Goal.longest)
+    assert settled.longest(search_of(config)) is None
+    for key in ("seq_len", "seq_len.tokens"):
+        config.plan.keep = ["offload", key]
+        with pytest.raises(CombinationError, match=r"longest chooses seq_len, and seq_len\.tokens=1024 is set"):
+            settled.longest(search_of(config))
+
+
+def test_best_asks_for_the_goal_and_says_why_there_is_none(
+    limit: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settled, "started", search_of)
+    found: list[Any] = ["the best"]
+    monkeypatch.setattr(Search, "best", lambda self: found[0])
+    limit["tokens"] = 8192
+    assert settled.best(config_of()) == "the best"  # type: ignore[comparison-overlap]
+    assert settled.best(config_of(Goal.longest)) == 8192  # type: ignore[comparison-overlap]
+    found[0], limit["tokens"] = None, 0
+    for goal in (Goal.leanest, Goal.longest):
+        with pytest.raises(
+            ConfigError, match=f"^plan.goal: {goal.name}: no combination is possible: every value is set"
+        ):
+            settled.best(config_of(goal))
+
+
+def test_what_is_said_where_nothing_fits() -> None:
+    def said(refusals: dict[str, int], invalid: dict[str, int]) -> str:
+        return settled.nothing_fits(search_of(config_of(), refusals=refusals, invalid=invalid))
+
+    assert said({HOST: 1, VRAM: 2}, {"a": 9}).startswith("nothing fits: every combination lacks VRAM or host memory; ")
+    assert said({HOST: 1}, {}).startswith("nothing fits: every combination lacks host memory; ")
+    # Other reasons come first, the most frequent of each kind.
+    assert said({HOST: 9, "x": 1, "y": 2}, {"a": 9}) == "no combination is possible: y"
+    assert said({}, {"a": 1, "b": 2}) == "no combination is possible: b"
+    assert said({}, {}) == "no combination is possible: every value is set"
+
+
+def test_times_are_those_of_known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(Goal.none)
+    run: Any = SimpleNamespace(config=config)
+    problem: list[Exception] = []
+
+    def rates(config: Config) -> str:
+        if problem:
+            raise problem[0]
+        return "rates"
+
+    monkeypatch.setattr(machine, "rates", rates)
+    monkeypatch.setattr(settled, "predict", lambda run, rates: TIMES)
+    assert settled.times(run) is TIMES
+    assert settled.columns(run) == {
+        "predicted_iteration_s": 7,
+        "predicted_forward_s": 1,
+        "predicted_backward_s": 2,
+        "predicted_step_s": 4,
+        "predicted_bound": "link",
+    }
+    config.launch.device = Device.cpu
+    assert settled.times(run) is None and settled.columns(run) == {}
+    config.launch.device = Device.cuda
+    # A damaged profile stops what needs it: a plan, and bandwidths that were set.
+    problem.append(ConfigError("a", "damaged"))
+    assert settled.times(run) is None
+    config.numa.bandwidth = {"node0": {"cpu": 1}}
+    with pytest.raises(ConfigError, match="damaged"):
+        settled.times(run)
+    config.numa.bandwidth, config.plan.goal = {}, Goal.fastest
+    with pytest.raises(ConfigError, match="damaged"):
+        settled.times(run)
+    problem[0] = machine.UnknownRatesError("a", "unknown")
+    assert settled.times(run) is None

@@ -1,0 +1,333 @@
+"""Each term of the predicted times, worked out by hand for a model of a few numbers on a machine with round rates."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from ldft.config import AttentionKind, Config, Device, OffloadDevice, Precision
+from ldft.config.checkpointing import CheckpointingMode, KeepAttention
+from ldft.memory.cost_model import Bandwidths
+from ldft.memory.topology import Topology
+from ldft.planning import iteration_time
+from ldft.planning.iteration_time import Times
+from ldft.planning.rates import Rates
+from ldft.preflight.selection import Selection
+
+# Rates of about 1, so that each term is seen in the sum: 2 cores' nodes that update 10 B/s together, a link of 5 B/s to the device
+# and 4 B/s from it, 2 B/s between GPUs, and a device memory of 10 B/s.
+HOST = Bandwidths(cpu={0: 3.0, 1: 7.0}, h2d={0: 5.0}, d2h={0: 4.0}, link_h2d=5.0, link_d2h=4.0)
+RATES = Rates(
+    products=1000.0,
+    attention={4: {10: (200.0, 100.0)}},
+    device_memory=10.0,
+    host=HOST,
+    beside=0.5,
+    peers=2.0,
+    measured=False,
+)
+
+
+def run_of(**more: Any) -> Selection:
+    """Three layers with 64 + 32 + 32 + 64 weights in attention, 3 x 160 in the MLP and 16 in norms: 688; an embedding of 400, which
+    is also the output, and a norm of 8. All: 2472. A micro-batch has 3 sequences of 10 tokens in bf16."""
+    config = Config()
+    model = config.model
+    model.family, model.num_layers, model.hidden_size, model.intermediate_size = "llama", 3, 8, 20
+    model.num_attention_heads, model.num_key_value_heads, model.head_dim = 2, 1, 4
+    model.vocab_size, model.tie_word_embeddings = 50, True
+    config.seq_len.tokens, config.train.micro_batch_size, config.train.precision = 10, 3, Precision.bf16
+    config.launch.device = Device.cuda
+    config.checkpointing.mode = CheckpointingMode.gpu
+    offload(config, 3, OffloadDevice.cpu, OffloadDevice.cpu)
+    values: dict[str, Any] = {
+        "config": config,
+        "topology": Topology(nodes=(), gpus={}, weights={}, weights_auto=None, allowed=()),
+        "deepspeed": {},
+        "attention": AttentionKind.sdpa,
+        "repeats_heads": False,
+        "liger": False,
+        "fused_step": True,
+        "overlap_step": False,
+        "no_overlap": "",
+    }
+    return Selection(**values | more)
+
+
+def offload(config: Config, stage: int, parameters: OffloadDevice, optimizer: OffloadDevice) -> None:
+    config.offload.stage, config.offload.parameters, config.offload.optimizer = stage, parameters, optimizer
+
+
+def near(value: Any) -> Any:
+    return pytest.approx(value, rel=1e-12)
+
+
+def of_layer(run: Selection) -> tuple[float, ...]:
+    return dataclasses.astuple(iteration_time._layer(run, RATES))
+
+
+def test_a_layer_is_its_products_its_attention_and_what_it_reads_and_writes() -> None:
+    run = run_of()
+    # 672 weights and 30 tokens are 40.32 s, of which the last product, 160 weights, 9.6. Attention: 4 x 30 tokens x 5 others on
+    # average x 8 = 4800, 24 s; backward 2.5 times at half of the rate, 120 s. A byte of 2 x 30 numbers costs 6 s: forward
+    # 10 x 8 + 4 x 8 + 6 x 4 + 3 x 20 = 196 of them, backward 12 x 8 + 4 x 8 + 6 x 4 + 5 x 20 = 252.
+    assert of_layer(run) == near((40.32 + 24 + 6 * 196, 2 * 40.32 + 120 + 6 * 252, 40.32 - 9.6 + 24 + 6 * 196, 24))
+    # Adapters at two modules: 8 + 3 x 8 and 20 + 3 x 8 more, twice that backward; frozen weights have no gradients.
+    run.config.lora.rank, run.config.lora.target_modules = 2, ["q_proj", "down_proj"]
+    ahead, back, again, _ = of_layer(run)
+    assert (ahead, back) == near((40.32 + 24 + 6 * (196 + 76), 40.32 + 120 + 6 * (252 + 2 * 76)))
+    assert again == near(ahead - 9.6)
+
+
+def test_of_a_layer_with_experts_those_that_compute_a_token_count() -> None:
+    run = run_of()
+    model = run.config.model
+    model.family, model.num_experts, model.num_experts_per_token = "qwen2_moe", 4, 2
+    model.expert_intermediate_size = 12
+    model.extra = {"decoder_sparse_step": 2, "shared_expert_intermediate_size": 6}
+    # Of three layers the second has experts: 192 in attention, 4 x 8 in the router, 2 x 3 x 12 x 8 in two experts, and 3 x 48 + 8
+    # in the shared one: 952. The mean of 672, 952 and 672 is 765.33. Its width is 2 x 12 + 6 = 30.
+    products, down = 60 * (2 * 672 + 952) / 3 / 1000, 60 * 30 * 8 / 1000
+    passes, back = 6 * (80 + 32 + 24 + 90), 6 * (96 + 32 + 24 + 150)
+    expected = (products + 24 + passes, 2 * products + 120 + back, products - down + 24 + passes, 24)
+    assert of_layer(run) == near(expected)
+    # Adapters of the shared expert's down projection, 6 + 3 x 8, and of the dense layers', 20 + 3 x 8.
+    run.config.lora.rank, run.config.lora.target_modules = 2, ["down_proj"]
+    assert of_layer(run)[0] == near(expected[0] + 6 * (2 * 44 + 30) / 3)
+
+
+def test_a_query_sees_the_half_before_it_or_its_window() -> None:
+    run = run_of()
+    assert iteration_time._seen(run) == 5
+    run.config.model.family, run.config.model.sliding_window = "mistral", 4
+    assert iteration_time._seen(run) == 10, "SDPA masks what lies outside, and computes all pairs"
+    flash = dataclasses.replace(run, attention=AttentionKind.flash_attention_2)
+    # Of 10 queries the first 4 see 2 on average, the others 4: 4 - 4 x 4 / 20.
+    assert iteration_time._seen(flash) == near(3.2)
+    run.config.model.extra = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    run.config.model.family = "qwen3"
+    assert iteration_time._seen(flash) == near((3.2 + 2 * 5) / 3)
+
+
+def test_the_loss_is_a_product_and_with_liger_its_gradients_too() -> None:
+    run = run_of()
+    liger = dataclasses.replace(run, liger=True)
+    assert [iteration_time._loss(one, RATES) for one in (run, liger)] == near([24, 72])
+    run.config.lora.rank = 2
+    assert [iteration_time._loss(one, RATES) for one in (run, liger)] == near([24, 48])
+
+
+def test_copies_over_the_link_and_between_gpus() -> None:
+    run = run_of()
+    config = run.config
+    config.model.tie_word_embeddings = False  # 2872 parameters
+    link = iteration_time._link(run, RATES)
+    assert link.forward == near((5744 / 5, 0, 0)) and link.backward == near((5744 / 5, 5744 / 4, 0))
+    assert (link.fetch, link.tail) == near((2 * 688 / 5, 2 * 400 / 4))
+    # On two GPUs each copies half and gathers the other half; a quarter of the parameters' state is in GPU memory.
+    config.launch.num_ranks = 2
+    link = iteration_time._link(dataclasses.replace(run, gpu_share=359), RATES)
+    weights, gathered = 0.75 * 5744 / 2, 5744 / 2 / 2
+    assert link.forward == near((weights / 5, 0, gathered))
+    assert link.backward == near((weights / 5, weights / 4, 2 * gathered))
+    assert (link.fetch, link.tail) == near((688 / 5, 0)), "the embedding's gradient stays"
+    config.launch.num_ranks = 3
+    link = iteration_time._link(dataclasses.replace(run, gpu_share=10_000), RATES)
+    assert link.forward == near((0, 0, 5744 * 2 / 3 / 2)), "no more than all is on the GPU"
+    # Stage 2 holds all weights on each GPU: only gradients leave.
+    offload(config, 2, OffloadDevice.none, OffloadDevice.cpu)
+    link = iteration_time._link(run, RATES)
+    assert link.forward == (0, 0, 0) and link.backward == near((0, 5744 / 3 / 4, 5744 * 2 / 3 / 2))
+    assert (link.fetch, link.tail) == near((0, 800 / 3 / 4))
+    offload(config, 0, OffloadDevice.none, OffloadDevice.none)
+    link = iteration_time._link(run, RATES)
+    assert link.backward == near((0, 0, 5744 * 2 / 3 / 2)) and (link.fetch, link.tail) == (0, 0)
+    config.launch.device = Device.cpu
+    nothing = iteration_time._link(run, RATES)
+    assert (nothing.forward, nothing.backward, nothing.fetch, nothing.tail) == ((0,), (0,), 0, 0)
+
+
+def test_with_adapters_only_their_gradients_leave_and_the_embedding_has_none() -> None:
+    run = run_of()
+    run.config.lora.rank, run.config.lora.target_modules = 2, ["q_proj"]
+    link = iteration_time._link(run, RATES)
+    assert link.backward == near((2 * 2472 / 5, 2 * 3 * 2 * 16 / 4, 0)) and link.tail == 0
+
+
+def test_what_waits_in_host_memory() -> None:
+    run = run_of(device_inputs=2)
+    settings, layers = run.config.checkpointing, run.config.model
+    layers.num_layers, settings.mode = 7, CheckpointingMode.cpu
+    # One input: 2 bytes x 30 tokens x 8. One attention output, padded: 2 x 30 x 2 heads of 8 = 960, and 4 x 3 x 2 x 32 = 768.
+    assert iteration_time._waiting_bytes(run) == 5 * 480
+    settings.every = 3  # three groups: the last one's outputs stay
+    assert iteration_time._waiting_bytes(run) == 480
+    settings.keep_attention = KeepAttention.host
+    assert iteration_time._waiting_bytes(run) == 480 + 2 * 3 * (960 + 768)
+    settings.mode = CheckpointingMode.gpu
+    assert iteration_time._waiting_bytes(run) == 2 * 3 * (960 + 768)
+    settings.layers = 0
+    assert iteration_time._waiting_bytes(dataclasses.replace(run, device_inputs=1)) == 0
+    settings.mode, settings.layers, settings.keep_attention = CheckpointingMode.cpu, 2, KeepAttention.none
+    assert iteration_time._waiting_bytes(run) == 0, "fewer inputs than may stay"
+    settings.layers, settings.every = 3, 1
+    link = iteration_time._link(run, RATES)
+    assert (link.forward[1], link.backward[0] - link.forward[0]) == near((480 / 4, 480 / 5))
+
+
+def test_the_hosts_update_reads_and_writes_each_state() -> None:
+    run = run_of()
+    config = run.config
+    # 12 bytes of state and 2 of the weight, each read and written; stock DeepSpeed reads and writes 24 more.
+    stock = dataclasses.replace(run, fused_step=False)
+    assert [iteration_time._update(one, RATES) for one in (run, stock)] == near([28 * 2472 / 10, 52 * 2472 / 10])
+    config.train.precision = Precision.fp32
+    assert iteration_time._update(stock, RATES) == near((32 + 12 + 16) * 2472 / 10)
+    config.launch.num_ranks, config.optimizer.name = 2, "lion"
+    assert iteration_time._update(dataclasses.replace(run, gpu_share=36), RATES) == near(24 * 2400 / 10)
+    config.offload.optimizer = OffloadDevice.none
+    assert iteration_time._update(run, RATES) == 0
+
+
+def test_the_rest_of_the_step() -> None:
+    run = run_of(gpu_share=100)
+    config = run.config
+    config.launch.num_ranks = 2
+    assert iteration_time._step(run, RATES) == near(0.015 + 28 * 100 / 10)
+    # The updated weights go to a GPU that holds them; on a CPU nothing is copied.
+    offload(config, 2, OffloadDevice.none, OffloadDevice.cpu)
+    assert iteration_time._step(run, RATES) == near(0.015 + 280 + 2 * 2472 / 2 / 5)
+    config.launch.device = Device.cpu
+    assert iteration_time._step(run, RATES) == near(0.015 + 280)
+    # All on the GPU: 140 bytes a parameter, of the rank's shard from stage 1 on.
+    found = []
+    for stage in (0, 1, 3):
+        offload(config, stage, OffloadDevice.none, OffloadDevice.none)
+        found.append(iteration_time._step(run, RATES))
+    assert found == near([140 * 247.2, 140 * 123.6, 140 * 123.6])
+
+
+def beside(run: Selection, *, update_s: float, fetch_s: float = 7.0) -> float:
+    return iteration_time._beside(run, 10.0, 3.0, update_s, fetch_s)
+
+
+def test_a_layer_starts_when_its_weights_are_updated_and_fetched() -> None:
+    run = run_of()
+    # A second for each of 2472 elements: the embedding is updated at 400, each layer 688 later, the last at 2464; then it is
+    # fetched and computed, and the loss follows.
+    assert beside(run, update_s=2472.0) == near(2464 + 7 + 10 + 3)
+    # A quick update: the first layer waits for it and for its fetch, the others only for each other.
+    embedding, layer = 0.4, 0.688
+    assert beside(run, update_s=2.472, fetch_s=1.0) == near(embedding + layer + 1 + 3 * 10 + 3)
+    run.config.model.tie_word_embeddings = False  # the output's own weights come last, of 2872
+    assert beside(run, update_s=2872.0) == near(2872 + 7 * 400 / 688 + 3)
+    assert beside(run, update_s=2.872, fetch_s=1.0) == near(embedding + layer + 1 + 3 * 10 + 3)
+    # An embedding larger than a layer is waited for longer: 1600 of 1600 + 3 x 688 + 8.
+    run.config.model.tie_word_embeddings, run.config.model.vocab_size = True, 200
+    assert beside(run, update_s=3.672, fetch_s=20.0) == near(1.6 + 20 * 1600 / 688 + 3 * 10 + 3)
+
+
+def test_what_the_gpu_updates_itself_waits_for_nothing() -> None:
+    # The embedding and one layer are on the GPU; 1384 elements are not, of which the norm's 8 are in no layer.
+    run = run_of(gpu_share=1088)
+    assert beside(run, update_s=1384.0) == near(2 * 688 + 7 + 10 + 3)
+    assert beside(run, update_s=1.384, fetch_s=0.0) == near(3 * 10 + 3)
+    # One element less: the first layer waits for it, and for its fetch. The last is updated after 1377 of the 1385.
+    run = run_of(gpu_share=1087)
+    assert beside(run, update_s=1385.0) == near(1377 + 7 + 10 + 3)
+    assert beside(run, update_s=1.385, fetch_s=20.0) == near(0.001 + 20 + 3 * 10 + 3)
+    # All, or more, is on the GPU.
+    assert [beside(run_of(gpu_share=share), update_s=9e9) for share in (2472, 2473)] == near([33, 33])
+    # All but one element of the embedding waits for the host.
+    run = run_of(gpu_share=1)
+    assert beside(run, update_s=2471.0) == near(2463 + 7 + 10 + 3)
+    run.config.model.vocab_size = 200  # 1600
+    assert beside(run, update_s=3.671, fetch_s=20.0) == near(1.599 + 20 * 1600 / 688 + 3 * 10 + 3)
+    # Only the last element of the output's own weights does: no weight is updated after the update ends.
+    run = run_of(gpu_share=2871)
+    run.config.model.tie_word_embeddings = False
+    assert beside(run, update_s=50.0) == near(50 + 7 * 400 / 688 + 3)
+    # On three GPUs each has a third, rounded up: 134 of the embedding; a layer has 2 x 22 + 2 x 11 + 3 x 54 + 2 x 3 = 234.
+    run = run_of()
+    run.config.launch.num_ranks = 3
+    assert beside(run, update_s=134 + 3 * 234 + 3) == near(134 + 3 * 234 + 7 + 10 + 3)
+
+
+def predicted(run: Selection, **host: Any) -> Times:
+    return iteration_time.predict(run, dataclasses.replace(RATES, host=dataclasses.replace(HOST, **host)))
+
+
+# Of the layer and the loss above, on an infinitely fast link.
+FORWARD, BACKWARD, AGAIN, LOSS = 1240.32, 1712.64, 1230.72, 24.0
+FAST: dict[str, Any] = {"link_h2d": 1e30, "link_d2h": 1e30}
+
+
+def test_the_gpus_work_of_an_iteration() -> None:
+    run = run_of()
+    config = run.config
+    config.train.gradient_accumulation_steps = 2
+    offload(config, 0, OffloadDevice.none, OffloadDevice.none)
+    forward = 3 * FORWARD + LOSS
+    backward = 3 * BACKWARD + 3 * AGAIN + 2 * LOSS
+    found = predicted(run)
+    assert (found.forward_s, found.backward_s, found.step_s) == near((2 * forward, 2 * backward, 140 * 247.2))
+    assert (found.update_s, found.exposed_s, found.link_s) == (0, 0, 0)
+    assert found.arithmetic_s == near(2 * (forward + backward)) and found.bound == "arithmetic"
+    assert found.iteration_s == near(2 * forward + 2 * backward + 140 * 247.2)
+    # Liger computes the loss's gradients in the forward pass. One layer of three recomputed, its attention kept.
+    config.checkpointing.layers, config.checkpointing.keep_attention = 1, KeepAttention.device
+    found = predicted(dataclasses.replace(run, liger=True))
+    assert found.forward_s == near(2 * (3 * FORWARD + 3 * LOSS))
+    assert found.backward_s == near(2 * (3 * BACKWARD + AGAIN - 24))
+    # Under ZeRO-3 Python's part is 0.4 ms for each pass of a layer.
+    offload(config, 3, OffloadDevice.none, OffloadDevice.none)
+    found = predicted(dataclasses.replace(run, liger=True))
+    assert found.forward_s == near(2 * (3 * (FORWARD + 0.0004) + 3 * LOSS))
+    assert found.backward_s == near(2 * (3 * (BACKWARD + 0.0004) + AGAIN + 0.0004 - 24))
+
+
+def test_copies_are_waited_for_where_they_take_longer() -> None:
+    run = run_of()
+    run.config.train.gradient_accumulation_steps = 2
+    hooks = 3 * 0.0004
+    forward, backward = 3 * FORWARD + LOSS + hooks, 3 * BACKWARD + 3 * AGAIN + 2 * LOSS + 2 * hooks
+    found = predicted(run, link_h2d=0.1, link_d2h=0.1)
+    copies = 2 * 2472 / 0.1
+    assert (found.forward_s, found.backward_s) == near((2 * copies, 2 * (copies + 8000)))
+    assert found.link_s == near(2 * 2 * copies) and found.bound == "link"
+    assert found.arithmetic_s == near(2 * (forward + backward))
+    found = predicted(run, **FAST)
+    assert (found.forward_s, found.backward_s) == near((2 * forward, 2 * backward))
+
+
+def test_an_update_is_exposed_or_beside_the_first_forward_pass() -> None:
+    run = run_of()
+    run.config.train.gradient_accumulation_steps = 3
+    forward = 3 * (FORWARD + 0.0004) + LOSS
+    found = predicted(run, **FAST, cpu={0: 4.0})
+    alone = 28 * 2472 / 4
+    assert (found.update_s, found.exposed_s, found.step_s) == near((alone, alone, 0.015 + alone))
+    assert found.forward_s == near(3 * forward)
+    over = dataclasses.replace(run, overlap_step=True)
+    found = predicted(over, **FAST, cpu={0: 4.0})
+    # It runs at half its rate while the later passes' work would take, then alone. The last layer starts after 2464 of 2472.
+    slower = alone + 0.5 * forward
+    first = slower * 2464 / 2472 + FORWARD + 0.0004 + LOSS
+    assert found.update_s == near(slower) and found.step_s == near(0.015)
+    assert found.forward_s == near(first + 2 * forward) and found.exposed_s == near(first - forward)
+    # A quick one takes twice its time, all of it hidden but the embedding's and the first layer's.
+    found = predicted(over, **FAST, cpu={0: 1e4})
+    quick = 2 * 28 * 2472 / 1e4
+    assert found.update_s == near(quick) and found.exposed_s == pytest.approx(quick * 1088 / 2472, rel=1e-9)
+    assert found.forward_s == pytest.approx(3 * forward + quick * 1088 / 2472, rel=1e-12)
+    # Where copies take longer than that, nothing is exposed.
+    found = predicted(over, link_h2d=0.5, link_d2h=0.5, cpu={0: 1e6})
+    assert found.exposed_s == 0 and found.forward_s == near(3 * 2 * 2472 / 0.5)
+
+
+def test_the_host_update_can_be_the_bound() -> None:
+    assert Times(forward_s=1, backward_s=2, step_s=4, update_s=3, exposed_s=0, arithmetic_s=2, link_s=1).bound == (
+        "host update"
+    )
