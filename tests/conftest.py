@@ -22,10 +22,11 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.hydra import Hydra
+from omegaconf import DictConfig
 
 from ldft import results
 from ldft.cli import command as command_line
-from ldft.cli import composition
+from ldft.cli import composition, many
 from ldft.config import Config, Precision, from_dict
 from ldft.environment import CONF_DIR
 
@@ -138,17 +139,30 @@ def deepspeed_has_cpu_lion() -> bool:
     return (Path(spec.submodule_search_locations[0]) / "ops/op_builder/cpu/cpu_lion.py").exists()
 
 
-def compose_afresh(*overrides: str) -> Config:
-    """`compose`, for tests that change the files it reads."""
+def _tree(overrides: list[str]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-        config = from_dict(hydra_compose("config", overrides=list(overrides)))
+        return hydra_compose("config", overrides=overrides)
+
+
+def _typed(tree: DictConfig) -> Config:
+    config = from_dict(tree)
     if config.train.precision is Precision.auto:
         config.train.precision = Precision.bf16
     return config
 
 
-# Hydra takes a sixth of a second for one, and many tests begin with the same.
-_composed = functools.cache(compose_afresh)
+def compose_afresh(*overrides: str) -> Config:
+    """`compose`, for tests that change the files it reads."""
+    return _typed(_tree(list(overrides)))
+
+
+# Hydra takes a sixth of a second for one, and many tests begin with the same options of groups, or with all the same.
+_composer = many.Composer(_tree)
+
+
+@functools.cache
+def _composed(*overrides: str) -> Config:
+    return _typed(_composer(list(overrides)))
 
 
 def compose(*overrides: str) -> Config:

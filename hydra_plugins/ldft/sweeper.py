@@ -12,7 +12,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, flag_override
 
 from hydra_plugins.ldft.slurm_launcher import SlurmLauncher
 
@@ -31,16 +31,21 @@ class LdftSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config
 
+    def _load(self, overrides: list[str]) -> DictConfig:
+        assert self._context is not None
+        tree: DictConfig = self._context.config_loader.load_sweep_config(self._config, overrides).copy()
+        with flag_override(tree, ["struct", "readonly"], [False, False]):
+            del tree["hydra"]
+        return tree
+
     def _compose(self, overrides: list[str]) -> DictConfig:
         from ldft.cli.overrides import keys
         from ldft.config import Goal
 
-        assert self._context is not None
-        tree: DictConfig = self._context.config_loader.load_sweep_config(self._config, overrides).copy()
+        tree = self._composer(overrides)
         tree._set_flag(["struct", "readonly"], [False, False])
         if tree["plan"]["goal"] != Goal.none:
             tree["plan"]["keep"] += keys(overrides)
-        del tree["hydra"]
         return tree
 
     def _choices(self, texts: list[str]) -> tuple[dict[str, list[str]], set[str]]:
@@ -79,10 +84,11 @@ class LdftSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Plan all cells, then run them. Pass the exit code directly to ldft.cli, since Hydra does not return it."""
-        from ldft.cli import command
+        from ldft.cli import command, many
         from ldft.sweep import loop, plan
 
         assert self._context is not None
+        self._composer = many.Composer(self._load)
 
         named = [f"{key}={value}" for key, value in self._params.items()]
         fixed, swept = self._choices([*named, *arguments])
