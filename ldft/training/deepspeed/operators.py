@@ -102,6 +102,8 @@ def load(run: Selection, say: Callable[[str], None]) -> None:
     unused.leave_out()
     folder = cache_dir()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    if needed(run):
+        unused.ask_for_the_processor_once()
     for name in needed(run):
         builder = get_accelerator().get_op_builder(name)()
         if builder.name == "deepspeed_not_implemented":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,15 @@ def leave_out() -> None:
     """Keep DeepSpeed from preparing them. Call it before `deepspeed.init_distributed`; repeated calls have no effect."""
     _shared_memory()
     _muon_kernels()
+
+
+def ask_for_the_processor_once() -> None:
+    """Each of DeepSpeed's CPU optimizers asks which processor this is, as does each operator that is compiled or loaded, and
+    several processes answer, in a second. Only for who will ask: the import alone starts some."""
+    import cpuinfo
+
+    if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
 def _shared_memory() -> None:
