@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from omegaconf import DictConfig
 
-from ldft.cli import composition
+from ldft.cli import composition, many
 from ldft.config import Device, from_dict
 from ldft.config import columns as config_columns
 from ldft.environment import CONF_DIR
@@ -35,9 +36,11 @@ PLACEHOLDERS = {"<name>": "my_model", "<folder>": "my_conf"}
 MADE = ("my_model", "mine")
 ELSEWHERE = ("~/models/Qwen3-8B", "~/models/Olmo-3-7B")
 ON_THE_HUB = "model.hf_id=Qwen/Qwen3-8B"
-# Parses the options of a module as it would, and ends there.
+# For each list of words, in a process of its own: parses the options of a module as it would, and ends there. What most modules
+# import is imported once, before.
 PARSE_ONLY = """
-import argparse, runpy, sys
+import argparse, json, os, runpy, sys, traceback
+import hydra, matplotlib.pyplot, pandas, pyarrow.parquet
 def only(whole):
     def parse(self, *args, **options):
         whole(self, *args, **options)
@@ -46,8 +49,23 @@ def only(whole):
     return parse
 for name in ("parse_args", "parse_intermixed_args"):
     setattr(argparse.ArgumentParser, name, only(getattr(argparse.ArgumentParser, name)))
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+for number, words in enumerate(json.loads(sys.argv[1])):
+    if os.fork():
+        status = os.waitstatus_to_exitcode(os.wait()[1])
+        os.write(1, json.dumps([status, *(open(f"{number}.{end}").read() for end in ("out", "err"))]).encode() + b"\\n")
+        continue
+    for stream, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{number}.{end}", os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv, code = words, 1
+    try:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = 2 if isinstance(ended.code, str) else ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 """
 
 
@@ -120,13 +138,31 @@ def test_commands_are_found() -> None:
     assert any("-m" in words for _, words in ldft_overrides())
 
 
-@pytest.mark.parametrize("entry", once(ldft_overrides()), ids=label)
-def test_every_run_composes(entry: tuple[str, list[str]], tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The options and the model that the documents tell a reader to make."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "model").mkdir()
     nano = (CONF_DIR / "model" / "nano.yaml").read_text()
     for name in MADE:
-        (tmp_path / "model" / f"{name}.yaml").write_text(nano.replace("name: nano", f"name: {name}"))
-    (tmp_path / "config.json").write_text(json.dumps(published("Qwen/Qwen3-8B")))
+        (folder / "model" / f"{name}.yaml").write_text(nano.replace("name: nano", f"name: {name}"))
+    (folder / "config.json").write_text(json.dumps(published("Qwen/Qwen3-8B")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def composed(made: Path) -> many.Composer:
+    """Composes a line of overrides, with what is made beside."""
+
+    def load(overrides: list[str]) -> DictConfig:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+            return hydra_compose("config", [f"hydra.searchpath=[file://{made}]", *overrides])
+
+    return many.Composer(load)
+
+
+@pytest.mark.parametrize("entry", once(ldft_overrides()), ids=label)
+def test_every_run_composes(entry: tuple[str, list[str]], made: Path, composed: many.Composer) -> None:
     flags = {word for word in entry[1] if word.startswith("-")}
     assert flags <= {"-m", "--help", "--cfg", "--config-dir", "--version"}
     composition.register()
@@ -134,32 +170,37 @@ def test_every_run_composes(entry: tuple[str, list[str]], tmp_path: Path) -> Non
         for mark, meant in PLACEHOLDERS.items():
             cell = [word.replace(mark, meant) for word in cell]
         for there in (ON_THE_HUB, *(f"model.path={folder}" for folder in ELSEWHERE)):
-            cell = [word.replace(there, f"model.path={tmp_path}") for word in cell]
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-            config = from_dict(hydra_compose("config", [f"hydra.searchpath=[file://{tmp_path}]", *cell]))
+            cell = [word.replace(there, f"model.path={made}") for word in cell]
+        config = from_dict(composed(cell))
         config.launch.device = Device.cuda  # what most of them are for
         checks.resolve(config)
         config.sweep.started_at = 1.0  # some have keys of sweeps
         config.validate()
 
 
-@pytest.mark.parametrize(
-    "entry",
-    once(
-        [
-            entry
-            for entry in commands()
-            if entry[1][1:2] == ["-m"] and re.match(r"ldft\.|multirun_analysis", entry[1][2])
-        ]
-    ),
-    ids=label,
+MODULES = once(
+    [entry for entry in commands() if entry[1][1:2] == ["-m"] and re.match(r"ldft\.|multirun_analysis", entry[1][2])]
 )
-def test_every_other_module_takes_its_options(entry: tuple[str, list[str]], tmp_path: Path) -> None:
-    words = [*itertools.takewhile(lambda word: word != ">", entry[1][2:])]
+
+
+@pytest.fixture(scope="module")
+def parsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
+    """Exit code and output of each of MODULES, by its label."""
+    lines = [[*itertools.takewhile(lambda word: word != ">", words[2:])] for _, words in MODULES]
     done = subprocess.run(
-        [sys.executable, "-c", PARSE_ONLY, *words], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "parsed"), done.stderr
+        [sys.executable, "-c", PARSE_ONLY, json.dumps(lines)],
+        capture_output=True, text=True, cwd=tmp_path_factory.mktemp("parsed"), check=True,
+    )  # fmt: skip
+    said = map(json.loads, done.stdout.splitlines())
+    return {label(entry): (code, out, err) for entry, (code, out, err) in zip(MODULES, said, strict=True)}
+
+
+@pytest.mark.parametrize("entry", MODULES, ids=label)
+def test_every_other_module_takes_its_options(
+    entry: tuple[str, list[str]], parsed: dict[str, tuple[int, str, str]]
+) -> None:
+    code, out, err = parsed[label(entry)]
+    assert (code, out.strip()) == (0, "parsed"), err
 
 
 def test_every_file_and_target_exists() -> None:
