@@ -221,7 +221,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         capfd.readouterr()
         with monkeypatch.context() as patch:
-            if not any("sweep" in item or "hydra" in item or item == "-m" for item in overrides):
+            if "-m" in overrides or not any("sweep" in item or "hydra" in item for item in overrides):
                 # Hydra composes everything once more beforehand, to see whether a file asks for a sweep.
                 patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
             code = command_line.main()
