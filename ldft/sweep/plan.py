@@ -114,7 +114,7 @@ def make(
     if first.repeat != 1:
         raise ConfigError("repeat", "set by the sweep; use sweep.repeats for the number of repetitions")
     budget = first.sweep.budget
-    if 0 < budget < len(cells):  # before composing, which takes a tenth of a second per cell
+    if 0 < budget < len(cells):  # before composing, which takes up to a tenth of a second per cell
         drawn = random.Random(first.sweep.budget_seed).sample(range(len(cells)), budget)
         cells = [cells[index] for index in sorted(drawn)]
     found: dict[str, tuple[Config, list[str]]] = {}
