@@ -48,7 +48,9 @@ class SlurmLauncher(Launcher):
     def submit(self, cells: Sequence[list[str]], needs: Any) -> list[str]:
         """One job array of these cells; returns their job ids. Raises LdftError."""
         import submitit
-        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as Job
+        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import (  # type: ignore[import-untyped]
+            SlurmLauncher as Job,
+        )
 
         from ldft.sweep import jobs
 

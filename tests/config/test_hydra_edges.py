@@ -15,7 +15,7 @@ from ldft.cli import command
 # What is typed -> what the line says, in this order.
 LINES = {
     # groups of Hydra
-    "hydra/launcher=submitit_slurm": ["hydra/launcher: 'submitit_slurm' does not exist; use", "hydra-submitit-launcher"],
+    "hydra/launcher=ray": ["hydra/launcher: 'ray' does not exist; use one of basic, slurm", "hydra-ray-launcher"],
     "-m hydra/launcher=joblib": ["hydra/launcher: 'joblib' does not exist", "pip install hydra-joblib-launcher"],
     "-m hydra/sweeper=optuna": ["hydra/sweeper: 'optuna' does not exist; use one of basic, ldft", "hydra-optuna-sweeper", "-m"],
     "hydra/job_logging=colorlog": ["hydra/job_logging: 'colorlog' does not exist; use one of default, disabled", "hydra-colorlog"],

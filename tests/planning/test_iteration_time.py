@@ -169,3 +169,10 @@ def test_attention_rates_between_measured_lengths_are_between_them() -> None:
     assert rates.attention_of(128, 16384) == pytest.approx((200.0, 70.0))
     assert rates.attention_of(128, 1024) == (100.0, 50.0) and rates.attention_of(112, 1 << 20) == (300.0, 90.0)
     assert rates.attention_of(72, 8192) == (1.0, 1.0)
+
+
+def test_the_host_update_can_be_the_bound() -> None:
+    times = iteration_time.Times(
+        forward_s=1, backward_s=2, step_s=4, update_s=3, exposed_s=0, arithmetic_s=2, launch_s=1, link_s=1
+    )
+    assert times.bound == "host update"

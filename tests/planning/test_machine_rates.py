@@ -15,7 +15,7 @@ from ldft.errors import ConfigError
 from ldft.memory import bandwidths
 from ldft.memory.cost_model import Bandwidths
 from ldft.planning import machine
-from ldft.planning.rates import Rates, from_datasheet
+from ldft.planning.rates import HostTime, Rates, from_datasheet
 
 HOST = Bandwidths(cpu={0: 1e9}, h2d={0: 2e9}, d2h={0: 2e9}, link_h2d=2e9, link_d2h=2e9)
 
@@ -34,7 +34,7 @@ def test_attention_of_other_heads_and_lengths() -> None:
     lengths = {100: (1.0, 10.0), 1600: (3.0, 50.0), 3200: (4.0, 60.0)}
     rates = Rates(
         products=1, attention={64: lengths, 128: {100: (9.0, 9.0)}}, device_memory=1, host=HOST, beside=1, peers=1,
-        measured=True,
+        fetched=HostTime(1, 1, 1), resident=HostTime(1, 1, 1), measured=True,
     )  # fmt: skip
     # By the logarithm: 400 is half of the way from 100 to 1600, 200 a quarter.
     assert rates.attention_of(64, 400) == pytest.approx((2, 30))
@@ -137,9 +137,14 @@ def test_gpus_that_are_assumed_have_no_rates_and_those_of_others_do_not_count(
         machine.rates(config)
     monkeypatch.setattr(environment, "gpus", lambda: ("NVIDIA H200", "another"))
     monkeypatch.setattr(environment, "driver", lambda: "5")
-    profile = PROFILE | {"gpu": "NVIDIA H200", "driver": "5"}
+    host_s = {"fetched": [1e-3, 2e-3, 3e-3], "resident": [4e-3, 5e-3, 6e-3]}
+    profile = PROFILE | {"gpu": "NVIDIA H200", "driver": "5", "layer_host_s": host_s}
     here.write_text(json.dumps({"devices": {"cuda bf16": profile}}))
-    assert machine.rates(config).measured
+    found = machine.rates(config)
+    assert found.measured and (found.fetched, found.resident) == (
+        HostTime(1e-3, 2e-3, 3e-3),
+        HostTime(4e-3, 5e-3, 6e-3),
+    )
     for key, other in (("gpu", "NVIDIA H100"), ("driver", "4")):
         here.write_text(json.dumps({"devices": {"cuda bf16": profile | {key: other}}}))
         with pytest.raises(machine.UnknownRatesError, match=f"measured with {key} {other}, here is"):

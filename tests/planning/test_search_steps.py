@@ -22,7 +22,7 @@ from ldft.planning.rates import from_datasheet
 from ldft.planning.search import HOST, VRAM, Plan, Search, best_of
 from ldft.preflight import device_estimate, fit, host_estimate, mlp_tiles, resolved, room, selection
 
-TIMES = Times(forward_s=1, backward_s=2, step_s=3, update_s=2.5, exposed_s=0, arithmetic_s=4, link_s=0)
+TIMES = Times(forward_s=1, backward_s=2, step_s=3, update_s=2.5, exposed_s=0, arithmetic_s=4, launch_s=0, link_s=0)
 CHOICE = Choice(OFFLOADS["full"], CheckpointingMode.cpu, -1, 1, KeepAttention.none, None, 1, 1)
 ONE_NODE = Topology(
     nodes=(Node(id=0, cpus=(0,), total_bytes=1, distances={0: 10}),),

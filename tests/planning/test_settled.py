@@ -15,7 +15,7 @@ from ldft.planning import machine, settled
 from ldft.planning.iteration_time import Times
 from ldft.planning.search import HOST, VRAM, Search
 
-TIMES = Times(forward_s=1, backward_s=2, step_s=4, update_s=0, exposed_s=0, arithmetic_s=3, link_s=5)
+TIMES = Times(forward_s=1, backward_s=2, step_s=4, update_s=0, exposed_s=0, arithmetic_s=3, launch_s=0, link_s=5)
 
 
 def config_of(goal: Goal = Goal.fastest, tokens: int = 1024) -> Config:

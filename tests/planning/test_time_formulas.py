@@ -13,18 +13,21 @@ from ldft.memory.cost_model import Bandwidths
 from ldft.memory.topology import Topology
 from ldft.planning import iteration_time
 from ldft.planning.iteration_time import Times
-from ldft.planning.rates import Rates
+from ldft.planning.rates import HostTime, Rates
 from ldft.preflight.selection import Selection
 
 # Rates of about 1, so that each term is seen in the sum: 2 cores' nodes that update 10 B/s together, a link of 5 B/s to the device
 # and 4 B/s from it, 2 B/s between GPUs, and a device memory of 10 B/s.
 HOST = Bandwidths(cpu={0: 3.0, 1: 7.0}, h2d={0: 5.0}, d2h={0: 4.0}, link_h2d=5.0, link_d2h=4.0)
+NO_TIME = HostTime(0.0, 0.0, 0.0)
 RATES = Rates(
     products=1000.0,
     attention={4: {10: (200.0, 100.0)}},
     device_memory=10.0,
     host=HOST,
     beside=0.5,
+    fetched=NO_TIME,
+    resident=NO_TIME,
     peers=2.0,
     measured=False,
 )
@@ -256,7 +259,9 @@ def test_what_the_gpu_updates_itself_waits_for_nothing() -> None:
 
 
 def predicted(run: Selection, **host: Any) -> Times:
-    return iteration_time.predict(run, dataclasses.replace(RATES, host=dataclasses.replace(HOST, **host)))
+    """With other bandwidths, or another time of the host for a layer."""
+    layers = {name: host.pop(name) for name in ("fetched", "resident") if name in host}
+    return iteration_time.predict(run, dataclasses.replace(RATES, host=dataclasses.replace(HOST, **host), **layers))
 
 
 # Of the layer and the loss above, on an infinitely fast link.
@@ -327,7 +332,18 @@ def test_an_update_is_exposed_or_beside_the_first_forward_pass() -> None:
     assert found.exposed_s == 0 and found.forward_s == near(3 * 2 * 2472 / 0.5)
 
 
-def test_the_host_update_can_be_the_bound() -> None:
-    assert Times(forward_s=1, backward_s=2, step_s=4, update_s=3, exposed_s=0, arithmetic_s=2, link_s=1).bound == (
-        "host update"
-    )
+def test_a_layer_takes_as_long_as_python_needs_to_start_it() -> None:
+    """Of three layers one is computed again; without ZeRO-3 the other host time counts."""
+    run = run_of()
+    run.config.checkpointing.layers = 1
+    slow = {"fetched": HostTime(1e5, 2e5, 3e5), "resident": HostTime(4e5, 5e5, 6e5), "link_h2d": 1e9, "link_d2h": 1e9}
+    found = predicted(run, **slow)
+    assert found.forward_s == near(3e5 + LOSS) and found.backward_s == near(6e5 + 3e5 + 2 * LOSS)
+    assert found.launch_s == 12e5 and found.bound == "Python"
+    assert found.arithmetic_s == near(3 * (FORWARD + BACKWARD + 2 * 0.0004) + AGAIN + 0.0004 + 3 * LOSS)
+    offload(run.config, 2, OffloadDevice.none, OffloadDevice.cpu)
+    found = predicted(run, **slow)
+    assert found.forward_s == near(12e5 + LOSS) and found.backward_s == near(15e5 + 6e5 + 2 * LOSS)
+    # A layer of which Python is done earlier takes as long as its arithmetic.
+    quick = predicted(run, fetched=NO_TIME, resident=HostTime(1e-6, 1e-6, 1e-6), link_h2d=1e9, link_d2h=1e9)
+    assert quick.forward_s == near(3 * FORWARD + LOSS) and quick.bound != "Python"

@@ -115,7 +115,9 @@ def _start(folder: Path, env: dict[str, str], *command: str) -> None:
 
 def _until_idle(env: dict[str, str]) -> None:
     for _ in range(60):
-        done = subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=env, capture_output=True, text=True, check=False
+        )
         if done.stdout.strip() == "2":
             return
         time.sleep(0.5)

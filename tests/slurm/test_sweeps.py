@@ -16,11 +16,15 @@ from typing import Any
 import pytest
 
 from ldft import results
+from tests.conftest import long
 from tests.slurm.cluster import cluster, missing
 
-pytestmark = pytest.mark.skipif(
-    bool(missing()) and "LDFT_REQUIRE_SLURM" not in os.environ, reason=f"a SLURM cluster: {missing()}"
-)
+pytestmark = [
+    long,
+    pytest.mark.skipif(
+        bool(missing()) and "LDFT_REQUIRE_SLURM" not in os.environ, reason=f"a SLURM cluster: {missing()}"
+    ),
+]
 NANO = ("model=nano", "seq_len.tokens=64", "train.iterations=3", "train.warmup_iterations=1")
 ENDLESS = ("train.iterations=1000000", "train.warmup_iterations=1", "seq_len.tokens=64")
 
@@ -88,7 +92,9 @@ def test_cells_run_as_jobs_are_followed_and_not_submitted_again(sweep, call, tmp
 
 def test_the_time_limit_scancel_and_the_memory_limit_have_their_statuses(sweep, call, slurm, tmp_path: Path) -> None:
     # SLURM sends the signal up to a minute early.
-    late = sweep(*ENDLESS, "model=nano", "train.seed=1", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=20")
+    late = sweep(
+        *ENDLESS, "model=nano", "train.seed=1", "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=20"
+    )
     cancelled = sweep(*ENDLESS, "model=nano", "train.seed=2")
     assert call([*late, "--detach"]).returncode == 0
     assert call([*cancelled, "--detach"]).returncode == 0
@@ -112,7 +118,9 @@ def test_the_time_limit_scancel_and_the_memory_limit_have_their_statuses(sweep, 
 
 def test_ctrl_c_leaves_the_jobs_running_and_says_so(sweep, call, slurm, tmp_path: Path) -> None:
     line = sweep(*NANO, "train.seed=1,2")
-    process = subprocess.Popen(line, cwd=tmp_path, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        line, cwd=tmp_path, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     until(lambda: len(list((tmp_path / "results").glob("*/job.json"))) == 2)
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=60)[0]
