@@ -28,7 +28,14 @@ DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glo
 # Flags of Hydra's that take the next word.
 WITH_VALUE = {"--config-dir", "--cfg"}
 # Keys whose own keys are free, or that are Hydra's.
-FREE = ("hydra.launcher.", "offload.deepspeed.", "model.extra.", "model.rope_scaling.", "numa.bandwidth", "hydra/launcher")
+FREE = (
+    "hydra.launcher.",
+    "offload.deepspeed.",
+    "model.extra.",
+    "model.rope_scaling.",
+    "numa.bandwidth",
+    "hydra/launcher",
+)
 # What has the form of an override and is none: Python, flags of other programs, labels.
 NO_OVERRIDES = {"group", "key", "initial_job_idx", "pin", "install", "seccomp", "num_layers"}
 PLACEHOLDERS = {"<name>": "my_model", "<folder>": "my_conf"}

@@ -102,7 +102,7 @@ def test_the_time_limit_scancel_and_the_memory_limit_have_their_statuses(sweep, 
     queue = subprocess.run(["squeue", "-h", "-o", "%i"], env=slurm, capture_output=True, text=True, check=True)
     subprocess.run(["scancel", max(queue.stdout.split(), key=int)], env=slurm, check=True)
     # Memory: more than it asked for, with everything killed at once, and nobody there who follows it.
-    big = sweep(*ENDLESS, "model=tiny", "train.seed=3", "hydra.launcher.mem_gb=1")
+    big = sweep(*ENDLESS, "model=tiny", "model.vocab_size=400000", "train.seed=3", "hydra.launcher.mem_gb=1")
     following = subprocess.Popen(big, cwd=tmp_path, env=slurm, stdout=subprocess.PIPE, text=True)
     until(lambda: len(list((tmp_path / "results").glob("*/job.json"))) == 3)
     following.kill()
