@@ -36,7 +36,9 @@ class SlurmLauncher(Launcher):
             key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             for key, value in params.items()
         }
-        self.detach = bool(os.environ.get("LDFT_DETACH"))
+        from ldft.cli.overrides import DETACH
+
+        self.detach = DETACH in os.environ
         self.partition: str | None = self._params.get("partition")
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

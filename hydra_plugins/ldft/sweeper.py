@@ -85,6 +85,7 @@ class LdftSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Plan all cells, then run them. Pass the exit code directly to ldft.cli, since Hydra does not return it."""
         from ldft.cli import command, many
+        from ldft.cli.overrides import refuse_detach
         from ldft.sweep import loop, plan
 
         assert self._context is not None
@@ -107,5 +108,6 @@ class LdftSweeper(Sweeper):
         if isinstance(launcher, SlurmLauncher):
             command.exit_codes.append(loop.Sweep(planned, queue=launcher).run())
             return
+        refuse_detach()
         elsewhere = None if here else lambda cells: launcher.launch(cells, initial_job_idx=0)
         command.exit_codes.append(loop.Sweep(planned, elsewhere).run())

@@ -46,6 +46,8 @@ def _cell(tree: DictConfig) -> int:
     config = from_dict(tree)
     if config.plan.goal is not Goal.none:
         config.plan.keep += overrides.keys(HydraConfig.get().overrides.task)
+    if not config.sweep.started_at:
+        overrides.refuse_detach()
     if config.dry_run:
         from ldft.runner import dry_run
 
@@ -135,9 +137,7 @@ def main() -> int:
         print(f"ldft {metadata.version('ldft')}")
         return 0
     try:
-        if "--detach" in sys.argv[1:]:  # Hydra's parser does not know it
-            sys.argv.remove("--detach")
-            os.environ["LDFT_DETACH"] = "1"
+        overrides.take_detach(sys.argv)
         sys.argv = [sys.argv[0], *map(_at_home, _options_first(sys.argv[1:]))]
         overrides.check(_overrides())
         _task()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,6 +12,8 @@ from ldft.cli import composition
 from ldft.errors import ConfigError
 
 _KEY = re.compile(r"(?!.*\.\.)[A-Za-z_][\w.\[\]/@:-]*(?<![./])")
+# Set for a command that was given --detach.
+DETACH = "LDFT_DETACH"
 # Hydra's options of which one at most may be given.
 _MODES = {
     "run": "--run",
@@ -36,6 +39,22 @@ def check_options(options: dict[str, object]) -> None:
         raise ConfigError(
             "command line",
             "--config-path would replace ldft's own config tree; use --config-dir=FOLDER, which adds a folder to it",
+        )
+
+
+def take_detach(arguments: list[str]) -> None:
+    """Move --detach, which Hydra's parser does not know, from the arguments to where the launcher for SLURM finds it."""
+    os.environ.pop(DETACH, None)
+    while "--detach" in arguments:
+        arguments.remove("--detach")
+        os.environ[DETACH] = "1"
+
+
+def refuse_detach() -> None:
+    """Raise ConfigError if --detach was asked for where nothing can run on by itself."""
+    if DETACH in os.environ:
+        raise ConfigError(
+            "command line", "--detach is for sweeps as jobs of SLURM; add -m hydra/launcher=slurm, or leave it out"
         )
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from ldft.errors import LdftError
 
@@ -60,6 +61,7 @@ def ended_as(job: str) -> tuple[str, str]:
     return _STATUS.get(word, "error"), word
 
 
+@cache
 def cores(partition: str | None, gpus: int) -> int | None:
     """Cores of a node for a job that takes so many of its GPUs: their part of the cores, or all without GPUs. The smallest of the
     partition's nodes counts. None if SLURM does not say."""

@@ -70,6 +70,8 @@ LINES = {
     os.fsdecode(b"system=caf\xe9"): ["command line: 'system=caf\\udce9' is not UTF-8"],
     # Hydra's options
     "--multirun --cfg job": ["command line: --multirun and --cfg cannot be combined; use one"],
+    "--detach dry_run=true": ["command line: --detach is for sweeps as jobs of SLURM; add -m hydra/launcher=slurm"],
+    "-m --detach seq_len=1k,2k": ["command line: --detach is for sweeps as jobs of SLURM"],
     "--resolve": ["command line: --resolve needs --cfg"],
     "--experimental-rerun x": ["command line: --experimental-rerun reads files that ldft does not write"],
     "--config-path=/tmp": ["command line: --config-path would replace ldft's own config tree; use --config-dir"],
