@@ -36,10 +36,11 @@ _STATES = "a smaller model, or more memory"
 
 
 class DoesNotFitError(ConfigError):
-    """The run needs more memory than available; `shortage` says which memory, how much, and for what."""
+    """The run needs more memory than available; `shortage` says which memory, how much, and for what. of_device: of the GPU's, not
+    the host's."""
 
-    def __init__(self, shortage: str, remedy: str) -> None:
-        self.shortage = shortage
+    def __init__(self, shortage: str, remedy: str, of_device: bool = False) -> None:
+        self.shortage, self.of_device = shortage, of_device
         super().__init__("force", f"false, and {shortage}; use {remedy}, or force=true to try anyway")
 
 
@@ -140,4 +141,4 @@ def _refusal(what: str, need: float, have: str, parts: Mapping[str, float], on_d
     remedy = _REMEDIES.get(on_device if largest[0] == "device part" else largest[0], _STATES)
     growing = "; set memory.capacity_gib if the machine grows as memory is touched" if "Mem" in have else ""
     shortage = f"not enough {what}: {need / GIB:.1f} GiB expected, {have} (largest: {terms})"
-    return DoesNotFitError(shortage, remedy + growing)
+    return DoesNotFitError(shortage, remedy + growing, of_device=what == "VRAM")

@@ -24,7 +24,7 @@ from ldft.planning import settled
 from ldft.preflight import fit
 from ldft.preflight.resolved import Resolved
 from ldft.results import attempt, schema, store
-from ldft.runner import checks, final_status, launch, measured, node_memory, signals, swap_files
+from ldft.runner import checks, final_status, launch, measured, memory_wait, node_memory, signals, swap_files
 from ldft.terminal import Progress
 from ldft.training.deepspeed import operators
 
@@ -107,10 +107,10 @@ def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
     inputs = checks.check_inputs(ready, fetch=True)
     operators.prepare_cache(ready)
     row |= {"gpu_share_choice": ready.about_share or None, **fit.predictions(ready), **settled.columns(ready)}
-    fit.check(ready)
+    waited = memory_wait.until_it_fits(ready)
     restore_kernel_weights()  # a run that died may have left them changed
     warnings = checks.warnings(ready)
-    row["notes"] = [*warnings, *checks.notes(ready), *inputs]
+    row["notes"] = [*warnings, *checks.notes(ready), *inputs, *([waited] if waited else [])]
     return ready, warnings
 
 
