@@ -176,11 +176,22 @@ def host_memory_lines() -> list[str]:
     return [*found, f"| limit | {limits} | |"]
 
 
+def estimate_lines() -> list[str]:
+    found = []
+    for row in rows("peer_estimates"):
+        who = "" if row["contender"] == "ldft" else f", {row['contender']}"
+        ours = f"{row['ldft_host_gib']:.1f} / {row['ldft_vram_gib']:.1f}" if row["ldft_host_gib"] else "-"
+        peaks = f"{row['measured_host_gib']:.1f} / {row['measured_vram_gib']:.1f}"
+        peers = f"{row['accelerate_gib']:.1f} | {row['deepspeed_host_gib']:.1f} / {row['deepspeed_vram_gib']:.1f}"
+        found.append(f"| {row['model']}, {row['tokens']} tokens{who} | {peaks} | {ours} | {peers} |")
+    return found
+
+
 @cache
 def expected() -> tuple[str, ...]:
     """The measured part of every line of every table, from the rows."""
     found = [training_line(row, digits, each) for name, digits, each in TRAINING for row in rows(name)]
-    found += [*checkpointing_lines(), *placement_lines(), *attention_lines(), *host_memory_lines()]
+    found += [*checkpointing_lines(), *placement_lines(), *attention_lines(), *host_memory_lines(), *estimate_lines()]
     return tuple(found)
 
 
@@ -268,6 +279,14 @@ def test_adapters() -> None:
     )
     times = f"The update takes {median(row, 'step_s'):.2f} s of {median(row, 'iteration_s'):.2f} s per iteration"
     assert f"{memory}, {rate(row):.0f} tokens/s. {times}" in PAGE
+
+
+def test_estimates_of_other_tools_are_beside_the_peaks_of_their_rows() -> None:
+    for row in rows("peer_estimates"):
+        peaks = {
+            round(one["peak_host_gib"], 6) for one in pq.read_table(RESULTS / f"{row['rows']}.parquet").to_pylist()
+        }
+        assert round(row["measured_host_gib"], 6) in peaks
 
 
 def test_rates_of_the_node() -> None:

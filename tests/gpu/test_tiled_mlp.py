@@ -16,7 +16,7 @@ from tests.conftest import Done, compose
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 CUDA = torch.device("cuda")
 LONG = ("model=llama3_1b", "model.num_layers=4", "seq_len=64k", "train.iterations=4", "train.warmup_iterations=1",
-        "train.precision=bf16", "launch.device=cuda", "offload=full", "checkpointing=cpu")  # fmt: skip
+        "train.precision=bf16", "launch.device=cuda", "offload=full", "offload.gpu_share=0", "checkpointing=cpu")  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "phi3"])
