@@ -1,7 +1,8 @@
 """A real SLURM cluster of two nodes on this machine, in a folder of its own: `with cluster(folder) as env: ...`.
 
 Needs root, and Debian's packages slurmctld, slurmd, slurm-client and munge. Both nodes are daemons on this host, with two cores and
-a gigabyte or two of memory each as far as SLURM knows; a job that takes more memory than it asked for is killed within two seconds.
+eight gigabytes each as far as SLURM knows. A job that takes more memory than it asked for is killed within two seconds. Jobs of the
+partition `high` preempt those of `test`.
 """
 
 from __future__ import annotations
@@ -40,9 +41,14 @@ JobAcctGatherFrequency=task=2
 JobAcctGatherParams=OverMemoryKill
 MpiDefault=none
 ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=10
+SlurmdTimeout=20
 FirstJobId={first}
 NodeName=n[0-1] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{nodes}] CPUs=2 RealMemory=8000
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
