@@ -29,7 +29,7 @@ _COMMON = (
 
 
 class SlurmLauncher(Launcher):
-    """params: as for hydra-submitit-launcher's launcher for SLURM (conf/hydra/launcher/slurm.yaml)."""
+    """params: the keys of conf/hydra/launcher/slurm.yaml, named as hydra-submitit-launcher names them."""
 
     def __init__(self, **params: Any) -> None:
         self._params: dict[str, Any] = {
@@ -49,16 +49,19 @@ class SlurmLauncher(Launcher):
 
     def submit(self, cells: Sequence[list[str]], needs: Any) -> list[str]:
         """One job array of these cells; returns their job ids. Raises LdftError."""
-        import submitit
-        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import (  # type: ignore[import-untyped]
-            SlurmLauncher as Job,
-        )
-
+        from ldft.errors import ConfigError
         from ldft.sweep import jobs
 
-        given = {key: value for key, value in self._params.items() if value is not None}
+        try:
+            import submitit
+            from hydra_plugins.hydra_submitit_launcher.submitit_launcher import (  # type: ignore[import-untyped]
+                SlurmLauncher as Job,
+            )
+        except ModuleNotFoundError as error:
+            raise ConfigError("hydra/launcher", f"slurm needs {error.name}; pip install 'ldft[slurm]'") from None
+        given = {key: value for key, value in self._params.items() if value not in (None, [], {})}
         folder = Path(given.pop("submitit_folder"))
-        retries = given.pop("max_num_timeout", 0)
+        python = given.pop("python", None)
         for key in ("mem_gb", "gpus_per_node", "cpus_per_task"):
             value = getattr(needs, key)
             if value is not None and not self._says(key, given):
@@ -70,7 +73,9 @@ class SlurmLauncher(Launcher):
         work = [(list(cell), "hydra.sweep.dir", index, f"cell {index}", state) for index, cell in enumerate(cells)]
         try:
             with redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says, which the exception has
-                executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=retries)
+                executor = submitit.AutoExecutor(
+                    folder=folder, cluster="slurm", slurm_max_num_timeout=0, slurm_python=python
+                )
                 executor.update_parameters(**{key if key in _COMMON else f"slurm_{key}": given[key] for key in given})
                 return [str(one.job_id) for one in executor.map_array(job, *zip(*work, strict=True))]
         except (submitit.core.utils.FailedJobError, RuntimeError, ValueError) as error:

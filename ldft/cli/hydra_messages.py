@@ -24,10 +24,8 @@ _RESOLVERS = "oc.env, oc.decode, oc.select, oc.create, hydra, now"
 
 def no_option(group: str, option: str, options: Iterable[str]) -> str:
     """The line for an option of Hydra's own groups (`hydra/launcher`, `hydra/job_logging`, ...) that does not exist."""
-    package, known = _PLUGINS.get(option), ", ".join(sorted(options))
-    if package and not known:  # asked for by an option of ldft's
-        return f"{group}: this option needs a package that is not installed: pip install {package}"
-    line = f"{group}: '{option}' does not exist; use one of {known}"
+    line = f"{group}: '{option}' does not exist; use one of {', '.join(sorted(options))}"
+    package = _PLUGINS.get(option)
     if package is None:
         return line
     if group == "hydra/sweeper":
