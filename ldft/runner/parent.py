@@ -134,7 +134,12 @@ def lost(
     with _row(config, folder, number, started["time"]) as row:
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
         row |= measured.columns(config, [], reports) if any(reports) else {}
-        row |= {"status": status, "error_message": reason, "job_id": job, "hosts": [started["host"]]}
+        row |= {
+            "status": status,
+            "error_message": reason,
+            "job_id": job,
+            "hosts": [started["host"]] if any(reports) else [],
+        }
         row["log_path"] = log
     return Outcome(status, row, folder / schema.ROW_FILE)
 

@@ -7,6 +7,7 @@ process that submitted may end at any moment.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -58,10 +59,12 @@ def submitted(results_dir: Path, cell_id: str) -> str | None:
 
 
 def needs(config: Config, partition: str | None) -> Needs:
-    """By the cell's estimate. A GPU's memory is unknown here, so nothing of the optimizer is expected on it."""
+    """By the cell's estimate. A GPU's memory is unknown here, so nothing of the optimizer is expected on it. A cell that is refused
+    has none: its job writes the row that says why."""
     ranks = config.launch.num_ranks
     gpus = ranks if config.launch.device is Device.cuda else 0
-    with environment.assumed(environment.Assumed(ranks, None)):
+    estimated = 0.0
+    with environment.assumed(environment.Assumed(ranks, None)), contextlib.suppress(ConfigError):
         estimated = resolve(config).estimate.host_bytes / 2**30
     return Needs(math.ceil(_MARGIN * estimated + _BESIDE_GIB), gpus or None, slurm.cores(partition, gpus))
 
