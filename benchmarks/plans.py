@@ -1,5 +1,6 @@
 """Plans against what happened: predicted and measured time of each plan, and its regret against neighbouring settings.
 
+    python benchmarks/plans.py OUT.parquet                      # the cells of docs/benchmarks.md, about a quarter of an hour
     python benchmarks/plans.py OUT.parquet "model=llama3_3b seq_len=32k" "model=llama3_8b seq_len=8k memory.vram_gib=48"
     python benchmarks/plans.py OUT.parquet "model=llama3_1b seq_len=8k" --neighbours 8 --with train.iterations=6
 
@@ -33,6 +34,22 @@ from ldft.planning.search import Plan, Search
 from ldft.results import schema
 from ldft.runner import checks, parent
 
+# Iterations by length: the first ones are warm-up.
+_FEW, _SOME, _MANY = (
+    "train.iterations=2 train.warmup_iterations=1",
+    "train.iterations=5",
+    "train.iterations=9",
+)
+CELLS = (
+    *(f"model=llama3_{size} seq_len=8k {_MANY}" for size in ("1b", "3b", "8b")),
+    *(f"model=llama3_{size} seq_len=32k {_SOME}" for size in ("1b", "3b", "8b")),
+    f"model=llama3_3b seq_len=8k memory.vram_gib=24 {_MANY}",
+    f"model=llama3_8b seq_len=8k memory.vram_gib=24 {_MANY}",
+    f"model=llama3_3b seq_len=32k memory.vram_gib=24 {_SOME}",
+    f"model=llama3_8b seq_len=32k memory.vram_gib=48 {_SOME}",
+    f"model=llama3_1b seq_len=128k memory.vram_gib=24 {_FEW}",
+    *(f"model=llama3_{size} seq_len=128k {_FEW}" for size in ("1b", "3b", "8b")),
+)
 # How far from the plan's number of recomputed layers its neighbours of the same kind are.
 _STEPS = (1, -1, 2, -2, 4, -4, 8, -8)
 
@@ -109,7 +126,7 @@ def regret(rows: pd.DataFrame) -> pd.DataFrame:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("cells", nargs="+")
+    parser.add_argument("cells", nargs="*", default=CELLS)
     parser.add_argument("--neighbours", type=int, default=0)
     parser.add_argument("--with", dest="further", nargs="*", default=[], help="overrides for every cell")
     arguments = parser.parse_args()
