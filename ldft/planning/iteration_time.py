@@ -154,11 +154,12 @@ def _layer(run: Selection, rates: Rates) -> _Layer:
     # Two norms 4 H, two residuals 6 H, rotary embedding and layout 4 Q + 6 K, activation and product 3 I; and their gradients.
     passes = per_byte * (10 * hidden + 4 * queries + 6 * keys + 3 * inner)
     passes_back = per_byte * (12 * hidden + 4 * queries + 6 * keys + 5 * inner)
-    # An adapter reads its input, writes its output, and adds it to the module's; backward each of these has a gradient, too.
-    adapters = [parameter_counts.adapted(config, sparse) for sparse in kinds for _ in range(kinds[sparse])]
-    adapted = sum(inputs + 3 * outputs for found in adapters for inputs, outputs in found.values()) / model.num_layers
-    passes += per_byte * adapted
-    passes_back += 2 * per_byte * adapted
+    # An adapter reads its input; its output is written, scaled (2) and added to the module's (3). Backward, the gradient is scaled
+    # (2) and read twice, the input read once, and its gradient written and added to the module's (4).
+    sizes = [one for sparse in kinds for one in kinds[sparse] * [*parameter_counts.adapted(config, sparse).values()]]
+    read, written = (sum(column) / model.num_layers for column in zip(*sizes, strict=True)) if sizes else (0.0, 0.0)
+    passes += per_byte * (read + 6 * written)
+    passes_back += per_byte * (5 * read + 4 * written)
     products = 2.0 * tokens * weights / rates.products
     of_down = 2.0 * tokens * inner * hidden / rates.products
     ahead, back = rates.attention_of(model.head_dim, config.seq_len.tokens)

@@ -77,10 +77,11 @@ def test_a_layer_is_its_products_its_attention_and_what_it_reads_and_writes() ->
     # average x 8 = 4800, 24 s; backward 2.5 times at half of the rate, 120 s. A byte of 2 x 30 numbers costs 6 s: forward
     # 10 x 8 + 4 x 8 + 6 x 4 + 3 x 20 = 196 of them, backward 12 x 8 + 4 x 8 + 6 x 4 + 5 x 20 = 252.
     assert of_layer(run) == near((40.32 + 24 + 6 * 196, 2 * 40.32 + 120 + 6 * 252, 40.32 - 9.6 + 24 + 6 * 196, 24))
-    # Adapters at two modules: 8 + 3 x 8 and 20 + 3 x 8 more, twice that backward; frozen weights have no gradients.
+    # Adapters at two modules: 8 + 6 x 8 and 20 + 6 x 8 more; backward 5 x 8 + 4 x 8 and 5 x 20 + 4 x 8. Frozen weights have no
+    # gradients.
     run.config.lora.rank, run.config.lora.target_modules = 2, ["q_proj", "down_proj"]
     ahead, back, again, _ = of_layer(run)
-    assert (ahead, back) == near((40.32 + 24 + 6 * (196 + 76), 40.32 + 120 + 6 * (252 + 2 * 76)))
+    assert (ahead, back) == near((40.32 + 24 + 6 * (196 + 124), 40.32 + 120 + 6 * (252 + 204)))
     assert again == near(ahead - 9.6)
 
 
@@ -96,9 +97,9 @@ def test_of_a_layer_with_experts_those_that_compute_a_token_count() -> None:
     passes, back = 6 * (80 + 32 + 24 + 90), 6 * (96 + 32 + 24 + 150)
     expected = (products + 24 + passes, 2 * products + 120 + back, products - down + 24 + passes, 24)
     assert of_layer(run) == near(expected)
-    # Adapters of the shared expert's down projection, 6 + 3 x 8, and of the dense layers', 20 + 3 x 8.
+    # Adapters of the shared expert's down projection, 6 + 6 x 8, and of the dense layers', 20 + 6 x 8.
     run.config.lora.rank, run.config.lora.target_modules = 2, ["down_proj"]
-    assert of_layer(run)[0] == near(expected[0] + 6 * (2 * 44 + 30) / 3)
+    assert of_layer(run)[0] == near(expected[0] + 6 * (2 * 68 + 54) / 3)
 
 
 def test_a_query_sees_the_half_before_it_or_its_window() -> None:
