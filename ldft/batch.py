@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 
@@ -11,6 +12,33 @@ def job_id() -> str | None:
     """The job's number as squeue and scancel take it: `123`, or `123_4` in a job array. None outside a job."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID") or None
+
+
+def host() -> str:
+    """This machine, by SLURM's name for it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def address() -> str:
+    """Where the other hosts of the job reach this one."""
+    return os.environ.get("SLURM_NODE_ADDRESS") or socket.gethostname()
+
+
+def host_number() -> int:
+    """This host's number among those of the run, from 0: of the step's task, one on each host."""
+    return int(os.environ.get("SLURM_PROCID", "0"))
+
+
+def step() -> str | None:
+    """The job's step that this process belongs to, as scancel takes it; None outside one."""
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    return f"{job}.{step}" if job and step else None
+
+
+def hosts_of_job() -> int | None:
+    """Number of hosts of the job; None outside a job."""
+    text = os.environ.get("SLURM_JOB_NUM_NODES", "")
+    return int(text) if text.isdigit() else None
 
 
 def restarts() -> int:

@@ -62,6 +62,7 @@ class SlurmLauncher(Launcher):
         given = {key: value for key, value in self._params.items() if value not in (None, [], {})}
         folder = Path(given.pop("submitit_folder"))
         python = given.pop("python", None)
+        given |= {"nodes": needs.nodes, "tasks_per_node": 1}
         for key in ("mem_gb", "gpus_per_node", "cpus_per_task"):
             value = getattr(needs, key)
             if value is not None and not self._says(key, given):

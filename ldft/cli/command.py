@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from ldft import closed_pipe
+from ldft import batch, closed_pipe
 from ldft.cli import composition, overrides
 from ldft.config import Goal, from_dict
 from ldft.environment import CONF_DIR
@@ -54,6 +54,8 @@ def _cell(tree: DictConfig) -> int:
         print(dry_run.describe(config), flush=True)
         return 0
     if config.sweep.started_at:
+        if config.launch.num_hosts > 1 and batch.host_number():
+            return 0  # the job's task on its first host runs the cell
         # A sweep cell that a launcher started on some machine; the sweep reads the result from the cell's row.
         cell.run(config, History(parent.prepare(config)))
         return 0

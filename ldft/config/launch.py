@@ -1,4 +1,4 @@
-"""Number of worker processes, their device and their time limit."""
+"""Number of worker processes and of their hosts, their device and their time limit."""
 
 from __future__ import annotations
 
@@ -21,15 +21,26 @@ class LaunchConfig:
     num_ranks: int = 1
     """Worker processes; on cuda, one per GPU (the seed's NUM_GPUS)."""
 
+    num_hosts: int = 1
+    """Hosts that share the ranks evenly, within an allocation of SLURM (docs/slurm.md)."""
+
     device: Device = Device.auto
     """Device type of every rank."""
 
     timeout_s: float = 0.0
     """Seconds until the ranks are stopped and the row gets status timeout; 0: no limit. Not part of the run's identity."""
 
+    @property
+    def ranks_per_host(self) -> int:
+        return self.num_ranks // self.num_hosts
+
     def validate(self) -> None:
         if self.num_ranks < 1:
             raise ConfigError("launch.num_ranks", f"{self.num_ranks} is too small; use 1 or more")
+        if self.num_hosts < 1 or self.num_ranks % self.num_hosts:
+            raise ConfigError(
+                "launch.num_hosts", f"{self.num_hosts} does not divide launch.num_ranks={self.num_ranks}; use a divisor"
+            )
         if self.timeout_s < 0:
             raise ConfigError(
                 "launch.timeout_s", f"{self.timeout_s:g} is negative; use seconds above 0, or 0 for no limit"

@@ -51,6 +51,7 @@ _LATER = (
     "offload.gpu_share",
     "checkpointing.device_inputs",
     "kernels.mlp_tiles",
+    "launch.num_hosts",
     *(f"machine.{one.name}" for one in fields(MachineConfig)),
 )
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.

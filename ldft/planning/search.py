@@ -126,7 +126,7 @@ class Search:
             return None
         peak = device_estimate.peak_of(device_estimate.moments(run))
         roles, others = host_estimate.host_bytes(run), host_estimate.other_bytes(run, peak)
-        host = config.launch.num_ranks * (sum(roles.values()) + sum(others.values()))
+        host = config.launch.ranks_per_host * (sum(roles.values()) + sum(others.values()))
         if host * (1 + room.HOST_SPARE) > self.host_limit:
             self._refuse(HOST)
             return None

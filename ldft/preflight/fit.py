@@ -48,7 +48,7 @@ def predictions(run: Resolved) -> dict[str, Any]:
     """The row's columns: predicted peaks and their parts."""
     estimate = run.estimate
     columns: dict[str, Any] = {
-        "predicted_host_gib": estimate.host_bytes / GIB,
+        "predicted_host_gib": run.config.launch.num_hosts * estimate.host_bytes / GIB,
         "predicted_host_json": json.dumps({n: size / GIB for n, size in {**estimate.roles, **estimate.others}.items()}),
     }
     if run.config.launch.device is Device.cuda:

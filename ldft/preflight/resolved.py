@@ -25,10 +25,11 @@ class Estimate:
     moments: Mapping[str, device_estimate.Parts]
     """In device memory, by moment of an iteration, then by purpose."""
     num_ranks: int
+    """On each host."""
 
     @property
     def host_bytes(self) -> int:
-        """Peak in host memory, over all ranks."""
+        """Peak in the memory of a host, over its ranks."""
         return self.num_ranks * (sum(self.roles.values()) + sum(self.others.values()))
 
     @property
@@ -47,7 +48,7 @@ class Resolved(Selection):
     """A Selection with placements and estimate; made once per process and passed on."""
 
     placements: tuple[Mapping[str, Placement], ...]
-    """Role -> placement, for each rank."""
+    """Role -> placement, for each rank of a host."""
     stripes: Placement | None
     """The process's weighted placement if stripes replace the kernel's weights."""
     estimate: Estimate
@@ -84,5 +85,5 @@ def complete(run: Selection, *, settled: bool = False) -> Resolved:
         **{field.name: getattr(run, field.name) for field in fields(Selection)},
         placements=tuple(role_placement.assign(run, roles, others)),
         stripes=role_placement.stripes_of_process(run),
-        estimate=Estimate(roles=roles, others=others, moments=moments, num_ranks=run.config.launch.num_ranks),
+        estimate=Estimate(roles=roles, others=others, moments=moments, num_ranks=run.config.launch.ranks_per_host),
     )

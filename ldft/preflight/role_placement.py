@@ -69,7 +69,7 @@ def _by_strategy(
     run: Selection, expected: Mapping[str, int], process: int, asked: dict[str, Placement]
 ) -> list[dict[str, Placement]]:
     config, topology = run.config, run.topology
-    name, ranks = config.numa.strategy.name, config.launch.num_ranks
+    name, ranks = config.numa.strategy.name, config.launch.ranks_per_host
     if name == "none":
         return [{} for _ in range(ranks)]
     strategy = STRATEGIES[name]
@@ -118,7 +118,7 @@ def _budgets(
     beside: int,
 ) -> dict[tuple[int, ...], float]:
     """Bytes that single nodes and the two sets may hold of the roles that the strategy places."""
-    config, topology, ranks = run.config, run.topology, run.config.launch.num_ranks
+    config, topology, ranks = run.config, run.topology, run.config.launch.ranks_per_host
     process = ranks * beside
     taken: dict[int, float] = {}
     for role, placement in asked.items():

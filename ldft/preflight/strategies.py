@@ -174,7 +174,7 @@ def _greedily(task: Task) -> Weights:
 def _optimally(task: Task) -> Weights:
     config = task.run.config
     known = _bandwidths(config, task.local + task.cxl)
-    return cost_model.solve(task.sizes, known, task.budgets, config.launch.num_ranks, streams=streams(task.run))
+    return cost_model.solve(task.sizes, known, task.budgets, config.launch.ranks_per_host, streams=streams(task.run))
 
 
 # One entry for each member of NumaStrategy (ldft/config/numa.py).

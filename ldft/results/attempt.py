@@ -5,6 +5,7 @@ results/<run_id>/attempt-<n>/
     config.json      the resolved config (parent, before the ranks start)
     deepspeed.json   the effective DeepSpeed config (parent, before the ranks start)
     choices.json     what the parent chose by the machine's memory (likewise)
+    host-<h>.json    state of host h, if there are several (its agent, every few seconds)
     rank-<r>.json    partial results of rank r (rank, after each phase and iteration)
     worker-<r>.log   everything the rank printed
     trace.parquet    samples over time (parent, when the ranks have ended)

@@ -159,6 +159,7 @@ MEASURED = [
     Column("host_memory_gib", _FLOAT, "GiB", "MemTotal"),
     Column("gpus", pa.list_(_TEXT), "", "GPU models of the machine"),
     Column("driver", _TEXT, "", "NVIDIA driver version"),
+    Column("host_environments_json", _TEXT, "", "kernel, CPU, cores, memory, GPUs and driver of each host, if several ran ranks"),
     Column("topology_json", _TEXT, "", "NUMA nodes: cores, memory, distances"),
 ]  # fmt: skip
 

@@ -117,10 +117,10 @@ def check_config(config: Config, topology: Topology) -> None:
     if config.launch.device is Device.cuda:
         if not gpus:
             raise ConfigError("launch.device", "cuda: no NVIDIA GPU is visible here; use launch.device=cpu")
-        if config.launch.num_ranks > len(gpus):
+        if config.launch.ranks_per_host > len(gpus):
             raise ConfigError(
                 "launch.num_ranks",
-                f"{config.launch.num_ranks} ranks need as many GPUs, {len(gpus)} visible; use 1 to {len(gpus)}",
+                f"{config.launch.ranks_per_host} ranks need as many GPUs, {len(gpus)} visible; use 1 to {len(gpus)}",
             )
 
         lowest = environment.compute_capability()

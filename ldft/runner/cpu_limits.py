@@ -81,14 +81,14 @@ def warnings(run: Resolved, have: Cpus | None = None) -> list[str]:
     """A warning with the expected update time if ranks share cores or may use less than half of the machine's cores."""
     config, have = run.config, have or cpus()
     bytes_ = _update_bytes(run)
-    short = have.usable < max(config.launch.num_ranks, have.cores)
+    short = have.usable < max(config.launch.ranks_per_host, have.cores)
     few = 2 * have.usable <= have.machine
     if not bytes_ or not (short or few):
         return []
     seconds = bytes_ / (have.usable * _core_bytes_per_s())
     if seconds < _WORTH_A_WARNING_S and not short:
         return []
-    ranks = config.launch.num_ranks
+    ranks = config.launch.ranks_per_host
     who = "1 rank has" if ranks == 1 else f"{ranks} ranks share"
     if have.quota is not None and have.quota < have.cores:
         limit = f" of this machine's {have.machine} (the CPU quota of its container or cgroup)"
@@ -108,7 +108,7 @@ def _update_bytes(run: Resolved) -> float:
     sizes = run.estimate.roles
     if "momentum" not in sizes:
         return 0.0
-    return float(run.config.launch.num_ranks * sum(size * accesses.get(role, 0) for role, size in sizes.items()))
+    return float(run.config.launch.ranks_per_host * sum(size * accesses.get(role, 0) for role, size in sizes.items()))
 
 
 @cache

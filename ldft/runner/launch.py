@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ldft.runner import cpu_limits
 from ldft.runner.core_binding import cores_of_ranks
@@ -46,9 +47,23 @@ def _headers() -> dict[str, str]:
 
 
 class Ranks:
-    """The rank processes of one run. A context manager: leaving it ends all remaining processes and removes the rendezvous."""
+    """The rank processes of one run on this host. A context manager: leaving it ends all remaining processes and removes the
+    rendezvous.
 
-    def __init__(self, attempt_dir: Path, num_ranks: int, device: str) -> None:
+    first, world: number of the first rank here, and of all ranks, if there are other hosts; init_method: where the ranks meet then.
+    """
+
+    def __init__(
+        self,
+        attempt_dir: Path,
+        num_ranks: int,
+        device: str,
+        *,
+        first: int = 0,
+        world: int | None = None,
+        init_method: str | None = None,
+    ) -> None:
+        self._first, self._world, self._init_method = first, world or num_ranks, init_method
         self.exits: list[RankExit] = []
         self._processes: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
         self._killed = False
@@ -69,7 +84,7 @@ class Ranks:
                     # SLURM sends it to every process of a job; the parent decides.
                     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
-                with (attempt_dir / f"worker-{rank}.log").open("wb") as log:
+                with (attempt_dir / f"worker-{first + rank}.log").open("wb") as log:
                     process = subprocess.Popen(
                         [sys.executable, "-m", "ldft.worker", str(attempt_dir)],
                         env=self._environment(rank, num_ranks, cpu_limits.threads(cores, num_ranks, quota), device),
@@ -79,7 +94,7 @@ class Ranks:
                         start_new_session=True,
                         preexec_fn=bind,
                     )
-                self._processes[process.pid] = (rank, process)
+                self._processes[process.pid] = (first + rank, process)
             self._guard = self._start_guard()
         except BaseException:
             self._kill()
@@ -93,11 +108,12 @@ class Ranks:
             os.environ
             | _headers()
             | {
-                "RANK": str(rank),
+                "RANK": str(self._first + rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(num_ranks),
+                "WORLD_SIZE": str(self._world),
                 "LOCAL_WORLD_SIZE": str(num_ranks),
                 "LDFT_RENDEZVOUS_DIR": self._rendezvous_dir,
+                "LDFT_INIT_METHOD": self._init_method or f"file://{self._rendezvous_dir}/store",
                 "OMP_NUM_THREADS": str(num_threads),
                 # OpenMP would bind the main thread to one core, and with it all threads that ldft starts.
                 "OMP_PROC_BIND": "false",
@@ -182,8 +198,19 @@ class Ranks:
         shutil.rmtree(self._rendezvous_dir, ignore_errors=True)
 
 
+class Processes(Protocol):
+    """What `wait` needs of a run's ranks."""
+
+    @property
+    def pids(self) -> list[int]: ...
+
+    def poll(self) -> list[RankExit]: ...
+
+    def end(self) -> None: ...
+
+
 def wait(
-    ranks: Ranks, timeout_s: float, on_tick: Callable[[], None], grace_s: float = 5.0, interval_s: float = 0.1
+    ranks: Processes, timeout_s: float, on_tick: Callable[[], None], grace_s: float = 5.0, interval_s: float = 0.1
 ) -> bool:
     """Wait until every rank has ended, calling `on_tick()` about every `interval_s`.
 

@@ -109,7 +109,7 @@ def table_of(reports: list[dict[str, Any]]) -> MemoryTable | None:
 
 
 def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
-    """The row's columns about nodes, from the ranks' reports; unknown ones are left out."""
+    """The row's columns about nodes, from the ranks' reports; unknown ones are left out. host: of ranks that do not say it."""
     first = reports[0]
     row: dict[str, Any] = {name: first[name] for name in ("numa_policy", "numa_kernel_weights_json") if name in first}
     used = {report.get("numa_mechanism") for report in reports}.union(
@@ -121,19 +121,33 @@ def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
             entry
             for rank, report in enumerate(reports)
             for role in report["roles"]
-            for entry in _role(host, rank, role)
+            for entry in _role(report.get("host", host), rank, role)
         ]
-    table = table_of(reports)
-    if table is None:
+    if table_of(reports) is None:
         return row
-    row["nodes"] = [{"host": host, **node} for node in table.rows()]
+    by_host: dict[str, list[dict[str, Any]]] = {}
+    for report in reports:
+        by_host.setdefault(report.get("host", host), []).append(report)
+    row |= {"nodes": [], "numa_shares": [], "numa_passed_over": 0, "khugepaged_gib": 0.0}
+    for name, mine in by_host.items():
+        table, drift = table_of(mine), _drift(mine[0])
+        assert table
+        row["nodes"] += [{"host": name, **node} for node in table.rows()]
+        row["numa_shares"] += _shares(mine, name)
+        row["numa_passed_over"] += sum(count for node, count in drift.passed_over.items() if node in _asked(mine[0]))
+        row["khugepaged_gib"] += drift.merged_bytes / GIB
+    return row
+
+
+def _shares(reports: list[dict[str, Any]], host: str) -> list[dict[str, Any]]:
+    """Of one host's ranks: what they added to each node."""
     added: dict[int, int] = {}
     for report in reports:
         for node, size in report["numa_added"].items():
             added[int(node)] = added.get(int(node), 0) + size
     total = sum(added.values())
-    asked = first["numa_requested"]
-    row["numa_shares"] = [
+    asked = reports[0]["numa_requested"]
+    return [
         {
             "host": host,
             "node": node,
@@ -143,10 +157,6 @@ def columns(reports: list[dict[str, Any]], host: str) -> dict[str, Any]:
         }
         for node in sorted(added)
     ]
-    drift = _drift(first)
-    row["numa_passed_over"] = sum(count for node, count in drift.passed_over.items() if node in _asked(first))
-    row["khugepaged_gib"] = drift.merged_bytes / GIB
-    return row
 
 
 def _role(host: str, rank: int, role: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import time
 import traceback
@@ -24,7 +23,7 @@ from ldft.planning import settled
 from ldft.preflight import fit
 from ldft.preflight.resolved import Resolved
 from ldft.results import attempt, schema, store
-from ldft.runner import checks, final_status, launch, measured, memory_wait, node_memory, signals, swap_files
+from ldft.runner import checks, final_status, hosts, launch, measured, memory_wait, node_memory, signals, swap_files
 from ldft.terminal import Progress
 from ldft.training.deepspeed import operators
 
@@ -75,6 +74,7 @@ def run(
                 ) as progress:
                     exits, decision, waited_s = _run_ranks(ready, folder, progress.show, recorder)
         reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
+        row |= hosts.columns(folder, config)
         row |= node_memory.columns(reports, row["hosts"][0])
         row |= measured.columns(config, exits, reports) | _judged(decision, folder, results_dir)
         row["notes"] += [*reports[0].get("warnings", []), *measured.warnings(row)]
@@ -102,6 +102,7 @@ def _prepare(config: Config, row: dict[str, Any]) -> tuple[Resolved, list[str]]:
             f"{config.machine.name} is not this machine; add dry_run=true, use python -m ldft.plan, or leave it out",
         )
     config.validate()
+    hosts.check(config)
     ready = checks.check_machine(config)
     swap_files.prepare(config, ready.deepspeed)
     inputs = checks.check_inputs(ready, fetch=True)
@@ -173,7 +174,7 @@ def _row(config: Config, folder: Path, number: int, started: float | None = None
         "repeat": config.repeat,
         "system": config.system,
         "started_at": datetime.fromtimestamp(started, UTC),
-        "hosts": [socket.gethostname()],
+        "hosts": [batch.host()],
         "job_id": batch.job_id(),
         "device_type": config.launch.device.name,
         "status": "error",
@@ -254,9 +255,7 @@ def _run_ranks(
     try:
         with (
             signals.noting(),
-            nullcontext() if ready.stripes else kernel_weights(config.numa.placement),
-            swap_files.folder(config, ready.deepspeed),
-            launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
+            _ranks(ready, folder) as ranks,
         ):
             exits = ranks.exits
             wait_start = time.monotonic()
@@ -266,10 +265,29 @@ def _run_ranks(
         interrupted = told.name
     waited_s = time.monotonic() - wait_start
     reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
-    kills = final_status.oom_kills() - kills_before
+    states = hosts.states(folder, config)
+    kills = final_status.oom_kills() - kills_before + sum(state.get("oom_kills", 0) for state in states)
     passed_s = 0.0 if in_time else config.launch.timeout_s
     decision = final_status.judge(exits, reports, timed_out_s=passed_s, interrupted=interrupted, new_oom_kills=kills)
+    if isinstance(ranks, hosts.Hosts) and not interrupted:
+        decision = ranks.judged(decision)
     return exits, decision, waited_s
+
+
+@contextmanager
+def _ranks(ready: Resolved, folder: Path) -> Iterator[launch.Ranks | hosts.Hosts]:
+    """The ranks at work: here, or by agents on several hosts, which prepare their machines themselves."""
+    config = ready.config
+    if config.launch.num_hosts > 1:
+        with hosts.Hosts(folder, config) as several:
+            yield several
+        return
+    with (
+        nullcontext() if ready.stripes else kernel_weights(config.numa.placement),
+        swap_files.folder(config, ready.deepspeed),
+        launch.Ranks(folder, config.launch.num_ranks, config.launch.device.name) as ranks,
+    ):
+        yield ranks
 
 
 def _judged(decision: final_status.Verdict, folder: Path, results_dir: Path) -> dict[str, Any]:

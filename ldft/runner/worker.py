@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from ldft import batch
 from ldft.config import from_dict
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
@@ -135,7 +136,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     deepspeed.init_distributed(
         dist_backend="nccl" if device_type == "cuda" else "gloo",
         auto_mpi_discovery=False,
-        init_method=f"file://{os.environ['LDFT_RENDEZVOUS_DIR']}/store",
+        init_method=os.environ.get("LDFT_INIT_METHOD") or f"file://{os.environ['LDFT_RENDEZVOUS_DIR']}/store",
         rank=rank,
         world_size=config.launch.num_ranks,
         verbose=False,
@@ -229,7 +230,7 @@ def main() -> int:
         selection = select(config, deepspeed=attempt.read_json(folder / attempt.DEEPSPEED) or None)
         selection = dataclasses.replace(selection, **attempt.read_json(folder / attempt.CHOICES))
         first, policy = node_memory.begin(selection)
-        report.put(pid=os.getpid(), **policy)
+        report.put(pid=os.getpid(), host=batch.host(), **policy)
         _train(selection, report, rank, interpreter_start, first)
     except BaseException as error:
         traceback.print_exc()

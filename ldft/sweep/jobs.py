@@ -36,8 +36,9 @@ _LATE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a cell's job asks SLURM for, where the user did not say."""
+    """What a cell's job asks SLURM for on each of its nodes, where the user did not say."""
 
+    nodes: int
     mem_gb: int
     gpus_per_node: int | None
     cpus_per_task: int | None
@@ -61,12 +62,17 @@ def submitted(results_dir: Path, cell_id: str) -> str | None:
 def needs(config: Config, partition: str | None) -> Needs:
     """By the cell's estimate. A GPU's memory is unknown here, so nothing of the optimizer is expected on it. A cell that is refused
     has none: its job writes the row that says why."""
-    ranks = config.launch.num_ranks
+    ranks = config.launch.ranks_per_host
     gpus = ranks if config.launch.device is Device.cuda else 0
     estimated = 0.0
     with environment.assumed(environment.Assumed(ranks, None)), contextlib.suppress(ConfigError):
         estimated = resolve(config).estimate.host_bytes / 2**30
-    return Needs(math.ceil(_MARGIN * estimated + _BESIDE_GIB), gpus or None, slurm.cores(partition, gpus))
+    return Needs(
+        config.launch.num_hosts,
+        math.ceil(_MARGIN * estimated + _BESIDE_GIB),
+        gpus or None,
+        slurm.cores(partition, gpus),
+    )
 
 
 class Jobs:

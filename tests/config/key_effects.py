@@ -73,6 +73,10 @@ def attention_that_runs(config: Config) -> Any:
     return model.build(select(config), torch.device("cpu")).config._attn_implementation
 
 
+def ranks_of_a_host(config: Config) -> Any:
+    return resolve(config).estimate.num_ranks
+
+
 def mlp_in_tiles(config: Config) -> Any:
     return select(config).mlp_tiles
 

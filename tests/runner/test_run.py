@@ -28,6 +28,7 @@ NULL = {
     **dict.fromkeys((f"predicted_{name}_s" for name in ("iteration", "forward", "backward", "step")), "no GPU"),
     "predicted_bound": "no GPU",
     "job_id": "no job",
+    "host_environments_json": "one host",
     "numa_mechanism": "numa=default",
     "documents_read": "data=random",
     "documents_skipped": "data=random",

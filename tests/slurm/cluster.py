@@ -2,7 +2,7 @@
 
 Needs root, and Debian's packages slurmctld, slurmd, slurm-client and munge. Both nodes are daemons on this host, with two cores and
 eight gigabytes each as far as SLURM knows. A job that takes more memory than it asked for is killed within two seconds. Jobs of the
-partition `high` preempt those of `test`.
+partition `high` preempt those of `test`. Each node has half of this machine's cores, as two ranks of one host would have.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ MpiDefault=none
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+SlurmdParameters=config_overrides
 KillWait=10
 SlurmdTimeout=20
 FirstJobId={first}
@@ -79,8 +80,9 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     try:
         _munge(folder / "munge")
         _start(folder, env, "slurmctld")
-        for node in ("n0", "n1"):
-            _start(folder, env, "slurmd", "-N", node)
+        cores = sorted(os.sched_getaffinity(0))
+        for node, mine in (("n0", cores[: len(cores) // 2] or cores), ("n1", cores[len(cores) // 2 :])):
+            _start(folder, env, "taskset", "--cpu-list", ",".join(map(str, mine)), "slurmd", "-N", node)
         _until_idle(env)
         yield env
     finally:

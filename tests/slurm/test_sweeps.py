@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytest
 
 from ldft import results
 from tests.conftest import long
-from tests.slurm.cluster import cluster, missing
+from tests.slurm.cluster import missing
 
 pytestmark = [
     long,
@@ -27,15 +25,6 @@ pytestmark = [
 ]
 NANO = ("model=nano", "seq_len.tokens=64", "train.iterations=3", "train.warmup_iterations=1")
 ENDLESS = ("train.iterations=1000000", "train.warmup_iterations=1", "seq_len.tokens=64")
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[dict[str, str]]:
-    folder = Path(tempfile.mkdtemp(prefix="ldft-slurm-"))
-    folder.chmod(0o755)  # munge's daemon is another user
-    with cluster(folder) as env:
-        yield env
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

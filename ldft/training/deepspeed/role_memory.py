@@ -23,7 +23,7 @@ def arenas_of(run: Resolved, rank: int) -> Arenas | None:
         return None
     config = run.config
     exact = config.memory.pinning is Pinning.exact and config.launch.device is Device.cuda
-    return Arenas(run.placements[rank], pinned=DMA_ROLES if exact else ())
+    return Arenas(run.placements[rank % len(run.placements)], pinned=DMA_ROLES if exact else ())
 
 
 def seconds(arenas: Arenas | None) -> dict[str, float]:

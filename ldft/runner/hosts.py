@@ -1,0 +1,153 @@
+"""The ranks of a run over several hosts of a SLURM job: an agent on each (agent.py), started as one step of the job.
+
+Has the interface of launch.Ranks, which runs those of a single host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ldft import batch
+from ldft.config import Config
+from ldft.errors import ConfigError
+from ldft.runner import agent, final_status, launch
+
+# An agent that has not written for so long is gone, or cannot write.
+SILENT_S = 60.0
+_END_S = 20.0
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError if this is not within an allocation of as many hosts."""
+    hosts, have = config.launch.num_hosts, batch.hosts_of_job()
+    if hosts == 1:
+        return
+    if have is None:
+        raise ConfigError(
+            "launch.num_hosts",
+            f"{hosts}: several hosts need an allocation of SLURM; use -m hydra/launcher=slurm, or start it within salloc or sbatch",
+        )
+    if have < hosts:
+        raise ConfigError("launch.num_hosts", f"{hosts}: this job has {have} nodes; use sbatch --nodes={hosts}")
+
+
+def states(folder: Path, config: Config) -> list[dict[str, Any]]:
+    """Of each host, as its agent last wrote it; none on a single host, which has no agent."""
+    count = config.launch.num_hosts
+    return [agent.of_host(folder, host) for host in range(count)] if count > 1 else []
+
+
+def columns(folder: Path, config: Config) -> dict[str, Any]:
+    """The row's columns about several hosts."""
+    found = [state for state in states(folder, config) if state]
+    if not found:
+        return {}
+    environments = {state["host"]: state["environment"] for state in found if "environment" in state}
+    return {
+        "hosts": [state["host"] for state in found],
+        "host_environments_json": json.dumps(environments) if environments else None,
+    }
+
+
+class Hosts:
+    """A context manager: leaving it ends all agents, and with them their ranks."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.exits: list[launch.RankExit] = []
+        self.refused: str | None = None
+        """Why a host cannot run its ranks."""
+        self.silent: str | None = None
+        """The host that has not been heard of."""
+        self._folder, self._config, self._count = folder, config, config.launch.num_hosts
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._killed = False
+        with (folder / "hosts.log").open("wb") as log:
+            self._step = subprocess.Popen(
+                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _command(self) -> list[str]:
+        cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
+        shape = [f"--nodes={self._count}", f"--ntasks={self._count}", "--ntasks-per-node=1", f"--cpus-per-task={cores}"]
+        # The agent binds its ranks itself. A host that has failed must not take the others' exit states with it.
+        rest = ["--overlap", "--cpu-bind=none", "--kill-on-bad-exit=0", f"--wait={int(_END_S)}", "--unbuffered"]
+        return ["srun", *shape, *rest, sys.executable, "-m", "ldft.runner.agent", str(self._folder)]
+
+    @property
+    def pids(self) -> list[int]:
+        """The step, while it runs."""
+        return [self._step.pid] if self._step.poll() is None else []
+
+    @property
+    def by_rank(self) -> dict[int, int]:
+        """Empty: the ranks are processes of other hosts."""
+        return {}
+
+    def judged(self, decision: final_status.Verdict) -> final_status.Verdict:
+        """The verdict with what only the agents know."""
+        if self.refused:
+            return final_status.Verdict("invalid", exit_code=None, error_type="ConfigError", error_message=self.refused)
+        if self.silent:
+            lost = (
+                f"host {self.silent} was silent for {SILENT_S:.0f} s: it is gone, or cannot write to the results folder"
+            )
+            return final_status.Verdict("error", exit_code=None, error_type="SilentHost", error_message=lost)
+        if decision.status == "ok" and len(self.exits) < self._config.launch.num_ranks:
+            log = " ".join((self._folder / "hosts.log").read_text(errors="replace").split())[-300:]
+            lost = (
+                f"srun ended with code {self._step.returncode} before all ranks had run: {log or 'it printed nothing'}"
+            )
+            return final_status.Verdict("error", exit_code=None, error_type="SrunFailed", error_message=lost)
+        return decision
+
+    def poll(self) -> list[launch.RankExit]:
+        """Ranks that have ended since the last call."""
+        found, now = states(self._folder, self._config), time.monotonic()
+        known = {ended.rank for ended in self.exits}
+        new = [launch.RankExit(**one) for state in found for one in state.get("exits", ()) if one["rank"] not in known]
+        for ended in new:
+            ended.ended_by_us |= self._killed
+        self.exits += new
+        for host, state in enumerate(found):
+            beats = state.get("beats", 0)
+            if host not in self._seen or self._seen[host][0] != beats:
+                self._seen[host] = beats, now
+            if state.get("refused") and not self.refused:
+                self.refused = f"{state['host']}: {state['refused']}"
+                self.end()
+            quiet = now - self._seen[host][1] > SILENT_S
+            if quiet and not state.get("ended") and not self.silent and self.pids:
+                self.silent = str(state.get("host") or f"number {host}")
+                self.end()
+        return new
+
+    def end(self) -> None:
+        """Tell every agent to end its ranks, and wait for them."""
+        self._killed = True
+        if self._step.poll() is None:
+            step = next((state["step"] for state in states(self._folder, self._config) if state.get("step")), None)
+            if (
+                step
+            ):  # srun itself would answer SIGTERM by killing the agents, which then could not say how their ranks ended
+                subprocess.run(["scancel", "--signal=TERM", step], capture_output=True, timeout=_END_S, check=False)
+            else:
+                self._step.send_signal(signal.SIGTERM)
+            try:
+                self._step.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                self._step.kill()
+                self._step.wait()
+
+    def __enter__(self) -> Hosts:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+        self.poll()
