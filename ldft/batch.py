@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import time
@@ -20,8 +21,15 @@ def host() -> str:
 
 
 def address() -> str:
-    """Where the other hosts of the job reach this one."""
-    return os.environ.get("SLURM_NODE_ADDRESS") or socket.gethostname()
+    """Where the other hosts of the job reach this one: its name or, if that does not resolve, its address as SLURM knows it."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        shown = subprocess.run(["scontrol", "show", "node", host()], capture_output=True, text=True, check=False).stdout
+        if found := re.search(r"NodeAddr=(\S+)", shown):
+            return found[1]
+    return name
 
 
 def host_number() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -117,6 +118,20 @@ def test_a_requeued_job_takes_over_from_its_own_earlier_start_only(tmp_path: Pat
     assert not attempt.is_alive(folder), "this is the job that was requeued"
     job(SLURM_ARRAY_TASK_ID="4")
     assert attempt.is_alive(folder), "another job of the array"
+
+
+def test_a_host_whose_name_does_not_resolve_is_reached_by_its_address(
+    tmp_path: Path, job: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "nowhere.invalid")
+    job(SLURMD_NODENAME="n7", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\n[ "$3" = n7 ] && echo "NodeName=$3 NodeAddr=10.0.0.7 NodeHostName=$3"\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    assert (batch.address(), batch.host()) == ("10.0.0.7", "n7")
+    monkeypatch.undo()
+    assert batch.address() == socket.gethostname()
 
 
 def test_temporary_files_are_named_by_host_and_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
