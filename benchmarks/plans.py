@@ -1,6 +1,6 @@
 """Plans against what happened: predicted and measured time of each plan, and its regret against neighbouring settings.
 
-    python benchmarks/plans.py OUT.parquet                      # the cells of docs/benchmarks.md, about a quarter of an hour
+    python benchmarks/plans.py OUT.parquet                      # CELLS below, about a quarter of an hour
     python benchmarks/plans.py OUT.parquet "model=llama3_3b seq_len=32k" "model=llama3_8b seq_len=8k memory.vram_gib=48"
     python benchmarks/plans.py OUT.parquet "model=llama3_1b seq_len=8k" --neighbours 8 --with train.iterations=6
 

@@ -16,7 +16,7 @@ DEVICE_SPARE, HOST_SPARE = 0.08, 0.02
 
 
 def host_shortage(run: Selection) -> int:
-    """Bytes of all ranks by which host memory is expected to fall short; 0: it suffices."""
+    """Bytes of a host's ranks by which its memory is expected to fall short; 0: it suffices."""
     roles, others = host_estimate.host_bytes(run), host_estimate.other_bytes(run, {})
     need = run.config.launch.ranks_per_host * (sum(roles.values()) + sum(others.values())) * (1 + HOST_SPARE)
     have = host_memory(run.config)

@@ -72,7 +72,7 @@ def cores(partition: str | None, gpus: int) -> int | None:
     for line in done.stdout.splitlines() if not done.returncode else ():
         number, _, gres = line.partition("|")
         there = sum(int(count) for count in re.findall(r"gpu(?::[^:(,]+)?:(\d+)", gres))
-        if number.isdigit() and (there >= gpus):
+        if number.isdigit() and there >= gpus:
             found.append(int(number) * gpus // there if gpus else int(number))
     return max(1, min(found)) if found else None
 
