@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldft.memory.allocator import allocate
 from ldft.memory.policy import Placement
-from ldft.training.optimizers.host_optimizer import HostAdamW
+from ldft.training.deepspeed.update_overlap import NICE, threads_beside
+from ldft.training.optimizers.host_optimizer import HostAdamW, prepared
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Tokens, width and inner width of the products; tokens of the sequences; seconds that each piece of work runs; bytes of copies; and
@@ -127,50 +127,37 @@ class Device:
         target = torch.empty(self._copied, dtype=torch.uint8, device="cuda:1")
         return self._copied / self.seconds(lambda: target.copy_(source)) / 1e9
 
-    def update_beside(self) -> float:
-        """The part of its rate that the host's update keeps while copies in both directions and products run."""
-        pin = self._kind == "cuda"
-        arrays = [allocate(self._updated // 4, torch.float32, Placement(), pin=pin) for _ in range(6)]
+    def launches_beside(self) -> float:
+        """The part of its speed that the thread which starts kernels keeps beside the host's update, by its own clock."""
+        if self._kind != "cuda":
+            return 1.0
+        arrays = [allocate(self._updated // 4, torch.float32, Placement(), pin=True) for _ in range(4)]
         for number, array in enumerate(arrays):
             array.fill_(number + 1e-3)
-        weight, gradient, mean, square, down, up = arrays
+        weight, weight.grad, mean, square = arrays
         optimizer = HostAdamW([weight], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
-        weight.grad = gradient
+        optimizer.state[weight] = {"step": 0, "exp_avg": mean, "exp_avg_sq": square}
+        layer = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(8))).to(self._kind, self._dtype)
+        inputs = self._random(16, 16)
+        moved = 7 * self._updated  # each of four arrays is read, three are written
 
-        def update() -> float:
-            optimizer.state[weight] = {"step": 0, "exp_avg": mean, "exp_avg_sq": square}
-            started = time.perf_counter()
-            optimizer.step()
-            return time.perf_counter() - started
+        def layers_per_s(go_on: Callable[[], bool]) -> float:
+            self._wait()
+            count, began = 0, time.perf_counter()
+            while go_on():
+                layer(inputs)
+                count += 1
+            return count / (time.perf_counter() - began)
 
-        def median() -> float:
-            return statistics.median([update() for _ in range(_UPDATES + 2)][2:])
-
-        alone = median()
-        if not pin:
-            return 1.0
-        ended = threading.Event()
-        busy = threading.Thread(target=self._keep_busy, args=(ended, down, up))
-        busy.start()
-        try:
-            return min(1.0, alone / median())
-        finally:
-            ended.set()
-            busy.join()
-
-    def _keep_busy(self, ended: threading.Event, down: torch.Tensor, up: torch.Tensor) -> None:
-        """Copies and products, each on a stream of its own, until told to end."""
-        streams = [torch.cuda.Stream() for _ in range(3)]
-        there, back, square = down.cuda(), up.cuda(), self._random(8192, 8192)
-        while not ended.is_set():
-            with torch.cuda.stream(streams[0]):
-                there.copy_(down, non_blocking=True)
-            with torch.cuda.stream(streams[1]):
-                up.copy_(back, non_blocking=True)
-            with torch.cuda.stream(streams[2]):
-                torch.matmul(square, square)
-            for stream in streams:
-                stream.synchronize()
+        alone, beside = [], []
+        for _ in range(_UPDATES + 2):
+            until = time.perf_counter() + 0.05
+            alone.append(layers_per_s(lambda: time.perf_counter() < until))  # noqa: B023 - called at once
+            job = prepared(optimizer.tasks(weight, optimizer.param_groups[0]))
+            job.start(threads_beside(), NICE)
+            beside.append(layers_per_s(lambda: job.progress[2] < moved))  # noqa: B023
+            job.finish()
+        return min(1.0, statistics.median(beside[2:]) / statistics.median(alone[2:]))
 
 
 def main() -> int:
@@ -182,7 +169,7 @@ def main() -> int:
         "attention_tflops_per_s",
         "memory_gb_per_s",
         "peer_gb_per_s",
-        "update_beside",
+        "launches_beside",
     ):
         print(
             f"ldft: {kind}, {precision}: {name.replace('_per_s', '/s').replace('_', ' ')}", file=sys.stderr, flush=True

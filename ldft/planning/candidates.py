@@ -51,13 +51,13 @@ def free(config: Config, key: str) -> bool:
 def choices(config: Config) -> Iterator[Choice]:
     """Every combination of the free keys' values, valid or not. Raises ConfigError for a number of tokens that is not possible."""
     settings, count = config.checkpointing, config.model.num_layers
-    modes = list(CheckpointingMode) if _default(config, "checkpointing.mode") else [settings.mode]
-    layers = list(range(1, count + 1)) if _default(config, "checkpointing.layers") else [settings.layers]
+    modes = list(CheckpointingMode) if default(config, "checkpointing.mode") else [settings.mode]
+    layers = list(range(1, count + 1)) if default(config, "checkpointing.layers") else [settings.layers]
     every = [settings.every]
-    if config.plan.goal is Goal.longest and _default(config, "checkpointing.every"):
+    if config.plan.goal is Goal.longest and default(config, "checkpointing.every"):
         every = [k for k in _EVERY_FOR_LONGEST if k <= count]
-    keeps = list(KeepAttention) if _default(config, "checkpointing.keep_attention") else [settings.keep_attention]
-    tiles = [None, _TILES] if _default(config, "kernels.mlp_tiles") else [config.kernels.mlp_tiles]
+    keeps = list(KeepAttention) if default(config, "checkpointing.keep_attention") else [settings.keep_attention]
+    tiles = [None, _TILES] if default(config, "kernels.mlp_tiles") else [config.kernels.mlp_tiles]
     for offload, mode, (micro, accumulated) in itertools.product(_offloads(config), modes, _batches(config)):
         if mode is CheckpointingMode.none:
             # What was set stays, also where it makes this choice invalid.
@@ -126,7 +126,7 @@ def placed(config: Config, topology: Topology) -> Config:
     return dataclasses.replace(config, numa=numa)
 
 
-def _default(config: Config, key: str) -> bool:
+def default(config: Config, key: str) -> bool:
     """Whether a key is free and has its default value."""
     section, _, name = key.partition(".")
     value, default = getattr(getattr(config, section), name), getattr(getattr(Config(), section), name)

@@ -20,11 +20,13 @@ from ldft.preflight import attention, decoder_layers, device_estimate, experts, 
 from ldft.preflight.selection import Selection
 
 # Without offload, DeepSpeed (0.19) spends as much as this traffic to device memory for each parameter: copies of weights and
-# gradients to fp32 and back, norms, and the update itself. Derived from 0.042 s for 1.24e9 and 0.097 s for 3.21e9 parameters on an
-# H200 (benchmarks/results/fp16-llama3_1b-2k-h200.parquet, training-llama3_3b-32k-in-gpu-h200.parquet).
-_STEP_BYTES = 140.0
-# Python's part of a step with offload, and how long the device waits at each fetched layer even if the host is ahead, seconds.
-_STEP_S, _LAYER_S = 0.015, 0.0004
+# gradients to fp32 and back, norms, and the update itself. Besides, Python takes as long as for so many layers. Derived from
+# 0.042 s for 1.24e9 and 0.097 s for 3.21e9 parameters on an H200
+# (benchmarks/results/fp16-llama3_1b-2k-h200.parquet, training-llama3_3b-32k-in-gpu-h200.parquet).
+_STEP_BYTES, _STEP_LAYERS = 120.0, 5
+# Python's part of a step with offload, seconds; and how long the device waits at each fetched layer even if the host is ahead, as a
+# part of the host's time for the layer.
+_STEP_S, _HOOKS = 0.015, 0.14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +84,14 @@ def predict(run: Selection, rates: Rates) -> Times:
     again = layer.again - (layer.attention if checkpointing.keep_attention is not KeepAttention.none else 0.0)
     loss = _loss(run, rates)
     fetches = config.offload.stage == 3
-    hooks, host = (_LAYER_S, rates.fetched) if fetches else (0.0, rates.resident)
+    host = rates.fetched if fetches else rates.resident
+    hooks = _HOOKS * host.forward if fetches else 0.0
     ahead = max(layer.forward + hooks, host.forward)
     back = max(layer.backward + hooks, host.backward)
     back_again = max(layer.backward + again + 2 * hooks, host.backward + host.again)
     losses = loss, 0.0 if run.liger else 2 * loss
-    forward_s = count * ahead + losses[0]
+    # A pass begins with an idle device.
+    forward_s = host.forward + count * ahead + losses[0]
     backward_s = (count - recomputed) * back + recomputed * back_again + losses[1]
     arithmetic = count * (layer.forward + layer.backward + 2 * hooks) + recomputed * (again + hooks) + sum(losses)
     launches = count * (host.forward + host.backward) + recomputed * host.again
@@ -97,10 +101,11 @@ def predict(run: Selection, rates: Rates) -> Times:
     backward = max(backward_s, *link.backward) + link.tail
     update_s, step_s = _update(run, rates), _step(run, rates)
     if run.overlap_step:
-        # It is slower only while the pass's own copies and kernels run.
-        meanwhile = min(later_forward, update_s / rates.beside)
-        update_s += (1 - rates.beside) * meanwhile
-        first_forward = _beside(run, ahead, loss, update_s, link.fetch)
+        # The pass's own copies go through the same host memory, which gives at least what each of both was seen to reach.
+        memory = max(sum(rates.host.cpu.values()), rates.host.link_h2d + rates.host.link_d2h)
+        update_s += link.moved * min(1.0, update_s / later_forward) / memory
+        slowed = max(layer.forward + hooks, host.forward / rates.launches_beside)
+        first_forward = _beside(run, host.forward, (ahead, slowed), loss, update_s, link.fetch)
         first_forward = max(first_forward, later_forward)
         exposed = first_forward - later_forward
     else:
@@ -160,6 +165,9 @@ def _layer(run: Selection, rates: Rates) -> _Layer:
     read, written = (sum(column) / model.num_layers for column in zip(*sizes, strict=True)) if sizes else (0.0, 0.0)
     passes += per_byte * (read + 6 * written)
     passes_back += per_byte * (5 * read + 4 * written)
+    # Each tile's gradient of a weight is written, and read to be added to the sum, which is read and written in fp32.
+    summed = run.mlp_tiles * (2 * width + 8) * 3 * hidden * inner if run.mlp_tiles > 1 and not config.lora.rank else 0
+    passes_back += summed / rates.device_memory
     products = 2.0 * tokens * weights / rates.products
     of_down = 2.0 * tokens * inner * hidden / rates.products
     ahead, back = rates.attention_of(model.head_dim, config.seq_len.tokens)
@@ -188,6 +196,8 @@ class _Link:
     forward: tuple[float, ...]
     """To the device, from it, and between GPUs."""
     backward: tuple[float, ...]
+    moved: float
+    """Bytes that leave or enter the host's memory in the forward pass, of all ranks."""
     fetch: float
     """One layer's weights, to the device."""
     tail: float
@@ -197,14 +207,14 @@ class _Link:
 def _link(run: Selection, rates: Rates) -> _Link:
     config = run.config
     if config.launch.device is Device.cpu:
-        return _Link((0.0,), (0.0,), 0.0, 0.0)
+        return _Link((0.0,), (0.0,), 0.0, 0.0, 0.0)
     model, width, ranks = config.model, parameter_counts.width(config), config.launch.num_ranks
     down, up = rates.host.link_h2d, rates.host.link_d2h
     whole = parameter_counts.num_parameters(model)
     trained = parameter_counts.total(parameter_counts.trained_sizes(config))
     share = min(1.0, run.gpu_share * ranks / whole)
     offloads = config.offload.parameters is not OffloadDevice.none
-    weights = width * whole * (1 - share) / ranks / down if offloads else 0.0
+    weights = width * whole * (1 - share) / ranks if offloads else 0.0
     gathered = width * whole * (ranks - 1) / ranks / rates.peers if config.offload.stage == 3 else 0.0
     waiting = _waiting_bytes(run)
     leaves = config.offload.optimizer is not OffloadDevice.none
@@ -212,8 +222,9 @@ def _link(run: Selection, rates: Rates) -> _Link:
     embedding = width * parameter_counts.embedding_parameters(model) / ranks / up
     reduced = width * trained * (ranks - 1) / ranks / rates.peers
     return _Link(
-        forward=(weights, waiting / up, gathered),
-        backward=(weights + waiting / down, gradients, gathered + reduced),
+        forward=(weights / down, waiting / up, gathered),
+        backward=((weights + waiting) / down, gradients, gathered + reduced),
+        moved=ranks * (weights + waiting),
         fetch=width * parameter_counts.layer_parameters(model) / ranks / down if offloads else 0.0,
         tail=embedding if leaves and not share and not config.lora.rank else 0.0,
     )
@@ -251,15 +262,19 @@ def _step(run: Selection, rates: Rates) -> float:
     trained = parameter_counts.total(parameter_counts.trained_sizes(config))
     if config.offload.optimizer is OffloadDevice.none:
         # Stages 1 and above update a shard each.
-        return _STEP_BYTES * trained / (1 if config.offload.stage == 0 else ranks) / rates.device_memory
+        updated = trained / (1 if config.offload.stage == 0 else ranks)
+        return _STEP_LAYERS * rates.resident.forward + _STEP_BYTES * updated / rates.device_memory
     seconds = _STEP_S + 28 * run.gpu_share / rates.device_memory
     if config.offload.parameters is OffloadDevice.none and config.launch.device is Device.cuda:
         seconds += parameter_counts.width(config) * parameter_counts.num_parameters(model) / ranks / rates.host.link_h2d
     return seconds
 
 
-def _beside(run: Selection, layer_s: float, loss_s: float, update_s: float, fetch_s: float) -> float:
-    """Seconds of a forward pass that waits, layer by layer, for the update and the fetch of its weights."""
+def _beside(
+    run: Selection, start_s: float, layer_s: tuple[float, float], loss_s: float, update_s: float, fetch_s: float
+) -> float:
+    """Seconds of a forward pass that waits, layer by layer, for the update and the fetch of its weights. start_s: until the device
+    has work. layer_s: of a layer after the update, and beside it."""
     config = run.config
     model, ranks = config.model, config.launch.num_ranks
     layer = parameter_counts.split(parameter_counts.layer_sizes(model), ranks)
@@ -272,9 +287,12 @@ def _beside(run: Selection, layer_s: float, loss_s: float, update_s: float, fetc
         """When the weights up to this element are updated and fetched. The GPU updates those of its share, at the front, itself."""
         return max(0, end - run.gpu_share) * per_element + (fetched_s if end > run.gpu_share else 0.0)
 
-    at = ready(embedding, embedding_s)
+    at = max(start_s, ready(embedding, embedding_s))
     for index in range(model.num_layers):
-        at = max(at, ready(embedding + (index + 1) * layer, fetch_s)) + layer_s
+        at = max(at, ready(embedding + (index + 1) * layer, fetch_s))
+        # The part of the layer that is done when the update ends.
+        part = min(1.0, max(0.0, update_s - at) / layer_s[1])
+        at += part * layer_s[1] + (1 - part) * layer_s[0]
     if not model.tie_word_embeddings:
         at = max(at, ready(whole, embedding_s))
     return at + loss_s

@@ -94,7 +94,7 @@ def _parse(device: dict[str, Any], host: Bandwidths, config: Config) -> Rates:
             },
             device_memory=1e9 * device["memory_gb_per_s"],
             host=host,
-            beside=device["update_beside"],
+            launches_beside=device["launches_beside"],
             fetched=HostTime(*host_s["fetched"]),
             resident=HostTime(*host_s["resident"]),
             peers=1e9 * device["peer_gb_per_s"]

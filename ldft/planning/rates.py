@@ -29,7 +29,9 @@ class HostTime:
     """For its recomputation."""
 
 
-# As bench machine measured it beside an H200; slower cores need up to twice as long.
+# As bench machine measured it beside an H200; slower cores need up to twice as long. How much slower Python is beside the update
+# was derived from forward passes over 8192 tokens there, not measured by itself.
+_LAUNCHES_BESIDE = 0.5
 _FETCHED, _RESIDENT = HostTime(0.0029, 0.0030, 0.0030), HostTime(0.0017, 0.0017, 0.0017)
 
 
@@ -46,8 +48,8 @@ class Rates:
     """Reads and writes of device memory, bytes/s."""
     host: Bandwidths
     """The host's update by node, and the link's copies, bytes/s."""
-    beside: float
-    """Part of its rate that the host's update keeps beside copies and kernels."""
+    launches_beside: float
+    """Part of its speed that Python, which starts the device's work, keeps beside the host's update."""
     fetched: HostTime
     """With ZeRO-3, which fetches and releases each layer's weights."""
     resident: HostTime
@@ -80,7 +82,7 @@ def from_datasheet(*, peak: float, device_memory: float, host: Bandwidths, peers
         attention={128: {32768: wide}, 64: {32768: narrow}},
         device_memory=_DEVICE_MEMORY * device_memory,
         host=host,
-        beside=0.8,
+        launches_beside=_LAUNCHES_BESIDE,
         fetched=_FETCHED,
         resident=_RESIDENT,
         peers=peers,

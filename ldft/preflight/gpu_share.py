@@ -127,6 +127,18 @@ def _layers_that_hide(config: Config, embedding: int, layer: int) -> int | str:
     return count
 
 
+def larger(run: Selection) -> list[int]:
+    """Elements of each share that is larger than the run's."""
+    embedding, layer, whole = _sizes(run.config)
+    shares = [embedding + layers * layer for layers in range(run.config.model.num_layers)]
+    return [share for share in (*shares, whole) if share > run.gpu_share]
+
+
+def part(run: Selection) -> float:
+    """The run's share as a value of the key."""
+    return round(run.gpu_share / _sizes(run.config)[2], 3)
+
+
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 

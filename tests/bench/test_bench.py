@@ -64,7 +64,7 @@ def test_a_machine_is_measured_once_and_a_plan_uses_it(tmp_path: Path) -> None:
     path = next((tmp_path / "config" / "ldft" / "hardware").glob("*.json"))
     found = json.loads(path.read_text())
     rates = found["devices"]["cpu fp32"]
-    assert rates["products_tflops_per_s"] > 1e-3 and rates["memory_gb_per_s"] > 0.1 and rates["update_beside"] == 1.0
+    assert rates["products_tflops_per_s"] > 1e-3 and rates["memory_gb_per_s"] > 0.1 and rates["launches_beside"] == 1.0
     assert set(rates["attention_tflops_per_s"]) == {"64", "128"}
     assert found["bandwidth"][f"node{NODE}"]["cpu"] > 0.1
     # Measuring only the nodes again keeps the device.

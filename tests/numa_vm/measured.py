@@ -15,7 +15,7 @@ DEVICE = {
     "attention_tflops_per_s": {"64": {"512": [0.1, 0.1]}},
     "memory_gb_per_s": 10.0,
     "peer_gb_per_s": None,
-    "update_beside": 1.0,
+    "launches_beside": 1.0,
 }
 PROFILE = {
     "bandwidth": {f"node{node}": {"cpu": rate} for node, rate in enumerate((100, 100, 30, 30))},

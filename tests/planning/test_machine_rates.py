@@ -22,7 +22,7 @@ HOST = Bandwidths(cpu={0: 1e9}, h2d={0: 2e9}, d2h={0: 2e9}, link_h2d=2e9, link_d
 
 def test_of_a_datasheet_training_sustains_a_part() -> None:
     rates = from_datasheet(peak=1000.0, device_memory=100.0, host=HOST, peers=7.0)
-    assert (rates.products, rates.device_memory, rates.peers, rates.beside) == pytest.approx((720, 85, 7, 0.8))
+    assert (rates.products, rates.device_memory, rates.peers, rates.launches_beside) == pytest.approx((720, 85, 7, 0.5))
     assert rates.host is HOST and not rates.measured
     # Attention with wide heads; with narrow ones 0.73 of that forward and 0.65 backward. At every length.
     assert rates.attention_of(128, 100) == pytest.approx((550, 490))
@@ -33,7 +33,7 @@ def test_of_a_datasheet_training_sustains_a_part() -> None:
 def test_attention_of_other_heads_and_lengths() -> None:
     lengths = {100: (1.0, 10.0), 1600: (3.0, 50.0), 3200: (4.0, 60.0)}
     rates = Rates(
-        products=1, attention={64: lengths, 128: {100: (9.0, 9.0)}}, device_memory=1, host=HOST, beside=1, peers=1,
+        products=1, attention={64: lengths, 128: {100: (9.0, 9.0)}}, device_memory=1, host=HOST, launches_beside=1, peers=1,
         fetched=HostTime(1, 1, 1), resident=HostTime(1, 1, 1), measured=True,
     )  # fmt: skip
     # By the logarithm: 400 is half of the way from 100 to 1600, 200 a quarter.
@@ -76,7 +76,7 @@ PROFILE: dict[str, Any] = {
     "attention_tflops_per_s": {"128": {"8192": [500.0, 400.0]}},
     "memory_gb_per_s": 4000.0,
     "peer_gb_per_s": 300.0,
-    "update_beside": 0.9,
+    "launches_beside": 0.9,
 }
 
 
@@ -98,7 +98,7 @@ def test_a_profile_is_read_in_its_units(here: Path) -> None:
     here.write_text(json.dumps({"devices": {"cpu bf16": PROFILE}}))
     rates = machine.rates(config)
     assert (rates.products, rates.attention) == (600e12, {128: {8192: (500e12, 400e12)}})
-    assert (rates.device_memory, rates.beside, rates.peers, rates.measured) == (4e12, 0.9, math.inf, True)
+    assert (rates.device_memory, rates.launches_beside, rates.peers, rates.measured) == (4e12, 0.9, math.inf, True)
     assert rates.host.cpu == {0: 10e9}
     config.launch.num_ranks = 2
     assert machine.rates(config).peers == 300e9

@@ -30,7 +30,7 @@ PROFILE = {
             "attention_tflops_per_s": {"64": {"512": [0.1, 0.1]}},
             "memory_gb_per_s": 10.0,
             "peer_gb_per_s": None,
-            "update_beside": 1.0,
+            "launches_beside": 1.0,
         }
         for precision in ("bf16", "fp32")
     },
@@ -76,10 +76,14 @@ def keys(chosen: list[str]) -> set[str]:
 
 
 def test_what_was_set_stays_and_the_rest_is_chosen() -> None:
-    assert keys(planned()) == {"checkpointing.layers", "checkpointing.keep_attention"}
+    all_of_them = {"checkpointing.mode", "checkpointing.layers", "checkpointing.keep_attention", "offload.gpu_share"}
+    assert keys(planned()) == all_of_them
+    assert keys(planned("offload.gpu_share=0")) <= all_of_them - {"offload.gpu_share"}
     assert "checkpointing.mode" not in keys(planned("checkpointing=cpu"))
-    assert keys(planned("checkpointing.keep_attention=host")) == {"checkpointing.layers"}
-    assert keys(planned("checkpointing.layers=30", "checkpointing.keep_attention=none")) <= {"checkpointing.mode"}
+    assert keys(planned("checkpointing.keep_attention=host")) <= all_of_them - {"checkpointing.keep_attention"}
+    assert keys(planned("checkpointing.layers=30", "checkpointing.keep_attention=none", "offload.gpu_share=0")) <= {
+        "checkpointing.mode"
+    }
     assert "offload.stage" not in keys(planned("offload=full", "model=llama3_1b"))
     # Values that need recomputation keep it on.
     for value in (
@@ -106,7 +110,7 @@ def test_a_plan_is_recorded_and_made_once_and_its_values_are_the_runs_identity()
     config = compose(*THERE, "plan=fastest")
     checks.resolve(config)
     assert config.asked["checkpointing.layers"] == "-1" and config.asked[settled.DONE] == "fastest"
-    assert checks.resolutions(config)[1].startswith("plan=fastest: checkpointing.layers=")
+    assert checks.resolutions(config)[1].startswith("plan=fastest: offload.gpu_share=")
     by_hand = compose(*THERE, *settled.overrides(config))
     checks.resolve(by_hand)
     assert run_id(by_hand) == run_id(config)

@@ -146,7 +146,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_combination_is_refused_for_the_memory_it_lacks(settled: dict[str, Any]) -> None:
     config = config_of()
     config.launch.device, config.launch.num_ranks = Device.cuda, 2
-    run: Any = SimpleNamespace(config=config)
+    run: Any = SimpleNamespace(config=config, overlap_step=False)
     one = search_of(config, host_limit=306)  # 2% of the 300 stay free
     plan = one._plan(CHOICE, run)
     assert plan and (plan.host_bytes, plan.device_bytes, plan.times) == (300, 7, TIMES) and not one.refusals
@@ -175,7 +175,7 @@ def test_a_fiftieth_of_device_memory_stays_free(settled: dict[str, Any], monkeyp
     monkeypatch.setattr(room, "device_room", device_room)
     config = config_of()
     config.launch.device = Device.cuda
-    assert search_of(config)._plan(CHOICE, SimpleNamespace(config=config))  # type: ignore[arg-type]
+    assert search_of(config)._plan(CHOICE, SimpleNamespace(config=config, overlap_step=False))  # type: ignore[arg-type]
     assert asked == [(1.0, 0.02)] * 2
 
 

@@ -1,70 +1,15 @@
-"""Each term of the predicted times, worked out by hand for a model of a few numbers on a machine with round rates."""
+"""Each term of the predicted times, worked out by hand."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import pytest
-
-from ldft.config import AttentionKind, Config, Device, OffloadDevice, Precision
+from ldft.config import AttentionKind, Device, OffloadDevice, Precision
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
-from ldft.memory.cost_model import Bandwidths
-from ldft.memory.topology import Topology
 from ldft.planning import iteration_time
-from ldft.planning.iteration_time import Times
-from ldft.planning.rates import HostTime, Rates
+from ldft.planning.rates import HostTime
 from ldft.preflight.selection import Selection
-
-# Rates of about 1, so that each term is seen in the sum: 2 cores' nodes that update 10 B/s together, a link of 5 B/s to the device
-# and 4 B/s from it, 2 B/s between GPUs, and a device memory of 10 B/s.
-HOST = Bandwidths(cpu={0: 3.0, 1: 7.0}, h2d={0: 5.0}, d2h={0: 4.0}, link_h2d=5.0, link_d2h=4.0)
-NO_TIME = HostTime(0.0, 0.0, 0.0)
-RATES = Rates(
-    products=1000.0,
-    attention={4: {10: (200.0, 100.0)}},
-    device_memory=10.0,
-    host=HOST,
-    beside=0.5,
-    fetched=NO_TIME,
-    resident=NO_TIME,
-    peers=2.0,
-    measured=False,
-)
-
-
-def run_of(**more: Any) -> Selection:
-    """Three layers with 64 + 32 + 32 + 64 weights in attention, 3 x 160 in the MLP and 16 in norms: 688; an embedding of 400, which
-    is also the output, and a norm of 8. All: 2472. A micro-batch has 3 sequences of 10 tokens in bf16."""
-    config = Config()
-    model = config.model
-    model.family, model.num_layers, model.hidden_size, model.intermediate_size = "llama", 3, 8, 20
-    model.num_attention_heads, model.num_key_value_heads, model.head_dim = 2, 1, 4
-    model.vocab_size, model.tie_word_embeddings = 50, True
-    config.seq_len.tokens, config.train.micro_batch_size, config.train.precision = 10, 3, Precision.bf16
-    config.launch.device = Device.cuda
-    config.checkpointing.mode = CheckpointingMode.gpu
-    offload(config, 3, OffloadDevice.cpu, OffloadDevice.cpu)
-    values: dict[str, Any] = {
-        "config": config,
-        "topology": Topology(nodes=(), gpus={}, weights={}, weights_auto=None, allowed=()),
-        "deepspeed": {},
-        "attention": AttentionKind.sdpa,
-        "repeats_heads": False,
-        "liger": False,
-        "fused_step": True,
-        "overlap_step": False,
-        "no_overlap": "",
-    }
-    return Selection(**values | more)
-
-
-def offload(config: Config, stage: int, parameters: OffloadDevice, optimizer: OffloadDevice) -> None:
-    config.offload.stage, config.offload.parameters, config.offload.optimizer = stage, parameters, optimizer
-
-
-def near(value: Any) -> Any:
-    return pytest.approx(value, rel=1e-12)
+from tests.planning.small_machine import RATES, near, offload, run_of
 
 
 def of_layer(run: Selection) -> tuple[float, ...]:
@@ -128,13 +73,15 @@ def test_copies_over_the_link_and_between_gpus() -> None:
     config = run.config
     config.model.tie_word_embeddings = False  # 2872 parameters
     link = iteration_time._link(run, RATES)
-    assert link.forward == near((5744 / 5, 0, 0)) and link.backward == near((5744 / 5, 5744 / 4, 0))
+    assert (link.forward, link.moved) == (near((5744 / 5, 0, 0)), 5744) and link.backward == near(
+        (5744 / 5, 5744 / 4, 0)
+    )
     assert (link.fetch, link.tail) == near((2 * 688 / 5, 2 * 400 / 4))
     # On two GPUs each copies half and gathers the other half; a quarter of the parameters' state is in GPU memory.
     config.launch.num_ranks = 2
     link = iteration_time._link(dataclasses.replace(run, gpu_share=359), RATES)
     weights, gathered = 0.75 * 5744 / 2, 5744 / 2 / 2
-    assert link.forward == near((weights / 5, 0, gathered))
+    assert (link.forward, link.moved) == (near((weights / 5, 0, gathered)), near(2 * weights))
     assert link.backward == near((weights / 5, weights / 4, 2 * gathered))
     assert (link.fetch, link.tail) == near((688 / 5, 0)), "the embedding's gradient stays"
     config.launch.num_ranks = 3
@@ -179,6 +126,7 @@ def test_what_waits_in_host_memory() -> None:
     settings.layers, settings.every = 3, 1
     link = iteration_time._link(run, RATES)
     assert (link.forward[1], link.backward[0] - link.forward[0]) == near((480 / 4, 480 / 5))
+    assert link.moved == 5 * link.forward[0] + 480
 
 
 def test_the_hosts_update_reads_and_writes_each_state() -> None:
@@ -205,16 +153,16 @@ def test_the_rest_of_the_step() -> None:
     assert iteration_time._step(run, RATES) == near(0.015 + 280 + 2 * 2472 / 2 / 5)
     config.launch.device = Device.cpu
     assert iteration_time._step(run, RATES) == near(0.015 + 280)
-    # All on the GPU: 140 bytes a parameter, of the rank's shard from stage 1 on.
-    found = []
+    # All on the GPU: 120 bytes a parameter, of the rank's shard from stage 1 on, and Python's time as for 5 layers.
+    found, slow = [], dataclasses.replace(RATES, resident=HostTime(3.0, 1.0, 1.0))
     for stage in (0, 1, 3):
         offload(config, stage, OffloadDevice.none, OffloadDevice.none)
-        found.append(iteration_time._step(run, RATES))
-    assert found == near([140 * 247.2, 140 * 123.6, 140 * 123.6])
+        found.append(iteration_time._step(run, slow))
+    assert found == near([15 + 120 * 247.2, 15 + 120 * 123.6, 15 + 120 * 123.6])
 
 
-def beside(run: Selection, *, update_s: float, fetch_s: float = 7.0) -> float:
-    return iteration_time._beside(run, 10.0, 3.0, update_s, fetch_s)
+def beside(run: Selection, *, update_s: float, fetch_s: float = 7.0, slowed: float = 10.0) -> float:
+    return iteration_time._beside(run, 0.5, (10.0, slowed), 3.0, update_s, fetch_s)
 
 
 def test_a_layer_starts_when_its_weights_are_updated_and_fetched() -> None:
@@ -228,6 +176,8 @@ def test_a_layer_starts_when_its_weights_are_updated_and_fetched() -> None:
     run.config.model.tie_word_embeddings = False  # the output's own weights come last, of 2872
     assert beside(run, update_s=2872.0) == near(2872 + 7 * 400 / 688 + 3)
     assert beside(run, update_s=2.872, fetch_s=1.0) == near(embedding + layer + 1 + 3 * 10 + 3)
+    # What is done of a layer while the update runs takes longer: one layer, and half of the second.
+    assert beside(run_of(gpu_share=2472), update_s=30.0, slowed=20.0) == near(0.5 + 20 + 9.5 + 0.5 * 10.5 + 10 + 3)
     # An embedding larger than a layer is waited for longer: 1600 of 1600 + 3 x 688 + 8.
     run.config.model.tie_word_embeddings, run.config.model.vocab_size = True, 200
     assert beside(run, update_s=3.672, fetch_s=20.0) == near(1.6 + 20 * 1600 / 688 + 3 * 10 + 3)
@@ -237,13 +187,13 @@ def test_what_the_gpu_updates_itself_waits_for_nothing() -> None:
     # The embedding and one layer are on the GPU; 1384 elements are not, of which the norm's 8 are in no layer.
     run = run_of(gpu_share=1088)
     assert beside(run, update_s=1384.0) == near(2 * 688 + 7 + 10 + 3)
-    assert beside(run, update_s=1.384, fetch_s=0.0) == near(3 * 10 + 3)
+    assert beside(run, update_s=1.384, fetch_s=0.0) == near(0.5 + 3 * 10 + 3)
     # One element less: the first layer waits for it, and for its fetch. The last is updated after 1377 of the 1385.
     run = run_of(gpu_share=1087)
     assert beside(run, update_s=1385.0) == near(1377 + 7 + 10 + 3)
     assert beside(run, update_s=1.385, fetch_s=20.0) == near(0.001 + 20 + 3 * 10 + 3)
     # All, or more, is on the GPU.
-    assert [beside(run_of(gpu_share=share), update_s=9e9) for share in (2472, 2473)] == near([33, 33])
+    assert [beside(run_of(gpu_share=share), update_s=9e9) for share in (2472, 2473)] == near([33.5, 33.5])
     # All but one element of the embedding waits for the host.
     run = run_of(gpu_share=1)
     assert beside(run, update_s=2471.0) == near(2463 + 7 + 10 + 3)
@@ -257,94 +207,3 @@ def test_what_the_gpu_updates_itself_waits_for_nothing() -> None:
     run = run_of()
     run.config.launch.num_ranks = 3
     assert beside(run, update_s=134 + 3 * 234 + 3) == near(134 + 3 * 234 + 7 + 10 + 3)
-
-
-def predicted(run: Selection, **host: Any) -> Times:
-    """With other bandwidths, or another time of the host for a layer."""
-    layers = {name: host.pop(name) for name in ("fetched", "resident") if name in host}
-    return iteration_time.predict(run, dataclasses.replace(RATES, host=dataclasses.replace(HOST, **host), **layers))
-
-
-# Of the layer and the loss above, on an infinitely fast link.
-FORWARD, BACKWARD, AGAIN, LOSS = 1240.32, 1712.64, 1230.72, 24.0
-FAST: dict[str, Any] = {"link_h2d": 1e30, "link_d2h": 1e30}
-
-
-def test_the_gpus_work_of_an_iteration() -> None:
-    run = run_of()
-    config = run.config
-    config.train.gradient_accumulation_steps = 2
-    offload(config, 0, OffloadDevice.none, OffloadDevice.none)
-    forward = 3 * FORWARD + LOSS
-    backward = 3 * BACKWARD + 3 * AGAIN + 2 * LOSS
-    found = predicted(run)
-    assert (found.forward_s, found.backward_s, found.step_s) == near((2 * forward, 2 * backward, 140 * 247.2))
-    assert (found.update_s, found.exposed_s, found.link_s) == (0, 0, 0)
-    assert found.arithmetic_s == near(2 * (forward + backward)) and found.bound == "arithmetic"
-    assert found.iteration_s == near(2 * forward + 2 * backward + 140 * 247.2)
-    # Liger computes the loss's gradients in the forward pass. One layer of three recomputed, its attention kept.
-    config.checkpointing.layers, config.checkpointing.keep_attention = 1, KeepAttention.device
-    found = predicted(dataclasses.replace(run, liger=True))
-    assert found.forward_s == near(2 * (3 * FORWARD + 3 * LOSS))
-    assert found.backward_s == near(2 * (3 * BACKWARD + AGAIN - 24))
-    # Under ZeRO-3 Python's part is 0.4 ms for each pass of a layer.
-    offload(config, 3, OffloadDevice.none, OffloadDevice.none)
-    found = predicted(dataclasses.replace(run, liger=True))
-    assert found.forward_s == near(2 * (3 * (FORWARD + 0.0004) + 3 * LOSS))
-    assert found.backward_s == near(2 * (3 * (BACKWARD + 0.0004) + AGAIN + 0.0004 - 24))
-
-
-def test_copies_are_waited_for_where_they_take_longer() -> None:
-    run = run_of()
-    run.config.train.gradient_accumulation_steps = 2
-    hooks = 3 * 0.0004
-    forward, backward = 3 * FORWARD + LOSS + hooks, 3 * BACKWARD + 3 * AGAIN + 2 * LOSS + 2 * hooks
-    found = predicted(run, link_h2d=0.1, link_d2h=0.1)
-    copies = 2 * 2472 / 0.1
-    assert (found.forward_s, found.backward_s) == near((2 * copies, 2 * (copies + 8000)))
-    assert found.link_s == near(2 * 2 * copies) and found.bound == "link"
-    assert found.arithmetic_s == near(2 * (forward + backward))
-    found = predicted(run, **FAST)
-    assert (found.forward_s, found.backward_s) == near((2 * forward, 2 * backward))
-
-
-def test_an_update_is_exposed_or_beside_the_first_forward_pass() -> None:
-    run = run_of()
-    run.config.train.gradient_accumulation_steps = 3
-    forward = 3 * (FORWARD + 0.0004) + LOSS
-    found = predicted(run, **FAST, cpu={0: 4.0})
-    alone = 28 * 2472 / 4
-    assert (found.update_s, found.exposed_s, found.step_s) == near((alone, alone, 0.015 + alone))
-    assert found.forward_s == near(3 * forward)
-    over = dataclasses.replace(run, overlap_step=True)
-    found = predicted(over, **FAST, cpu={0: 4.0})
-    # It runs at half its rate while the later passes' work would take, then alone. The last layer starts after 2464 of 2472.
-    slower = alone + 0.5 * forward
-    first = slower * 2464 / 2472 + FORWARD + 0.0004 + LOSS
-    assert found.update_s == near(slower) and found.step_s == near(0.015)
-    assert found.forward_s == near(first + 2 * forward) and found.exposed_s == near(first - forward)
-    # A quick one takes twice its time, all of it hidden but the embedding's and the first layer's.
-    found = predicted(over, **FAST, cpu={0: 1e4})
-    quick = 2 * 28 * 2472 / 1e4
-    assert found.update_s == near(quick) and found.exposed_s == pytest.approx(quick * 1088 / 2472, rel=1e-9)
-    assert found.forward_s == pytest.approx(3 * forward + quick * 1088 / 2472, rel=1e-12)
-    # Where copies take longer than that, nothing is exposed.
-    found = predicted(over, link_h2d=0.5, link_d2h=0.5, cpu={0: 1e6})
-    assert found.exposed_s == 0 and found.forward_s == near(3 * 2 * 2472 / 0.5)
-
-
-def test_a_layer_takes_as_long_as_python_needs_to_start_it() -> None:
-    """Of three layers one is computed again; without ZeRO-3 the other host time counts."""
-    run = run_of()
-    run.config.checkpointing.layers = 1
-    slow = {"fetched": HostTime(1e5, 2e5, 3e5), "resident": HostTime(4e5, 5e5, 6e5), "link_h2d": 1e9, "link_d2h": 1e9}
-    found = predicted(run, **slow)
-    assert found.forward_s == near(3e5 + LOSS) and found.backward_s == near(6e5 + 3e5 + 2 * LOSS)
-    assert found.launch_s == 12e5 and found.bound == "Python"
-    assert found.arithmetic_s == near(3 * (FORWARD + BACKWARD + 2 * 0.0004) + AGAIN + 0.0004 + 3 * LOSS)
-    offload(run.config, 2, OffloadDevice.none, OffloadDevice.cpu)
-    found = predicted(run, **slow)
-    assert found.forward_s == near(12e5 + LOSS) and found.backward_s == near(15e5 + 6e5 + 2 * LOSS)
-    # A layer of which Python is done earlier takes as long as its arithmetic.
-    quick = predicted(run, fetched=NO_TIME, resident=HostTime(1e-6, 1e-6, 1e-6), link_h2d=1e9, link_d2h=1e9)
-    assert quick.forward_s == near(3 * FORWARD + LOSS) and quick.bound != "Python"

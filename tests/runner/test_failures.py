@@ -67,7 +67,7 @@ class Running:
             while not all(state in "Tt" for state, _ in tasks_of(victim.pid)):
                 time.sleep(0.001)
             # They run at this nice value, and end with their work.
-            if any(nice == update_overlap._NICE for _, nice in tasks_of(victim.pid)):
+            if any(nice == update_overlap.NICE for _, nice in tasks_of(victim.pid)):
                 return victim
             victim.send_signal(signal.SIGCONT)
             time.sleep(random.uniform(0.001, 0.02))

@@ -18,7 +18,7 @@ import torch
 from ldft.training.optimizers.host_optimizer import Task, prepared, run
 
 # Nice value of the update's threads: what the thread that launches the device's work needs, it gets at once.
-_NICE = 10
+NICE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Updates:
         order = sorted(tasks, key=lambda number: (not first(number), self._order.get(number, len(self._order))))
         self._job = prepared([tasks[number] for number in order])
         self._numbers = {number: i for i, number in enumerate(order)}
-        self._job.start(self._threads, _NICE)
+        self._job.start(self._threads, NICE)
 
     def launched_on(self, device: torch.device) -> None:
         """The update of a part was launched on a device: the streams that fetch weights wait for it."""
