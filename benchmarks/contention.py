@@ -4,13 +4,14 @@
 
 AdamW over bf16 gradients with a bf16 copy of the weights, 28 bytes a parameter, as ldft runs it: its native threads at the nice
 value of the overlapped update, over pinned arenas in huge pages. Beside it, each on a stream of its own and without pause: copies
-from host to device, copies back, square bf16 matrix products. One thread of this process keeps --ahead products, and as many
+from host to device, copies back, square bf16 matrix products; or calls of small modules, each some microseconds of
+Python, which is what a model with short sequences waits for. One thread of this process keeps --ahead products, and as many
 copies, in the queue, as the thread that launches a model's kernels does; where it cannot, since the update has all cores, the
 device waits.
 
 A sample is one update, or with 0 threads as much time without one. Copies and products are counted over exactly that time, from
 CUDA events. All combinations take turns within a round, every other round backwards; round 0 is warm-up. Copies alone and products
-alone are the limits. Without a GPU, only the update alone is measured.
+alone are the limits. Without a GPU, only the update alone and beside Python is.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ from ldft.memory.policy import Placement
 from ldft.training.optimizers.host_optimizer import HostAdamW, prepared
 
 MIB = 1 << 20
-WAYS = ("h2d", "d2h", "kernels")
-BESIDE = ((), ("h2d",), ("d2h",), ("h2d", "d2h"), ("kernels",), ("kernels", "h2d"), ("kernels", "h2d", "d2h"))
+# What runs beside -> its unit.
+UNITS = {"h2d": "gb", "d2h": "gb", "kernels": "tflop", "python": "calls"}
+BESIDE = (
+    *((), ("python",), ("h2d",), ("d2h",), ("h2d", "d2h"), ("kernels",), ("kernels", "h2d")),
+    ("kernels", "h2d", "d2h"),
+)
 
 
 def thread_counts(cores: int) -> list[int]:
@@ -106,6 +111,27 @@ def products(size: int, ahead: int) -> Stream:
     return Stream(lambda number: torch.mm(a, b, out=out), 2e-12 * size**3, ahead)
 
 
+class Calls:
+    """Calls of a small module, one after the other, which the device ends sooner than Python starts them."""
+
+    def __init__(self, device: str) -> None:
+        self._module = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(8))).to(device)
+        self._inputs = torch.zeros(16, 16, device=device)
+        self._ends_s: list[float] = []
+
+    def begin(self) -> None:
+        self._ends_s = [time.perf_counter()]
+
+    def feed(self) -> None:
+        self._module(self._inputs)
+        self._ends_s.append(time.perf_counter())
+
+    def rate(self, zero: Any, begin_s: float, end_s: float) -> float:
+        """Calls a second between two moments, seconds after it began."""
+        ends = [end - self._ends_s[0] for end in self._ends_s]
+        return (done_by(ends, end_s) - done_by(ends, begin_s)) / (end_s - begin_s)
+
+
 class State:
     """What the update reads and writes, of `parameters` parameters."""
 
@@ -131,12 +157,12 @@ class State:
 
 
 def sample(
-    streams: dict[str, Stream], beside: Iterable[str], state: State, threads: int, options: Any
+    streams: dict[str, Stream | Calls], beside: Iterable[str], state: State, threads: int, options: Any
 ) -> dict[str, Any]:
     """Rates of one update by `threads` threads beside those streams, or, with 0, of the streams alone. worst_gap_ms: longest time
     between two visits of the launching thread to its queues."""
     running = [streams[name] for name in beside]
-    zero = _now() if running else None
+    zero = _now() if running and torch.cuda.is_available() else None
     zero_s = time.perf_counter()
     job, size = state.update() if threads else (None, 0)
     for stream in running:
@@ -147,7 +173,9 @@ def sample(
         nonlocal last, gap
         for stream in running:
             stream.feed()
-        if "kernels" not in beside:  # copies take long enough: the thread of a model that only waits sleeps, too
+        if not {"kernels", "python"} & set(
+            beside
+        ):  # copies take long enough: the thread of a model that only waits sleeps, too
             time.sleep(2e-4)
         now = time.perf_counter()
         gap, last = max(gap, now - last), now
@@ -172,11 +200,11 @@ def sample(
         end_s = begin_s + job.progress[0]
         job.finish()
     found: dict[str, Any] = {"update_gb_per_s": size / 1e9 / (end_s - begin_s) if threads else None}
-    if running:
+    if zero is not None:
         torch.cuda.synchronize()
-    for name in WAYS:
+    for name, unit in UNITS.items():
         rate = streams[name].rate(zero, begin_s - zero_s, end_s - zero_s) if name in beside else None
-        found[f"{name}_{'tflop' if name == 'kernels' else 'gb'}_per_s"] = rate
+        found[f"{name}_{unit}_per_s"] = rate
     return found | {"seconds": end_s - begin_s, "worst_gap_ms": 1e3 * gap}
 
 
@@ -207,6 +235,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "h2d_gb_per_s": "copies to the device, GB/s",
         "d2h_gb_per_s": "copies to the host, GB/s",
         "kernels_tflop_per_s": "products, TFLOP/s",
+        "python_calls_per_s": "calls of a small module, 1/s",
         "worst_gap_ms": "longest time between two visits of the launching thread, ms",
     }.items():
         values = medians(rows, column)
@@ -223,7 +252,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def combinations(gpu: bool, threads: list[int]) -> list[tuple[tuple[str, ...], int]]:
     """(what runs beside, update threads); 0 threads: no update."""
-    beside = BESIDE if gpu else BESIDE[:1]
+    beside = BESIDE if gpu else BESIDE[:2]
     return [(streams, count) for streams in beside for count in (*threads, 0) if streams or count]
 
 
@@ -247,9 +276,9 @@ def main() -> None:
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
     state = State(int(options.parameters), gpu)
-    streams: dict[str, Stream] = {}
+    streams: dict[str, Stream | Calls] = {"python": Calls("cuda" if gpu else "cpu")}
     if gpu:
-        streams = {way: copies(way, options.copy_gib, options.piece_mib, options.ahead) for way in ("h2d", "d2h")}
+        streams |= {way: copies(way, options.copy_gib, options.piece_mib, options.ahead) for way in ("h2d", "d2h")}
         streams["kernels"] = products(options.matrix, options.ahead)
     rows: list[dict[str, Any]] = []
     turns = combinations(gpu, options.threads)

@@ -94,6 +94,7 @@ def test_streams_beside_an_update_have_the_rates_of_the_device(contention, monke
     }
     state = contention.State(20_000_000, pin=False)
     options = SimpleNamespace(settle=0.02, least=0.1, nice=10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = contention.sample(streams, ("kernels", "h2d"), state, threads, options)
     assert found["h2d_gb_per_s"] == pytest.approx(50, rel=0.1)
     assert found["kernels_tflop_per_s"] == pytest.approx(300, rel=0.1)
@@ -108,17 +109,22 @@ def test_streams_beside_an_update_have_the_rates_of_the_device(contention, monke
 def test_every_stream_runs_alone_too(contention) -> None:
     turns = contention.combinations(True, [16, 15])
     assert ((), 0) not in turns and (("kernels",), 0) in turns and ((), 15) in turns
-    assert len(set(turns)) == len(turns) == 7 * 3 - 1
-    assert contention.combinations(False, [2, 1]) == [((), 2), ((), 1)]
+    assert len(set(turns)) == len(turns) == 8 * 3 - 1
+    python = [(("python",), count) for count in (2, 1, 0)]
+    assert contention.combinations(False, [2, 1]) == [((), 2), ((), 1), *python]
 
 
-def test_without_a_gpu_the_update_alone_is_measured(tmp_path: Path) -> None:
+def test_without_a_gpu_the_update_is_measured_alone_and_beside_python(tmp_path: Path) -> None:
     out = tmp_path / "contention.parquet"
     said = run("contention.py", out, "--parameters", "3e6", "--rounds", "3", "--threads", "2", "1", "--note", "a test")
     rows = pq.read_table(out).to_pylist()
-    assert [(row["round"], row["threads"]) for row in rows] == [(0, 2), (0, 1), (1, 1), (1, 2), (2, 2), (2, 1)]
+    one = [("nothing", 2), ("nothing", 1), ("python", 2), ("python", 1), ("python", 0)]
+    assert [(row["beside"], row["threads"]) for row in rows] == one + one[::-1] + one
     for row in rows:
-        assert row["beside"] == "nothing" and row["note"] == "a test" and row["kernel"] and row["parameters"] == 3e6
-        assert row["update_gb_per_s"] == pytest.approx(0.084 / row["seconds"])
+        assert row["note"] == "a test" and row["kernel"] and row["parameters"] == 3e6
+        assert row["update_gb_per_s"] == (pytest.approx(0.084 / row["seconds"]) if row["threads"] else None)
+        assert (
+            (row["python_calls_per_s"] or 0) > 100 if row["beside"] == "python" else row["python_calls_per_s"] is None
+        )
     lines = said.splitlines()
-    assert lines[-1].startswith("6 samples: ") and "update, GB/s" in said and "copies" not in said
+    assert lines[-1].startswith("15 samples: ") and "update, GB/s" in said and "copies" not in said

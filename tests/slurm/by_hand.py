@@ -54,10 +54,17 @@ class Work:
             found.setdefault(row["cfg.train.seed"], []).append((row["status"], row["signal"] or ""))
         return found
 
-    def training(self, count: int) -> bool:
-        """Whether as many cells have begun to train."""
+    def trained(self) -> int:
+        """How many attempts began to train."""
         files = self.folder.glob("results/*/attempt-*/rank-0.json")
-        return sum('"iteration_s"' in path.read_text() for path in files) >= count
+        return sum('"iteration_s"' in path.read_text() for path in files)
+
+    def until_two_train(self, *sweeps: tuple[str, ...]) -> None:
+        """Submit sweeps of two cells in all, and return when both train."""
+        before = self.trained()
+        for words in sweeps:
+            self.sweep(*words, "--detach")
+        until("both train", lambda: self.trained() >= before + 2)
 
 
 def until(what: str, done: Callable[[], Any], seconds: float = 400.0) -> Any:
@@ -71,16 +78,14 @@ def until(what: str, done: Callable[[], Any], seconds: float = 400.0) -> Any:
 
 def preempted(work: Work) -> None:
     """Jobs of a partition with priority take both nodes for ten seconds: both cells are requeued, and take over their cells."""
-    work.sweep("model=nano", "train.seed=1,2", LONG, "--detach")
-    until("both train", lambda: work.training(2))
+    work.until_two_train(("model=nano", "train.seed=1,2", LONG))
     work.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 10", "--output=/dev/null")
     work.sweep("model=nano", "train.seed=1,2", LONG)
 
 
 def node_failed(work: Work, folder: Path) -> None:
     """The daemon of a node and everything on it are killed; SLURM requeues its cell to the other node."""
-    work.sweep("model=nano", "train.seed=3,4", LONG, "--detach")
-    until("both train", lambda: work.training(4))
+    work.until_two_train(("model=nano", "train.seed=3,4", LONG))
     (lost,) = (job for job, (_, node) in work.queue().items() if node == "n1")
     for process in psutil.process_iter(["pid", "cmdline"]):
         with_env = _environment(process)
@@ -100,16 +105,15 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 def twelve(work: Work) -> None:
     """Two at a time; one is cancelled, one takes too much memory, one too much time, and eight are just run; then again."""
-    work.sweep("model=nano", "train.seed=11", ENDLESS, "hydra.launcher.timeout_min=2", "--detach")
-    work.sweep("model=nano", "train.seed=12", ENDLESS, "--detach")
-    until("both train", lambda: work.training(6))
+    slow = ("model=nano", "train.seed=11", ENDLESS, "hydra.launcher.timeout_min=2")
+    work.until_two_train(slow, ("model=nano", "train.seed=12", ENDLESS))
     work.run("scancel", max(work.queue(), key=lambda job: int(job.partition("_")[0])))
     big = ("model=tiny", "model.vocab_size=400000", "train.seed=13", ENDLESS, "hydra.launcher.mem_gb=1")
     work.sweep(*big, "--detach")
     rest = ("model=nano", f"train.seed={','.join(map(str, range(14, 23)))}", SHORT)
     work.sweep(*rest)
     work.sweep(*big)
-    work.sweep("model=nano", "train.seed=11", ENDLESS, "hydra.launcher.timeout_min=2")
+    work.sweep(*slow)
     work.sweep(*rest)
 
 
