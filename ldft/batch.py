@@ -1,4 +1,5 @@
-"""The job of a batch system in which this process runs, from the environment that SLURM sets for each job."""
+"""The job of a batch system in which this process runs, from the environment that SLURM sets for each job, or that other systems
+set on each host of a run."""
 
 from __future__ import annotations
 
@@ -7,6 +8,59 @@ import re
 import socket
 import subprocess
 import time
+from dataclasses import dataclass
+
+from ldft.errors import ConfigError
+
+# Variables that number a run's hosts, and the port if they name none: torchrun's own (Kubeflow's TrainJob sets them), SkyPilot's,
+# and those that scripts for torchrun commonly use.
+_NUMBERED = (
+    ("PET_NODE_RANK", "PET_NNODES", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
+    ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_IPS", "MASTER_PORT"),
+    ("NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT"),
+)
+_PORT = 29400
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """This host among those of a run, as the environment says."""
+
+    number: int
+    """From 0."""
+    count: int
+    address: str
+    """Of the first host."""
+    port: int
+    """Where the first host listens."""
+    number_name: str
+    count_name: str
+    port_name: str
+    """The variables that say so."""
+
+
+def given() -> Given | None:
+    """None within a SLURM job, which numbers its hosts itself, and if this is the only host. Raises ConfigError if a variable is
+    missing or wrong."""
+    if job_id() is not None:
+        return None
+    for names in _NUMBERED:
+        number, count, address, port = (os.environ.get(name, "").strip() for name in names)
+        if not number or count in ("", "1"):
+            continue
+        for name, value in ((names[0], number), (names[1], count), (names[3], port or "1")):
+            if not value.isdigit():
+                raise ConfigError("launch.num_hosts", f"{name}={value} is no number; correct it, or unset {names[0]}")
+        if not address:
+            raise ConfigError(
+                "launch.num_hosts", f"{names[2]} is not set; set it to the first host's address, or unset {names[0]}"
+            )
+        if int(number) >= int(count):
+            raise ConfigError(
+                "launch.num_hosts", f"{names[0]}={number} is not below {names[1]}={count}; correct it, or unset it"
+            )
+        return Given(int(number), int(count), address.split()[0], int(port or _PORT), names[0], names[1], names[3])
+    return None
 
 
 def job_id() -> str | None:
@@ -21,7 +75,10 @@ def host() -> str:
 
 
 def address() -> str:
-    """Where the other hosts of the job reach this one: its name or, if that does not resolve, its address as SLURM knows it."""
+    """Where the other hosts reach this one, the first: its name or, if that does not resolve, its address as SLURM knows it; or as
+    the environment says."""
+    if one := given():
+        return one.address
     name = socket.gethostname()
     try:
         socket.getaddrinfo(name, None)
@@ -34,7 +91,8 @@ def address() -> str:
 
 def host_number() -> int:
     """This host's number among those of the run, from 0: of the step's task, one on each host."""
-    return int(os.environ.get("SLURM_PROCID", "0"))
+    one = given()
+    return one.number if one else int(os.environ.get("SLURM_PROCID", "0"))
 
 
 def step() -> str | None:

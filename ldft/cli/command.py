@@ -24,7 +24,7 @@ from ldft.config import Goal, from_dict
 from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError, InternalError, LdftError, ResultsError
 from ldft.results.history import History
-from ldft.runner import parent
+from ldft.runner import hosts, meeting, parent
 from ldft.runner.summary import summary
 from ldft.sweep import cell
 
@@ -59,6 +59,10 @@ def _cell(tree: DictConfig) -> int:
         # A sweep cell that a launcher started on some machine; the sweep reads the result from the cell's row.
         cell.run(config, History(parent.prepare(config)))
         return 0
+    if (given := batch.given()) and given.number:
+        config.launch.validate()
+        hosts.check(config)
+        return meeting.join(given)
     config.sweep.validate()
     outcome = parent.run(config)
     print(summary(outcome, config), flush=True)

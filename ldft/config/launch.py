@@ -22,7 +22,7 @@ class LaunchConfig:
     """Worker processes; on cuda, one per GPU (the seed's NUM_GPUS)."""
 
     num_hosts: int = 1
-    """Hosts that share the ranks evenly, within an allocation of SLURM (docs/slurm.md)."""
+    """Hosts that share the ranks evenly: of a SLURM allocation, or as NODE_RANK and the like say (docs/slurm.md)."""
 
     device: Device = Device.auto
     """Device type of every rank."""

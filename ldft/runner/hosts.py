@@ -1,4 +1,5 @@
-"""The ranks of a run over several hosts of a SLURM job: an agent on each (agent.py), started as one step of the job.
+"""The ranks of a run over several hosts: an agent on each (agent.py), started as one step of a SLURM job, or by the command that
+another system runs on each host (meeting.py).
 
 Has the interface of launch.Ranks, which runs those of a single host.
 """
@@ -12,12 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ldft import batch
 from ldft.config import Config
 from ldft.errors import ConfigError
 from ldft.runner import agent, final_status, launch
+from ldft.runner.meeting import Meeting
 
 # An agent that has not written for so long is gone, or cannot write.
 SILENT_S = 60.0
@@ -25,14 +27,23 @@ _END_S = 20.0
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError if this is not within an allocation of as many hosts."""
-    hosts, have = config.launch.num_hosts, batch.hosts_of_job()
+    """Raise ConfigError if this is not one of as many hosts."""
+    hosts, have, given = config.launch.num_hosts, batch.hosts_of_job(), batch.given()
+    if given and (hosts > 1 or given.number):
+        if hosts != given.count:
+            raise ConfigError(
+                "launch.num_hosts",
+                f"{hosts}, but this is host {given.number} of {given.count} ({given.number_name}, {given.count_name}); use "
+                f"launch.num_hosts={given.count}, or start it on one host only",
+            )
+        return
     if hosts == 1:
         return
     if have is None:
         raise ConfigError(
             "launch.num_hosts",
-            f"{hosts}: several hosts need an allocation of SLURM; use -m hydra/launcher=slurm, or start it within salloc or sbatch",
+            f"{hosts}: several hosts need an allocation of SLURM, or NODE_RANK, NNODES and MASTER_ADDR on each (docs/slurm.md); "
+            "use -m hydra/launcher=slurm, or start it within salloc or sbatch",
         )
     if have < hosts:
         raise ConfigError("launch.num_hosts", f"{hosts}: this job has {have} nodes; use sbatch --nodes={hosts}")
@@ -56,6 +67,48 @@ def columns(folder: Path, config: Config) -> dict[str, Any]:
     }
 
 
+class _Step:
+    """The agents as one step of a SLURM job."""
+
+    refused: str | None = None
+
+    def __init__(self, folder: Path, count: int, log: IO[bytes]) -> None:
+        self._folder, self._count = folder, count
+        self._srun = subprocess.Popen(
+            self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def _command(self) -> list[str]:
+        cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
+        shape = [f"--nodes={self._count}", f"--ntasks={self._count}", "--ntasks-per-node=1", f"--cpus-per-task={cores}"]
+        # The agent binds its ranks itself. A host that has failed must not take the others' exit states with it.
+        rest = ["--overlap", "--cpu-bind=none", "--kill-on-bad-exit=0", f"--wait={int(_END_S)}", "--unbuffered"]
+        return ["srun", *shape, *rest, sys.executable, "-m", "ldft.runner.agent", str(self._folder)]
+
+    @property
+    def pids(self) -> list[int]:
+        return [self._srun.pid] if self._srun.poll() is None else []
+
+    @property
+    def ended_with(self) -> str:
+        return f"srun ended with code {self._srun.returncode}"
+
+    def end(self) -> None:
+        if self._srun.poll() is not None:
+            return
+        found = (agent.of_host(self._folder, host).get("step") for host in range(self._count))
+        if step := next((one for one in found if one), None):
+            # srun itself would answer SIGTERM by killing the agents, which then could not say how their ranks ended.
+            subprocess.run(["scancel", "--signal=TERM", step], capture_output=True, timeout=_END_S, check=False)
+        else:
+            self._srun.send_signal(signal.SIGTERM)
+        try:
+            self._srun.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._srun.kill()
+            self._srun.wait()
+
+
 class Hosts:
     """A context manager: leaving it ends all agents, and with them their ranks."""
 
@@ -68,22 +121,14 @@ class Hosts:
         self._folder, self._config, self._count = folder, config, config.launch.num_hosts
         self._seen: dict[int, tuple[int, float]] = {}
         self._killed = False
+        given = batch.given()
         with (folder / "hosts.log").open("wb") as log:
-            self._step = subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def _command(self) -> list[str]:
-        cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1")
-        shape = [f"--nodes={self._count}", f"--ntasks={self._count}", "--ntasks-per-node=1", f"--cpus-per-task={cores}"]
-        # The agent binds its ranks itself. A host that has failed must not take the others' exit states with it.
-        rest = ["--overlap", "--cpu-bind=none", "--kill-on-bad-exit=0", f"--wait={int(_END_S)}", "--unbuffered"]
-        return ["srun", *shape, *rest, sys.executable, "-m", "ldft.runner.agent", str(self._folder)]
+            self._agents = Meeting(folder, given, log) if given else _Step(folder, self._count, log)
 
     @property
     def pids(self) -> list[int]:
-        """The step, while it runs."""
-        return [self._step.pid] if self._step.poll() is None else []
+        """Of what runs the agents, while one runs."""
+        return self._agents.pids
 
     @property
     def by_rank(self) -> dict[int, int]:
@@ -101,10 +146,8 @@ class Hosts:
             return final_status.Verdict("error", exit_code=None, error_type="SilentHost", error_message=lost)
         if decision.status == "ok" and len(self.exits) < self._config.launch.num_ranks:
             log = " ".join((self._folder / "hosts.log").read_text(errors="replace").split())[-300:]
-            lost = (
-                f"srun ended with code {self._step.returncode} before all ranks had run: {log or 'it printed nothing'}"
-            )
-            return final_status.Verdict("error", exit_code=None, error_type="SrunFailed", error_message=lost)
+            lost = f"{self._agents.ended_with} before all ranks had run: {log or 'it printed nothing'}"
+            return final_status.Verdict("error", exit_code=None, error_type="AgentFailed", error_message=lost)
         return decision
 
     def poll(self) -> list[launch.RankExit]:
@@ -119,10 +162,11 @@ class Hosts:
             beats = state.get("beats", 0)
             if host not in self._seen or self._seen[host][0] != beats:
                 self._seen[host] = beats, now
-            if state.get("refused") and not self.refused:
-                self.refused = f"{state['host']}: {state['refused']}"
+            why = f"{state['host']}: {state['refused']}" if state.get("refused") else self._agents.refused
+            if why and not self.refused:
+                self.refused = why
                 self.end()
-            quiet = now - self._seen[host][1] > SILENT_S
+            quiet = now - self._seen[host][1] > (SILENT_S if state else agent.MEET_S)
             if quiet and not state.get("ended") and not self.silent and self.pids:
                 self.silent = str(state.get("host") or f"number {host}")
                 self.end()
@@ -131,19 +175,7 @@ class Hosts:
     def end(self) -> None:
         """Tell every agent to end its ranks, and wait for them."""
         self._killed = True
-        if self._step.poll() is None:
-            step = next((state["step"] for state in states(self._folder, self._config) if state.get("step")), None)
-            if (
-                step
-            ):  # srun itself would answer SIGTERM by killing the agents, which then could not say how their ranks ended
-                subprocess.run(["scancel", "--signal=TERM", step], capture_output=True, timeout=_END_S, check=False)
-            else:
-                self._step.send_signal(signal.SIGTERM)
-            try:
-                self._step.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                self._step.kill()
-                self._step.wait()
+        self._agents.end()
 
     def __enter__(self) -> Hosts:
         return self

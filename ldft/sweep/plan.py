@@ -16,6 +16,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from ldft import batch
 from ldft.config import Config, Goal, from_dict, run_id
 from ldft.errors import ConfigError
 from ldft.results import attempt
@@ -123,6 +124,11 @@ def make(
         config = from_dict(compose(overrides))
         if elsewhere:
             _refuse_auto(config)
+        elif config.launch.num_hosts > 1 and batch.given():
+            raise ConfigError(
+                "launch.num_hosts",
+                f"{config.launch.num_hosts}: a sweep over several hosts needs SLURM; start each cell by a command of its own",
+            )
         checks.resolve(config)
         for key in ("sweep", "rerun", "results", "repeat"):
             settings.setdefault(key, set()).add(str(getattr(config, key)))

@@ -1,0 +1,214 @@
+"""One cell on several hosts that a system other than SLURM numbers: the same command on each, here twice on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from ldft import batch
+from ldft.errors import ConfigError
+from ldft.runner import agent, meeting
+
+TWO = ("launch.num_ranks=2", "launch.num_hosts=2", "train.warmup_iterations=1", "results.dir=results")
+ENDLESS = "train.iterations=100000"
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("", 0))) as server:
+        return int(server.getsockname()[1])
+
+
+class Hosts:
+    """Commands by number of their host."""
+
+    def __init__(self, folder: Path, command: Callable[..., list[str]]) -> None:
+        self.folder, self._command, self.port = folder, command, str(free_port())
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(
+        self, number: int, *overrides: str, folder: Path | None = None, **environment: str
+    ) -> subprocess.Popen[str]:
+        there = {"NODE_RANK": str(number), "NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": self.port}
+        process = subprocess.Popen(
+            self._command(*TWO, *overrides), cwd=folder or self.folder, env=os.environ | there | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.processes.append(process)
+        return process
+
+    def row(self) -> dict[str, Any]:
+        (path,) = self.folder.glob("results/*/attempt-1/row.parquet")
+        (row,) = pq.read_table(path).to_pylist()
+        return row
+
+    def ranks(self) -> list[psutil.Process]:
+        """Rank 0's first, once both train."""
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            reports = [path.read_text() for path in self.folder.glob("results/*/attempt-1/rank-0.json")]
+            if reports and '"iteration_s": [' in reports[0] and "," in reports[0].partition('"iteration_s": [')[2][:40]:
+                found = [
+                    one
+                    for process in self.processes
+                    for one in psutil.Process(process.pid).children(recursive=True)
+                    if "ldft.worker" in one.cmdline()
+                ]
+                return sorted(found, key=lambda one: int(one.environ()["RANK"]))
+            time.sleep(0.1)
+        raise AssertionError("it never trained")
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, command: Callable[..., list[str]]) -> Iterator[Hosts]:
+    found = Hosts(tmp_path, command)
+    yield found
+    left = [one for process in found.processes if process.poll() is None for one in [psutil.Process(process.pid)]]
+    for one in [child for parent in left for child in parent.children(recursive=True)] + left:
+        one.kill()
+    assert not left, "a command did not end"
+
+
+def nothing_runs_in(folder: Path) -> bool:
+    return not [one for one in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(one.info["cmdline"] or ())]
+
+
+def test_the_same_command_on_each_host_is_one_run(hosts: Hosts) -> None:
+    """The second host may come first; torchrun's names and SkyPilot's do as well."""
+    second = hosts.start(1, "train.iterations=3", NODE_RANK="", PET_NODE_RANK="1", PET_NNODES="2", PET_MASTER_ADDR="localhost",
+                         PET_MASTER_PORT=hosts.port)  # fmt: skip
+    time.sleep(1.0)
+    first = hosts.start(0, "train.iterations=3", NODE_RANK="", SKYPILOT_NODE_RANK="0", SKYPILOT_NUM_NODES="2",
+                        SKYPILOT_NODE_IPS="localhost\n10.0.0.2")  # fmt: skip
+    said, also = first.communicate(timeout=120)[0], second.communicate(timeout=120)[0]
+    assert (first.returncode, second.returncode) == (0, 0), said + also
+    row = hosts.row()
+    assert row["status"] == "ok" and len(row["hosts"]) == 2 and len(row["loss"]) == 3
+    assert {one["rank"] for one in row["roles"]} == {0, 1}
+    assert "host 1 of 2: its ranks run in" in also and "ok in" in said and "ok in" not in also
+    assert nothing_runs_in(hosts.folder)
+
+
+def test_a_rank_that_is_killed_on_the_other_host_ends_both(hosts: Hosts) -> None:
+    first, second = (hosts.start(number, ENDLESS) for number in (0, 1))
+    hosts.ranks()[1].kill()
+    began = time.monotonic()
+    first.communicate(timeout=60), second.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    row = hosts.row()
+    assert (row["status"], row["signal"]) == ("error", "SIGKILL") and "rank 1" in row["error_message"]
+    assert (first.returncode, second.returncode) == (1, 0) and nothing_runs_in(hosts.folder)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_host_that_is_told_to_stop_ends_the_run(hosts: Hosts, number: int) -> None:
+    both = [hosts.start(number, ENDLESS) for number in (0, 1)]
+    hosts.ranks()
+    both[number].send_signal(signal.SIGTERM)
+    for process in both:
+        process.communicate(timeout=60)
+    row = hosts.row()
+    assert row["status"] == ("interrupted" if number == 0 else "error") and row["iteration_s"]
+    assert both[0].returncode and nothing_runs_in(hosts.folder)
+
+
+def test_a_host_that_does_not_see_the_results_ends_the_run(hosts: Hosts, monkeypatch, tmp_path: Path) -> None:
+    folder = tmp_path / "attempt"
+    folder.mkdir()
+    given = batch.Given(1, 2, "localhost", int(hosts.port), "NODE_RANK", "NNODES", "MASTER_PORT")
+    monkeypatch.setattr(meeting, "_SEEN_S", 0.2)
+    monkeypatch.setattr(meeting, "_agent", lambda folder, log: subprocess.Popen(["sleep", "60"]))
+    with (tmp_path / "log").open("wb") as log:
+        one = meeting.Meeting(folder, given, log)
+    try:
+        with pytest.raises(
+            ConfigError, match=r"results.dir: .*/attempt is not there; the results folder must be on a file"
+        ):
+            meeting.join(given)
+        end = time.monotonic() + 10
+        while not one.refused and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (
+            one.refused
+            == f"{socket.gethostname()}: {folder} is not there; the results folder must be on a file system that all hosts see"
+        )
+    finally:
+        one.end()
+    assert not one.pids and one.ended_with == "the agent of this host ended with code -15"
+
+
+def test_a_port_is_refused_where_another_program_has_it_or_answers(hosts: Hosts, tmp_path: Path, monkeypatch) -> None:
+    given = batch.Given(1, 2, "localhost", int(hosts.port), "NODE_RANK", "NNODES", "MASTER_PORT")
+    monkeypatch.setattr(agent, "MEET_S", 0.5)
+    with pytest.raises(
+        ConfigError, match=f"no answer from localhost:{hosts.port} within 0 s .*; see that the first host runs"
+    ):
+        meeting.join(given)
+    with closing(socket.create_server(("localhost", given.port))) as other, (tmp_path / "log").open("wb") as log:
+        with pytest.raises(ConfigError, match=rf"port {hosts.port} \(MASTER_PORT\) cannot be used: .*; choose another"):
+            meeting.Meeting(tmp_path, given, log)
+        other.settimeout(10)
+        process = hosts.start(1)
+        guest = other.accept()[0]
+        guest.sendall(b"SSH-2.0\n")
+        assert (
+            f"localhost:{hosts.port} (MASTER_PORT) is not ldft's; choose another port"
+            in process.communicate(timeout=60)[0]
+        )
+        guest.close()
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "said"),
+    [
+        (
+            (),
+            {"NNODES": "3"},
+            "launch.num_hosts: 2, but this is host 1 of 3 (NODE_RANK, NNODES); use launch.num_hosts=3, or start",
+        ),
+        (
+            ("launch.num_hosts=1",),
+            {},
+            "launch.num_hosts: 1, but this is host 1 of 2 (NODE_RANK, NNODES); use launch.num_hosts=2, or",
+        ),
+        (
+            (),
+            {"MASTER_ADDR": ""},
+            "launch.num_hosts: MASTER_ADDR is not set; set it to the first host's address, or unset NODE_RANK",
+        ),
+        ((), {"NODE_RANK": "2"}, "launch.num_hosts: NODE_RANK=2 is not below NNODES=2; correct it, or unset it"),
+        ((), {"NNODES": "1:2"}, "launch.num_hosts: NNODES=1:2 is no number; correct it, or unset NODE_RANK"),
+        (
+            ("-m",),
+            {},
+            "launch.num_hosts: 2: a sweep over several hosts needs SLURM; start each cell by a command of its own",
+        ),
+    ],
+)
+def test_what_the_environment_says_is_checked(hosts: Hosts, overrides, environment: dict[str, Any], said: str) -> None:
+    process = hosts.start(1, *overrides, **environment)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and out.strip().count("\n") == 0 and said in out, out
+
+
+def test_a_slurm_job_numbers_its_hosts_itself_and_one_host_needs_no_number(monkeypatch) -> None:
+    for name, value in {"NODE_RANK": "1", "NNODES": "2", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    assert batch.given() == batch.Given(1, 2, "a", 29400, "NODE_RANK", "NNODES", "MASTER_PORT")
+    assert batch.address() == "a" and batch.host_number() == 1
+    monkeypatch.setenv("NNODES", "1")
+    assert batch.given() is None
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert batch.given() is None and batch.host_number() == 0
