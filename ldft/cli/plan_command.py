@@ -162,7 +162,8 @@ def _memory(plan: Plan) -> str:
     config = plan.run.config
     size = device_gib(config) if config.launch.device is Device.cuda else None
     device = f"VRAM {plan.device_bytes / GIB:.1f} of {size:.1f} GiB each, " if size else ""
-    return f"{device}host {plan.host_bytes / GIB:.1f} of {fit.available(config).bytes / GIB:.1f} GiB"
+    each = f" each on {config.launch.num_hosts} hosts" if config.launch.num_hosts > 1 else ""
+    return f"{device}host {plan.host_bytes / GIB:.1f} of {fit.available(config).bytes / GIB:.1f} GiB{each}"
 
 
 def _time(plan: Plan) -> str:

@@ -45,6 +45,10 @@ class MachineConfig:
     peer_gb_per_s: float = 0.0
     """Bandwidth between a GPU and the others in one direction, GB/s."""
 
+    network_gb_per_s: float = 0.0
+    """Bandwidth of a host's network in one direction, all adapters together, GB/s, for launch.num_hosts above 1. To be set for the
+    machine at hand, too: it is not measured."""
+
     host: HostLayout = HostLayout.one_node
     """NUMA nodes of the host."""
 
@@ -64,6 +68,8 @@ class MachineConfig:
     """Bandwidth of the expander, GB/s. 64: one direction of PCIe 5.0 x16, which carries CXL 2.0."""
 
     def validate(self) -> None:
+        if self.network_gb_per_s < 0:
+            raise ConfigError("machine.network_gb_per_s", f"{self.network_gb_per_s:g} is negative; use GB/s above 0")
         if self.name == THIS:
             return
         for key in (

@@ -197,7 +197,7 @@ class _Link:
     """To the device, from it, and between GPUs."""
     backward: tuple[float, ...]
     moved: float
-    """Bytes that leave or enter the host's memory in the forward pass, of all ranks."""
+    """Bytes that leave or enter a host's memory in the forward pass, of all its ranks."""
     fetch: float
     """One layer's weights, to the device."""
     tail: float
@@ -224,7 +224,7 @@ def _link(run: Selection, rates: Rates) -> _Link:
     return _Link(
         forward=(weights / down, waiting / up, gathered),
         backward=((weights + waiting) / down, gradients, gathered + reduced),
-        moved=ranks * (weights + waiting),
+        moved=config.launch.ranks_per_host * (weights + waiting),
         fetch=width * parameter_counts.layer_parameters(model) / ranks / down if offloads else 0.0,
         tail=embedding if leaves and not share and not config.lora.rank else 0.0,
     )
@@ -252,7 +252,7 @@ def _update(run: Selection, rates: Rates) -> float:
     traffic = 2 * (parameter_counts.state_bytes(config) + parameter_counts.width(config))
     if not run.fused_step:
         traffic += 3 * 4 + 2 * (4 + parameter_counts.width(config))
-    return traffic * trained / sum(rates.host.cpu.values())
+    return traffic * trained / config.launch.num_hosts / sum(rates.host.cpu.values())
 
 
 def _step(run: Selection, rates: Rates) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -25,6 +26,20 @@ class UnknownRatesError(ConfigError):
 def rates(config: Config) -> Rates:
     """Rates for a config whose device and precision are resolved. Raises UnknownRatesError, and ConfigError for a damaged
     profile."""
+    found = _of_host(config)
+    if config.launch.num_hosts == 1:
+        return found
+    network = config.machine.network_gb_per_s
+    if not network:
+        raise UnknownRatesError(
+            "machine.network_gb_per_s",
+            "0: what moves between several hosts takes a time that is not known; use the GB/s of all network adapters of a host",
+        )
+    # What rings carry from GPU to GPU passes once through each host's network, over all of its adapters.
+    return dataclasses.replace(found, peers=min(found.peers, 1e9 * network))
+
+
+def _of_host(config: Config) -> Rates:
     host = bandwidths.bandwidths(config.numa.bandwidth)
     if config.machine.name != THIS:
         return _of_datasheet(config, host)
@@ -48,7 +63,7 @@ def _of_datasheet(config: Config, host: Bandwidths | None) -> Rates:
         )
     if config.train.precision is Precision.fp32:
         peak /= 8  # tensor cores do not compute fp32; vector units do, at about an eighth on these GPUs
-    peers = 1e9 * machine.peer_gb_per_s if config.launch.num_ranks > 1 else math.inf
+    peers = 1e9 * machine.peer_gb_per_s if config.launch.ranks_per_host > 1 else math.inf
     return from_datasheet(peak=1e12 * peak, device_memory=1e9 * machine.memory_gb_per_s, host=host, peers=peers)
 
 
@@ -98,7 +113,7 @@ def _parse(device: dict[str, Any], host: Bandwidths, config: Config) -> Rates:
             fetched=HostTime(*host_s["fetched"]),
             resident=HostTime(*host_s["resident"]),
             peers=1e9 * device["peer_gb_per_s"]
-            if config.launch.num_ranks > 1 and device.get("peer_gb_per_s")
+            if config.launch.ranks_per_host > 1 and device.get("peer_gb_per_s")
             else math.inf,
             measured=True,
         )

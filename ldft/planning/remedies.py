@@ -54,14 +54,17 @@ def _changes(searched: Search, all_of_them: bool) -> Iterator[tuple[str, Search]
     for more in _MORE_HOST_GIB if all_of_them else _MORE_HOST_GIB[:1]:
         yield f"{more} GiB more of host memory", _fresh(searched, _host(config, searched.host_limit / GIB + more))
     if config.launch.device is Device.cuda:
-        ranks = config.launch.num_ranks + 1
+        hosts = config.launch.num_hosts
+        ranks = config.launch.num_ranks + hosts
         several = dataclasses.replace(config, launch=dataclasses.replace(config.launch, num_ranks=ranks))
         rates = searched.rates
-        if ranks == 2:  # with one GPU, there is no rate between GPUs
+        if ranks == 2 and hosts == 1:  # with one GPU, there is no rate between GPUs
             link = rates.host.link_h2d if config.machine.name == THIS else 1e9 * config.machine.peer_gb_per_s
             rates = dataclasses.replace(rates, peers=link)
         yield (
-            "one more GPU" + (" (same tokens on each)" if not all_of_them else ""),
+            "one more GPU"
+            + (" on each host" if hosts > 1 else "")
+            + (" (same tokens on each)" if not all_of_them else ""),
             _fresh(searched, several, rates=rates),
         )
         if (size := device_gib(config)) is not None and not all_of_them:

@@ -27,7 +27,7 @@ def assumed(config: Config) -> AbstractContextManager[None]:
         )
         return environment.assumed(given)
     if config.launch.device is Device.cuda and not environment.gpus():
-        return environment.assumed(environment.Assumed(config.launch.num_ranks, config.memory.vram_gib or None))
+        return environment.assumed(environment.Assumed(config.launch.ranks_per_host, config.memory.vram_gib or None))
     return nullcontext()
 
 

@@ -82,7 +82,7 @@ def relieve(run: Selection, vram_gib: Callable[[Config], float | None]) -> Selec
     if config.offload.gpu_share is not None or _obstacle(run) or not short or size is None:
         return run
     embedding, layer, _ = _sizes(config)
-    needed = run.gpu_share + short / (parameter_counts.state_bytes(config) * config.launch.num_ranks)
+    needed = run.gpu_share + short / (parameter_counts.state_bytes(config) * config.launch.ranks_per_host)
     each = device_estimate.share_bytes(dataclasses.replace(run, gpu_share=1))
     possible = run.gpu_share + room.device_room(run, size) // each
     if possible < embedding:
@@ -114,7 +114,7 @@ def _layers_that_hide(config: Config, embedding: int, layer: int) -> int | str:
         return f"the GPU's peak is unknown (set {KEY} to choose it)"
     if known is None:
         return "the host's bandwidth is unknown (measure it with python -m ldft.bench nodes)"
-    ranks, count = config.launch.num_ranks, config.model.num_layers
+    ranks, count = config.launch.ranks_per_host, config.model.num_layers
     traffic = 2 * (parameter_counts.state_bytes(config) + parameter_counts.width(config))
     update_s = layer * traffic / (_BESIDE * sum(known.cpu.values()) / ranks)
     fetch_s = layer * parameter_counts.width(config) / known.link_h2d

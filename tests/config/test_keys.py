@@ -161,6 +161,7 @@ CHANGES: dict[str, tuple[str, Callable[[Config], Any], list[str]]] = {
     "machine.memory_gb_per_s": ("3", machine_of, H200),
     "machine.link_gb_per_s": ("3", machine_of, H200),
     "machine.peer_gb_per_s": ("3", machine_of, [*H200, "launch.num_ranks=2"]),
+    "machine.network_gb_per_s": ("3", machine_of, [*H200, "launch.num_ranks=2", "launch.num_hosts=2"]),
     "machine.host": ("two_nodes", machine_of, H200),
     "machine.cores": ("3", machine_of, H200),
     "machine.host_gib": ("3", machine_of, H200),

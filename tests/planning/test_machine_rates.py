@@ -65,6 +65,19 @@ def test_of_a_machine_that_is_not_here_the_datasheet_counts() -> None:
     assert rates.peers == math.inf and rates.host.cpu == {0: 10e9} and not rates.measured
     config.launch.num_ranks = 2
     assert machine.rates(config).peers == 450e9
+    # Between hosts what a host's network carries counts, or what its GPUs do, if that is less.
+    config.launch.num_ranks, config.launch.num_hosts, config.machine.network_gb_per_s = 4, 2, 50.0
+    assert machine.rates(config).peers == 50e9
+    config.machine.network_gb_per_s = 800.0
+    assert machine.rates(config).peers == 450e9
+    config.launch.num_ranks = 2  # one on each host
+    assert machine.rates(config).peers == 800e9
+    config.machine.network_gb_per_s = 0.0
+    with pytest.raises(
+        machine.UnknownRatesError, match=r"machine\.network_gb_per_s: 0: what moves between several hosts"
+    ):
+        machine.rates(config)
+    config.launch.num_hosts = 1
     config.train.precision = Precision.fp32
     assert machine.rates(config).products == pytest.approx(0.72 * 989e12 / 8)
     with pytest.raises(machine.UnknownRatesError, match="'NVIDIA Other': its peak is not known here"):

@@ -80,6 +80,9 @@ def test_a_second_gpu_is_reached_as_fast_as_the_machine_says_and_a_third_as_fast
     searched.config.launch.num_ranks = 2
     third = tried(searched, True)[name]
     assert (third.config.launch.num_ranks, third.rates) == (3, RATES)
+    searched.config.launch.num_hosts = 2
+    fourth = tried(searched, True)["one more GPU on each host"]
+    assert (fourth.config.launch.num_ranks, fourth.rates) == (4, RATES)
 
 
 def plan_of(speed: float, config: Config | None = None) -> Any:

@@ -84,7 +84,9 @@ def test_copies_over_the_link_and_between_gpus() -> None:
     assert (link.forward, link.moved) == (near((weights / 5, 0, gathered)), near(2 * weights))
     assert link.backward == near((weights / 5, weights / 4, 2 * gathered))
     assert (link.fetch, link.tail) == near((688 / 5, 0)), "the embedding's gradient stays"
-    config.launch.num_ranks = 3
+    config.launch.num_hosts = 2
+    assert iteration_time._link(dataclasses.replace(run, gpu_share=359), RATES).moved == near(weights)
+    config.launch.num_ranks, config.launch.num_hosts = 3, 1
     link = iteration_time._link(dataclasses.replace(run, gpu_share=10_000), RATES)
     assert link.forward == near((0, 0, 5744 * 2 / 3 / 2)), "no more than all is on the GPU"
     # Stage 2 holds all weights on each GPU: only gradients leave.
@@ -139,6 +141,8 @@ def test_the_hosts_update_reads_and_writes_each_state() -> None:
     assert iteration_time._update(stock, RATES) == near((32 + 12 + 16) * 2472 / 10)
     config.launch.num_ranks, config.optimizer.name = 2, "lion"
     assert iteration_time._update(dataclasses.replace(run, gpu_share=36), RATES) == near(24 * 2400 / 10)
+    config.launch.num_hosts = 2  # each has memory of its own
+    assert iteration_time._update(dataclasses.replace(run, gpu_share=36), RATES) == near(12 * 2400 / 10)
     config.offload.optimizer = OffloadDevice.none
     assert iteration_time._update(run, RATES) == 0
 

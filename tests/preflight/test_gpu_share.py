@@ -80,6 +80,8 @@ def test_it_grows_with_the_work_and_shrinks_with_the_time() -> None:
     layers = (long - EMBEDDING) // LAYER
     halves = settled("seq_len=32k", MEASURED, "launch.num_ranks=2").gpu_share
     assert abs(halves - (EMBEDDING + layers * LAYER) / 2) < LAYER / 1000
+    # On two hosts each has a host's bandwidth for its half.
+    assert settled("seq_len=32k", MEASURED, "launch.num_ranks=2", "launch.num_hosts=2").gpu_share < halves
 
 
 def test_it_takes_no_more_device_memory_than_there_is() -> None:

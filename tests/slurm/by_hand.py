@@ -1,7 +1,7 @@
 """Preemption, a node that fails, and twelve cells of which four end badly, on a real cluster: python -m tests.slurm.by_hand
 
 Takes about ten minutes, most of it SLURM's own waiting before it starts a requeued job. Prints each cell's attempts; exit code 1 if
-one is not as it should be.
+one is not as it should be. With words after it only these parts: preemption, twelve, failure.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Work:
         print(f"$ ... {' '.join(words)}", flush=True)
         print(self.run(*LINE, *words).stdout, flush=True)
 
-    def queue(self) -> dict[str, tuple[str, str]]:
-        """Job -> state and node."""
-        lines = self.run("squeue", "-h", "-r", "-o", "%i|%T|%N").stdout.splitlines()
-        return {job: (state, node) for job, state, node in (line.split("|") for line in lines)}
+    def queue(self) -> dict[str, str]:
+        """Job, as SLURM numbers each task of an array -> node."""
+        lines = self.run("squeue", "-h", "-r", "-o", "%A|%N").stdout.splitlines()
+        return dict(line.split("|") for line in lines)
 
     def attempts(self) -> dict[int, list[tuple[str, str]]]:
         """Seed -> status and signal of each attempt."""
@@ -86,13 +86,16 @@ def preempted(work: Work) -> None:
 def node_failed(work: Work, folder: Path) -> None:
     """The daemon of a node and everything on it are killed; SLURM requeues its cell to the other node."""
     work.until_two_train(("model=nano", "train.seed=3,4", LONG))
-    (lost,) = (job for job, (_, node) in work.queue().items() if node == "n1")
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        with_env = _environment(process)
-        own = f"{with_env.get('SLURM_ARRAY_JOB_ID')}_{with_env.get('SLURM_ARRAY_TASK_ID')}" == lost
-        if own or f"[{lost.replace('_', '.')}" in " ".join(process.info["cmdline"] or ()):
-            process.kill()
+    (lost,) = (job for job, node in work.queue().items() if node == "n1")
+    # First what would report the end of the others.
     os.kill(int((folder / "d-n1.pid").read_text()), signal.SIGKILL)
+    processes = list(psutil.process_iter(["cmdline"]))
+    for one in processes:
+        if f"[{lost}." in " ".join(one.info["cmdline"] or ()):
+            one.kill()
+    for one in processes:
+        if _environment(one).get("SLURM_JOB_ID") == lost:
+            one.kill()
     work.sweep("model=nano", "train.seed=3,4", LONG)
 
 
@@ -107,7 +110,7 @@ def twelve(work: Work) -> None:
     """Two at a time; one is cancelled, one takes too much memory, one too much time, and eight are just run; then again."""
     slow = ("model=nano", "train.seed=11", ENDLESS, "hydra.launcher.timeout_min=2")
     work.until_two_train(slow, ("model=nano", "train.seed=12", ENDLESS))
-    work.run("scancel", max(work.queue(), key=lambda job: int(job.partition("_")[0])))
+    work.run("scancel", max(work.queue(), key=int))
     big = ("model=tiny", "model.vocab_size=400000", "train.seed=13", ENDLESS, "hydra.launcher.mem_gb=1")
     work.sweep(*big, "--detach")
     rest = ("model=nano", f"train.seed={','.join(map(str, range(14, 23)))}", SHORT)
@@ -118,26 +121,32 @@ def twelve(work: Work) -> None:
 
 
 def main() -> int:
+    parts = sys.argv[1:] or ["preemption", "twelve", "failure"]
     folder, place = (Path(tempfile.mkdtemp(prefix=f"ldft-{name}-")) for name in ("slurm", "sweeps"))
     folder.chmod(0o755)
     with cluster(folder) as env:
         work = Work(place, env)
-        preempted(work)
-        twelve(work)
-        node_failed(work, folder)
+        if "preemption" in parts:
+            preempted(work)
+        if "twelve" in parts:
+            twelve(work)
+        if "failure" in parts:
+            node_failed(work, folder)
         found = work.attempts()
     for seed, ended in sorted(found.items()):
         print(seed, ended)
     last = {seed: ended[-1][0] for seed, ended in found.items()}
-    wanted = dict.fromkeys((1, 2, 3, 4, *range(14, 23)), "ok") | {11: "timeout", 12: "interrupted", 13: "oom_host"}
-    again = [seed for seed in (1, 2) if ("interrupted", "SIGTERM") in found[seed][:-1]]
-    print(
-        "as it should be"
-        if last == wanted and again == [1, 2]
-        else f"expected {wanted}, and attempts of 1 and 2 interrupted"
-    )
+    wanted = {
+        "preemption": dict.fromkeys((1, 2), "ok"),
+        "twelve": dict.fromkeys(range(14, 23), "ok") | {11: "timeout", 12: "interrupted", 13: "oom_host"},
+        "failure": dict.fromkeys((3, 4), "ok"),
+    }
+    expected = {seed: status for part in parts for seed, status in wanted[part].items()}
+    again = all(("interrupted", "SIGTERM") in found[seed][:-1] for seed in (1, 2) if seed in found)
+    right = last == expected and again
+    print("as it should be" if right else f"expected {expected}, and attempts of 1 and 2 interrupted")
     shutil.rmtree(folder, ignore_errors=True)
-    return 0 if last == wanted and again == [1, 2] else 1
+    return 0 if right else 1
 
 
 if __name__ == "__main__":
