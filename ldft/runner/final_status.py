@@ -88,7 +88,11 @@ def judge(
         return Verdict("timeout", exit_code=None, error_message=passed)
     failed = [ended for ended in exits if ended.exit_code != 0 and not ended.ended_by_us]
     if not failed:
-        return Verdict("ok")
+        ended = next((one for one in exits if one.exit_code != 0), None)
+        if ended is None:
+            return Verdict("ok")
+        unfinished = f"rank {ended.rank} was ended before it was done, although no rank had failed"
+        return Verdict("error", ended.rank, ended.exit_code, ended.signal, error_message=unfinished)
     # Find the cause, not its consequence: if a rank dies, its peers abort or raise a transport exception, sometimes before it ends.
     signalled = next((ended for ended in failed if ended.signal not in (None, "SIGABRT")), None)
     reported = next((ended for ended in failed if reports[ended.rank].get("error_type")), None)

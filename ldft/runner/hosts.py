@@ -153,11 +153,7 @@ class Hosts:
     def poll(self) -> list[launch.RankExit]:
         """Ranks that have ended since the last call."""
         found, now = states(self._folder, self._config), time.monotonic()
-        known = {ended.rank for ended in self.exits}
-        new = [launch.RankExit(**one) for state in found for one in state.get("exits", ()) if one["rank"] not in known]
-        for ended in new:
-            ended.ended_by_us |= self._killed
-        self.exits += new
+        new = self._read(found)
         for host, state in enumerate(found):
             beats = state.get("beats", 0)
             if host not in self._seen or self._seen[host][0] != beats:
@@ -172,8 +168,19 @@ class Hosts:
                 self.end()
         return new
 
+    def _read(self, found: list[dict[str, Any]]) -> list[launch.RankExit]:
+        """Add the exits that the hosts' states have and this does not know; returns them."""
+        known = {ended.rank for ended in self.exits}
+        new = [launch.RankExit(**one) for state in found for one in state.get("exits", ()) if one["rank"] not in known]
+        for ended in new:
+            ended.ended_by_us |= self._killed
+        self.exits += new
+        return new
+
     def end(self) -> None:
         """Tell every agent to end its ranks, and wait for them."""
+        # What ended before was not ended by this: all agents may have ended since the last look.
+        self._read(states(self._folder, self._config))
         self._killed = True
         self._agents.end()
 

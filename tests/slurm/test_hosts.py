@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import long
+from tests.numa_vm.reader import Reader
 from tests.slurm.cluster import missing
 
 pytestmark = [
@@ -65,10 +67,7 @@ def test_two_hosts_train_as_two_ranks_of_one_do(call, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_killed_on_the_other_host_ends_the_run(call, slurm, tmp_path: Path) -> None:
-    line = (*ALLOCATION, *LDFT, "launch.num_hosts=2", "train.iterations=1000000", *COMMON)
-    process = subprocess.Popen(
-        line, cwd=tmp_path, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = started(slurm, tmp_path)
     victim = until_it_trains(tmp_path, "n1")
     victim.send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -77,7 +76,57 @@ def test_a_rank_that_is_killed_on_the_other_host_ends_the_run(call, slurm, tmp_p
     assert (row["status"], row["signal"]) == ("error", "SIGKILL"), out
     assert "rank 1" in row["error_message"] and row["log_path"].endswith("worker-1.log")
     assert time.monotonic() - began < 40 and row["iteration_s"]
-    assert not [one for one in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(one.info["cmdline"] or ())]
+    assert nothing_runs_in(tmp_path)
+
+
+def test_what_each_host_holds_is_what_a_reader_from_outside_sees(slurm, tmp_path: Path) -> None:
+    process = started(slurm, tmp_path, iterations=300)
+    other = until_it_trains(tmp_path, "n1")
+    seen = [*bytes_of_roles(tmp_path, "n0", 0, process_of(tmp_path, "n0")), *bytes_of_roles(tmp_path, "n1", 1, other)]
+    out = process.communicate(timeout=120)[0]
+    row = row_of(tmp_path)
+    assert row["status"] == "ok", out
+    said = [(one["host"], one["rank"], one["role"], one["node"], one["share"] * one["bytes"]) for one in row["roles"]]
+    assert sorted(seen) == [(*names, pytest.approx(size, abs=2 * 4096)) for *names, size in sorted(said)]
+
+
+def test_a_host_that_is_silent_ends_the_run(slurm, tmp_path: Path) -> None:
+    """It stands still: neither its agent nor its rank writes or ends."""
+    process = started(slurm, tmp_path)
+    rank = until_it_trains(tmp_path, "n1")
+    (agent,) = (one for one in rank.parents() if "ldft.runner.agent" in one.cmdline())
+    for one in (agent, rank):
+        one.suspend()
+    began = time.monotonic()
+    out = process.communicate(timeout=200)[0]
+    row = row_of(tmp_path)
+    assert (row["status"], row["error_type"]) == ("error", "SilentHost"), out
+    assert row["error_message"].startswith("host n1 was silent for 60 s") and 55 < time.monotonic() - began < 130
+    end = time.monotonic() + 60
+    while not nothing_runs_in(tmp_path) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert nothing_runs_in(tmp_path), "SLURM kills what the end of the job leaves"
+
+
+def started(slurm: dict[str, str], folder: Path, iterations: int = 1_000_000) -> subprocess.Popen[str]:
+    """A run on two hosts."""
+    line = (*ALLOCATION, *LDFT, "launch.num_hosts=2", f"train.iterations={iterations}", *COMMON)
+    return subprocess.Popen(line, cwd=folder, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def nothing_runs_in(folder: Path) -> bool:
+    return not [one for one in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(one.info["cmdline"] or ())]
+
+
+def bytes_of_roles(folder: Path, host: str, rank: int, process: psutil.Process) -> list[tuple[str, int, str, int, int]]:
+    """Host, rank, role, node and bytes there, of the tensors at the addresses that the rank reported."""
+    (path,) = folder.glob(f"results/*/attempt-1/rank-{rank}.json")
+    found = []
+    for role, tensors in json.loads(path.read_text())["role_addresses"].items():
+        nodes = Reader()(process.pid, [(address, size) for _, address, size in tensors])["exact_nodes"]
+        for node in {node for one in nodes for node in one}:
+            found.append((host, rank, role, int(node), 4096 * sum(one.get(node, 0) for one in nodes)))
+    return found
 
 
 def until_it_trains(folder: Path, node: str) -> psutil.Process:
@@ -86,12 +135,20 @@ def until_it_trains(folder: Path, node: str) -> psutil.Process:
     while time.monotonic() < end:
         reports = [path.read_text() for path in folder.glob("results/*/attempt-1/rank-0.json")]
         if reports and reports[0].count(",") and '"iteration_s": [' in reports[0]:
-            for one in psutil.process_iter(["cmdline"]):
-                words = one.info["cmdline"] or []
-                if "ldft.worker" in words and str(folder) in words[-1] and one.environ().get("SLURMD_NODENAME") == node:
-                    return one
+            return process_of(folder, node)
         time.sleep(0.3)
     raise AssertionError("it never trained")
+
+
+def process_of(folder: Path, node: str) -> psutil.Process:
+    """The rank on a node."""
+    (found,) = (
+        one
+        for one in psutil.process_iter(["cmdline"])
+        for words in [one.info["cmdline"] or []]
+        if "ldft.worker" in words and str(folder) in words[-1] and one.environ().get("SLURMD_NODENAME") == node
+    )
+    return found
 
 
 @pytest.mark.parametrize(
