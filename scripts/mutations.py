@@ -38,6 +38,7 @@ TESTS = {
     "ldft/planning/candidates.py": ["tests/planning/test_candidates.py"],
     "ldft/planning/iteration_time.py": [
         "tests/planning/test_time_formulas.py",
+        "tests/planning/test_whole_formulas.py",
         "tests/planning/test_iteration_time.py",
     ],
     "ldft/planning/machine.py": ["tests/planning/test_machine_rates.py"],
