@@ -24,11 +24,19 @@ class LaunchConfig:
     num_hosts: int = 1
     """Hosts that share the ranks evenly: of a SLURM allocation, or as NODE_RANK and the like say (docs/slurm.md)."""
 
+    sequence_parallel: int = 1
+    """Ranks that share each sequence (Ulysses): each has a part of its tokens and, in attention, of the heads."""
+
     device: Device = Device.auto
     """Device type of every rank."""
 
     timeout_s: float = 0.0
     """Seconds until the ranks are stopped and the row gets status timeout; 0: no limit. Not part of the run's identity."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups of ranks that have sequences of their own."""
+        return self.num_ranks // self.sequence_parallel
 
     @property
     def ranks_per_host(self) -> int:
@@ -40,6 +48,11 @@ class LaunchConfig:
         if self.num_hosts < 1 or self.num_ranks % self.num_hosts:
             raise ConfigError(
                 "launch.num_hosts", f"{self.num_hosts} does not divide launch.num_ranks={self.num_ranks}; use a divisor"
+            )
+        if self.sequence_parallel < 1 or self.num_ranks % self.sequence_parallel:
+            raise ConfigError(
+                "launch.sequence_parallel",
+                f"{self.sequence_parallel} does not divide launch.num_ranks={self.num_ranks}; use a divisor",
             )
         if self.timeout_s < 0:
             raise ConfigError(

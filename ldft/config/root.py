@@ -52,6 +52,7 @@ _LATER = (
     "checkpointing.device_inputs",
     "kernels.mlp_tiles",
     "launch.num_hosts",
+    "launch.sequence_parallel",
     *(f"machine.{one.name}" for one in fields(MachineConfig)),
 )
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.

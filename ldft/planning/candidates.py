@@ -150,13 +150,13 @@ def _batches(config: Config) -> list[tuple[int, int]]:
     micro, steps = train.micro_batch_size, train.gradient_accumulation_steps
     if not plan.tokens_per_update:
         return [(micro, steps)]
-    unit = config.seq_len.tokens * config.launch.num_ranks
+    unit = config.seq_len.tokens * config.launch.data_parallel
     sequences, rest = divmod(plan.tokens_per_update, unit)
     if rest or not sequences:
         raise ConfigError(
             "plan.tokens_per_update",
-            f"{plan.tokens_per_update} is no multiple of {unit}, the tokens of one sequence on each rank; use e.g. "
-            f"{max(1, sequences) * unit}",
+            f"{plan.tokens_per_update} is no multiple of {unit}, the tokens of one sequence for each rank or group of ranks; use "
+            f"e.g. {max(1, sequences) * unit}",
         )
     found = [(size, sequences // size) for size in range(1, sequences + 1) if sequences % size == 0]
     if not free(config, "train.micro_batch_size"):

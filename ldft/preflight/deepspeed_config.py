@@ -164,8 +164,15 @@ def _chosen(config: Config) -> dict[str, Any]:
     fp16: dict[str, Any] = {"enabled": train.precision is Precision.fp16, "loss_scale": train.loss_scale}
     if train.precision is Precision.fp16:
         fp16 |= {"initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
-    return {
-        "train_batch_size": train.micro_batch_size * train.gradient_accumulation_steps * config.launch.num_ranks,
+    shared: dict[str, Any] = {}
+    if config.launch.sequence_parallel > 1:
+        # By default, DeepSpeed would reduce gradients in fp32, and so keep them twice as large, where ranks share sequences.
+        shared = {
+            "sequence_parallel_size": config.launch.sequence_parallel,
+            "seq_parallel_communication_data_type": train.precision.name,
+        }
+    return shared | {
+        "train_batch_size": train.micro_batch_size * train.gradient_accumulation_steps * config.launch.data_parallel,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": optimizer.gradient_clipping,

@@ -28,7 +28,6 @@ _INFERENCE = "quantises weights for inference; leave it out"
 _ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel.autotp_size": ((0, 1), _WHOLE_LAYERS),
     "tensor_parallel.tp.tp_size": ((1,), _WHOLE_LAYERS),
-    "sequence_parallel_size": ((1,), _WHOLE_LAYERS),
     "pipeline": ((), "takes effect for a PipelineModule, and ldft trains transformers' models; leave it out"),
     "expert_parallel.enabled": ((False,), "each rank of ldft computes all experts; leave it out"),
     "hybrid_engine.enabled": ((False,), "alternates training with generation; leave it out"),

@@ -71,7 +71,8 @@ def moments(run: Selection) -> dict[str, Parts]:
 
 
 def tokens(config: Config) -> int:
-    return config.train.micro_batch_size * config.seq_len.tokens
+    """Of one micro-batch on one rank."""
+    return config.train.micro_batch_size * config.seq_len.tokens // config.launch.sequence_parallel
 
 
 def hidden_bytes(config: Config) -> int:
@@ -86,7 +87,8 @@ def attention_bytes(config: Config) -> int:
     """
     model, batch = config.model, config.train.micro_batch_size
     output = parameter_counts.width(config) * tokens(config) * model.num_attention_heads * _round_up(model.head_dim, 8)
-    log_sum_exp = 4 * batch * model.num_attention_heads * _round_up(config.seq_len.tokens, 32)
+    heads = model.num_attention_heads // config.launch.sequence_parallel
+    log_sum_exp = 4 * batch * heads * _round_up(config.seq_len.tokens, 32)
     return _round_up(output, 64) + _round_up(log_sum_exp, 64)
 
 

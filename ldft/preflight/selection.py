@@ -7,7 +7,7 @@ from typing import Any
 
 from ldft.config import AttentionKind, Config
 from ldft.memory.topology import Topology, read_topology
-from ldft.preflight import attention, deepspeed_config, liger, mlp_tiles, update_overlap
+from ldft.preflight import attention, deepspeed_config, liger, mlp_tiles, sequence_parallel, update_overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +78,7 @@ def select(config: Config, *, topology: Topology | None = None, deepspeed: dict[
     """
     settings = deepspeed_config.build(config) if deepspeed is None else deepspeed
     kind = attention.choose(config)
+    sequence_parallel.check(config, settings, kind)
     fused = deepspeed_config.fuses_step(config, settings)
     overlaps, obstacle = update_overlap.choose(config, settings, fused=fused)
     return Selection(

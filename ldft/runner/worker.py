@@ -147,7 +147,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     engines.check(run.deepspeed)
     arenas = role_memory.arenas_of(run, rank)
     network = model.build(run, device, arenas)
-    tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
+    tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.data_parallel
     name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
     report.put(
         deepspeed_config_json=json.dumps(run.deepspeed),

@@ -15,6 +15,24 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One rank's part of sequences that several ranks share."""
+
+    positions: torch.Tensor
+    """int64, shape of the rank's tokens: their places in the sequence."""
+
+    next_labels: torch.Tensor
+    """The label of each token's successor, which may be another rank's; IGNORED for the last."""
+
+    counted: torch.Tensor
+    """fp32, no dimension: the labels that count in the whole micro-batch, divided by the ranks that share it. A rank's loss is the
+    sum over its tokens divided by this; so the mean over the ranks, as ZeRO-3 takes it of gradients, is that over all tokens."""
+
+    def to(self, device: torch.device) -> Part:
+        return Part(self.positions.to(device), self.next_labels.to(device), self.counted.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     tokens: torch.Tensor
     """int64, shape (train.micro_batch_size, seq_len.tokens)."""
@@ -25,35 +43,69 @@ class MicroBatch:
     weight: float = 1.0
     """Factor of its mean loss that makes every token of the iteration count alike, whichever micro-batch it is in."""
 
+    part: Part | None = None
+    """Where ranks share the sequences; tokens and labels are then those of this rank."""
+
     def to(self, device: torch.device) -> MicroBatch:
         tokens = self.tokens.to(device)
-        return MicroBatch(tokens, tokens if self.labels is self.tokens else self.labels.to(device), self.weight)
+        labels = tokens if self.labels is self.tokens else self.labels.to(device)
+        return MicroBatch(tokens, labels, self.weight, self.part.to(device) if self.part else None)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model's forward."""
+        found: dict[str, Any] = {"input_ids": self.tokens, "labels": self.labels}
+        if self.part:
+            found |= {"position_ids": self.part.positions, "shift_labels": self.part.next_labels}
+            found["num_items_in_batch"] = self.part.counted
+        return found
 
     def weighted(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.weight == 1.0 else loss * self.weight
 
 
 def micro_batch(config: Config, iteration: int, accumulation_step: int, rank: int) -> MicroBatch:
-    """The tokens and labels of one micro-batch, on the CPU."""
-    tokens = batch(config, iteration, accumulation_step, rank)
+    """The tokens and labels of one micro-batch, or of the rank's part of it, on the CPU."""
+    group, place = divmod(rank, config.launch.sequence_parallel)
+    whole = _whole(config, iteration, accumulation_step, group)
+    return whole if config.launch.sequence_parallel == 1 else _part(whole, place, config.launch.sequence_parallel)
+
+
+def _whole(config: Config, iteration: int, accumulation_step: int, group: int) -> MicroBatch:
+    tokens = batch(config, iteration, accumulation_step, group)
     if config.data.loss is DataLoss.all:
         return MicroBatch(tokens, tokens)
     micro = config.train.micro_batch_size
-    first = _first_sample(config, iteration, accumulation_step, rank)
+    first = _first_sample(config, iteration, accumulation_step, group)
     trained = torch.from_numpy(_trained(config)[first : first + micro])
-    batches = config.train.gradient_accumulation_steps * config.launch.num_ranks
+    batches = config.train.gradient_accumulation_steps * config.launch.data_parallel
     weight = _counted(trained) * batches / loss_tokens(config, iteration)
     return MicroBatch(tokens, tokens.masked_fill(~trained, IGNORED), weight)
 
 
-def batch(config: Config, iteration: int, accumulation_step: int, rank: int) -> torch.Tensor:
-    """Tokens of one micro-batch on the CPU: int64, shape (train.micro_batch_size, seq_len.tokens)."""
+def _part(whole: MicroBatch, place: int, parts: int) -> MicroBatch:
+    """The part at `place` of a micro-batch. Labels move to their predecessors before it is cut."""
+    sequences, length = whole.tokens.shape
+    size = length // parts
+    mine = slice(place * size, (place + 1) * size)
+    next_labels = torch.nn.functional.pad(whole.labels, (0, 1), value=IGNORED)[:, 1:]
+    counted = torch.tensor(float((next_labels != IGNORED).sum()) / parts)
+    positions = torch.arange(length).expand(sequences, -1)[:, mine]
+    tokens, labels = (one[:, mine].contiguous() for one in (whole.tokens, whole.labels))
+    return MicroBatch(
+        tokens, labels, whole.weight, Part(positions.contiguous(), next_labels[:, mine].contiguous(), counted)
+    )
+
+
+def batch(config: Config, iteration: int, accumulation_step: int, group: int) -> torch.Tensor:
+    """Tokens of one micro-batch of a rank, or of a group of ranks that share sequences, on the CPU: int64, shape
+    (train.micro_batch_size, seq_len.tokens)."""
     micro, length = config.train.micro_batch_size, config.seq_len.tokens
     if config.data.kind is DataKind.zeros:
         return torch.zeros(micro, length, dtype=torch.int64)
     if config.data.kind is DataKind.repeat:
         iteration = 0
-    first = _first_sample(config, iteration, accumulation_step, rank)
+    first = _first_sample(config, iteration, accumulation_step, group)
     if config.data.reads_file:
         return torch.from_numpy(_packed(config).tokens[first : first + micro])
     generator = torch.Generator()
@@ -81,12 +133,12 @@ def read(config: Config) -> dict[str, Any]:
 
 def _samples(config: Config) -> int:
     """Sequences of one iteration, over all ranks and accumulation steps."""
-    return config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.num_ranks
+    return config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.data_parallel
 
 
-def _first_sample(config: Config, iteration: int, accumulation_step: int, rank: int) -> int:
-    micro, ranks = config.train.micro_batch_size, config.launch.num_ranks
-    return iteration * _samples(config) + (accumulation_step * ranks + rank) * micro
+def _first_sample(config: Config, iteration: int, accumulation_step: int, group: int) -> int:
+    micro, groups = config.train.micro_batch_size, config.launch.data_parallel
+    return iteration * _samples(config) + (accumulation_step * groups + group) * micro
 
 
 def _packed(config: Config) -> packing.Packed:

@@ -100,7 +100,7 @@ def run(
         clock.mark()
         with watch(iteration):
             for batch in batches:
-                loss = batch.weighted(engine(input_ids=batch.tokens, labels=batch.labels).loss)
+                loss = batch.weighted(engine(**batch.inputs).loss)
                 clock.mark()
                 engine.backward(loss)
                 clock.mark()

@@ -20,7 +20,7 @@ from ldft.preflight.selection import Selection
 from ldft.training import attention_kernels, liger_kernels, pretrained, verification
 from ldft.training.architecture import hf_config
 from ldft.training.attention_kernels import repeated_heads
-from ldft.training.deepspeed import arena_hooks, layout
+from ldft.training.deepspeed import arena_hooks, layout, ulysses
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -35,7 +35,10 @@ def build(run: Selection, device: torch.device, arenas: Arenas | None = None) ->
     dtype = DTYPES[config.train.precision]
     partitioned = config.offload.stage == 3
     implementation = repeated_heads.NAME if run.repeats_heads else run.attention.name
-    attention_kernels.register(implementation)
+    if config.launch.sequence_parallel > 1:
+        implementation = ulysses.register(implementation, config)
+    else:
+        attention_kernels.register(implementation)
     architecture = hf_config(config.model)
     _check_attention(run.attention, architecture)
     outline = verification.outline(architecture, config.model)

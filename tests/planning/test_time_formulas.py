@@ -22,12 +22,17 @@ def test_a_layer_is_its_products_its_attention_and_what_it_reads_and_writes() ->
     # average x 8 = 4800, 24 s; backward 2.5 times at half of the rate, 120 s. A byte of 2 x 30 numbers costs 6 s: forward
     # 10 x 8 + 4 x 8 + 6 x 4 + 3 x 20 = 196 of them, backward 12 x 8 + 4 x 8 + 6 x 4 + 5 x 20 = 252.
     assert of_layer(run) == near((40.32 + 24 + 6 * 196, 2 * 40.32 + 120 + 6 * 252, 40.32 - 9.6 + 24 + 6 * 196, 24))
+    # Each of 5 tiles writes gradients of 480 weights, 2 bytes each, reads them, and reads and writes the sums, 4 bytes each.
+    tiled = dataclasses.replace(run, mlp_tiles=5)
+    assert of_layer(tiled)[1] == near(of_layer(run)[1] + 5 * 480 * (2 + 2 + 4 + 4) / 10)
+    assert of_layer(tiled)[::2] == of_layer(run)[::2]
     # Adapters at two modules: 8 + 6 x 8 and 20 + 6 x 8 more; backward 5 x 8 + 4 x 8 and 5 x 20 + 4 x 8. Frozen weights have no
     # gradients.
     run.config.lora.rank, run.config.lora.target_modules = 2, ["q_proj", "down_proj"]
     ahead, back, again, _ = of_layer(run)
     assert (ahead, back) == near((40.32 + 24 + 6 * (196 + 124), 40.32 + 120 + 6 * (252 + 204)))
     assert again == near(ahead - 9.6)
+    assert of_layer(dataclasses.replace(run, mlp_tiles=5))[1] == back
 
 
 def test_of_a_layer_with_experts_those_that_compute_a_token_count() -> None:

@@ -137,7 +137,8 @@ def test_what_is_not_known_is_said() -> None:
     assert settled().about_share == (
         "none: the host's bandwidth is unknown (measure it with python -m ldft.bench nodes)"
     )
-    assert "its memory is unknown" in settled(MEASURED, vram_gib=None).about_share
+    unknown = settled(MEASURED, vram_gib=None)
+    assert unknown.gpu_share == 0 and "its memory is unknown" in unknown.about_share
 
 
 def test_an_unknown_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from ldft.errors import ConfigError
 from ldft.memory.arenas import Arenas
 from ldft.preflight.selection import Selection
 from ldft.training import schedule
-from ldft.training.deepspeed import arena_hooks, audit, fused_step, layout, rebinding, roles
+from ldft.training.deepspeed import arena_hooks, audit, fused_step, layout, rebinding, roles, ulysses
 from ldft.training.optimizers.device_lion import DeviceLion
 from ldft.training.optimizers.host_optimizer import HostAdamW, HostLion
 
@@ -103,7 +103,12 @@ def build(run: Selection, model: PreTrainedModel, arenas: Arenas | None) -> Any:
     with arena_hooks.engine(arenas, shared_gradients=shared, first_on=device):
         try:
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=own, model_parameters=trainable, config=settings, lr_scheduler=scheduler
+                model=model,
+                optimizer=own,
+                model_parameters=trainable,
+                config=settings,
+                lr_scheduler=scheduler,
+                mpu=ulysses.groups(config),
             )
         except ValueError as error:
             key = next((key for start, key in _REFUSED_LATE.items() if str(error).startswith(start)), None)

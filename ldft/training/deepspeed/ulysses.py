@@ -1,0 +1,70 @@
+"""Sequences that several ranks share (launch.sequence_parallel): attention through DeepSpeed's UlyssesSPAttentionHF.
+
+Its own registration replaces a kernel of transformers for the whole process. Here the wrapper gets a name of its own, and wraps
+ldft's kernels as well. It discards masks, so windows are refused (preflight/sequence_parallel.py); positions make causality right.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ldft.config import Config
+from ldft.training import attention_kernels
+
+
+def groups(config: Config) -> Any:
+    """What DeepSpeed asks for its groups of ranks, made at the first call; None if each rank has sequences of its own. Needs the
+    process group."""
+    size = config.launch.sequence_parallel
+    if size == 1:
+        return None
+    if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
+        parallel_state_sp.initialize_sequence_parallel(size)
+    return parallel_state_sp
+
+
+def register(kernel: str, config: Config) -> str:
+    """Make transformers know an attention that exchanges heads for tokens around this kernel. Returns its name."""
+    attention_kernels.register(kernel)
+    model, size = config.model, config.launch.sequence_parallel
+    shared = UlyssesSPAttentionHF(
+        attn=_core(kernel),
+        batch_size=config.train.micro_batch_size,
+        attn_head_count=model.num_attention_heads,
+        attn_head_size=model.head_dim,
+        kv_head_count=model.num_key_value_heads,
+        num_hidden_layers=model.num_layers,
+        process_group=groups(config).get_sequence_parallel_group(),
+        local_seq_length=config.seq_len.tokens // size,
+        global_seq_length=config.seq_len.tokens,
+    )
+
+    def forward(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **named: Any) -> Any:
+        return shared(module, query, key, value, None, **named)
+
+    name = f"ulysses_{kernel}"
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    return name
+
+
+def _core(kernel: str) -> Any:
+    """The kernel's function. That of flash-attn looks up its own name in the module's config, where now stands the wrapper's."""
+    function = ALL_ATTENTION_FUNCTIONS[kernel]
+    if not kernel.startswith("flash_attention"):
+        return function
+
+    def flash(module: torch.nn.Module, *tensors: Any, **named: Any) -> Any:
+        alike = SimpleNamespace(
+            is_causal=getattr(module, "is_causal", True), config=SimpleNamespace(_attn_implementation=kernel)
+        )
+        return function(alike, *tensors, **named)
+
+    return flash
