@@ -137,7 +137,8 @@ def _cells(name: str, plan: Plan) -> tuple[str, ...]:
         f"{recomputed} of {count}{where if recomputed else ''}",
         choice.keep_attention.name,
         str(run.mlp_tiles) if run.mlp_tiles > 1 else "-",
-        f"{config.train.micro_batch_size} x {config.train.gradient_accumulation_steps}",
+        f"{config.train.micro_batch_size} x {config.train.gradient_accumulation_steps}"
+        + (f", each on {choice.sequence_parallel} GPUs" if choice.sequence_parallel > 1 else ""),
         plan.times.bound,
     )
 

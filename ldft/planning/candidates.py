@@ -35,11 +35,12 @@ class Choice:
     mlp_tiles: int | None
     micro_batch_size: int
     gradient_accumulation_steps: int
+    sequence_parallel: int = 1
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What it has in common with plans that differ only in numbers."""
-        return self.offload, self.mode, self.keep_attention
+        return self.offload, self.mode, self.keep_attention, self.sequence_parallel
 
 
 def free(config: Config, key: str) -> bool:
@@ -58,17 +59,21 @@ def choices(config: Config) -> Iterator[Choice]:
         every = [k for k in _EVERY_FOR_LONGEST if k <= count]
     keeps = list(KeepAttention) if default(config, "checkpointing.keep_attention") else [settings.keep_attention]
     tiles = [None, _TILES] if default(config, "kernels.mlp_tiles") else [config.kernels.mlp_tiles]
-    for offload, mode, (micro, accumulated) in itertools.product(_offloads(config), modes, _batches(config)):
+    batches = [(*batch, ranks) for ranks in _shared(config) for batch in _batches(config, ranks)]
+    if not batches:
+        raise _no_batches(config)
+    for offload, mode, (micro, accumulated, ranks) in itertools.product(_offloads(config), modes, batches):
         if mode is CheckpointingMode.none:
             # What was set stays, also where it makes this choice invalid.
             asked = settings.layers, settings.every, settings.keep_attention, config.kernels.mlp_tiles
-            yield Choice(offload, mode, *asked, micro, accumulated)
+            yield Choice(offload, mode, *asked, micro, accumulated, ranks)
             continue
         for number, k, keep, tile in itertools.product(layers, every, keeps, tiles):
             if tile and len(tiles) > 1 and number != count:
                 continue  # only models whose layers are all recomputed have tiles
             # All layers are written as -1, as users do.
-            yield Choice(offload, mode, -1 if number == count else number, k, keep, tile, micro, accumulated)
+            recomputed = -1 if number == count else number
+            yield Choice(offload, mode, recomputed, k, keep, tile, micro, accumulated, ranks)
 
 
 def leanest(config: Config) -> Iterator[Choice]:
@@ -102,6 +107,7 @@ def applied(config: Config, choice: Choice) -> Config:
             micro_batch_size=choice.micro_batch_size,
             gradient_accumulation_steps=choice.gradient_accumulation_steps,
         ),
+        launch=dataclasses.replace(config.launch, sequence_parallel=choice.sequence_parallel),
     )
     found.offload.validate()
     found.checkpointing.validate(config.model.num_layers)
@@ -144,29 +150,50 @@ def _offloads(config: Config) -> list[tuple[int, OffloadDevice, OffloadDevice]]:
     return [value for name, value in OFFLOADS.items() if several or name != "zero3"]
 
 
-def _batches(config: Config) -> list[tuple[int, int]]:
-    """Micro-batch sizes and accumulation steps, their product given."""
+def _shared(config: Config) -> list[int]:
+    """By how many ranks a sequence may be shared. Other numbers give other tokens an update, unless these are set; who asks for the
+    longest sequence asks for that."""
+    launch, plan = config.launch, config.plan
+    if not default(config, "launch.sequence_parallel") or not (plan.tokens_per_update or plan.goal is Goal.longest):
+        return [launch.sequence_parallel]
+    return [number for number in range(1, launch.num_ranks + 1) if launch.num_ranks % number == 0]
+
+
+def _batches(config: Config, ranks: int) -> list[tuple[int, int]]:
+    """Micro-batch sizes and accumulation steps, their product given, where `ranks` share a sequence; empty if none gives it."""
     train, plan = config.train, config.plan
     micro, steps = train.micro_batch_size, train.gradient_accumulation_steps
     if not plan.tokens_per_update:
         return [(micro, steps)]
-    unit = config.seq_len.tokens * config.launch.data_parallel
-    sequences, rest = divmod(plan.tokens_per_update, unit)
-    if rest or not sequences:
-        raise ConfigError(
-            "plan.tokens_per_update",
-            f"{plan.tokens_per_update} is no multiple of {unit}, the tokens of one sequence for each rank or group of ranks; use "
-            f"e.g. {max(1, sequences) * unit}",
-        )
+    sequences, rest = divmod(plan.tokens_per_update, _unit(config, ranks))
+    if rest:
+        return []
     found = [(size, sequences // size) for size in range(1, sequences + 1) if sequences % size == 0]
     if not free(config, "train.micro_batch_size"):
         found = [pair for pair in found if pair[0] == micro]
     if not free(config, "train.gradient_accumulation_steps"):
         found = [pair for pair in found if pair[1] == steps]
-    if not found:
-        raise CombinationError(
-            "plan.tokens_per_update",
-            f"{plan.tokens_per_update} are {sequences} sequences a rank, which train.micro_batch_size={micro} and "
-            f"train.gradient_accumulation_steps={steps} do not give; leave one of them out",
-        )
     return found
+
+
+def _unit(config: Config, ranks: int) -> int:
+    """Tokens of one sequence for each group of ranks."""
+    return config.seq_len.tokens * (config.launch.num_ranks // ranks)
+
+
+def _no_batches(config: Config) -> ConfigError:
+    """Why plan.tokens_per_update is not possible."""
+    train, asked = config.train, config.plan.tokens_per_update
+    unit = min(_unit(config, ranks) for ranks in _shared(config))
+    sequences, rest = divmod(asked, unit)
+    if rest or not sequences:
+        return ConfigError(
+            "plan.tokens_per_update",
+            f"{asked} is no multiple of {unit}, the tokens of one sequence for each rank or group of ranks; use e.g. "
+            f"{max(1, sequences) * unit}",
+        )
+    return CombinationError(
+        "plan.tokens_per_update",
+        f"{asked} are {sequences} sequences a rank, which train.micro_batch_size={train.micro_batch_size} and "
+        f"train.gradient_accumulation_steps={train.gradient_accumulation_steps} do not give; leave one of them out",
+    )

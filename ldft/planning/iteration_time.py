@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from ldft.config import Config, Device, OffloadDevice
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.planning.rates import Rates
-from ldft.preflight import attention, decoder_layers, device_estimate, experts, parameter_counts, windows
+from ldft.preflight import (
+    attention,
+    decoder_layers,
+    device_estimate,
+    experts,
+    parameter_counts,
+    sequence_parallel,
+    windows,
+)
 from ldft.preflight.selection import Selection
 
 # Without offload, DeepSpeed (0.19) spends as much as this traffic to device memory for each parameter: copies of weights and
@@ -86,9 +94,10 @@ def predict(run: Selection, rates: Rates) -> Times:
     fetches = config.offload.stage == 3
     host = rates.fetched if fetches else rates.resident
     hooks = _HOOKS * host.forward if fetches else 0.0
-    ahead = max(layer.forward + hooks, host.forward)
-    back = max(layer.backward + hooks, host.backward)
-    back_again = max(layer.backward + again + 2 * hooks, host.backward + host.again)
+    exchange = _exchange(run, rates)
+    ahead = max(layer.forward + hooks + exchange, host.forward)
+    back = max(layer.backward + hooks + exchange, host.backward)
+    back_again = max(layer.backward + again + 2 * (hooks + exchange), host.backward + host.again)
     losses = loss, 0.0 if run.liger else 2 * loss
     # A pass begins with an idle device.
     forward_s = host.forward + count * ahead + losses[0]
@@ -104,7 +113,7 @@ def predict(run: Selection, rates: Rates) -> Times:
         # The pass's own copies go through the same host memory, which gives at least what each of both was seen to reach.
         memory = max(sum(rates.host.cpu.values()), rates.host.link_h2d + rates.host.link_d2h)
         update_s += link.moved * min(1.0, update_s / later_forward) / memory
-        slowed = max(layer.forward + hooks, host.forward / rates.launches_beside)
+        slowed = max(layer.forward + hooks + exchange, host.forward / rates.launches_beside)
         first_forward = _beside(run, host.forward, (ahead, slowed), loss, update_s, link.fetch)
         first_forward = max(first_forward, later_forward)
         exposed = first_forward - later_forward
@@ -180,6 +189,17 @@ def _layer(run: Selection, rates: Rates) -> _Layer:
         again=products - of_down + attends / ahead + passes,
         attention=attends / ahead,
     )
+
+
+def _exchange(run: Selection, rates: Rates) -> float:
+    """Seconds in which ranks that share sequences exchange queries, keys, values and outputs of a layer, in one pass."""
+    config = run.config
+    model, ranks = config.model, config.launch.sequence_parallel
+    if ranks == 1:
+        return 0.0
+    heads = 2 * model.num_attention_heads + 2 * sequence_parallel.key_heads(config)
+    size = parameter_counts.width(config) * device_estimate.tokens(config) * heads * model.head_dim
+    return size * (ranks - 1) / ranks / rates.peers
 
 
 def _loss(run: Selection, rates: Rates) -> float:

@@ -97,6 +97,7 @@ class Search:
         key = (
             *(config.offload.stage, config.offload.parameters, config.offload.optimizer),
             *(config.train.micro_batch_size, config.train.gradient_accumulation_steps),
+            config.launch.sequence_parallel,
             *(checkpointing.recomputed(count) == count, checkpointing.every, checkpointing.keep_attention),
         )
         if key not in self._bases:

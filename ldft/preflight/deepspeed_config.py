@@ -61,7 +61,7 @@ def build(config: Config) -> dict[str, Any]:
     placements but DeepSpeed moves them itself.
     """
     settings = _chosen(config)
-    owned = dict(deepspeed_keys.flat(settings))
+    owned: dict[str, Any] = {"sequence_parallel_size": 1} | dict(deepspeed_keys.flat(settings))
     for name in ("offload_param", "offload_optimizer"):
         owned[f"zero_optimization.{name}.pin_memory"] = config.memory.pinning is not Pinning.none
     file = config.offload.deepspeed_file

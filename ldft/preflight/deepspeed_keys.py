@@ -33,7 +33,6 @@ OWNED = {
     "optimizer.params.max_grad_norm": "optimizer.gradient_clipping",
     "scheduler": "optimizer.schedule",
     "sequence_parallel_size": "launch.sequence_parallel",
-    "seq_parallel_communication_data_type": "train.precision",
     "zero_optimization.stage": "offload.stage",
     "zero_optimization.cpu_offload": "offload.optimizer",
     "zero_optimization.cpu_offload_param": "offload.parameters",

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from ldft.config import Config, Device, OffloadDevice
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
-from ldft.preflight import attention, decoder_layers, experts, parameter_counts
+from ldft.preflight import attention, decoder_layers, experts, parameter_counts, sequence_parallel
 from ldft.preflight.selection import Selection
 
 Parts = dict[str, int]
@@ -231,6 +231,7 @@ def _inside(run: Selection, recomputed: bool) -> int:
     elif "down_proj" in parameter_counts.adapted(config, sparse):
         inputs = decoder_layers.linears(model, sparse)["down_proj"][0]
         inside += parameter_counts.width(config) * tokens(config) * (inputs + 2 * model.hidden_size)
+    inside += parameter_counts.width(config) * tokens(config) * sequence_parallel.exchanged(config)
     if not recomputed:
         return inside
     every = config.checkpointing.every
@@ -246,7 +247,7 @@ def _kept(run: Selection) -> int:
     model = config.model
     repeats = run.repeats_heads
     queries = model.num_attention_heads * model.head_dim
-    keys = queries if repeats else model.num_key_value_heads * model.head_dim
+    keys = queries if repeats else sequence_parallel.key_heads(config) * model.head_dim
     sparse = decoder_layers.largest(model)
     elements = 3 * model.hidden_size + 2 * queries + 2 * keys
     if run.mlp_tiles == 1:

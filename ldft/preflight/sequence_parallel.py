@@ -54,3 +54,16 @@ def check(config: Config, settings: dict[str, Any], kind: AttentionKind) -> None
         )
     if moved := deepspeed_managed.moved_by(settings):
         raise CombinationError(KEY, f"{ranks} does not work with {moved}; use 1")
+
+
+def key_heads(config: Config) -> int:
+    """Key heads; where more ranks share a sequence than there are, each rank has one, and some are repeated."""
+    return max(config.model.num_key_value_heads, config.launch.sequence_parallel)
+
+
+def exchanged(config: Config) -> int:
+    """Elements per token of a rank, 2 Q + K, in copies that an exchange needs in attention's backward pass: those before and after
+    it of the tensor under way, and the keys' that came before. 0 if no sequence is shared."""
+    if config.launch.sequence_parallel == 1:
+        return 0
+    return (2 * config.model.num_attention_heads + key_heads(config)) * config.model.head_dim

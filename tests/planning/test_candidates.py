@@ -92,14 +92,14 @@ def test_the_leanest_recompute_all_and_keep_no_attention() -> None:
 
 def test_a_choice_is_put_into_a_copy_of_the_config() -> None:
     config = config_of()
-    choice = Choice(OFFLOADS["optimizer"], GPU, 1, 2, KeepAttention.host, 16, 3, 5)
+    choice = Choice(OFFLOADS["optimizer"], GPU, 1, 2, KeepAttention.host, 16, 3, 5, 2)
     found = candidates.applied(config, choice)
     assert (found.offload.stage, found.offload.parameters, found.offload.optimizer) == OFFLOADS["optimizer"]
     settings = found.checkpointing
     assert (settings.mode, settings.layers, settings.every, settings.keep_attention) == (GPU, 1, 2, KeepAttention.host)
     assert (found.kernels.mlp_tiles, found.train.micro_batch_size) == (16, 3)
-    assert found.train.gradient_accumulation_steps == 5 and config == config_of()
-    assert choice.kind == (OFFLOADS["optimizer"], GPU, KeepAttention.host)
+    assert (found.train.gradient_accumulation_steps, found.launch.sequence_parallel) == (5, 2) and config == config_of()
+    assert choice.kind == (OFFLOADS["optimizer"], GPU, KeepAttention.host, 2)
     with pytest.raises(CombinationError, match=r"checkpointing\.layers: 1 needs"):
         candidates.applied(config, dataclasses.replace(choice, mode=NONE))
     config.offload.gpu_share = 0.25
@@ -131,7 +131,7 @@ def test_roles_are_placed_where_two_nodes_have_memory_and_nothing_was_set() -> N
 
 
 def test_tokens_of_an_update_are_divided_in_every_way() -> None:
-    config = config_of("checkpointing.layers", "checkpointing.keep_attention", "offload")
+    config = config_of("checkpointing.layers", "checkpointing.keep_attention", "offload", "launch.sequence_parallel")
     config.launch.num_ranks, config.seq_len.tokens, config.plan.tokens_per_update = 2, 10, 120
 
     def pairs() -> set[tuple[int, int]]:
@@ -152,3 +152,23 @@ def test_tokens_of_an_update_are_divided_in_every_way() -> None:
         config.plan.tokens_per_update = tokens
         with pytest.raises(ConfigError, match=f"{tokens} is no multiple of 20, .*; use e.g. {example}$"):
             pairs()
+
+
+def test_sequences_are_shared_where_the_tokens_of_an_update_are_set_or_the_longest_are_asked_for() -> None:
+    config = config_of("checkpointing.layers", "checkpointing.keep_attention", "offload")
+    config.launch.num_ranks, config.seq_len.tokens = 4, 10
+
+    def found() -> set[tuple[int, int]]:
+        choices = [one for one in candidates.choices(config) if one.micro_batch_size == 1]
+        return {(one.sequence_parallel, one.gradient_accumulation_steps) for one in choices}
+
+    assert found() == {(1, 1)}
+    config.plan.goal = Goal.longest
+    assert found() == {(1, 1), (2, 1), (4, 1)}
+    config.plan.goal, config.plan.tokens_per_update = Goal.fastest, 20  # not one for each of four
+    assert found() == {(2, 1), (4, 2)}
+    config.launch.sequence_parallel = 4  # was set
+    assert found() == {(4, 2)}
+    config.plan.tokens_per_update = 5
+    with pytest.raises(ConfigError, match=r"5 is no multiple of 10, .*; use e.g. 10$"):
+        found()

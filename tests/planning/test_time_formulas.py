@@ -65,6 +65,17 @@ def test_a_query_sees_the_half_before_it_or_its_window() -> None:
     assert iteration_time._seen(flash) == near((3.2 + 2 * 5) / 3)
 
 
+def test_ranks_that_share_sequences_exchange_heads_for_tokens() -> None:
+    run = run_of()
+    assert iteration_time._exchange(run, RATES) == 0
+    run.config.launch.num_ranks = run.config.launch.sequence_parallel = 2
+    # 15 tokens; 2 heads of queries and of outputs, and the key head, of which each rank has one, twice: 8 heads of 4, 2 bytes each.
+    # Half of that is another rank's.
+    assert iteration_time._exchange(run, RATES) == near(15 * 8 * 4 * 2 / 2 / 2)
+    # The layer's own work is that of half of the tokens, each of which sees as many others.
+    assert of_layer(run) == near([seconds / 2 for seconds in of_layer(run_of())])
+
+
 def test_the_loss_is_a_product_and_with_liger_its_gradients_too() -> None:
     run = run_of()
     liger = dataclasses.replace(run, liger=True)

@@ -52,6 +52,18 @@ def test_the_gpus_work_of_an_iteration() -> None:
     assert found.backward_s == near(2 * (3 * (BACKWARD + 14) + AGAIN + 14 - 24))
 
 
+def test_exchanges_are_in_each_pass_of_a_layer() -> None:
+    run = run_of()
+    run.config.launch.num_ranks = run.config.launch.sequence_parallel = 2
+    found = predicted(run, **FAST)
+    forward, backward, again, exchange = FORWARD / 2, BACKWARD / 2, AGAIN / 2, 240.0
+    assert found.forward_s == near(max(3 * (forward + exchange) + LOSS / 2, 2472 / 2))
+    # Weights are gathered, and gradients reduced, between two GPUs of 2 B/s: 2 x 2472 bytes each, of which a half moves.
+    assert found.backward_s == near(max(3 * (backward + again + 2 * exchange) + LOSS, 2472 * 2 / 2))
+    over = dataclasses.replace(run, overlap_step=True)
+    assert predicted(over, **FAST, cpu={0: 1e30}).exposed_s == 0
+
+
 def test_copies_are_waited_for_where_they_take_longer() -> None:
     run = run_of()
     run.config.train.gradient_accumulation_steps = 2

@@ -33,7 +33,6 @@ def check(key: str, value: Any, config: Config | None = None) -> None:
     [
         ("tensor_parallel.autotp_size", [0, 1], 2),
         ("tensor_parallel.tp.tp_size", [1], 2),
-        ("sequence_parallel_size", [1], 2),
         ("pipeline", [{}], {"stages": 1}),
         *(
             (key, [False], True)

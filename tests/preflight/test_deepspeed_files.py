@@ -176,8 +176,12 @@ WRONG = {
     '{"comet": {"enabled": true}}': ["comet.enabled: true needs the package comet_ml", "or use false"],
     '{"tensor_parallel": {"autotp_size": 2}}': ["tensor_parallel.autotp_size: 2: each rank of ldft", "leave it out"],
     '{"tensor_parallel": {"tp": {"tp_size": 4}}}': ["tensor_parallel.tp.tp_size: 4: each rank"],
-    '{"sequence_parallel_size": 2}': ["sequence_parallel_size: 2: each rank", "or use 1"],
-    '{"sequence_parallel_size": 0}': ["sequence_parallel_size: 0: each rank"],
+    '{"sequence_parallel_size": 2}': [
+        "sequence_parallel_size: 2 contradicts launch.sequence_parallel, which makes it 1"
+    ],
+    '{"sequence_parallel_size": 0}': [
+        "sequence_parallel_size: 0 contradicts launch.sequence_parallel, which makes it 1"
+    ],
     '{"pipeline": {"stages": 2}}': ["pipeline.stages: 2: takes effect for a PipelineModule", "leave it out"],
     '{"expert_parallel": {"enabled": true}}': ["expert_parallel.enabled: true: each rank", "leave it out"],
     '{"hybrid_engine": {"enabled": true}}': ["hybrid_engine.enabled: true: alternates"],
