@@ -14,6 +14,8 @@ from ldft.config import to_dict
 from ldft.errors import CombinationError
 from ldft.preflight.selection import select
 from ldft.runner import checks
+from ldft.training.deepspeed import ulysses
+from ldft.training.deepspeed.layout import UnknownLayoutError
 from tests import rank_processes
 from tests.conftest import IN_CI, compose, long
 
@@ -158,3 +160,15 @@ def test_what_cannot_be_shared_is_one_line(overrides: tuple[str, ...], said: str
     config.validate()
     with pytest.raises(CombinationError, match=said):
         select(config)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("parallel_state_sp", "_SEQUENCE_PARALLEL_GROUP"), ("ulysses_sp", "UlyssesSPAttentionHF")]
+)
+def test_a_release_of_deepspeed_that_renamed_something_is_one_line(monkeypatch, module: str, name: str) -> None:
+    monkeypatch.delattr(f"deepspeed.runtime.sequence_parallel.{module}.{name}")
+    config = compose(*COMMON, "launch.num_ranks=2", "launch.sequence_parallel=2")
+    with pytest.raises(
+        UnknownLayoutError, match=rf"^DeepSpeed [\d.]+: .*{name}.*; install deepspeed==0.19.8, or see docs/upgrading"
+    ):
+        ulysses.groups(config)

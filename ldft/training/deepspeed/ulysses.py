@@ -9,14 +9,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import torch
-from deepspeed.runtime.sequence_parallel import parallel_state_sp
-from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ldft.config import Config
 from ldft.training import attention_kernels
+from ldft.training.deepspeed.layout import TESTED, UnknownLayoutError
 
 
 def groups(config: Config) -> Any:
@@ -25,16 +25,33 @@ def groups(config: Config) -> Any:
     size = config.launch.sequence_parallel
     if size == 1:
         return None
+    parallel_state_sp, _ = _of_deepspeed()
     if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
         parallel_state_sp.initialize_sequence_parallel(size)
     return parallel_state_sp
+
+
+def _of_deepspeed() -> tuple[Any, Any]:
+    """Its groups of ranks, and the class around attention; imported only by who shares sequences. Raises UnknownLayoutError."""
+    try:
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+        parallel_state_sp._SEQUENCE_PARALLEL_GROUP  # noqa: B018 - is it there?
+    except (ImportError, AttributeError) as error:
+        raise UnknownLayoutError(
+            f"DeepSpeed {deepspeed.__version__}: {error}, where ldft finds what shares sequences (tested with {TESTED}); install "
+            "deepspeed==0.19.8, or see docs/upgrading_deepspeed.md"
+        ) from None
+    return parallel_state_sp, UlyssesSPAttentionHF
 
 
 def register(kernel: str, config: Config) -> str:
     """Make transformers know an attention that exchanges heads for tokens around this kernel. Returns its name."""
     attention_kernels.register(kernel)
     model, size = config.model, config.launch.sequence_parallel
-    shared = UlyssesSPAttentionHF(
+    _, wrapper = _of_deepspeed()
+    shared = wrapper(
         attn=_core(kernel),
         batch_size=config.train.micro_batch_size,
         attn_head_count=model.num_attention_heads,
