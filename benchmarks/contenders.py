@@ -38,7 +38,8 @@ def stock(config: Config) -> Settings:
     written = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"]
     written += ["bf16", "fp16", "optimizer", "steps_per_print"]
     zero = {name: ours["zero_optimization"][name] for name in ("stage", "offload_param", "offload_optimizer")}
-    return {name: ours[name] for name in written} | {"zero_optimization": zero}
+    shared = {"sequence_parallel_size": config.launch.sequence_parallel} if config.launch.sequence_parallel > 1 else {}
+    return {name: ours[name] for name in written} | {"zero_optimization": zero} | shared
 
 
 def async_checkpoints(config: Config) -> Settings:

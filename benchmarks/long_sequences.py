@@ -1,8 +1,8 @@
-"""Longest sequences that one GPU can train on: one iteration of each length, without warm-up, everything offloaded.
+"""Longest sequences that one GPU, or several that share them, can train on: one iteration of each, everything offloaded.
 
     python benchmarks/long_sequences.py OUT.parquet [--runs NAME:TOKENS ...] [--timeout SECONDS] [override ...]
 
-The default is a 3B model. NAME is one of contenders.py; TOKENS a number, or of ldft `longest`: 95% of the longest length that its
+There is no warm-up. The default is a 3B model. NAME is one of contenders.py; TOKENS a number, or of ldft `longest`: 95% of the longest length that its
 estimate says to fit here, found by bisection. A run that does not fit is recorded too, with its status.
 
 Expected time on an H200: with the forward pass computed twice, there are 8 FLOPs per token and weight, and 8 x layers x heads x
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def longest(setting: Setting, name: str) -> int:
 
 def line(record: dict[str, Any]) -> str:
     """One run in the table."""
-    what = f"{record['contender']:14} {record['tokens_per_iteration'] // record['ranks']:7} {record['status']:10}"
+    tokens = json.loads(record["config_json"])["seq_len"]["tokens"]
+    what = f"{record['contender']:14} {tokens:7} {record['status']:10}"
     times = record["iteration_s"] or []
     if not times:
         return f"{what} {record['duration_s']:6.0f} {record.get('error_message')}"

@@ -176,7 +176,8 @@ def train(
     }
     train, clock = task.config["train"], _Clock(task.cuda)
     shape = (train["micro_batch_size"], task.config["seq_len"]["tokens"])
-    torch.manual_seed(1 + int(os.environ["RANK"]))
+    # Ranks that share sequences draw the same ones.
+    torch.manual_seed(1 + int(os.environ["RANK"]) // task.settings.get("sequence_parallel_size", 1))
     samples: dict[str, Any] = {name: [] for name in ("iteration_s", "forward_s", "backward_s", "step_s", "loss")}
     # Around everything, since gradient checkpointing recomputes attention in the backward pass.
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if task.attention == "sdpa_cudnn" else nullcontext():

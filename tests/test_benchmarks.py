@@ -124,6 +124,25 @@ def test_runs_leave_raw_samples(tmp_path: Path) -> None:
     assert "ours x" in said and said.count(": ok in") == 4
 
 
+@long
+def test_a_peer_shares_sequences_as_ldft_does(tmp_path: Path) -> None:
+    out = tmp_path / "shared.parquet"
+    words = [
+        "--runs",
+        "ours-offload:64",
+        "plain-offload:64",
+        "model=nano",
+        "launch.num_ranks=2",
+        "launch.sequence_parallel=2",
+    ]
+    said = run("long_sequences.py", out, *words, "train.precision=fp32")
+    ours, peer = pq.read_table(out).to_pylist()
+    for record in (ours, peer):
+        assert record["status"] == "ok" and record["tokens_per_iteration"] == 64 and record["ranks"] == 2
+    assert json.loads(peer["deepspeed_config_json"])["sequence_parallel_size"] == 2
+    assert ours["loss"] == pytest.approx(peer["loss"], rel=0.02) and "ours-offload        64 ok" in said
+
+
 # Without clipping, a large eps lets AdamW see the gradients' scale.
 @pytest.mark.parametrize(("ranks", "clipping"), [(1, 0.5), pytest.param(2, 0, marks=long)])
 def test_fsdp2_trains_as_plain_torch_does(contenders, monkeypatch, tmp_path: Path, ranks: int, clipping: float) -> None:
