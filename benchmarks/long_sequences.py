@@ -2,8 +2,8 @@
 
     python benchmarks/long_sequences.py OUT.parquet [--runs NAME:TOKENS ...] [--timeout SECONDS] [override ...]
 
-There is no warm-up. The default is a 3B model. NAME is one of contenders.py; TOKENS a number, or of ldft `longest`: 95% of the longest length that its
-estimate says to fit here, found by bisection. A run that does not fit is recorded too, with its status.
+There is no warm-up. The default is a 3B model. NAME is one of contenders.py; TOKENS a number, or of ldft `longest`: 95% of the
+longest length that its estimate says to fit here, found by bisection. A run that does not fit is recorded too, with its status.
 
 Expected time on an H200: with the forward pass computed twice, there are 8 FLOPs per token and weight, and 8 x layers x heads x
 head_dim x tokens per token for causal attention: 5.4e16 for 3B at 256k, 8.2e16 at 320k, 4.5e17 at 768k. At 450 to 500 TFLOP/s this

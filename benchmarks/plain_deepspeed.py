@@ -85,7 +85,7 @@ def forward(tokens: torch.Tensor) -> torch.Tensor:
     losses = torch.distributed.nn.functional.all_gather(loss, group=group)
     counts = torch.distributed.nn.functional.all_gather((labels != -100).sum(), group=group)
     total: torch.Tensor = torch.stack([one * count for one, count in zip(losses, counts, strict=True)]).sum()
-    return total / sum(counts)
+    return total / torch.stack([*counts]).sum()
 
 
 plain_common.train(

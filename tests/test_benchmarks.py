@@ -127,15 +127,8 @@ def test_runs_leave_raw_samples(tmp_path: Path) -> None:
 @long
 def test_a_peer_shares_sequences_as_ldft_does(tmp_path: Path) -> None:
     out = tmp_path / "shared.parquet"
-    words = [
-        "--runs",
-        "ours-offload:64",
-        "plain-offload:64",
-        "model=nano",
-        "launch.num_ranks=2",
-        "launch.sequence_parallel=2",
-    ]
-    said = run("long_sequences.py", out, *words, "train.precision=fp32")
+    words = ["model=nano", "launch.num_ranks=2", "launch.sequence_parallel=2", "train.precision=fp32"]
+    said = run("long_sequences.py", out, *words, "--runs", "ours-offload:64", "plain-offload:64")
     ours, peer = pq.read_table(out).to_pylist()
     for record in (ours, peer):
         assert record["status"] == "ok" and record["tokens_per_iteration"] == 64 and record["ranks"] == 2
