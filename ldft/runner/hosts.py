@@ -75,7 +75,13 @@ class _Step:
     def __init__(self, folder: Path, count: int, log: IO[bytes]) -> None:
         self._folder, self._count = folder, count
         self._srun = subprocess.Popen(
-            self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            self._command(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # Or the step would run on, to no row, until its allocation ends.
+            preexec_fn=launch.ends_with_parent(signal.SIGTERM),
         )
 
     def _command(self) -> list[str]:

@@ -46,6 +46,20 @@ def _headers() -> dict[str, str]:
     return {"CPATH": f"{include / version}:{include}"} if include.is_dir() else {}
 
 
+def ends_with_parent(number: signal.Signals) -> Callable[[], None]:
+    """To be called in a new process, which gets this signal when its parent, however it ended, is gone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def set_up() -> None:
+        # Nothing later clears the death signal; but if the parent has died already, the signal never comes.
+        libc.prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return set_up
+
+
 class Ranks:
     """The rank processes of one run on this host. A context manager: leaving it ends all remaining processes and removes the
     rendezvous.
@@ -69,17 +83,13 @@ class Ranks:
         self._killed = False
         # A file store needs a file system with working locks, which a results folder on a network file system may lack.
         self._rendezvous_dir = tempfile.mkdtemp(prefix="ldft-rendezvous-")
-        libc = ctypes.CDLL(None, use_errno=True)
-        parent = os.getpid()
+        end_with_parent = ends_with_parent(signal.SIGKILL)
         quota = cpu_limits.quota()
         try:
             for rank, cores in enumerate(cores_of_ranks(num_ranks, device)):
 
                 def bind(cores: list[int] = cores) -> None:
-                    # Nothing later clears the death signal; but if the parent has died already, the signal never comes.
-                    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-                    if os.getppid() != parent:
-                        os._exit(1)
+                    end_with_parent()
                     os.sched_setaffinity(0, cores)
                     # SLURM sends it to every process of a job; the parent decides.
                     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

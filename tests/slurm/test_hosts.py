@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -106,6 +107,32 @@ def test_a_host_that_is_silent_ends_the_run(slurm, tmp_path: Path) -> None:
     while not nothing_runs_in(tmp_path) and time.monotonic() < end:
         time.sleep(0.5)
     assert nothing_runs_in(tmp_path), "SLURM kills what the end of the job leaves"
+
+
+def test_a_parent_that_is_killed_leaves_nothing_in_its_allocation(slurm, tmp_path: Path) -> None:
+    line = (
+        *ALLOCATION,
+        "bash",
+        "-c",
+        '"$@"; sleep 100',
+        "bash",
+        *LDFT,
+        "launch.num_hosts=2",
+        "train.iterations=1000000",
+    )
+    allocated = subprocess.Popen([*line, *COMMON], cwd=tmp_path, env=slurm, start_new_session=True)
+    until_it_trains(tmp_path, "n1")
+    (started_by,) = tmp_path.glob("results/*/attempt-1/started.json")
+    os.kill(json.loads(started_by.read_text())["pid"], signal.SIGKILL)
+    end = time.monotonic() + 30
+    while not nothing_runs_in(tmp_path) and time.monotonic() < end:
+        time.sleep(0.5)
+    kept = allocated.poll() is None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(allocated.pid, signal.SIGKILL)
+    allocated.wait()
+    subprocess.run(["scancel", "--user=root"], env=slurm, check=False)
+    assert kept and nothing_runs_in(tmp_path)
 
 
 def started(slurm: dict[str, str], folder: Path, iterations: int = 1_000_000) -> subprocess.Popen[str]:
