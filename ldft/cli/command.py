@@ -53,16 +53,16 @@ def _cell(tree: DictConfig) -> int:
 
         print(dry_run.describe(config), flush=True)
         return 0
-    if config.sweep.started_at:
-        if config.launch.num_hosts > 1 and batch.host_number():
-            return 0  # the job's task on its first host runs the cell
-        # A sweep cell that a launcher started on some machine; the sweep reads the result from the cell's row.
-        cell.run(config, History(parent.prepare(config)))
-        return 0
     if (given := batch.given()) and given.number:
         config.launch.validate()
         hosts.check(config)
         return meeting.join(given)
+    if config.launch.num_hosts > 1 and batch.host_number():
+        return 0  # SLURM's task on the first host runs the cell
+    if config.sweep.started_at:
+        # A sweep cell that a launcher started on some machine; the sweep reads the result from the cell's row.
+        cell.run(config, History(parent.prepare(config)))
+        return 0
     config.sweep.validate()
     outcome = parent.run(config)
     print(summary(outcome, config), flush=True)
