@@ -49,8 +49,10 @@ def given() -> Given | None:
         if not number or count in ("", "1"):
             continue
         for name, value in ((names[0], number), (names[1], count), (names[3], port or "1")):
-            if not value.isdigit():
+            if not value.isdecimal():
                 raise ConfigError("launch.num_hosts", f"{name}={value} is no number; correct it, or unset {names[0]}")
+        if port and not 0 < int(port) < 65536:
+            raise ConfigError("launch.num_hosts", f"{names[3]}={port} is no port; use 1 to 65535")
         if not address:
             raise ConfigError(
                 "launch.num_hosts", f"{names[2]} is not set; set it to the first host's address, or unset {names[0]}"

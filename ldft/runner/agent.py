@@ -27,6 +27,7 @@ from ldft.training.deepspeed import operators
 BEAT_S = 5.0
 # The other hosts may still be importing Python from a slow file system.
 MEET_S = 300.0
+CANNOT_SAY = 2
 # What may differ between hosts, by the row's column names.
 SHOWN = ("kernel", "cpu", "num_cores", "host_memory_gib", "gpus", "driver")
 
@@ -40,10 +41,17 @@ class HostState:
         self._last = 0.0
 
     def put(self, **values: Any) -> None:
+        """Raises ConfigError if the results folder takes no files from here."""
         self._values |= values
         self._values["beats"] += 1
         self._last = time.monotonic()
-        attempt.write_json(self._path, self._values)
+        try:
+            attempt.write_json(self._path, self._values)
+        except OSError as error:
+            raise ConfigError(
+                "results.dir",
+                f"cannot write in {self._path.parent} ({error.strerror}); all hosts must see it, have room there, and may write",
+            ) from None
 
     def beat(self) -> None:
         if time.monotonic() - self._last > BEAT_S:
@@ -121,15 +129,19 @@ def _run(folder: Path, config: Config, host: int, state: HostState) -> int:
 
 
 def main() -> int:
-    """Returns 0 if its ranks ran, whatever became of them; the parent judges."""
+    """Returns 0 if its ranks ran, whatever became of them; the parent judges. CANNOT_SAY if its state does not tell why not."""
     folder, host = Path(sys.argv[1]), batch.host_number()
     state = HostState(folder, host)
     config = from_dict(attempt.read_json(folder / "config.json"))
-    state.put(step=batch.step())
     try:
+        state.put(step=batch.step())
         return _run(folder, config, host, state)
     except ConfigError as error:
-        state.put(refused=str(error), ended=True)
+        try:
+            state.put(refused=str(error), ended=True)
+        except ConfigError:
+            print(f"ldft: {error}", file=sys.stderr)
+            return CANNOT_SAY
         return 1
 
 

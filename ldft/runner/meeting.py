@@ -1,35 +1,44 @@
 """Where the hosts of a run meet if no SLURM starts its agents: a system such as Kubeflow or SkyPilot starts the same command on
 every host, and tells each its number and the address of the first (batch.given).
 
-The first host's parent runs the cell. It listens at that address, starts its own agent, and tells the others the attempt's folder,
-which all of them see. Each of the others runs its agent there until the connection ends.
+The first host's parent runs the cell. It listens at that address, starts its own agent, and tells the others, who say their number
+first, the attempt's folder, which all of them see. Each of the others runs its agent there until the connection ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ldft import batch
 from ldft.batch import Given
 from ldft.errors import ConfigError
-from ldft.runner import agent, signals
+from ldft.runner import agent, launch, signals
 
 _END_S = 20.0
 # A file system that shows other hosts' files late.
 _SEEN_S = 60.0
+_ANSWER_S = 10.0
 
 
 def _agent(folder: Path, log: IO[bytes] | None) -> subprocess.Popen[bytes]:
     """The agent of this host. Its signals come from whoever started it, not from the terminal."""
-    command = [sys.executable, "-m", "ldft.runner.agent", str(folder)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ldft.runner.agent", str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=launch.ends_with_parent(signal.SIGTERM),
+    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -48,7 +57,9 @@ class Meeting:
     def __init__(self, folder: Path, given: Given, log: IO[bytes]) -> None:
         """Raises ConfigError if the port cannot be used."""
         self.refused: str | None = None
-        self._folder, self._guests = folder, set[socket.socket]()
+        self._folder, self._count = folder, given.count
+        self._guests = dict[int, socket.socket]()
+        self._left = set[int]()
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         try:
@@ -58,8 +69,8 @@ class Meeting:
             raise ConfigError(
                 "launch.num_hosts", f"port {given.port} ({given.port_name}) cannot be used: {reason}; choose another"
             ) from None
+        self._own = _agent(folder, log)  # before there are threads, since it is forked
         threading.Thread(target=self._receive, name="ldft-meeting", daemon=True).start()
-        self._own = _agent(folder, log)
 
     def _receive(self) -> None:
         while True:
@@ -67,24 +78,43 @@ class Meeting:
                 guest, _ = self._server.accept()
             except OSError:  # closed
                 return
-            self._guests.add(guest)
             threading.Thread(target=self._serve, args=(guest,), name="ldft-guest", daemon=True).start()
 
     def _serve(self, guest: socket.socket) -> None:
         """Until the other host's agent has ended."""
+        number = None
         try:
-            guest.sendall(json.dumps({"folder": str(self._folder)}).encode() + b"\n")
-            for line in guest.makefile("r"):
-                self.refused = self.refused or json.loads(line)["refused"]
-        except (OSError, ValueError):
+            with guest, guest.makefile("r") as lines:
+                guest.settimeout(_ANSWER_S)
+                said = json.loads(lines.readline(1024))
+                number = self._admitted(int(said["host"]), int(said["hosts"]), guest)
+                if number in self._left:
+                    return  # the run is about to end; this one is for the next, and asks again
+                folder = None if number is None else str(self._folder)
+                _send(guest, hosts=self._count, folder=folder)
+                guest.settimeout(None)
+                for line in lines if folder else ():
+                    self.refused = self.refused or json.loads(line)["refused"]
+        except (OSError, ValueError, KeyError, TypeError):
             pass  # it is gone, or was none of ours; what its host says last is in its state
-        self._guests.discard(guest)
-        guest.close()
+        finally:
+            if number is not None:
+                self._left.add(number)
+                self._guests.pop(number, None)
+
+    def _admitted(self, number: int, count: int, guest: socket.socket) -> int | None:
+        """The number, if no other guest has it. Two agents of one number would write the same files."""
+        return number if count == self._count and self._guests.setdefault(number, guest) is guest else None
+
+    def _working(self) -> bool:
+        """Whether an agent of another host runs. One whose state says that it has ended is not waited for: its command may stand
+        still."""
+        return any(not agent.of_host(self._folder, host).get("ended") for host in list(self._guests))
 
     @property
     def pids(self) -> list[int]:
         """The agent's, while it or another host's runs."""
-        return [self._own.pid] if self._own.poll() is None or self._guests else []
+        return [self._own.pid] if self._own.poll() is None or self._working() else []
 
     @property
     def ended_with(self) -> str:
@@ -92,14 +122,14 @@ class Meeting:
 
     def end(self) -> None:
         """End all agents. Those of other hosts write their last state before they close the connection."""
-        for guest in list(self._guests):
+        for guest in list(self._guests.values()):
             try:
                 guest.shutdown(socket.SHUT_WR)
             except OSError:
                 continue
         _stop(self._own)
         end = time.monotonic() + _END_S
-        while self._guests and time.monotonic() < end:
+        while self._working() and time.monotonic() < end:
             time.sleep(0.05)
         self._server.close()
 
@@ -107,55 +137,99 @@ class Meeting:
 def join(given: Given) -> int:
     """Run this host's ranks of the run that the first host starts. Returns the exit code. Raises ConfigError if it cannot be
     joined."""
-    connection = _connect(given)
-    with connection, connection.makefile("r") as lines:
-        try:
-            folder = Path(json.loads(lines.readline())["folder"])
-        except (OSError, ValueError, KeyError):
+    connection, said = _connect(given)
+    with connection:
+        there = f"{given.address}:{given.port}"
+        if said["hosts"] != given.count:
             raise ConfigError(
                 "launch.num_hosts",
-                f"{given.address}:{given.port} ({given.port_name}) is not ldft's; choose another port",
-            ) from None
+                f"{given.count}, but {there} has a run on {said['hosts']} hosts; correct {given.count_name}, or choose another "
+                f"{given.port_name} for each run",
+            )
+        if said["folder"] is None:
+            raise ConfigError(
+                "launch.num_hosts",
+                f"{there} has host {given.number} ({given.number_name}) already; give each host a number, and each run a port "
+                f"({given.port_name}), of its own",
+            )
+        folder = Path(said["folder"])
         print(f"ldft: host {given.number} of {given.count}: its ranks run in {folder}", flush=True)
         end = time.monotonic() + _SEEN_S
         while not (folder / "config.json").exists():
             if time.monotonic() > end:
                 reason = f"{folder} is not there; the results folder must be on a file system that all hosts see"
-                connection.sendall(json.dumps({"refused": f"{batch.host()}: {reason}"}).encode() + b"\n")
+                _send(connection, refused=f"{batch.host()}: {reason}")
                 raise ConfigError("results.dir", reason)
             time.sleep(0.1)
         return _work(folder, connection)
 
 
-def _connect(given: Given) -> socket.socket:
+def _send(connection: socket.socket, **values: Any) -> None:
+    connection.sendall(json.dumps(values).encode() + b"\n")
+
+
+def _connect(given: Given) -> tuple[socket.socket, dict[str, Any]]:
+    """The connection, and what the first host answers."""
     end = time.monotonic() + agent.MEET_S
     while True:
         try:
-            found = socket.create_connection((given.address, given.port), timeout=10.0)
-            found.settimeout(None)
-            return found
+            found = socket.create_connection((given.address, given.port), timeout=_ANSWER_S)
+            if line := _asked(found, given):
+                return found, _understood(line, given)
+            found.close()
+            reason = "it closes the connection"
         except OSError as error:
-            if time.monotonic() > end:
-                raise ConfigError(
-                    "launch.num_hosts",
-                    f"no answer from {given.address}:{given.port} within {agent.MEET_S:.0f} s ({error}); see that the first "
-                    "host runs the same command, and that its port is open",
-                ) from None
+            reason = str(error)
+        if time.monotonic() > end:
+            raise ConfigError(
+                "launch.num_hosts",
+                f"no answer from {given.address}:{given.port} within {agent.MEET_S:.0f} s ({reason}); see that the first "
+                "host runs the same command, and that its port is open",
+            )
         time.sleep(0.5)
+
+
+def _asked(connection: socket.socket, given: Given) -> str:
+    """The first host's line; empty if it hangs up. If its machine is lost later, the connection ends within a minute."""
+    for option, value in ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 4)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    _send(connection, host=given.number, hosts=given.count)
+    with connection.makefile("r", errors="replace") as lines:
+        line = lines.readline(65536)
+    connection.settimeout(None)
+    return line
+
+
+def _understood(line: str, given: Given) -> dict[str, Any]:
+    try:
+        said = json.loads(line)
+        return {"hosts": said["hosts"], "folder": said["folder"]}
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            "launch.num_hosts", f"{given.address}:{given.port} ({given.port_name}) is not ldft's; choose another port"
+        ) from None
 
 
 def _work(folder: Path, connection: socket.socket) -> int:
     own = _agent(folder, None)
 
     def until_told() -> None:
-        while connection.recv(1024):
-            pass
+        # An error is the end as well: the first host is lost.
+        with contextlib.suppress(OSError):
+            while connection.recv(1024):
+                pass
         own.terminate()
 
     threading.Thread(target=until_told, name="ldft-host", daemon=True).start()
     try:
         with signals.noting(), signals.raising():
-            return own.wait()
+            code = own.wait()
+        if code == agent.CANNOT_SAY:
+            reason = f"cannot write in {folder}; all hosts must see it, have room there, and may write"
+            with contextlib.suppress(OSError):
+                _send(connection, refused=f"{batch.host()}: results.dir: {reason}")
+        return code
     except signals.Stopped as told:
         print(f"ldft: {told.name}: the ranks of this host end", file=sys.stderr, flush=True)
         _stop(own)

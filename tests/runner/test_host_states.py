@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ldft.config import Config
-from ldft.runner import final_status, hosts, launch
+from ldft.config import Config, to_dict
+from ldft.results import attempt
+from ldft.runner import agent, final_status, hosts, launch
 
 
 def test_all_agents_may_have_ended_before_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,3 +47,17 @@ def test_ranks_that_were_ended_without_a_reason_are_no_success() -> None:
         verdict.error_message
     )
     assert judged([done]).status == "ok"
+
+
+def test_a_host_that_cannot_write_says_so_in_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Its state cannot tell: what started it hears by the exit code."""
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
+
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(attempt, "write_json", full)
+    monkeypatch.setattr(sys, "argv", ["agent", str(tmp_path)])
+    assert agent.main() == agent.CANNOT_SAY
+    said = f"ldft: results.dir: cannot write in {tmp_path} (No space left on device); all hosts must see it, have room there"
+    assert capsys.readouterr().err == f"{said}, and may write\n"

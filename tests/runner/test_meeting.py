@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -169,6 +170,86 @@ def test_a_port_is_refused_where_another_program_has_it_or_answers(hosts: Hosts,
     assert process.returncode == 2
 
 
+@pytest.fixture
+def met(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[meeting.Meeting]:
+    """A first host of two, whose agent runs until it is told to end."""
+    monkeypatch.setattr(meeting, "_agent", lambda folder, log: subprocess.Popen(["sleep", "60"]))
+    with (tmp_path / "log").open("wb") as log:
+        one = meeting.Meeting(tmp_path, this(hosts), log)
+    yield one
+    one.end()
+
+
+def this(hosts: Hosts, count: int = 2) -> batch.Given:
+    return batch.Given(1, count, "localhost", int(hosts.port), "NODE_RANK", "NNODES", "MASTER_PORT")
+
+
+def guest(hosts: Hosts, said: bytes) -> tuple[socket.socket, bytes]:
+    """A connection to the first host, and what it answers."""
+    one = socket.create_connection(("localhost", int(hosts.port)), timeout=10)
+    one.sendall(said)
+    return one, one.makefile("rb").readline() if said else b""
+
+
+def until(done: Callable[[], Any]) -> None:
+    end = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_a_connection_that_is_not_of_ldft_does_not_keep_the_run(hosts: Hosts, met: meeting.Meeting) -> None:
+    with closing(guest(hosts, b"")[0]):
+        met._own.kill()
+        until(lambda: not met.pids)
+
+
+def test_a_command_that_stands_still_does_not_keep_a_run_whose_agents_have_ended(
+    hosts: Hosts, met: meeting.Meeting
+) -> None:
+    one, answer = guest(hosts, b'{"host": 1, "hosts": 2}\n')
+    with closing(one):
+        assert json.loads(answer) == {"hosts": 2, "folder": str(hosts.folder)}
+        met._own.kill()
+        met._own.wait()
+        assert met.pids
+        (hosts.folder / "host-1.json").write_text('{"ended": true}')
+        assert not met.pids
+
+
+def test_each_host_joins_once_and_only_a_run_of_as_many(
+    hosts: Hosts, met: meeting.Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"3, but localhost:[0-9]+ has a run on 2 hosts; correct NNODES, or choose another"
+    ):
+        meeting.join(this(hosts, 3))
+    one, _ = guest(hosts, b'{"host": 1, "hosts": 2}\n')
+    with pytest.raises(ConfigError, match=r"has host 1 \(NODE_RANK\) already; give each host a number"):
+        meeting.join(this(hosts))
+    one.shutdown(socket.SHUT_RDWR)
+    one.close()
+    until(lambda: not met._guests)
+    monkeypatch.setattr(agent, "MEET_S", 0.5)
+    with pytest.raises(ConfigError, match="no answer"):  # it is for the next run, at the same port, and waits for that
+        meeting.join(this(hosts))
+
+
+def test_the_agent_ends_with_a_first_host_that_is_killed_while_it_waits(hosts: Hosts) -> None:
+    first = hosts.start(0)
+    until(lambda: list(hosts.folder.glob("results/*/attempt-1/host-0.json")))
+    first.kill()
+    first.communicate(timeout=10)
+    until(lambda: nothing_runs_in(hosts.folder))
+
+
+def test_a_task_of_slurm_that_is_not_on_the_first_host_runs_no_cell(hosts: Hosts) -> None:
+    """As with srun over all hosts in place of one command on the first: each would run the cell, on the same hosts."""
+    one = hosts.start(0, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES="2", SLURM_PROCID="1")
+    assert one.communicate(timeout=60)[0] == "" and one.returncode == 0
+    assert not (hosts.folder / "results").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "environment", "said"),
     [
@@ -187,6 +268,8 @@ def test_a_port_is_refused_where_another_program_has_it_or_answers(hosts: Hosts,
             {"MASTER_ADDR": ""},
             "launch.num_hosts: MASTER_ADDR is not set; set it to the first host's address, or unset NODE_RANK",
         ),
+        ((), {"MASTER_PORT": "99999"}, "launch.num_hosts: MASTER_PORT=99999 is no port; use 1 to 65535"),
+        ((), {"MASTER_PORT": "²"}, "launch.num_hosts: MASTER_PORT=² is no number; correct it, or unset NODE_RANK"),
         ((), {"NODE_RANK": "2"}, "launch.num_hosts: NODE_RANK=2 is not below NNODES=2; correct it, or unset it"),
         ((), {"NNODES": "1:2"}, "launch.num_hosts: NNODES=1:2 is no number; correct it, or unset NODE_RANK"),
         (
