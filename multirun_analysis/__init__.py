@@ -1,6 +1,7 @@
 """Analyse rows: load the rows of a results folder; compare, summarise and plot them.
 
     python -m multirun_analysis results/          tables on the terminal, figures in results/figures/
+    python -m multirun_analysis report results/   one HTML file: results/report.html
     python -m multirun_analysis diff a/ b/        what changed between two folders
 
 In Python or a notebook:

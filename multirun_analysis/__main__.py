@@ -1,4 +1,4 @@
-"""`python -m multirun_analysis [FOLDER]`, `python -m multirun_analysis diff A B`, `python -m multirun_analysis plans FILE`."""
+"""`python -m multirun_analysis [FOLDER]`, and its commands `report FOLDER`, `diff A B` and `plans FILE`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from ldft import closed_pipe
-from ldft.errors import LdftError
+from ldft.errors import LdftError, ResultsError
 from ldft.terminal import Parser
 
 _EPILOG = (
-    "python -m multirun_analysis diff A B shows what changed between two folders; plans FILE draws what python -m ldft.plan -m "
-    "--rows wrote."
+    "python -m multirun_analysis report FOLDER writes one HTML file to filter and pass on; diff A B shows what changed between two "
+    "folders; plans FILE draws what python -m ldft.plan -m --rows wrote."
 )
 
 
@@ -30,6 +30,16 @@ def _summary_parser() -> Parser:
     parser.add_argument("--baseline", help="option to compare the others with (default: local_only, bind_0 or default)")
     parser.add_argument("--no-figures", action="store_true", help="print the tables only")
     parser.add_argument("--all", action="store_true", help="print every line of every table")
+    return parser
+
+
+def _report_parser() -> Parser:
+    parser = Parser(
+        prog="python -m multirun_analysis report",
+        description="Write one HTML file with figures, tables and failures, which needs no network.",
+    )
+    parser.add_argument("folder", nargs="?", default="results", type=Path, help="results.dir of the runs (results)")
+    parser.add_argument("--out", type=Path, help="file to write (FOLDER/report.html)")
     return parser
 
 
@@ -81,6 +91,22 @@ def _summarise(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from ldft.results import places
+    from multirun_analysis import report
+    from multirun_analysis.rows import load
+
+    df = load(arguments.folder)
+    if df.empty:
+        raise ResultsError(places.missing(arguments.folder))
+    folder = places.results_dir(arguments.folder)
+    out = arguments.out or folder / "report.html"
+    report.write(df, out, folder.name)
+    size = out.stat().st_size / 2**20
+    _console().print(f"{out}: {len(df)} rows, {size:.1f} MiB; open it in a browser", soft_wrap=True)
+    return 0
+
+
 def _diff(arguments: argparse.Namespace) -> int:
     from multirun_analysis import terminal
     from multirun_analysis.comparison import diff
@@ -109,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns exit code 0, or 2 after printing one line if the folder, the group or the baseline does not exist."""
     words = sys.argv[1:] if argv is None else argv
     try:
+        if words[:1] == ["report"]:
+            return _report(_report_parser().parse_args(words[1:]))
         if words[:1] == ["diff"]:
             return _diff(_diff_parser().parse_args(words[1:]))
         if words[:1] == ["plans"]:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pandas as pd
 import yaml
 
 from ldft.cli import composition
-from ldft.config import from_dict
+from ldft.config import Config, from_dict
 from ldft.config.root import flatten
 from ldft.environment import CONF_DIR
 from multirun_analysis.labels import text
 
 
+def _files(group: str) -> dict[str, dict[str, Any]]:
+    known = composition.groups().get(group, [])
+    return {name: yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) or {} for name in known}
+
+
+@cache
+def configs(group: str) -> dict[str, Config]:
+    """Option -> the default config with that option's values; empty if `group` has no options."""
+    return {name: from_dict({group: values}) for name, values in _files(group).items()}
+
+
 @cache
 def values_of(group: str) -> dict[str, dict[str, str]]:
     """Option -> {key: value as a label}, for every key that any option of the group sets; empty if `group` has no options."""
-    known = composition.groups().get(group, [])
-    files = {name: yaml.safe_load((CONF_DIR / group / f"{name}.yaml").read_text()) or {} for name in known}
-    keys = [f"{group}.{key}" for key in dict.fromkeys(key for values in files.values() for key in values)]
-    settled = {name: flatten(from_dict({group: values})) for name, values in files.items()}
+    keys = [f"{group}.{key}" for key in dict.fromkeys(key for values in _files(group).values() for key in values)]
+    settled = {name: flatten(config) for name, config in configs(group).items()}
     return {name: {key: text(values[key]) for key in keys} for name, values in settled.items()}
 
 

@@ -158,10 +158,10 @@ def _groups(frame: pd.DataFrame) -> str:
     return ", ".join(sorted({key.split(".")[0] for key in config_keys(frame)}))
 
 
-def _variant(frame: pd.DataFrame) -> pd.Series:
-    """Options and cell keys that differ and have no separate column; of keys that always differ together, only the first is
-    named."""
-    label = pd.Series("", index=frame.index, dtype=object)
+def differing(frame: pd.DataFrame) -> dict[str, pd.Series]:
+    """Options and cell keys that differ and have no separate column: group or key -> a label for each row (`checkpointing=gpu`,
+    `num_ranks=2`). Of keys that always differ together, only the first is there."""
+    found: dict[str, pd.Series] = {}
     seen: list[pd.Series] = []
     grouped: set[str] = set()
     for key in cell_keys(frame):
@@ -170,14 +170,24 @@ def _variant(frame: pd.DataFrame) -> pd.Series:
             continue
         if options.values_of(group) and f"cfg.{group}.name" not in frame:
             grouped.add(group)
+            name = group
             values = option_label(frame, group).map(partial(option_name, group))
         else:
-            # Shorten `optimizer.name` to `optimizer` and `launch.num_ranks` to `num_ranks`.
-            values = key.removesuffix(".name").rpartition(".")[2] + "=" + frame[f"cfg.{key}"].map(text)
+            # Shorten `optimizer.name` to `optimizer` and, in labels, `launch.num_ranks` to `num_ranks`.
+            name = key.removesuffix(".name")
+            values = name.rpartition(".")[2] + "=" + frame[f"cfg.{key}"].map(text)
         codes = pd.Series(pd.factorize(values)[0], index=frame.index)
         if codes.nunique() < 2 or any(codes.equals(other) for other in seen):
             continue
         seen.append(codes)
+        found[name] = values
+    return found
+
+
+def _variant(frame: pd.DataFrame) -> pd.Series:
+    """What differs, in one label."""
+    label = pd.Series("", index=frame.index, dtype=object)
+    for values in differing(frame).values():
         label = label + " " + values
     return label.str.strip().astype(object)
 

@@ -82,6 +82,15 @@ def test_the_wheel_sweeps_in_an_unrelated_folder(from_wheel, tmp_path) -> None:
     assert "2 invalid" in subprocess.run(status, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
 
 
+def test_the_wheel_makes_a_report(from_wheel, tmp_path) -> None:
+    line = [str(from_wheel / "python"), "-m", "multirun_analysis", "report", str(ROOT / "multirun_analysis" / "data")]
+    done = subprocess.run([*line, "--out", "r.html"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(
+        part in (tmp_path / "r.html").read_text() for part in ("color-scheme", "function openDetails", "Plotly.react")
+    )
+
+
 @pytest.mark.parametrize(
     ("hidden", "package"),
     [("c++ g++", "g++"), ("python3", "python3"), ("venv", "python3-venv"), ("headers", "python3-dev")],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
-from ldft.config import Config, run_id
+from ldft.config import Config, run_id, to_dict
 from ldft.config.root import flatten
 from ldft.monitor import trace
 from ldft.monitor.samples import Sample
 from ldft.results import schema
+from tests.conftest import compose
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -57,6 +60,7 @@ class Rows:
         row |= {f"cfg.{key}": value for key, value in flatten(built).items()}
         row |= {
             "run_id": run_id(built),
+            "config_json": json.dumps(to_dict(built)),
             "attempt": attempt,
             "started_at": START + timedelta(minutes=self._count),
             "device_type": "cpu",
@@ -90,6 +94,17 @@ class Rows:
         chosen = pa.schema(fields)
         pq.write_table(pa.Table.from_pylist([{name: row[name] for name in chosen.names}], schema=chosen), path)
         return path
+
+
+def settings(*overrides: str) -> dict[str, Any]:
+    """What `Rows.add` takes for the config of a command line."""
+    config = compose(*overrides)
+
+    def all_of_it(built: Config) -> None:
+        for one in fields(config):
+            setattr(built, one.name, getattr(config, one.name))
+
+    return dict(model=config.model.name, tokens=config.seq_len.tokens, policy=config.numa.name, config=all_of_it)
 
 
 @pytest.fixture
