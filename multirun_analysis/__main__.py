@@ -43,12 +43,28 @@ def _report_parser() -> Parser:
     return parser
 
 
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: use a ratio above 0 and up to 1, e.g. 0.97")
+    return value
+
+
 def _diff_parser() -> Parser:
     parser = Parser(
         prog="python -m multirun_analysis diff", description="Show what changed from one results folder to another."
     )
     parser.add_argument("a", type=Path, help="results folder before")
     parser.add_argument("b", type=Path, help="results folder after")
+    parser.add_argument(
+        "--fail-below",
+        type=_ratio,
+        metavar="RATIO",
+        help="exit with 1 if a cell has less than this part of its speed with confidence, or no longer ends ok; e.g. 0.97",
+    )
     parser.add_argument("--all", action="store_true", help="print every line of the table")
     return parser
 
@@ -109,12 +125,19 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     from multirun_analysis import terminal
-    from multirun_analysis.comparison import diff
+    from multirun_analysis.comparison import diff, gate
     from multirun_analysis.rows import load, versions_of
 
     a, b = load(arguments.a), load(arguments.b)
-    terminal.print_diff(diff(a, b), (versions_of(a), versions_of(b)), arguments.all, _console())
-    return 0
+    versions, console, below = (versions_of(a), versions_of(b)), _console(), arguments.fail_below
+    if below is None:
+        terminal.print_diff(diff(a, b), versions, arguments.all, console)
+        return 0
+    table, refused = gate(a, b, below)
+    terminal.print_diff(table, versions, arguments.all, console)
+    terminal.print_gate(table, refused, below, console)
+    # A gate that compared nothing must not pass.
+    return 1 if len(refused) or not table["speedup"].notna().any() else 0
 
 
 def _plans(arguments: argparse.Namespace) -> int:

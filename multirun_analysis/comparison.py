@@ -201,6 +201,24 @@ def diff(a: pd.DataFrame, b: pd.DataFrame, confidence: float = CONFIDENCE) -> pd
     return pd.DataFrame(found, columns=columns).sort_values(columns[:5], kind="stable", ignore_index=True)
 
 
+def simultaneous(comparisons: int) -> float:
+    """The confidence of one interval if all are to hold at once with CONFIDENCE (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / comparisons
+
+
+def gate(a: pd.DataFrame, b: pd.DataFrame, below: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`diff` with intervals that hold for all cells at once, and those of its lines that a gate refuses, with the column `why`:
+    their speed-up is below `below` with confidence, or a cell that was ok in `a` is not in `b`."""
+    table = diff(a, b)
+    compared = int(table["speedup"].notna().sum())
+    if compared > 1:
+        table = diff(a, b, simultaneous(compared))
+    lost = (table["status_a"] == "ok") & (table["status_b"] != "ok")
+    slow = table["high"] < below
+    refused = table[lost | slow]
+    return table, refused.assign(why=["slower" if slow[index] else table["change"][index] for index in refused.index])
+
+
 def _change(before: str, after: str, ratio: dict[str, Any]) -> str:
     if "absent" in (before, after):
         return "only in b" if before == "absent" else "only in a"

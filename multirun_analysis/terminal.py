@@ -159,6 +159,17 @@ def _print_compared(compared: pd.DataFrame, by: str, console: Console, limit: in
     _print(console, f"Speed-up over {rows.option_name(by, compared['baseline'].iloc[0])}", lines, heads, limit)
 
 
+def print_gate(table: pd.DataFrame, refused: pd.DataFrame, below: float, console: Console) -> None:
+    """Print what the gate refuses, one line a cell, and of how many cells."""
+    for line in refused.itertuples():
+        ratio = f": b/a {line.speedup:.3f}, {_ratio(line.low, line.high)}" if line.why == "slower" else ""
+        cell = f"{line.model} {length(line.seq_len_tokens)} {line.policy} {line.variant}".rstrip()
+        console.print(f"refused: {cell}: {line.why}{ratio}", soft_wrap=True)
+    unknown = int((table["change"] == "no confidence").sum())
+    hint = f"; {unknown} have one iteration a side, which gives no interval" if unknown else ""
+    console.print(f"{len(refused)} of {len(table)} cells are refused (--fail-below {below:g}){hint}", soft_wrap=True)
+
+
 def print_diff(table: pd.DataFrame, commits: tuple[list[str], list[str]], everything: bool, console: Console) -> None:
     """Print what changed between two folders: one line per cell, then the counts."""
     for side, names in zip("ab", commits, strict=True):

@@ -109,6 +109,37 @@ def test_diff_of_folders_prints_changes(new_rows, capsys) -> None:
     assert code == 0 and "neither folder has a row" in out
 
 
+def test_diff_as_a_gate_refuses_what_is_slower_with_confidence_or_lost(new_rows, capsys) -> None:
+    before, same, slower, lost = (new_rows(name) for name in "abcd")
+    steady, slow = [1.0, 1.01, 0.99, 1.0], [1.06, 1.07, 1.05, 1.06]
+    for tokens in (1024, 2048, 4096):
+        before.add(tokens=tokens, iteration_s=steady)
+        same.add(tokens=tokens, iteration_s=steady[::-1])
+        slower.add(tokens=tokens, iteration_s=slow if tokens == 2048 else steady)
+    lost.add(tokens=1024, iteration_s=steady)
+    lost.add(tokens=2048, status="oom_host")
+    code, out, _ = _run(capsys, "diff", before.folder, same.folder, "--fail-below", "0.97")
+    assert code == 0 and "0 of 3 cells are refused (--fail-below 0.97)" in out
+    code, out, _ = _run(capsys, "diff", before.folder, slower.folder, "--fail-below", "0.97")
+    assert code == 1 and "refused: " in out and "2k" in out and ": slower: b/a 0.943, " in out
+    assert "1 of 3 cells are refused" in out
+    assert _run(capsys, "diff", before.folder, slower.folder, "--fail-below", "0.9")[0] == 0
+    code, out, _ = _run(capsys, "diff", before.folder, lost.folder, "--fail-below", "0.97")
+    assert code == 1 and ": ok -> oom_host" in out and ": only in a" in out and "2 of 3 cells are refused" in out
+    # What was not compared does not pass: nothing in common, and one iteration a side.
+    assert _run(capsys, "diff", new_rows("e").folder, same.folder, "--fail-below", "0.97")[0] == 1
+    for rows in (one := new_rows("f"), other := new_rows("g")):
+        rows.add(iteration_s=[1.0])
+    code, out, _ = _run(capsys, "diff", one.folder, other.folder, "--fail-below", "0.97")
+    assert "1 have one iteration a side, which gives no interval" in out
+    for value in ("0", "1.5", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            _run(capsys, "diff", before.folder, same.folder, "--fail-below", value)
+        err = capsys.readouterr().err
+        fix = "use a ratio above 0 and up to 1, e.g. 0.97; see python -m multirun_analysis diff --help"
+        assert err == f"ldft: --fail-below: {value}: {fix}\n"
+
+
 def test_the_module_runs_as_a_command_without_torch(rows) -> None:
     rows.add()
     code = "import sys, multirun_analysis.__main__ as m; m.main(sys.argv[1:]); assert 'torch' not in sys.modules"

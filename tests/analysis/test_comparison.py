@@ -8,7 +8,7 @@ from scipy import stats
 
 from ldft.errors import ResultsError
 from multirun_analysis import compare, diff, load
-from multirun_analysis.comparison import speed_ratio, verdict
+from multirun_analysis.comparison import simultaneous, speed_ratio, verdict
 
 TRIALS = 200
 # With 200 trials at 95%, more than 20 false alarms come by chance once in 600 times; the seed is fixed besides.
@@ -159,3 +159,23 @@ def test_diff_names_every_kind_of_change(new_rows) -> None:
         8192: "failed in both",
     }
     assert table.speedup[1024] == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(("runs", "between", "below"), [(1, 0.0, 1.0), (3, 0.01, 1.0), (1, 0.01, 0.97)])
+def test_a_gate_over_twelve_cells_seldom_refuses_one_where_nothing_changed(
+    runs: int, between: float, below: float
+) -> None:
+    """Of whole diffs, those with a false alarm: iterations vary by 2%, and runs by `between` besides, which single runs do not
+    show."""
+    random = np.random.default_rng(8)
+
+    def side(speed: float) -> list[np.ndarray]:
+        return [speed * np.exp(random.normal(0, between) + random.normal(0, 0.02, 8)) for _ in range(runs)]
+
+    def refused(speed: float) -> int:
+        """Of twelve cells."""
+        return sum(speed_ratio(side(speed), side(1.0), simultaneous(12))["high"] < below for _ in range(12))
+
+    alarms = sum(bool(refused(1.0)) for _ in range(TRIALS))
+    assert alarms <= MOST_FALSE / 2
+    assert sum(refused(0.88) for _ in range(10)) >= 110, "what is slower by an eighth is seen in nearly all"
