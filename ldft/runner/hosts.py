@@ -150,11 +150,22 @@ class Hosts:
                 f"host {self.silent} was silent for {SILENT_S:.0f} s: it is gone, or cannot write to the results folder"
             )
             return final_status.Verdict("error", exit_code=None, error_type="SilentHost", error_message=lost)
+        if decision.status == "error" and (host := self._lost()):
+            # The others' ranks say only that they lost their connection.
+            lost = f"host {host}: its agent ended before its ranks: it was killed, or the host failed"
+            return final_status.Verdict("error", exit_code=None, error_type="LostHost", error_message=lost)
         if decision.status == "ok" and len(self.exits) < self._config.launch.num_ranks:
             log = " ".join((self._folder / "hosts.log").read_text(errors="replace").split())[-300:]
             lost = f"{self._agents.ended_with} before all ranks had run: {log or 'it printed nothing'}"
             return final_status.Verdict("error", exit_code=None, error_type="AgentFailed", error_message=lost)
         return decision
+
+    def _lost(self) -> str | None:
+        """A host whose agent began, and is gone without having said how its ranks ended."""
+        if self.pids:
+            return None
+        gone = (state for state in states(self._folder, self._config) if state.get("ready") and not state.get("ended"))
+        return next((str(state["host"]) for state in gone), None)
 
     def poll(self) -> list[launch.RankExit]:
         """Ranks that have ended since the last call."""

@@ -114,6 +114,11 @@ class Jobs:
         for one in cells:
             groups.setdefault(needs(self._configs[one.run_id], launcher.partition), []).append(one)
         found = []
+        for asked in groups:
+            most = slurm.nodes(launcher.partition) if asked.nodes > 1 else None
+            if most and asked.nodes > most:  # such a job would wait for ever
+                where = f"partition {launcher.partition}" if launcher.partition else "the default partition"
+                raise ConfigError("launch.num_hosts", f"{asked.nodes}: {where} has {most} nodes; use up to {most}")
         for asked, members in groups.items():
             jobs = launcher.submit([one.overrides for one in members], asked)
             for one, job in zip(members, jobs, strict=True):
@@ -188,5 +193,5 @@ def refused(error: Exception) -> LdftError:
     lines = [line.partition("sbatch: error: ")[2].strip() for line in text.splitlines() if "sbatch: error: " in line]
     reason = "; ".join(lines) or " ".join(text.split())
     return ConfigError(
-        "hydra.launcher", f"SLURM takes no job like this: {reason}; correct partition, account, time or memory"
+        "hydra.launcher", f"SLURM takes no job like this: {reason}; correct partition, account, time, memory or GPUs"
     )

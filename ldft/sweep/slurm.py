@@ -77,6 +77,17 @@ def cores(partition: str | None, gpus: int) -> int | None:
     return max(1, min(found)) if found else None
 
 
+def nodes(partition: str | None) -> int | None:
+    """Nodes of a partition, or of the default one, which sinfo marks by a star. None if SLURM does not say."""
+    done = _call("sinfo", "--noheader", "--format=%P|%D", *([f"--partition={partition}"] if partition else []))
+    found = 0
+    for line in done.stdout.splitlines() if not done.returncode else ():
+        name, _, count = line.partition("|")
+        if count.strip().isdigit() and (partition or name.endswith("*")):
+            found += int(count)  # one line for nodes of each state
+    return found or None
+
+
 def ranges(jobs: Iterable[str]) -> str:
     """`jobs 12_[0-3,5], 14`: short for many."""
     found: dict[str, list[int]] = {}

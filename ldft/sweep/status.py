@@ -39,7 +39,8 @@ def _line(one: Cell, history: History, job: str | None, queued: slurm.Job | None
     folder = attempt.folder_of(history.results_dir, one.run_id, number)
     if not number:
         if queued:
-            return [one.label, "queued", f"job {job} {queued.state.lower()} {queued.nodes}"], True
+            why = "" if queued.nodes == "(None)" else f" {queued.nodes}"  # SLURM has not looked at it yet
+            return [one.label, "queued", f"job {job} {queued.state.lower()}{why}"], True
         return [one.label, "pending", f"job {job} is not in the queue here" if job else ""], True
     if not attempt.is_alive(folder):
         return [one.label, "abandoned", "its process is gone; rerun the sweep's command to run it again"], True

@@ -35,6 +35,27 @@ def test_all_agents_may_have_ended_before_the_first_look(tmp_path: Path, monkeyp
     assert (verdict.status, verdict.rank, verdict.signal) == ("error", 1, "SIGKILL")
 
 
+def test_a_host_whose_agent_was_killed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rank dies with it, and the other host's loses its connection."""
+    ended = {"rank": 0, "exit_code": 1, "signal": None, "ended_by_us": False, "peak_rss_gib": 0.1}
+    other: dict[str, Any] = {"host": "n1", "ready": True, "exits": []}
+    (tmp_path / "host-0.json").write_text(json.dumps({"host": "n0", "ready": True, "ended": True, "exits": [ended]}))
+    (tmp_path / "host-1.json").write_text(json.dumps(other))
+    step = SimpleNamespace(pids=[], refused=None, end=lambda: None, ended_with="srun ended with code 137")
+    monkeypatch.setattr(hosts, "_Step", lambda folder, count, log: step)
+    config = Config()
+    config.launch.num_ranks = config.launch.num_hosts = 2
+    with hosts.Hosts(tmp_path, config) as ranks:
+        launch.wait(ranks, 0.0, lambda: None)
+    verdict = ranks.judged(judged(ranks.exits))
+    assert (verdict.status, verdict.error_type) == ("error", "LostHost") and "host n1: its agent ended" in str(
+        verdict.error_message
+    )
+    # One that ended as it should says why itself.
+    (tmp_path / "host-1.json").write_text(json.dumps(other | {"ended": True}))
+    assert ranks.judged(judged(ranks.exits)).error_type is None
+
+
 def judged(exits: list[launch.RankExit]) -> final_status.Verdict:
     return final_status.judge(exits, [{}, {}], timed_out_s=0.0, interrupted=None, new_oom_kills=0)
 

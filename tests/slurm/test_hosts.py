@@ -178,6 +178,14 @@ def process_of(folder: Path, node: str) -> psutil.Process:
     return found
 
 
+def test_more_hosts_than_the_partition_has_are_refused_at_once(call) -> None:
+    """SLURM would let such a job wait for ever."""
+    more = [word.replace("num_ranks=2", "num_ranks=3") for word in COMMON]
+    done = call(*LDFT, "-m", "hydra/launcher=slurm", "launch.num_hosts=3", *more)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "launch.num_hosts: 3: the default partition has 2 nodes; use up to 2" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("around", "said"),
     [

@@ -107,3 +107,12 @@ def test_a_job_asks_for_its_cells_estimate_and_a_margin(answers: Callable[..., P
     # Refused: its job writes the row.
     refused = compose("model=nano", "launch.device=cpu", "train.precision=fp32", "attention=flash_attention_2")
     assert jobs.needs(refused, None).mem_gb == 2
+
+
+def test_the_nodes_of_a_partition_are_those_of_all_states(answers: Callable[..., Path]) -> None:
+    asked = answers("sinfo", "test*|3\ntest*|1\nhigh|7")
+    assert slurm.nodes(None) == 4 and "--partition" not in asked.read_text()
+    answers("sinfo", "high|7\nhigh|2")
+    assert slurm.nodes("high") == 9
+    answers("sinfo", "", 1)
+    assert slurm.nodes("high") is None
