@@ -60,4 +60,6 @@ def test_inputs_that_stay_on_the_device_are_in_its_estimate(ldft: Callable[..., 
     assert (few.checkpoint_host_gib, all_of_them.checkpoint_host_gib) == (3 * 0.25, 0.0)
     for row in (few, all_of_them):
         assert row.predicted_vram_gib == pytest.approx(row.peak_vram_allocated_gib[0], rel=0.09), row.device_inputs
-    assert list(all_of_them.loss) == list(few.loss)
+    # Where an input waits changes no bit of it; but attention and the embedding add up their gradients in varying order.
+    assert all_of_them.loss[0] == few.loss[0]
+    assert list(all_of_them.loss) == pytest.approx(list(few.loss), rel=1e-3)
