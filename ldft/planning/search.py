@@ -6,6 +6,7 @@ bound until it exceeds the best time found, so the result is that of trying all.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 import math
@@ -147,20 +148,32 @@ class Search:
     def _with_better_share(self, run: Selection, unsettled: Selection, size: float) -> Selection:
         """The run with the share on the GPU that takes least time, if one larger than the default is faster and fits. The default
         hides the update's own time; but beside it Python is slower, and that is hidden only where the GPU is slower still."""
-        times = self._times(run)
-        if not times.exposed_s or (times.iteration_s - times.exposed_s) / _tokens(run.config) > self._limit:
+        times, counts = self._times(run), gpu_share.larger(run)
+        if not times.exposed_s or not counts:
             return run
-        each = device_estimate.share_bytes(dataclasses.replace(unsettled, gpu_share=1))
-        possible = room.device_room(unsettled, size, _DEVICE_SPARE) // each
-        larger = [dataclasses.replace(run, gpu_share=count) for count in gpu_share.larger(run) if count <= possible]
-        best = min(larger, key=lambda one: self._times(one).iteration_s, default=run)
-        if self._times(best).iteration_s >= times.iteration_s:
+        # No share makes the passes shorter than that of all, nor the step shorter than it is.
+        whole = self._times(dataclasses.replace(run, gpu_share=counts[-1]))
+        if (whole.forward_s + whole.backward_s + times.step_s) / _tokens(run.config) > self._limit:
             return run
-        offload = dataclasses.replace(run.config.offload, gpu_share=gpu_share.part(best))
-        config = dataclasses.replace(run.config, offload=offload)
-        found = resolved.settle(dataclasses.replace(unsettled, config=config))
-        fits = room.device_room(found, size, _DEVICE_SPARE) >= 0
-        return found if fits and self._times(found).iteration_s < times.iteration_s else run
+
+        def lacks_memory(count: int) -> bool:
+            return room.device_room(dataclasses.replace(unsettled, gpu_share=count), size, _DEVICE_SPARE) < 0
+
+        fitting = counts[: bisect.bisect_left(counts, True, key=lacks_memory)]
+        larger = [dataclasses.replace(run, gpu_share=count) for count in fitting]
+        # With this run's inputs on the device, of which a larger share leaves room for fewer: the least time of each.
+        least = sorted(((self._times(one).iteration_s, one) for one in larger), key=lambda pair: pair[0])
+        best, best_s = run, times.iteration_s
+        for least_s, one in least:
+            if least_s >= best_s:
+                break
+            offload = dataclasses.replace(run.config.offload, gpu_share=gpu_share.part(one))
+            config = dataclasses.replace(run.config, offload=offload)
+            found = resolved.settle(dataclasses.replace(unsettled, config=config))
+            found_s = self._times(found).iteration_s
+            if found_s < best_s and room.device_room(found, size, _DEVICE_SPARE) >= 0:
+                best, best_s = found, found_s
+        return best
 
     def _refuse(self, why: str) -> None:
         self.refusals[why] = self.refusals.get(why, 0) + 1
