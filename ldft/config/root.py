@@ -110,6 +110,12 @@ class Config:
     """Filled in by ldft; do not set. Keys whose value was left to ldft (auto), with the value as given. The keys themselves hold
     ldft's choice on this machine, so that a run's identity says what it measured."""
 
+    @property
+    def sequences_per_update(self) -> int:
+        """Of all ranks and accumulation steps."""
+        train = self.train
+        return train.micro_batch_size * train.gradient_accumulation_steps * self.launch.data_parallel
+
     def validate(self) -> None:
         """Check values and combinations that do not depend on the machine. Raises ConfigError."""
         for key, value in self.asked.items():

@@ -51,8 +51,7 @@ class Plan:
 
 def _tokens(config: Config) -> int:
     """Tokens between two updates, of all ranks."""
-    sequences = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.data_parallel
-    return sequences * config.seq_len.tokens
+    return config.sequences_per_update * config.seq_len.tokens
 
 
 @dataclass(slots=True)

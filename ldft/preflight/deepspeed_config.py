@@ -172,7 +172,7 @@ def _chosen(config: Config) -> dict[str, Any]:
             "seq_parallel_communication_data_type": train.precision.name,
         }
     return shared | {
-        "train_batch_size": train.micro_batch_size * train.gradient_accumulation_steps * config.launch.data_parallel,
+        "train_batch_size": config.sequences_per_update,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": optimizer.gradient_clipping,

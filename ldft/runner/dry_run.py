@@ -77,7 +77,7 @@ def _what(run: Resolved) -> list[str]:
     weights = f"pretrained, from {model.path or 'the hub: ' + model.hf_id}"
     if model.weights is Weights.random:
         weights = f"random, train.seed={train.seed}"
-    sequences = train.micro_batch_size * train.gradient_accumulation_steps * config.launch.data_parallel
+    sequences = config.sequences_per_update
     data = f"{config.data.kind.name}{f', {config.data.path}' if config.data.reads_file else ''}"
     parameters = f"{exact}{parameter_counts.num_parameters(model):,} parameters"
     return [

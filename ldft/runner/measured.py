@@ -13,9 +13,7 @@ from ldft.runner.launch import RankExit
 
 def tokens_per_iteration(config: Config) -> int:
     """Tokens of one update, over all ranks and accumulation steps."""
-    train = config.train
-    sequences = train.micro_batch_size * train.gradient_accumulation_steps * config.launch.data_parallel
-    return sequences * config.seq_len.tokens
+    return config.sequences_per_update * config.seq_len.tokens
 
 
 def from_ranks(reports: list[dict[str, Any]]) -> dict[str, Any]:

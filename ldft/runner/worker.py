@@ -147,7 +147,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     engines.check(run.deepspeed)
     arenas = role_memory.arenas_of(run, rank)
     network = model.build(run, device, arenas)
-    tokens = config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.data_parallel
+    tokens = config.sequences_per_update * config.seq_len.tokens
     name = torch.cuda.get_device_name(device) if device_type == "cuda" else "cpu"
     report.put(
         deepspeed_config_json=json.dumps(run.deepspeed),
@@ -160,7 +160,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
         mlp_tiles=run.mlp_tiles,
         device_inputs=run.device_inputs if device_inputs.waits(config) else None,
         gpu_share_gib=device_estimate.share_bytes(run) / 2**30,
-        **flops.columns(network, config.model, tokens * config.seq_len.tokens, config.seq_len.tokens),
+        **flops.columns(network, config.model, tokens, config.seq_len.tokens),
         peak_tflops_per_s=device_rates.peak_tflops_per_s(name, config.train.precision),
         **role_memory.at_work(role_memory.so_far(arenas, [])),
     )

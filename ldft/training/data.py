@@ -119,7 +119,7 @@ def batch(config: Config, iteration: int, accumulation_step: int, group: int) ->
 def loss_tokens(config: Config, iteration: int) -> int:
     """Tokens whose prediction counts in an iteration's loss, over all ranks and accumulation steps. The first token of a sequence
     is predicted from nothing."""
-    samples = _samples(config)
+    samples = config.sequences_per_update
     if config.data.loss is DataLoss.all:
         return samples * (config.seq_len.tokens - 1)
     return _counted(torch.from_numpy(_trained(config)[iteration * samples : (iteration + 1) * samples]))
@@ -131,18 +131,13 @@ def read(config: Config) -> dict[str, Any]:
     return {name: getattr(packed, name) for name in ("documents_read", "documents_skipped", "sequences_skipped")}
 
 
-def _samples(config: Config) -> int:
-    """Sequences of one iteration, over all ranks and accumulation steps."""
-    return config.train.micro_batch_size * config.train.gradient_accumulation_steps * config.launch.data_parallel
-
-
 def _first_sample(config: Config, iteration: int, accumulation_step: int, group: int) -> int:
     micro, groups = config.train.micro_batch_size, config.launch.data_parallel
-    return iteration * _samples(config) + (accumulation_step * groups + group) * micro
+    return iteration * config.sequences_per_update + (accumulation_step * groups + group) * micro
 
 
 def _packed(config: Config) -> packing.Packed:
-    sequences = _samples(config) * config.train.iterations
+    sequences = config.sequences_per_update * config.train.iterations
     return packing.pack(packing.Source.of(config), sequences, config.seq_len.tokens)
 
 

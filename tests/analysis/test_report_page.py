@@ -187,13 +187,18 @@ def test_columns_sort_both_ways_and_what_is_missing_comes_last(open_page) -> Non
     assert column(page, "Length")[:6] == ["128k"] * 6
 
 
-def test_a_mark_says_its_config_and_opens_its_cell(open_page) -> None:
-    page = open_page("#model=llama3_8b&length=131072&offload=offload%3Doptimizer")
-    assert points(page, "throughput") == 1
+def hovered(page):
+    """What is said of the only mark of the throughput, with the mouse on it."""
     box = page.locator("#figure-throughput .point").bounding_box()
     assert box
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    said = page.locator("#figure-throughput .hoverlayer")
+    return page.locator("#figure-throughput .hoverlayer")
+
+
+def test_a_mark_says_its_config_and_opens_its_cell(open_page) -> None:
+    page = open_page("#model=llama3_8b&length=131072&offload=offload%3Doptimizer")
+    assert points(page, "throughput") == 1
+    said = hovered(page)
     expect(said).to_contain_text("llama3_8b, 128k")
     expect(said).to_contain_text("tokens/s")
     expect(said).to_contain_text("offload.optimizer=cpu")
@@ -206,10 +211,7 @@ def test_a_mark_says_its_config_and_opens_its_cell(open_page) -> None:
 def test_a_failed_mark_says_its_message_as_text(open_page) -> None:
     page = open_page("#model=llama3_8b&length=131072&offload=offload%3Dnone")
     assert points(page, "throughput") == 1
-    box = page.locator("#figure-throughput .point").bounding_box()
-    assert box
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    said = page.locator("#figure-throughput .hoverlayer")
+    said = hovered(page)
     expect(said).to_contain_text("</script><script>window.broken")
     expect(said).to_contain_text("<b>7.83")  # a tag that plotly would read
     expect(page.locator("#figure-vram figcaption")).to_have_text("No cell has both its speed and its GPU memory.")
