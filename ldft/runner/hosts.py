@@ -151,8 +151,10 @@ class Hosts:
             )
             return final_status.Verdict("error", exit_code=None, error_type="SilentHost", error_message=lost)
         if decision.status == "error" and (host := self._lost()):
-            # The others' ranks say only that they lost their connection.
+            # The others' ranks say mostly that they lost their connection; but theirs may have been the first failure.
             lost = f"host {host}: its agent ended before its ranks: it was killed, or the host failed"
+            if decision.error_message:
+                lost += f"; rank {decision.rank}: {decision.error_message}"
             return final_status.Verdict("error", exit_code=None, error_type="LostHost", error_message=lost)
         if decision.status == "ok" and len(self.exits) < self._config.launch.num_ranks:
             log = " ".join((self._folder / "hosts.log").read_text(errors="replace").split())[-300:]

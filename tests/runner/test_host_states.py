@@ -51,6 +51,7 @@ def test_a_host_whose_agent_was_killed_is_named(tmp_path: Path, monkeypatch: pyt
     assert (verdict.status, verdict.error_type) == ("error", "LostHost") and "host n1: its agent ended" in str(
         verdict.error_message
     )
+    assert str(verdict.error_message).endswith("; rank 0: rank 0 ended with exit code 1 during start")
     # One that ended as it should says why itself.
     (tmp_path / "host-1.json").write_text(json.dumps(other | {"ended": True}))
     assert ranks.judged(judged(ranks.exits)).error_type is None
