@@ -31,12 +31,13 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,19 +152,36 @@ def collapsed() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("thp_collapse_alloc "))
 
 
-def look_at_roles(ask: Reader, pid: int, results: Path, seen: Seen) -> None:
-    """Where DeepSpeed's tensors are now, if the worker has said by now which they are."""
+def report(results: Path) -> dict[str, Any]:
+    """What the worker has said of itself by now."""
+    path = next(results.glob("*/*/rank-0.json"), None)
+    return json.loads(path.read_text()) if path else {}
+
+
+@contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    """The process does nothing within the block."""
+    os.kill(pid, signal.SIGSTOP)
     try:
-        report = json.loads(next(results.glob("*/*/rank-0.json")).read_text())
-        for role, tensors in report.get("role_addresses", {}).items():
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def look_at_roles(ask: Reader, pid: int, results: Path, seen: Seen) -> None:
+    """Where DeepSpeed's tensors are now, if the worker has said by now which they are and has not begun to free them.
+
+    Meanwhile it stands still: a fast machine trains in less time than it takes to read them all.
+    """
+    with suppress(ProcessLookupError, RuntimeError), standing_still(pid):  # either: it has ended by itself
+        said = report(results)
+        if said.get("phase") == "teardown":
+            return
+        for role, tensors in said.get("role_addresses", {}).items():
             reading = ask(pid, [(address, size) for _, address, size in tensors])
-            nodes = [node for found in reading["exact_nodes"] for node in found]
-            seen.roles[role] = {
-                node: sum(found.get(node, 0) for found in reading["exact_nodes"]) for node in sorted(set(nodes))
-            }
+            nodes = sorted({node for found in reading["exact_nodes"] for node in found})
+            seen.roles[role] = {node: sum(found.get(node, 0) for found in reading["exact_nodes"]) for node in nodes}
             seen.mapped[role] = reading["policies"]
-    except (StopIteration, RuntimeError):  # nothing there yet, or it ended while it was read
-        return
 
 
 @contextmanager
@@ -201,21 +219,26 @@ def watch(words: list[str], results: Path) -> Seen:
     ask, seen = Reader(), Seen()
     began, before = time.monotonic(), collapsed()
     run = subprocess.Popen(words)
+    next_s = 0.0
     while run.poll() is None:
         if time.monotonic() - began > LIMIT_S:
             run.terminate()  # ldft ends its worker and leaves a row
             run.wait()
             return seen
-        if (pid := worker()) is not None and list(results.glob("*/*/rank-0.json")):
-            try:
-                reading = ask(pid, [])
-            except RuntimeError:  # it ended while it was read
-                continue
-            nodes = reading["anonymous_nodes"]
-            if sum(nodes.values()) > sum(seen.last.values()) / 2:  # not the remains of a process that is ending
-                seen.first, seen.last, seen.policies = seen.first or nodes, nodes, reading["anonymous_policies"]
-            look_at_roles(ask, pid, results, seen)
-        time.sleep(2 if seen.first else 0.2)
+        if (pid := worker()) is not None and (said := report(results)):
+            if not seen.roles and "role_addresses" in said:
+                next_s = 0.0
+            if time.monotonic() >= next_s:
+                next_s = time.monotonic() + 2
+                try:
+                    reading = ask(pid, [])
+                except RuntimeError:  # it ended while it was read
+                    continue
+                nodes = reading["anonymous_nodes"]
+                if sum(nodes.values()) > sum(seen.last.values()) / 2:  # not the remains of a process that is ending
+                    seen.first, seen.last, seen.policies = seen.first or nodes, nodes, reading["anonymous_policies"]
+                look_at_roles(ask, pid, results, seen)
+        time.sleep(0.2)
     seen.status, seen.seconds, seen.collapsed = run.returncode, time.monotonic() - began, collapsed() - before
     return seen
 
