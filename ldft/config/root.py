@@ -29,6 +29,7 @@ from ldft.config.numa import NumaConfig
 from ldft.config.offload import OffloadConfig
 from ldft.config.optimizer import OptimizerConfig
 from ldft.config.plan import PlanConfig
+from ldft.config.results import ResultsConfig
 from ldft.config.seq_len import SeqLenConfig
 from ldft.config.sweep import Rerun, SweepConfig
 from ldft.config.train import Precision, TrainConfig
@@ -59,12 +60,6 @@ _LATER = (
 _IDENTITY_VERSION = 1
 FROM_FILE = "${config_json}"
 """Value of a key of the model that is to be read from the model's config.json. An interpolation, since those fit any type."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ResultsConfig:
-    dir: str = "results"
-    """Folder that receives one folder per run."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,6 +133,7 @@ class Config:
             self.monitor,
             self.plan,
             self.machine,
+            self.results,
             self.sweep,
         ):
             part.validate()

@@ -1,13 +1,15 @@
-"""`python -m ldft.results`: compact a folder of rows, or export it."""
+"""`python -m ldft.results`: compact a folder of rows, export it, or log it to experiment trackers."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from ldft import closed_pipe
+from ldft.config.results import TRACKERS, missing
 from ldft.errors import ResultsError
 from ldft.results import read, store
 from ldft.terminal import Parser
@@ -28,15 +30,44 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
+def _log(path: Path, arguments: argparse.Namespace) -> None:
+    """Write every row to the trackers that have a target. Raises ResultsError."""
+    targets = {name: target for name in TRACKERS if (target := getattr(arguments, name))}
+    if not targets:
+        raise ResultsError(
+            f"name at least one tracker: {', '.join(f'--{name} {what}' for name, what in _TARGETS.items())}"
+        )
+    for name in targets:
+        if told := missing(name):
+            raise ResultsError(f"--{name}: {told}")
+    from multirun_analysis import trackers  # matplotlib, and then the trackers themselves
+
+    for record in trackers.records(path, draw=arguments.figures):
+        for name, target in targets.items():
+            print(f"ldft: logged to {name}: {trackers.TRACKERS[name](record, target)}", flush=True)
+
+
+_TARGETS = {"tensorboard": "FOLDER", "mlflow": "URI", "wandb": "PROJECT"}
+_HELP = {
+    "tensorboard": "as for tensorboard --logdir",
+    "mlflow": "a tracking server, a database or a folder: http://HOST:5000, sqlite:///results/mlflow.db",
+    "wandb": "a project of Weights & Biases; WANDB_MODE=offline writes files alone",
+}
+
+
 @closed_pipe.stop
 def main() -> int:
     """`python -m ldft.results`; returns the exit code."""
-    parser = Parser(prog="python -m ldft.results", description="Compact or export a folder of rows.")
+    parser = Parser(prog="python -m ldft.results", description="Compact, export or log a folder of rows.")
     commands = parser.add_subparsers(dest="command", required=True)
     compact = commands.add_parser("compact", help="merge the rows of many runs into one file, without loss")
     export = commands.add_parser("export", help="write all rows as one table")
-    for command in (compact, export):
+    log = commands.add_parser("log", help="write all rows to experiment trackers, one run per row; again replaces")
+    for command in (compact, export, log):
         command.add_argument("results_dir", nargs="?", default="results", help="default: results")
+    for name, target in _TARGETS.items():
+        log.add_argument(f"--{name}", metavar=target, help=_HELP[name])
+    log.add_argument("--no-figures", dest="figures", action="store_false", help="numbers only: ten times as fast")
     export.add_argument("--csv", action="store_true", required=True, help="comma-separated values, lists as JSON")
     export.add_argument("-o", "--output", help="file to write; default: standard output")
     arguments = parser.parse_args()
@@ -46,6 +77,8 @@ def main() -> int:
             return 2
         if arguments.command == "export":
             _export(arguments.results_dir, arguments.output)
+        elif arguments.command == "log":
+            _log(Path(arguments.results_dir), arguments)
         else:
             print(f"ldft: merged {store.compact(Path(arguments.results_dir))} rows")
     except ResultsError as error:

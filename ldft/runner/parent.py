@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,18 @@ from ldft.planning import settled
 from ldft.preflight import fit
 from ldft.preflight.resolved import Resolved
 from ldft.results import attempt, schema, store
-from ldft.runner import checks, final_status, hosts, launch, measured, memory_wait, node_memory, signals, swap_files
+from ldft.runner import (
+    checks,
+    final_status,
+    hosts,
+    launch,
+    measured,
+    memory_wait,
+    node_memory,
+    signals,
+    swap_files,
+    trackers,
+)
 from ldft.terminal import Progress
 from ldft.training.deepspeed import operators
 
@@ -37,6 +48,8 @@ class Outcome:
     row_path: Path
     num_said: int = 0
     """The row's notes that were printed before the ranks started."""
+    logged: list[str] = field(default_factory=list)
+    """A line per experiment tracker that has the row."""
 
     @property
     def exit_code(self) -> int:
@@ -80,7 +93,7 @@ def run(
         row["notes"] += [*reports[0].get("warnings", []), *measured.warnings(row)]
         row["notes"] += [*measured.notes(row, reports), *node_memory.notes(row)]
         row["parent_s"] = -waited_s  # _row adds the total duration
-    return Outcome(row["status"], row, folder / schema.ROW_FILE, num_said)
+    return _finished(config, row, folder, num_said)
 
 
 def _announce(config: Config, warnings: list[str], notes: list[str]) -> int:
@@ -120,7 +133,7 @@ def skip(config: Config, claimed: tuple[Path, int], error_type: str, reason: str
     folder, number = claimed
     with _row(config, folder, number) as row:
         row |= environment.describe() | {"status": "skipped", "error_type": error_type, "error_message": reason}
-    return Outcome("skipped", row, folder / schema.ROW_FILE)
+    return _finished(config, row, folder)
 
 
 def lost(
@@ -142,11 +155,17 @@ def lost(
             "hosts": [started["host"]] if any(reports) else [],
         }
         row["log_path"] = log
-    return Outcome(status, row, folder / schema.ROW_FILE)
+    return _finished(config, row, folder)
+
+
+def _finished(config: Config, row: dict[str, Any], folder: Path, num_said: int = 0) -> Outcome:
+    """The outcome of an attempt whose row is written."""
+    return Outcome(row["status"], row, folder / schema.ROW_FILE, num_said, trackers.log(config, folder))
 
 
 def prepare(config: Config) -> Path:
     """Resolve the values that the run's identity needs from this machine. Returns the results folder, created and writable."""
+    config.results.validate()  # here: a tracker that is missing says nothing about the run, so it leaves no row
     checks.check_results_dir(results_dir(config))
     checks.resolve(config)
     return results_dir(config)

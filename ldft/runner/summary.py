@@ -56,5 +56,6 @@ def summary(outcome: Outcome, config: Config) -> str:
         lines.append(
             f"ldft: memory snapshot: {outcome.row_path.parent}/{names}; open it at https://pytorch.org/memory_viz"
         )
+    lines += outcome.logged
     lines.append(f"ldft: row: {outcome.row_path}")
     return "\n".join(lines)

@@ -51,6 +51,7 @@ class Sweep:
         if self._plan.configs[self._plan.cells[0].run_id].dry_run:
             return self._dry_run()
         checks.check_results_dir(self._results_dir)
+        self._plan.configs[self._plan.cells[0].run_id].results.validate()
         self._plan.save(self._results_dir)
         self._history.refresh()
         todo = [

@@ -140,7 +140,7 @@ def _update_finding(table: pd.DataFrame) -> str:
 
 def _phases_finding(df: pd.DataFrame) -> str:
     long = tidy.phases(df)
-    long = long[long["phase"] != "other"]
+    long = long[long["phase"] != "other"].dropna(subset=["share"])
     if long.empty:
         return "No cell ran to its end"
     shares = long.groupby("phase")["share"].median()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from ldft.results import store
 from ldft.results.history import History
-from ldft.runner import checks, dry_run, launch, node_memory, parent
+from ldft.runner import checks, dry_run, launch, node_memory, parent, trackers
 from ldft.runner.launch import RankExit
 from ldft.sweep import cell, plan
 from ldft.training import data, model, safetensors_index, schedule
@@ -173,6 +174,20 @@ def run(config: Config) -> Any:
         "cfg.model.name",
     )
     return dict(fake) | {name: row[name] for name in names}
+
+
+def logged(config: Config) -> Any:
+    """The command that hands a row to trackers."""
+    commands: list[list[str]] = []
+
+    def noted(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", noted)
+        trackers.log(config, Path(config.results.dir) / "run" / "attempt-1")
+    return commands
 
 
 def traced(config: Config) -> Any:
