@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from collections.abc import Callable
 from functools import cache
@@ -227,14 +228,25 @@ WRONG = {
 }
 
 
+@pytest.fixture
+def no_monitors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages of DeepSpeed's monitors are not installed, whether they are or not."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
 @pytest.mark.parametrize("content", WRONG)
-def test_a_wrong_key_is_one_line_with_key_and_fix(write, content: str) -> None:
+def test_a_wrong_key_is_one_line_with_key_and_fix(write, no_monitors, content: str) -> None:
     with pytest.raises(ConfigError) as caught:
         settings(write(content))
     _expect(str(caught.value), ["offload.deepspeed_file: ds.json: ", *WRONG[content]])
 
 
-def test_the_same_keys_on_the_command_line_are_named_as_typed_there(write) -> None:
+def test_monitors_run_where_their_packages_are(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert settings(write('{"tensorboard": {"enabled": true}}'))["tensorboard"]["enabled"] is True
+
+
+def test_the_same_keys_on_the_command_line_are_named_as_typed_there(write, no_monitors) -> None:
     with pytest.raises(ConfigError, match=r"^offload\.deepspeed\.tensorboard\.enabled: true needs the package"):
         settings(write("{}"), "offload.deepspeed.tensorboard.enabled=true")
     with pytest.raises(ConfigError, match=r"^offload\.deepspeed\.steps_per_print: nan is not finite"):
