@@ -113,12 +113,13 @@ def test_bf16_is_bit_equal_to_stock_deepspeed_called_directly(run_once, tmp_path
 
 
 @long
-def test_two_ranks_equal_one_with_the_same_total_batch(run_once, tmp_path) -> None:
-    one = run_once("train.micro_batch_size=2")
-    two = run_once("train.micro_batch_size=1", "launch.num_ranks=2")
-    assert one.tokens_per_iteration == two.tokens_per_iteration == 192
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_equal_one_with_the_same_total_batch(run_once, tmp_path, ranks: int) -> None:
+    one = run_once(f"train.micro_batch_size={ranks}")
+    several = run_once("train.micro_batch_size=1", f"launch.num_ranks={ranks}")
+    assert one.tokens_per_iteration == several.tokens_per_iteration == 96 * ranks
     assert one.loss[-1] < 0.95 * one.loss[0]
-    assert relative_error(two.loss, one.loss) < 5e-4
+    assert relative_error(several.loss, one.loss) < 5e-4
     # The comparison can fail: each rank keeping its own gradients is far outside.
-    apart = alone(two.config_json, tmp_path / "fault", "local_gradients", ranks=2)
+    apart = alone(several.config_json, tmp_path / "fault", "local_gradients", ranks=ranks)
     assert relative_error(apart, one.loss) > 2e-3
