@@ -131,9 +131,8 @@ class Search:
         if size is not None and run.overlap_step and candidates.default(self.config, gpu_share.KEY):
             run = self._with_better_share(run, unsettled, size)
         peak = device_estimate.peak_of(device_estimate.moments(run))
-        roles, others = host_estimate.host_bytes(run), host_estimate.other_bytes(run, peak)
-        host = config.launch.ranks_per_host * (sum(roles.values()) + sum(others.values()))
-        if host * (1 + room.HOST_SPARE) > self.host_limit:
+        host = self._host_bytes(run, peak)
+        if self._is_too_much(host):
             self._refuse(HOST)
             return None
         if size is not None and room.device_room(run, size, _DEVICE_SPARE) < 0:
@@ -141,14 +140,28 @@ class Search:
             return None
         return Plan(choice, run, self._times(run), host, sum(peak.values()))
 
+    def _host_bytes(self, run: Selection, peak: dict[str, int] | None = None) -> int:
+        """Host memory of all ranks of a host. peak: the parts of the run's device memory, if they are known."""
+        peak = peak or device_estimate.peak_of(device_estimate.moments(run))
+        roles, others = host_estimate.host_bytes(run), host_estimate.other_bytes(run, peak)
+        return run.config.launch.ranks_per_host * (sum(roles.values()) + sum(others.values()))
+
+    def _is_too_much(self, host_bytes: int) -> bool:
+        return host_bytes * (1 + room.HOST_SPARE) > self.host_limit
+
     def _times(self, run: Selection) -> Times:
         return iteration_time.predict(run, self.rates)
 
     def _with_better_share(self, run: Selection, unsettled: Selection, size: float) -> Selection:
-        """The run with the share on the GPU that takes least time, if one larger than the default is faster and fits. The default
-        hides the update's own time; but beside it Python is slower, and that is hidden only where the GPU is slower still."""
+        """The run with the share on the GPU that takes least time, if one larger than the default fits and is faster, or if the
+        default leaves too much in host memory.
+
+        The default hides the update's own time; but beside it Python is slower, and that is hidden only where the GPU is slower
+        still.
+        """
         times, counts = self._times(run), gpu_share.larger(run)
-        if not times.exposed_s or not counts:
+        short = self._is_too_much(self._host_bytes(run))
+        if not counts or not (times.exposed_s or short):
             return run
         # No share makes the passes shorter than that of all, nor the step shorter than it is.
         whole = self._times(dataclasses.replace(run, gpu_share=counts[-1]))
@@ -159,10 +172,12 @@ class Search:
             return room.device_room(dataclasses.replace(unsettled, gpu_share=count), size, _DEVICE_SPARE) < 0
 
         fitting = counts[: bisect.bisect_left(counts, True, key=lacks_memory)]
+        # With this run's inputs on the device, of which a larger share leaves room for fewer: the least that each can take.
         larger = [dataclasses.replace(run, gpu_share=count) for count in fitting]
-        # With this run's inputs on the device, of which a larger share leaves room for fewer: the least time of each.
+        if short:
+            larger = [one for one in larger if not self._is_too_much(self._host_bytes(one))]
         least = sorted(((self._times(one).iteration_s, one) for one in larger), key=lambda pair: pair[0])
-        best, best_s = run, times.iteration_s
+        best, best_s = run, math.inf if short else times.iteration_s
         for least_s, one in least:
             if least_s >= best_s:
                 break
@@ -170,9 +185,12 @@ class Search:
             config = dataclasses.replace(run.config, offload=offload)
             found = resolved.settle(dataclasses.replace(unsettled, config=config))
             found_s = self._times(found).iteration_s
-            if found_s < best_s and room.device_room(found, size, _DEVICE_SPARE) >= 0:
+            if found_s < best_s and self._fits_both(found, size):
                 best, best_s = found, found_s
         return best
+
+    def _fits_both(self, run: Selection, size: float) -> bool:
+        return room.device_room(run, size, _DEVICE_SPARE) >= 0 and not self._is_too_much(self._host_bytes(run))
 
     def _refuse(self, why: str) -> None:
         self.refusals[why] = self.refusals.get(why, 0) + 1

@@ -72,11 +72,14 @@ def everything(config: Config) -> list[Plan]:
         try:
             run = settle(select(candidates.applied(config, choice), topology=assumed_machine.topology(config)))
             whole = complete(run, settled=True)
-            fit.examine(whole)
         except ConfigError:
             continue
         plans = []
         for one in (whole, *with_larger_shares(whole)):
+            try:
+                fit.examine(one)
+            except ConfigError:
+                continue
             peak = sum(device_estimate.peak_of(one.estimate.moments).values())
             times = iteration_time.predict(one, machine.rates(config))
             plan = Plan(choice, one, times, one.estimate.host_bytes, peak)
@@ -97,6 +100,19 @@ def with_larger_shares(run: Resolved) -> Iterator[Resolved]:
                 yield complete(settle(select(config, topology=run.topology)), settled=True)
             except ConfigError:
                 continue
+
+
+def test_a_larger_share_is_tried_where_the_default_leaves_too_much_in_host_memory() -> None:
+    """The default hides the update, but keeps 8% of the GPU's memory free, and so too much of the state on the host."""
+    config = config_of("model.hidden_size=4096", "model.intermediate_size=16384", "seq_len=64k")
+    config.machine.vram_gib, config.machine.host_gib, config.machine.link_gb_per_s = 28, 14, 64
+    config.machine.host_gb_per_s = 300
+    config.numa.bandwidth = assumed_machine.bandwidth(config.machine)
+    with searched(config) as one:
+        best, plans = one.best(), everything(config)
+    assert best is not None and best.run.config.offload.gpu_share
+    assert best.seconds_per_token == pytest.approx(min(plan.seconds_per_token for plan in plans), rel=1e-12)
+    assert all(plan.run.config.offload.gpu_share for plan in plans), "no default fits"
 
 
 def test_a_search_finds_what_trying_everything_finds() -> None:
