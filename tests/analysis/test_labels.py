@@ -15,7 +15,7 @@ from multirun_analysis.__main__ import main
 from multirun_analysis.figures import groups_to_compare
 from multirun_analysis.labels import text
 from multirun_analysis.options import names, values_of
-from multirun_analysis.rows import option_label
+from multirun_analysis.rows import differing, option_label
 from tests.conftest import compose
 
 
@@ -60,6 +60,22 @@ def test_keys_beside_an_option_are_named_only_where_rows_of_it_differ(rows) -> N
     rows.add(config=every(2))
     df = load(rows.folder)
     assert df.variant.tolist() == ["checkpointing=cpu every=1", "checkpointing=cpu every=2"]
+
+
+def test_keys_of_a_group_without_options_stand_for_themselves(rows) -> None:
+    def values(batch: int, steps: int) -> Callable[[Config], None]:
+        def change(config: Config) -> None:
+            config.train.micro_batch_size, config.train.gradient_accumulation_steps = batch, steps
+
+        return change
+
+    for batch, steps in ((1, 1), (2, 1), (1, 2)):
+        rows.add(config=values(batch, steps))
+    found = {key: labels.tolist() for key, labels in differing(load(rows.folder)).items()}
+    assert found == {
+        "train.micro_batch_size": ["micro_batch_size=1", "micro_batch_size=2", "micro_batch_size=1"],
+        "train.gradient_accumulation_steps": [f"gradient_accumulation_steps={n}" for n in (1, 1, 2)],
+    }
 
 
 def test_a_mistyped_value_changes_no_label_and_is_listed_apart(rows, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -24,9 +25,10 @@ from tests.analysis.conftest import node, role
 
 def test_every_derived_column_has_its_value(rows) -> None:
     rows.add(tokens=2048, policy="striped", iteration_s=[1.0, 2.0, 4.0], peak_vram_allocated_gib=[3.0, 5.0])
-    rows.add(tokens=4096, status="oom_device")
+    rows.add(tokens=4096, status="oom_device", peak_vram_allocated_gib=[])
     df = load(rows.folder)
     ok, failed = df.iloc[0], df.iloc[1]
+    assert np.isnan(failed.peak_vram_gib)
     assert (ok.model, ok.policy, ok.seq_len_tokens, ok.machine, ok.ok) == ("tiny", "striped", 2048, "a CPU", True)
     assert ok.sample_tokens_per_s.tolist() == [2048.0, 1024.0, 512.0]
     assert ok.forward_median_s == pytest.approx(0.6) and ok.peak_vram_gib == 5.0

@@ -1,6 +1,7 @@
 """How a placement becomes policies: stripes for every page, the kernel where it is exact enough."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,22 @@ def test_stripes_give_every_node_its_pages_exactly(topology, weights, size):
     for node, weight in zip((0, 2), weights, strict=True):
         assert abs(need.get(node, 0) - size * weight / sum(weights)) < PAGE
     assert len(found.ranges) <= MOST_STRIPES
+
+
+def test_shares_say_how_many_pages_are_misplaced():
+    """By how many the nodes with too many exceed their shares, and never none if any share is missed."""
+    anywhere = [(0, 8 * PAGE, -1)]
+    asked = layout.Layout(method="kernel", ranges=anywhere, shares={0: 0.5, 2: 0.5}, allowed=frozenset({0, 2}))
+    assert asked.misplaced({0: 4, 2: 4}, 0) == 0
+    assert asked.misplaced({0: 5, 2: 4}, 0) == 1 and asked.misplaced({0: 7, 2: 1}, 0) == 3
+    assert asked.misplaced({0: 3, 2: 3, 1: 2}, 0) == 2
+
+
+def test_the_kernels_interleave_needs_its_shares_on_each_node(topology):
+    found = plan(weighted((0, 2), (1, 3), "kernel"), replace(topology, weights={0: 1, 2: 3}), 256 << 20, False)
+    assert found.method == "kernel" and bytes_by_node(found, 256 << 20) == {0: 64 << 20, 2: 192 << 20}
+    anywhere = plan(Placement(kind="preferred", nodes=(0, 2)), topology, 256 << 20, False)
+    assert bytes_by_node(anywhere, 256 << 20) is None
 
 
 def test_three_nodes_and_whole_huge_pages(topology):

@@ -50,6 +50,7 @@ def test_the_machines_memory_does_not_change_with_its_use(tmp_path, proc, write)
     assert machine_memory(proc=empty, cgroups=tmp_path / "none") == 63 * GIB
     assert machine_memory(proc=full, cgroups=tmp_path / "none") == 63 * GIB
     assert machine_memory(32 * GIB, proc=full, cgroups=tmp_path / "none") == 32 * GIB - GIB // 2
+    assert machine_memory(proc=tmp_path / "none", cgroups=tmp_path / "none") == 0  # unknown
     limited = {"cgroup.controllers": "memory", "job/memory.max": str(10 * GIB), "job/rank/memory.max": "max"}
     root = write(tmp_path / "cgroup", limited)
     assert machine_memory(proc=proc("0::/job/rank"), cgroups=root) == 10 * GIB

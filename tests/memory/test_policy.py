@@ -128,10 +128,13 @@ def test_other_policies_of_the_kernel_are_read(topology, monkeypatch):
         ((4, [0]), Placement()),  # local
         ((1, []), Placement()),
         ((7, [0]), Placement()),  # of a kernel to come
-        ((6, [0, 5]), Placement(kind="weighted_interleave", nodes=(0, 5), weights=(1, 1))),  # no weight is known
+        (
+            (6, [0, 5]),
+            Placement(kind="weighted_interleave", nodes=(0, 5), weights=(3, 1)),
+        ),  # a node's weight is 1 at first
     ):
         monkeypatch.setattr(_native, "thread_policy", lambda seen=seen: seen)
-        assert process_policy(topology) == placement
+        assert process_policy(replace(topology, weights={0: 3})) == placement
 
 
 def test_a_forbidden_call_is_harmless_where_there_is_one_node(topology, monkeypatch):

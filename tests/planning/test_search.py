@@ -115,6 +115,16 @@ def test_a_larger_share_is_tried_where_the_default_leaves_too_much_in_host_memor
     assert all(plan.run.config.offload.gpu_share for plan in plans), "no default fits"
 
 
+def test_impossible_combinations_are_counted_by_reason() -> None:
+    """The most frequent reason is said where nothing is possible."""
+    with searched(config_of("optimizer.overlap_step=true")) as one:
+        valid = len(list(one.plans()))
+        every = len(list(candidates.choices(candidates.placed(one.config, one.topology))))
+    gathered, on_device = sorted(one.invalid)
+    assert "the device updates the weights" in on_device and "ZeRO-2 gathers all weights" in gathered
+    assert one.invalid == {on_device: valid, gathered: valid} and every == 3 * valid
+
+
 def test_a_search_finds_what_trying_everything_finds() -> None:
     rng, base, without = random.Random(4), config_of(), 0
     for _ in range(NUMBER):

@@ -63,6 +63,7 @@ def test_host_memory_in_total(machine) -> None:
 def test_device_memory(machine) -> None:
     line = refused(compose("model=llama3_8b", "launch.device=cuda", "offload=none"))
     assert "not enough VRAM" in line and "80.0 GiB on the smallest GPU" in line and "use offload=full" in line
+    assert "(largest: optimizer 89.7, fp32 gradients 29.9, weights 15.0)" in line
 
 
 def test_a_copy_that_deepspeed_makes_on_the_host_where_vram_is_short_refuses_nothing(machine) -> None:
