@@ -30,8 +30,9 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _log(path: Path, arguments: argparse.Namespace) -> None:
-    """Write every row to the trackers that have a target. Raises ResultsError."""
+def _log(path: Path, arguments: argparse.Namespace) -> int:
+    """Write every row to the trackers that have a target. One that fails gets no further row, and the others get all. Returns the
+    exit code. Raises ResultsError."""
     targets = {name: target for name in TRACKERS if (target := getattr(arguments, name))}
     if not targets:
         raise ResultsError(
@@ -42,9 +43,18 @@ def _log(path: Path, arguments: argparse.Namespace) -> None:
             raise ResultsError(f"--{name}: {told}")
     from multirun_analysis import trackers  # matplotlib, and then the trackers themselves
 
+    failed: set[str] = set()
     for record in trackers.records(path, draw=arguments.figures):
-        for name, target in targets.items():
-            print(f"ldft: logged to {name}: {trackers.TRACKERS[name](record, target)}", flush=True)
+        for name in [name for name in targets if name not in failed]:
+            try:
+                print(f"ldft: logged to {name}: {trackers.TRACKERS[name](record, targets[name])}", flush=True)
+            except (ResultsError, OSError) as error:
+                failed.add(name)
+                said = f"cannot write {error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+                print(f"ldft: not logged to {name}: {said}", file=sys.stderr, flush=True)
+        if len(failed) == len(targets):
+            break
+    return 1 if failed else 0
 
 
 _TARGETS = {"tensorboard": "FOLDER", "mlflow": "URI", "wandb": "PROJECT"}
@@ -78,7 +88,7 @@ def main() -> int:
         if arguments.command == "export":
             _export(arguments.results_dir, arguments.output)
         elif arguments.command == "log":
-            _log(Path(arguments.results_dir), arguments)
+            return _log(Path(arguments.results_dir), arguments)
         else:
             print(f"ldft: merged {store.compact(Path(arguments.results_dir))} rows")
     except ResultsError as error:

@@ -3,54 +3,76 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from ldft.config import Config
 
-# A tracking server that does not answer holds up a sweep for no longer than this.
-_LIMIT_S = 300
+# A server that does not answer holds up a sweep once, for this long.
+_LIMIT_S = 120
 # Trackers import torch or other large packages, and must not use the run's GPUs.
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": ""}
+_LOGGED, _NOT_LOGGED = "ldft: logged to ", "ldft: not logged to "
+# Trackers that did not answer in time; this process tries them no more.
+_silent: set[str] = set()
 
 
 def log(config: Config, attempt_dir: Path) -> list[str]:
-    """Log the row in `attempt_dir`. Returns a line per tracker that has it; says on stderr if one does not.
+    """Log the row in `attempt_dir`. Returns a line per tracker that has it; says on stderr which does not, and why.
 
     The row is safe by now, so no failure here is the run's.
     """
-    if not config.results.log_to:
+    wanted = [name for name in config.results.log_to if name not in _silent]
+    if not wanted:
         return []
-    targets = [word for name in config.results.log_to for word in (f"--{name}", _target(name, attempt_dir.parents[1]))]
-    command = ["-m", "ldft.results", "log", *targets, str(attempt_dir)]
+    command = _command(wanted, attempt_dir)
     try:
         # In a session of its own: Ctrl-C ends the run, and its row says so, also in the tracker.
         done = subprocess.run(
             [sys.executable, *command],
             env=os.environ | _ENVIRONMENT,
             capture_output=True,
-            text=True,
-            errors="replace",
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             timeout=_LIMIT_S,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        reason = f"no answer within {_LIMIT_S} s"
-        written: list[str] = []
-    else:
-        written = [line for line in done.stdout.splitlines() if line.startswith("ldft: logged to ")]
-        if not done.returncode:
-            return written
-        reason = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}").removeprefix("ldft: ")
-    print(
-        f"ldft: warning: the row is written, but not logged: {reason}; to log it later: python {' '.join(command)}",
-        file=sys.stderr,
-        flush=True,
+        out, said = done.stdout, done.stderr
+        last = said.decode(errors="replace").strip().rpartition("\n")[2]
+        reason = f"its process ended with exit code {done.returncode}" + (f" ({last})" if last else "")
+    except subprocess.TimeoutExpired as ended:
+        out, said, reason = ended.stdout or b"", ended.stderr or b"", f"no answer within {_LIMIT_S} s"
+    lines = out.decode(errors="replace").splitlines()
+    written = [line for line in lines if line.startswith(_LOGGED)]
+    failed = dict(
+        _named(line, _NOT_LOGGED) for line in said.decode(errors="replace").splitlines() if _NOT_LOGGED in line
     )
+    have = {_named(line, _LOGGED)[0] for line in written}
+    for name in wanted:
+        if name in have:
+            continue
+        if name not in failed and "no answer" in reason:
+            _silent.add(name)
+        later = shlex.join(["python", *_command([name], attempt_dir)])
+        print(
+            f"ldft: warning: the row is written, but not logged to {name}: {failed.get(name, reason)}; to log it later: {later}",
+            file=sys.stderr,
+            flush=True,
+        )
     return written
+
+
+def _named(line: str, before: str) -> tuple[str, str]:
+    """The tracker in a line, and what is said of it."""
+    name, _, text = line.removeprefix(before).partition(": ")
+    return name, text
+
+
+def _command(names: list[str], attempt_dir: Path) -> list[str]:
+    targets = [word for name in names for word in (f"--{name}", _target(name, attempt_dir.parents[1]))]
+    return ["-m", "ldft.results", "log", *targets, str(attempt_dir)]
 
 
 def _target(name: str, results_dir: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from multirun_analysis.trackers.record import Record
 
 # MLflow takes so many parameters in one call, and so many metrics.
 _PARAMETERS, _METRICS = 100, 1000
+_LONGEST_NAME = 250
 _SQLITE = "sqlite:///"
 _STATUS = {"ok": "FINISHED", "interrupted": "KILLED"}  # all others: FAILED
 
@@ -24,11 +26,9 @@ def log(record: Record, where: str) -> str:
 
     Returns the run's name and id. Raises ResultsError if the store cannot be used.
     """
-    if "://" not in where or where.startswith("file:"):
-        # Whoever names a folder wants it. MLflow keeps such stores for old users only, and refuses them without this.
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # "Creating initial MLflow database tables..."
+    where = _store(where)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import requests
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -37,8 +37,35 @@ def log(record: Record, where: str) -> str:
         with _alone(where):
             return _log(record, where)
     except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
-        said = " ".join(str(error).split())[:300]
+        said = " ".join(re.sub(r"<[^>]*>", " ", str(error)).split())[:300]
         raise ResultsError(f"MLflow at {where}: {said}; correct the URI, or start the server") from error
+
+
+def _store(where: str) -> str:
+    """The URI, of a folder with its home folder. Raises ResultsError for what MLflow would take for another kind of store."""
+    if re.match(r"[\w.-]+:\d+(/|$)", where):
+        raise ResultsError(
+            f"MLflow at {where}: a server's address begins with http:// or https://, as in http://{where}"
+        )
+    if where.startswith("sqlite:") and not re.match(r"sqlite:///.+", where):
+        raise ResultsError(
+            f"MLflow at {where}: a database in a file has three slashes, as in sqlite:///results/mlflow.db"
+        )
+    if "://" not in where and where != "databricks":
+        return str(Path(where).expanduser().absolute())
+    return where
+
+
+# MLflow's own settings, unless they are set already.
+_ENVIRONMENT = {
+    # Whoever names a folder wants it. MLflow keeps such stores for old users only, and refuses them without this.
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+    # A server that is down is said to be down in seconds, not in minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 
 
 @contextmanager
@@ -55,19 +82,24 @@ def _alone(where: str) -> Iterator[None]:
 
 
 def _log(record: Record, where: str) -> str:
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(where)
+    try:
+        client = MlflowClient(where)
+    except ModuleNotFoundError as error:  # the driver of the database that the URI names
+        raise ResultsError(f"MLflow at {where}: {error}; install it, or use another store") from error
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "ldft"
     known = client.get_experiment_by_name(name)
+    if known and known.lifecycle_stage != "active":
+        raise ResultsError(
+            f"MLflow at {where}: the experiment {name} is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME"
+        )
     experiment = known.experiment_id if known else client.create_experiment(name, _artifacts(where))
-    for old in client.search_runs([experiment], f"tags.`ldft.identity` = '{record.identity}'"):
-        client.delete_run(old.info.run_id)
+    older = client.search_runs([experiment], f"tags.`ldft.identity` = '{record.identity}'")
     tags = {"ldft.identity": record.identity, **{f"ldft.{key}": text for key, text in record.tags.items()}}
     begin, end = (int(time.timestamp() * 1000) for time in (record.started_at, record.ended_at))
-    run = client.create_run(experiment, start_time=begin, run_name=record.name).info.run_id
-    client.log_batch(run, tags=[RunTag(key, text) for key, text in tags.items()])
+    run = client.create_run(experiment, begin, tags, record.name[:_LONGEST_NAME]).info.run_id
     parameters = [Param(key, str(value)) for key, value in record.config.items()]
     for start in range(0, len(parameters), _PARAMETERS):
         client.log_batch(run, params=parameters[start : start + _PARAMETERS])
@@ -85,6 +117,8 @@ def _log(record: Record, where: str) -> str:
         if record.figures:
             client.log_artifacts(run, folder, "figures")
     client.set_terminated(run, _STATUS.get(record.status, "FAILED"), end)
+    for old in older:  # last, so that an interruption leaves one of them whole
+        client.delete_run(old.info.run_id)
     return f"{record.name} ({run})"
 
 

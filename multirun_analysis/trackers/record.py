@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -15,11 +16,12 @@ import pandas as pd
 import pyarrow as pa
 from matplotlib.figure import Figure
 
+from ldft.errors import ResultsError
 from ldft.monitor.trace import TRACE_FILE
 from ldft.results import attempt, places
 from ldft.results.schema import MEASURED, ROW_FILE
-from multirun_analysis import figures, rows, tidy
-from multirun_analysis.figures import layout
+from multirun_analysis import figures, rows, style, tidy
+from multirun_analysis.report import commands
 
 # Columns with one value per iteration, and columns with one per rank, of which the largest is the metric.
 SERIES = (
@@ -51,7 +53,7 @@ class Record:
     """One attempt at one run."""
 
     name: str
-    """`llama3_8b 32k weighted_0_3`"""
+    """`llama3_8b 32k weighted_0_3 offload=none`: with all that is not the default and says what was measured"""
     run_id: str
     attempt: int
     status: str
@@ -77,18 +79,25 @@ class Record:
 def records(path: Path, draw: bool = True) -> Iterator[Record]:
     """A record of each row of a results folder, or of the folder or file of one run, oldest first. draw: with figures.
 
-    Raises ResultsError as `rows.load` does.
+    An attempt's folder may be empty by now, because its row was merged into a larger file. Raises ResultsError as `rows.load` does,
+    and if there is no row.
     """
     loaded, folder = rows.load(path), places.results_dir(path)
+    of_attempt = re.fullmatch(r"attempt-(\d+)", path.name)
+    if loaded.empty and of_attempt:
+        folder = path.absolute().parents[1]
+        loaded = rows.load(folder)
+        named = (loaded["run_id"] == path.absolute().parent.name) & (loaded["attempt"] == int(of_attempt[1]))
+        loaded = loaded[named]
+    if loaded.empty:
+        raise ResultsError(places.missing(path))
     for position in range(len(loaded)):
         yield of(loaded.iloc[[position]], folder, draw)
 
 
 def of(frame: pd.DataFrame, results_dir: Path, draw: bool = True) -> Record:
     """The record of a frame with one row."""
-    frame = rows.relabel(
-        frame.assign(apart=False, superseded=False)
-    )  # alone, so that its name does not depend on others
+    frame = rows.relabel(frame.assign(apart=False, superseded=False))  # alone: its figures name no other rows
     row = frame.iloc[0]
     started = row["started_at"].to_pydatetime().astimezone(UTC)
     series = {name: values for name in SERIES if (values := _numbers(row[name]))}
@@ -97,7 +106,7 @@ def of(frame: pd.DataFrame, results_dir: Path, draw: bool = True) -> Record:
     next(ends)
     own = attempt.folder_of(results_dir, row["run_id"], int(row["attempt"]))
     return Record(
-        name=layout.cell_name(row),
+        name=_name(row),
         run_id=row["run_id"],
         attempt=int(row["attempt"]),
         status=row["status"],
@@ -110,6 +119,21 @@ def of(frame: pd.DataFrame, results_dir: Path, draw: bool = True) -> Record:
         tags=_tags(row),
         files=[own / name for name in (ROW_FILE, "config.json", TRACE_FILE) if (own / name).is_file()],
         figures=_figures(frame) if draw else {},
+    )
+
+
+def _name(row: pd.Series) -> str:
+    """Of the row alone: it does not depend on the rows beside it, and tells it from those of its sweep."""
+    name = f"{row['cfg.model.name']} {style.length(row['seq_len_tokens'])} {row['cfg.numa.name']}"
+    config = json.loads(row["config_json"]) if isinstance(row["config_json"], str) else {}
+    try:
+        words = commands.overrides(config)
+    except commands.NoCommandError:  # of another version; its command would fail, its name need not
+        words = []
+    keys = [(word, word.partition("=")[0]) for word in words]
+    left_out = ("model", "seq_len", "numa", *rows.SAME_CELL, *config.get("asked", {}))
+    return " ".join(
+        [name, *(word for word, key in keys if key not in left_out and key.partition(".")[0] not in left_out)]
     )
 
 

@@ -8,7 +8,7 @@ import random
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from ldft.config import Config
 from ldft.errors import ResultsError
+from ldft.results import store
 from ldft.results.__main__ import main
 from ldft.results.schema import MEASURED
 from multirun_analysis import load, trackers
 from multirun_analysis.trackers import record
-from tests.analysis.conftest import START, Rows, node, role
+from tests.analysis.conftest import START, Rows, node, role, settings
+from tests.conftest import long
 from tests.synthetic_samples import whole_run
 
 REAL = Path(__file__).resolve().parents[2] / "multirun_analysis" / "data"
@@ -54,7 +57,11 @@ def run(rows: Rows) -> Path:
     return rows.folder
 
 
-def log(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+Log = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def of_its_own(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m ldft.results log` in a process, as W&B needs it, which reads its variables once."""
     return subprocess.run(
         [sys.executable, "-m", "ldft.results", "log", *words],
         capture_output=True,
@@ -63,6 +70,22 @@ def log(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Log]:
+    """The same in this process, which has the trackers loaded already."""
+    before = dict(os.environ)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["ldft.results", "log", *words])
+        capsys.readouterr()
+        code = main()
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    yield run
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
 
 
 def tensorboard(folder: Path) -> Any:
@@ -137,7 +160,7 @@ def test_record_has_all_of_the_row(run: Path) -> None:
 
 
 def test_tensorboard_shows_it(run: Path, tmp_path: Path) -> None:
-    done = log(str(run), "--tensorboard", str(tmp_path / "tb"))
+    done = of_its_own(str(run), "--tensorboard", str(tmp_path / "tb"))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     (folder,) = (tmp_path / "tb").iterdir()
     assert folder.name.startswith("llama3_8b_1k_weighted_0_3-") and str(folder) in done.stdout
@@ -154,12 +177,14 @@ def test_tensorboard_shows_it(run: Path, tmp_path: Path) -> None:
 
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     config = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    with pytest.raises(KeyError):  # it would hold this run's keys alone, and stand for all runs
+        events.SummaryMetadata("_hparams_/experiment")
     assert config["model.name"].string_value == "llama3_8b" and config["status"].string_value == "ok"
     assert config["seq_len.tokens"].number_value == 1024
 
 
 @pytest.mark.parametrize("store", ["sqlite", "folder"])
-def test_mlflow_shows_it(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+def test_mlflow_shows_it(run: Path, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     where = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}" if store == "sqlite" else str(tmp_path / "mlruns")
     for _ in range(2):  # the second replaces the first
         done = log(str(run), "--mlflow", where)
@@ -180,6 +205,74 @@ def test_mlflow_shows_it(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert one.info.artifact_uri.startswith((tmp_path / "new" / "mlartifacts").as_uri())
 
 
+def test_older_run_stays_until_the_new_one_is_whole(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends in the middle, one whole run is there, and logging again leaves that one alone."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    where = str(tmp_path / "mlruns")
+    (one,) = trackers.records(run, draw=False)
+    trackers.TRACKERS["mlflow"](one, where)
+    with monkeypatch.context() as patch:
+
+        def lost(*_: Any) -> None:
+            raise MlflowException("the server went away")
+
+        patch.setattr(MlflowClient, "set_terminated", lost)
+        with pytest.raises(ResultsError, match=r"the server went away; correct the URI, or start the server$"):
+            trackers.TRACKERS["mlflow"](one, where)
+    assert sorted(found.info.status for found in mlflow_runs(where, monkeypatch)[1]) == ["FINISHED", "RUNNING"]
+    trackers.TRACKERS["mlflow"](one, where)
+    (left,) = mlflow_runs(where, monkeypatch)[1]
+    assert left.info.status == "FINISHED" and left.data.metrics["iteration_median_s"] == 1.25
+
+
+def test_deleted_experiment_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = str(tmp_path / "mlruns")
+    (one,) = trackers.records(run, draw=False)
+    trackers.TRACKERS["mlflow"](one, where)
+    client, runs = mlflow_runs(where, monkeypatch)
+    client.delete_experiment(runs[0].info.experiment_id)
+    with pytest.raises(ResultsError, match="the experiment ldft is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME"):
+        trackers.TRACKERS["mlflow"](one, where)
+
+
+def test_a_tracker_that_fails_keeps_no_row_from_the_others(rows: Rows, tmp_path: Path, log: Log) -> None:
+    rows.add()
+    rows.add(seed=1)
+    done = log(
+        str(rows.folder), "--no-figures", "--mlflow", "http://127.0.0.1:1", "--tensorboard", str(tmp_path / "tb")
+    )
+    assert (
+        done.returncode == 1 and done.stderr.count("ldft: not logged to mlflow: ") == len(done.stderr.splitlines()) == 1
+    )
+    assert len(list((tmp_path / "tb").iterdir())) == 2
+
+
+def test_row_is_found_where_it_was_merged(rows: Rows, tmp_path: Path) -> None:
+    first, _ = rows.add(), rows.add(seed=1)
+    store.compact(rows.folder)
+    (one,) = trackers.records(first.parent, draw=False)
+    assert one.run_id == first.parent.parent.name and not first.exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ResultsError, match="no rows in"):
+        list(trackers.records(tmp_path / "empty"))
+
+
+def test_names_tell_cells_apart(rows: Rows) -> None:
+    def left_to_ldft(built: Config) -> None:
+        chosen["config"](built)
+        built.asked = {"train.precision": "auto"}
+
+    rows.add(**settings("model=nano", "offload=none", "checkpointing=gpu", "optimizer.learning_rate=1e-3"))
+    chosen = settings("model=nano", "numa=bind_0", "train.iterations=9")
+    rows.add(**{**chosen, "config": left_to_ldft})
+    names = [one.name for one in trackers.records(rows.folder, draw=False)]
+    first = "nano 1k default offload=none checkpointing=gpu optimizer.learning_rate=0.001 train.precision=bf16"
+    assert names == [first, "nano 1k bind_0"]
+
+
+@long
 def test_jobs_that_end_together_share_a_new_database(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +285,7 @@ def test_jobs_that_end_together_share_a_new_database(
 
 
 def test_wandb_gets_it(run: Path, tmp_path: Path) -> None:
-    done = log(str(run), "--wandb", "mine", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    done = of_its_own(str(run), "--wandb", "mine", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     records = list(wandb_records(tmp_path))
     (begun,) = [one.run for one in records if one.HasField("run")]
@@ -214,7 +307,7 @@ def test_wandb_gets_it(run: Path, tmp_path: Path) -> None:
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/figures/memory_over_time_*.png"))
 
 
-def test_failed_rows_are_failed_runs(rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_rows_are_failed_runs(rows: Rows, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     rows.add(status="oom_device", error_type="OutOfMemoryError", duration_s=5.0)
     rows.add(status="interrupted", seed=1, iteration_s=None)
     rows.add(status="invalid", seed=2, duration_s=None)
@@ -241,27 +334,29 @@ def test_committed_rows_are_logged_and_old_ones_read(tmp_path: Path) -> None:
     ("words", "said"),
     [
         ((), "name at least one tracker: --tensorboard FOLDER, --mlflow URI, --wandb PROJECT"),
-        (("--mlflow", "http://127.0.0.1:1"), "ldft: MLflow at http://127.0.0.1:1: "),
+        (("--mlflow", "http://127.0.0.1:1"), "ldft: not logged to mlflow: MLflow at http://127.0.0.1:1: "),
         (("--mlflow", "nonsense://x"), "correct the URI"),
+        (("--mlflow", "127.0.0.1:5000"), "begins with http:// or https://, as in http://127.0.0.1:5000"),
+        (("--mlflow", "sqlite://"), "has three slashes, as in sqlite:///results/mlflow.db"),
+        (("--mlflow", "postgresql://h/d"), "install it, or use another store"),
         (("--mlflow", "sqlite:///{junk}"), "file is not a database"),
         (("--mlflow", "sqlite:////proc/1/x/m.db"), "No such file or directory"),
         (("--tensorboard", "/proc/1/x"), "cannot write /proc/1/x"),
-        (("--wandb", "mine"), "run wandb login, or set WANDB_MODE=offline"),
     ],
 )
-def test_wrong_targets_are_one_line(run: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+def test_wrong_targets_are_one_line(run: Path, tmp_path: Path, log: Log, words: tuple[str, ...], said: str) -> None:
     (junk := tmp_path / "junk").write_text("no database " * 1000)
-    done = log(
-        str(run),
-        *(word.replace("{junk}", str(junk)) for word in words),
-        "--no-figures",
-        WANDB_API_KEY="",
-        WANDB_MODE="online",
-        HOME=str(tmp_path),
-        WANDB_DIR=str(tmp_path),
-    )
-    assert done.returncode in (1, 2) and said in done.stderr, done.stderr
+    done = log(str(run), *(word.replace("{junk}", str(junk)) for word in words), "--no-figures")
+    assert done.returncode == 1 and said in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_wandb_without_an_account_is_one_line(run: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    variables = {"WANDB_API_KEY": "", "WANDB_MODE": "online", "HOME": folder, "WANDB_DIR": folder}
+    done = of_its_own(str(run), "--wandb", "mine", "--no-figures", **variables)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "run wandb login, or set WANDB_MODE=offline" in done.stderr
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(

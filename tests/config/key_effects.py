@@ -180,9 +180,9 @@ def logged(config: Config) -> Any:
     """The command that hands a row to trackers."""
     commands: list[list[str]] = []
 
-    def noted(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def noted(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
         commands.append(command)
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(command, 0, b"", b"")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", noted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 from ldft.config import results
 from ldft.runner import trackers
-from tests.conftest import Done, compose
+from tests import synthetic
+from tests.conftest import Done, compose, long
 
 
 def runs_in(folder: Path) -> list[Any]:
@@ -35,6 +37,7 @@ def test_run_is_logged_once_its_row_is_written(ldft: Callable[..., Done]) -> Non
     assert list(row["cfg.results.log_to"]) == ["tensorboard", "mlflow"]
 
 
+@long
 def test_cells_of_a_sweep_are_logged_refused_ones_too(ldft: Callable[..., Done]) -> None:
     done = ldft("-m", "results.log_to=[mlflow]", "memory.capacity_gib=100,0.001")
     runs = runs_in(done.results_dir)
@@ -46,19 +49,33 @@ def test_row_is_safe_from_a_server_that_is_not_there(ldft: Callable[..., Done]) 
     done = ldft("results.log_to=[mlflow]", env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:1"})
     assert done.exit_code == 0 and done.row["status"] == "ok"
     (line,) = [line for line in done.stderr.splitlines() if "logged" in line]
-    assert line.startswith("ldft: warning: the row is written, but not logged: MLflow at http://127.0.0.1:1: ")
+    assert line.startswith(
+        "ldft: warning: the row is written, but not logged to mlflow: MLflow at http://127.0.0.1:1: "
+    )
     assert line.endswith(
         f"python -m ldft.results log --mlflow http://127.0.0.1:1 {done.results_dir}/{done.row['run_id']}/attempt-1"
     )
 
 
-def test_tracker_that_never_answers_is_given_up(
+def test_tracker_that_never_answers_is_given_up_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trackers, "_LIMIT_S", 0.01)
-    config = compose("results.log_to=[mlflow]")
-    assert trackers.log(config, tmp_path / "results" / "0123" / "attempt-1") == []
-    assert "not logged: no answer within 0.01 s; to log it later: python -m ldft.results log" in capsys.readouterr().err
+    """What another tracker had by then is not forgotten; the sweep's next cells do not wait again."""
+    folder = synthetic.leave(tmp_path / "a folder", synthetic.config())
+    monkeypatch.setattr(trackers, "_LIMIT_S", 30)
+    monkeypatch.setattr(trackers, "_silent", set())
+    config = compose("results.log_to=[tensorboard,mlflow]")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection and says nothing
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        (line,) = trackers.log(config, folder)
+        said = capsys.readouterr().err
+        assert line.startswith("ldft: logged to tensorboard: ") and len(said.splitlines()) == 1
+        assert (
+            "not logged to mlflow: no answer within 30 s; to log it later: python -m ldft.results log --mlflow" in said
+        )
+        assert said.endswith(f"'{folder}'\n")
+        (line,) = trackers.log(config, folder)
+    assert line.startswith("ldft: logged to tensorboard: ") and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
