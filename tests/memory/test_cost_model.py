@@ -85,6 +85,15 @@ def test_streams_add_up_to_the_accesses_of_each_role() -> None:
         assert sums == {"compute_weights": 3} | others | twice
 
 
+def test_the_update_reads_and_writes_what_the_cpu_does() -> None:
+    moments = {"momentum": 2, "variance": 2}
+    # Stock: the norm and the scaling go over the gradients before, and the new weights are read again to be cast.
+    stock = {"master_gradients": 3, "master_weights": 3, "compute_weights": 1} | moments
+    fused = {"compute_gradients": 1, "master_weights": 2, "compute_weights": 1} | moments
+    assert cost_model.update_of(cost_model.STOCK) == stock and cost_model.update_of(cost_model.FUSED) == fused
+    assert cost_model.update_of(cost_model.overlapped(cost_model.FUSED)) == fused
+
+
 def test_an_overlapped_update_costs_what_exceeds_the_first_forward_pass() -> None:
     rates = Bandwidths(cpu={0: 10.0}, h2d={0: 1.0}, d2h={0: 1.0}, link_h2d=1.0, link_d2h=1.0)
     fused = cost_model.FUSED

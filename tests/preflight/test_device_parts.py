@@ -110,6 +110,15 @@ def test_kept_attention_outputs() -> None:
         assert found["layer inputs"] == there * INPUT
 
 
+@pytest.mark.parametrize(("recomputed", "first", "last"), [(0, INSIDE, INSIDE), (8, INSIDE + KEPT, INSIDE)])
+def test_a_layer_in_its_backward_pass_adds_what_it_did_not_keep(recomputed: int, first: int, last: int) -> None:
+    """The first layers are recomputed, if any."""
+    mode = ("checkpointing=gpu", f"checkpointing.layers={recomputed}") if recomputed else ("checkpointing=none",)
+    found = moments("offload=none", *mode)
+    inside = {name: found[f"backward of the {name} layer"]["inside a layer"] for name in ("first", "last")}
+    assert inside == {"first": first, "last": last}
+
+
 def test_an_mlp_in_tiles_has_the_arrays_of_one() -> None:
     """2048 tokens in three tiles: 683 in the largest; the weights' gradients in fp32 and, rounded, in bf16."""
     line = ("offload=full", "checkpointing=gpu", "train.micro_batch_size=2")
