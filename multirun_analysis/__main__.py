@@ -30,7 +30,24 @@ def _summary_parser() -> Parser:
     parser.add_argument("--baseline", help="option to compare the others with (default: local_only, bind_0 or default)")
     parser.add_argument("--no-figures", action="store_true", help="print the tables only")
     parser.add_argument("--all", action="store_true", help="print every line of every table")
+    _add_price(parser)
     return parser
+
+
+def _add_price(parser: Parser) -> None:
+    parser.add_argument(
+        "--price", type=_price, help="price of one GPU for one hour, in any currency: adds the cost of 1e9 tokens"
+    )
+
+
+def _price(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: use a number above 0, e.g. 2.50")
+    return value
 
 
 def _report_parser() -> Parser:
@@ -40,6 +57,7 @@ def _report_parser() -> Parser:
     )
     parser.add_argument("folder", nargs="?", default="results", type=Path, help="results.dir of the runs (results)")
     parser.add_argument("--out", type=Path, help="file to write (FOLDER/report.html)")
+    _add_price(parser)
     return parser
 
 
@@ -97,7 +115,7 @@ def _summarise(arguments: argparse.Namespace) -> int:
     groups = [arguments.by] if arguments.by else figures.groups_to_compare(df)
     if arguments.baseline:
         groups = groups[:1]  # a baseline belongs to one group
-    terminal.summarise(df, groups, arguments.baseline, arguments.all, console)
+    terminal.summarise(df, groups, arguments.baseline, arguments.all, console, arguments.price)
     if not arguments.no_figures:
         out = arguments.out or places.results_dir(arguments.folder) / "figures"
         written, missing = figures.write_all(df, out, groups=groups, baseline=arguments.baseline)
@@ -117,7 +135,7 @@ def _report(arguments: argparse.Namespace) -> int:
         raise ResultsError(places.missing(arguments.folder))
     folder = places.results_dir(arguments.folder)
     out = arguments.out or folder / "report.html"
-    report.write(df, out, folder.name)
+    report.write(df, out, folder.name, arguments.price)
     size = out.stat().st_size / 2**20
     _console().print(f"{out}: {len(df)} rows, {size:.1f} MiB; open it in a browser", soft_wrap=True)
     return 0

@@ -58,6 +58,7 @@ def load(path: str | Path) -> pd.DataFrame:
     forward_median_s, backward_median_s, step_median_s    medians after warm-up
     update_median_s, update_wait_median_s    the same of the fused step's update; NaN where another kernel updated, or none
     peak_vram_gib            largest peak_vram_allocated_gib of any rank; NaN without a GPU
+    gpu_hours_per_billion_tokens    hours that all GPUs together take for 10^9 tokens at tokens_per_s; NaN without a GPU
     trace_file               the run's trace if it exists, else null; `traces.read(row)` reads it
 
     path: a results folder, or the folder or file of one run. Raises ResultsError if it does not exist. A folder without rows gives
@@ -243,6 +244,12 @@ def _peak(values: Any) -> float:
     return float(peak) if peak > 0 else float("nan")
 
 
+def _gpu_hours(row: pd.Series) -> float:
+    if row.device_type != "cuda":
+        return float("nan")
+    return float(row["cfg.launch.num_ranks"] * 1e9 / (3600 * row.tokens_per_s)) if row.tokens_per_s else float("nan")
+
+
 def _derived(frame: pd.DataFrame) -> pd.DataFrame:
     rows = [row for _, row in frame.iterrows()]
 
@@ -272,6 +279,7 @@ def _derived(frame: pd.DataFrame) -> pd.DataFrame:
         failure=failure,
         sample_tokens_per_s=column(samples),
         peak_vram_gib=column([_peak(row.peak_vram_allocated_gib) for row in rows], "float64"),
+        gpu_hours_per_billion_tokens=column([_gpu_hours(row) for row in rows], "float64"),
         **medians,
     )
 

@@ -77,9 +77,17 @@ def _with_shares(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(
-    df: pd.DataFrame, groups: Sequence[str], baseline: str | None, everything: bool, console: Console
+    df: pd.DataFrame,
+    groups: Sequence[str],
+    baseline: str | None,
+    everything: bool,
+    console: Console,
+    price: float | None = None,
 ) -> None:
-    """Print a summary of the rows: counts, one line per cell, the front of speed against memory, speed-ups, failures."""
+    """Print a summary of the rows: counts, one line per cell, the front of speed against memory, speed-ups, failures.
+
+    price: of one GPU for one hour.
+    """
     limit = None if everything else MAX_LINES
     # Compare first, so that a missing group or baseline is reported before anything is printed.
     comparisons = {group: comparison.compare(df, by=group, baseline=baseline) for group in groups}
@@ -90,6 +98,8 @@ def summarise(
     if df["source_hash"].nunique() > 1:
         console.print(f"note: the rows come from {df['source_hash'].nunique()} versions of the code", style="yellow")
     table = _with_shares(tidy.cells(df))
+    if price is not None:
+        table["cost"] = price * table["gpu_hours_per_billion_tokens"]
     columns = _headings(table) | {
         "runs": "runs",
         "tokens_per_s": "tokens/s",
@@ -100,13 +110,12 @@ def summarise(
         "peak_host_gib": "host GiB",
         "peak_vram_gib": "VRAM GiB",
         "mfu": "MFU",
+        "gpu_hours_per_billion_tokens": "GPU h/1e9 tokens",
+        **({} if price is None else {"cost": f"cost/1e9 tokens at {price:g}/h"}),
         "outcome": "outcome",
     }
-    columns = {
-        name: head
-        for name, head in columns.items()
-        if name not in ("peak_vram_gib", "mfu") or table[name].notna().any()
-    }
+    of_gpus = ("peak_vram_gib", "mfu", "gpu_hours_per_billion_tokens")
+    columns = {name: head for name, head in columns.items() if name not in of_gpus or table[name].notna().any()}
     if not table["overlap_step"].any():
         del columns["update"]
     _print(console, "Cells", table, columns, limit)

@@ -33,6 +33,7 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
     update_s, update_wait_s      the same: how long the fused step's update ran, and how much of that training waited for it
     overlap_step                 whether the update ran beside the next forward pass; else it is a part of step_s
     peak_host_gib, peak_vram_gib largest of any run
+    gpu_hours_per_billion_tokens median over runs
     """
     columns = [
         *CELL,
@@ -52,6 +53,7 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
         "peak_host_gib",
         "peak_vram_gib",
         "mfu",
+        "gpu_hours_per_billion_tokens",
         "error_message",
         "log_path",
     ]
@@ -61,6 +63,7 @@ def cells(df: pd.DataFrame) -> pd.DataFrame:
         "overlap_step",
         "peak_host_gib",
         "peak_vram_gib",
+        "gpu_hours_per_billion_tokens",
         "error_message",
         "log_path",
     ]
@@ -99,6 +102,7 @@ def _cell(cell: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any]:
         "peak_host_gib": ok["peak_host_gib"].max(),
         "peak_vram_gib": ok["peak_vram_gib"].max(),
         "mfu": ok["mfu"].median(),
+        "gpu_hours_per_billion_tokens": ok["gpu_hours_per_billion_tokens"].median(),
         "error_message": None if last is None else last.error_message,
         "log_path": None if last is None else last.log_path,
     }

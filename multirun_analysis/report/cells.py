@@ -18,7 +18,7 @@ from multirun_analysis.report import commands, over_time
 # Of a line of `tidy.cells`, under the same names.
 _NUMBERS = (
     *("tokens_per_s", "tokens_per_s_p10", "tokens_per_s_p90", "iteration_s", "forward_s", "backward_s", "step_s"),
-    *("peak_host_gib", "peak_vram_gib", "mfu"),
+    *("peak_host_gib", "peak_vram_gib", "mfu", "gpu_hours_per_billion_tokens"),
 )
 _TEXTS = ("machine", "model", "policy", "variant", "status", "failure")
 # Of a row, in its own words.

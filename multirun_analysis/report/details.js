@@ -108,6 +108,7 @@ function numbersPart(cell) {
       ["host memory, peak", measured(cell.peak_host_gib, "GiB")],
       ["GPU memory, peak", measured(cell.peak_vram_gib, "GiB")],
       ["MFU", cell.mfu == null ? "not measured" : percent(cell.mfu)],
+      ["for 1e9 tokens", measured(cell.gpu_hours_per_billion_tokens, "GPU hours")],
       ...cell.nodes.map(([name, gib]) => [`memory on ${name}`, measured(gib, "GiB")]),
     ]),
   );

@@ -21,24 +21,25 @@ _SCRIPTS = ("text", "state", "filters", "overview", "table", "details", "charts"
 _STYLES = ("base", "filters", "tables", "details", "narrow")
 
 
-def write(df: pd.DataFrame, path: Path, source: str) -> None:
-    """Write the report of loaded rows. source: what the reader is told that the rows are from.
+def write(df: pd.DataFrame, path: Path, source: str, price: float | None = None) -> None:
+    """Write the report of loaded rows. source: what the reader is told that the rows are from. price: of one GPU for one hour, as
+    the page begins with; the reader may change it.
 
     Raises ResultsError if plotly is not installed, OSError if the file cannot be written.
     """
-    text = page(df, source)
+    text = page(df, source, price)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as file:
         file.write(text.encode(errors="replace"))  # a folder's name need not be UTF-8
 
 
-def page(df: pd.DataFrame, source: str) -> str:
+def page(df: pd.DataFrame, source: str, price: float | None = None) -> str:
     """The report as text; the same rows give the same text."""
     parts = {
         "title": html.escape(f"ldft report: {source}"),
         "style": "\n".join(_source(f"{name}.css") for name in _STYLES),
         "plotly": _plotly(),
-        "data": embedded(_data(df, source)),
+        "data": embedded(_data(df) | {"price": price}),
         "script": "\n".join(_source(f"{name}.js") for name in _SCRIPTS),
     }
     # In one pass, so that nothing in the rows is taken for a place to fill.
@@ -51,7 +52,7 @@ def embedded(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _data(df: pd.DataFrame, source: str) -> dict[str, Any]:
+def _data(df: pd.DataFrame) -> dict[str, Any]:
     return {
         "rows": len(df),
         "from": str(df["started_at"].min())[:10],

@@ -55,7 +55,18 @@ const FILTERS = [
   }))
   .filter((filter) => filter.values.length > 1);
 
-const view = { chosen: new Map(), search: "", sort: "", cell: "" };
+// price: of one GPU for one hour, in the reader's currency; null where none is known.
+const view = { chosen: new Map(), search: "", sort: "", cell: "", price: null };
+
+const HAS_GPUS = CELLS.some((cell) => cell.gpu_hours_per_billion_tokens != null);
+const cost = (cell) =>
+  view.price == null || cell.gpu_hours_per_billion_tokens == null ? null : view.price * cell.gpu_hours_per_billion_tokens;
+
+// A price as it is typed or as it stands in an address; null for none.
+function priceOf(text) {
+  const value = Number(text);
+  return text && Number.isFinite(value) && value > 0 ? value : null;
+}
 
 const SEARCHED = new Map(
   CELLS.map((cell) => {
@@ -99,6 +110,7 @@ function readFragment() {
   view.search = given.get("q") || "";
   view.sort = given.get("sort") || "";
   view.cell = given.get("cell") || "";
+  view.price = given.has("price") ? priceOf(given.get("price")) : DATA.price;
 }
 
 function writeFragment() {
@@ -107,6 +119,7 @@ function writeFragment() {
   if (view.search) parts.set("q", view.search);
   if (view.sort) parts.set("sort", view.sort);
   if (view.cell) parts.set("cell", view.cell);
+  if (view.price !== DATA.price) parts.set("price", view.price ?? "");
   history.replaceState(null, "", `#${parts}`);
 }
 

@@ -13,6 +13,13 @@ const COLUMNS = [
   { key: "peak_host_gib", title: "Host GiB", ...amount((cell) => cell.peak_host_gib) },
   { key: "peak_vram_gib", title: "GPU GiB", ...amount((cell) => cell.peak_vram_gib), optional: true },
   { key: "mfu", title: "MFU", ...amount((cell) => cell.mfu), show: (cell) => percent(cell.mfu), optional: true },
+  {
+    key: "gpu_hours",
+    title: "GPU h/1e9",
+    ...amount((cell) => cell.gpu_hours_per_billion_tokens),
+    optional: true,
+  },
+  { key: "cost", title: "Cost/1e9", ...amount(cost), wanted: HAS_GPUS },
   { key: "runs", title: "Runs", ...amount((cell) => cell.runs.length) },
   { key: "machine", title: "Machine", ...text((cell) => cell.machine), wanted: SEVERAL_MACHINES },
 ].filter((column) => column.wanted !== false && (!column.optional || CELLS.some((cell) => column.of(cell) != null)));
@@ -31,7 +38,7 @@ function lineOf(cell) {
     };
     const cells = COLUMNS.map((column) =>
       td(column.title, column.show ? column.show(cell) : column.numeric ? number(column.of(cell)) : column.of(cell), {
-        class: column.numeric ? "number" : column.key,
+        class: column.numeric ? `number ${column.key}` : column.key,
       }),
     );
     LINES.set(cell, el("tr", { "data-id": cell.id, class: cell.status === "ok" ? null : "failed", click: open }, ...cells));
@@ -62,7 +69,8 @@ function buildTable(changed) {
     view.sort === (numeric ? `-${key}` : key) ? (numeric ? key : `-${key}`) : numeric ? `-${key}` : key;
   const heads = COLUMNS.map((column) => {
     const button = el("button", { type: "button", click: () => sortBy(next(column)) }, column.title);
-    return el("th", { scope: "col", class: column.numeric ? "number" : null, "data-sort": column.key }, button);
+    const name = column.numeric ? `number ${column.key}` : null;
+    return el("th", { scope: "col", class: name, "data-sort": column.key }, button);
   });
   const select = section.querySelector("select");
   select.append(el("option", { value: "" }, "model and length"));
@@ -71,9 +79,21 @@ function buildTable(changed) {
     select.append(el("option", { value: `-${key}` }, numeric ? `${title}, largest first` : `${title}, from the end`));
   }
   select.addEventListener("change", () => sortBy(select.value));
-  section.querySelector("table").append(el("thead", {}, el("tr", {}, ...heads)), body);
+  const price = section.querySelector(".price input");
+  price.parentElement.hidden = !HAS_GPUS;
+  price.addEventListener("input", () => {
+    view.price = priceOf(price.value);
+    changed();
+  });
+  const table = section.querySelector("table");
+  let shownPrice = null;
+  table.append(el("thead", {}, el("tr", {}, ...heads)), body);
 
   return (visible) => {
+    if (view.price !== shownPrice) LINES.clear(); // each line holds its cost
+    shownPrice = view.price;
+    table.classList.toggle("priced", view.price != null);
+    if (priceOf(price.value) !== view.price) price.value = view.price ?? "";
     body.replaceChildren(...sorted(visible).map(lineOf));
     select.value = view.sort;
     for (const head of heads) {

@@ -30,6 +30,24 @@ def test_two_schema_versions_make_one_table(rows, capsys) -> None:
     assert (rows.folder / "figures" / "throughput.svg").read_text().startswith("<?xml")
 
 
+def test_a_price_gives_what_tokens_cost(rows, capsys) -> None:
+    rows.add(tokens=3600, iteration_s=[1.0, 1.0, 1.0], device_type="cuda")
+    _, out, _ = _run(capsys, rows.folder, "--no-figures")
+    assert "GPU h/1e9 tokens" in out and "cost" not in out
+    code, out, _ = _run(capsys, rows.folder, "--no-figures", "--price", "2.50")
+    assert code == 0 and "cost/1e9 tokens at 2.5/h" in out
+    assert f"{2.5e9 / 3600**2:.0f}" in out.replace(",", "")
+
+
+@pytest.mark.parametrize("price", ["0", "-1", "nan", "inf", "two"])
+def test_a_price_that_is_none_is_one_line(rows, capsys, price: str) -> None:
+    rows.add()
+    with pytest.raises(SystemExit) as ended:
+        main([str(rows.folder), f"--price={price}"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{price}: use a number above 0, e.g. 2.50" in said
+
+
 def test_an_unreadable_file_is_named_and_the_rest_is_shown(rows, capsys) -> None:
     rows.add(tokens=1024)
     rows.add(tokens=2048).write_bytes(b"PAR1 torn")

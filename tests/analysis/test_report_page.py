@@ -187,6 +187,23 @@ def test_columns_sort_both_ways_and_what_is_missing_comes_last(open_page) -> Non
     assert column(page, "Length")[:6] == ["128k"] * 6
 
 
+def test_a_price_gives_costs_and_a_link_keeps_it(open_page) -> None:
+    page = open_page("#model=llama3_1b&sort=-tokens_per_s")
+    hours = [float(text.replace(",", "")) for text in column(page, "GPU h/1e9")[:-1]]
+    # 8192 tokens a second at the most.
+    assert hours[0] == pytest.approx(1e9 / 8192 / 3600, rel=0.01) and column(page, "GPU h/1e9")[-1] == "-"
+    expect(page.locator("#cells td.cost").first).to_be_hidden()
+    page.locator("#cells .price input").fill("2.5")
+    expect(page.locator("#cells td.cost").first).to_be_visible()
+    costs = [float(text.replace(",", "")) for text in column(page, "Cost/1e9")[:-1]]
+    assert costs == pytest.approx([2.5 * one for one in hours], rel=0.02)
+    assert "price=2.5" in page.url
+    again = open_page("#" + page.url.partition("#")[2])
+    assert column(again, "Cost/1e9") == column(page, "Cost/1e9")
+    again.locator("#cells .price input").fill("-1")
+    expect(again.locator("#cells td.cost").first).to_be_hidden()
+
+
 def hovered(page):
     """What is said of the only mark of the throughput, with the mouse on it."""
     box = page.locator("#figure-throughput .point").bounding_box()
@@ -236,6 +253,9 @@ def test_everything_can_be_reached_by_keyboard(open_page) -> None:
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")  # the link that skips to the table
     assert page.evaluate("document.activeElement.id") == "cells"
+    page.keyboard.press("Tab")
+    page.keyboard.type("3")
+    assert "price=3" in page.url
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")  # the first head sorts
     assert "sort=model" in page.url

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ldft.config import Config
 from ldft.errors import ResultsError
 from ldft.results import schema
 from multirun_analysis import (
@@ -42,6 +43,17 @@ def test_overridden_options_are_told_apart_by_label(rows) -> None:
     df = load(rows.folder)
     assert df.model.tolist() == ["tiny num_layers=2", "tiny num_layers=1", "tiny num_layers=2"]
     assert df.variant.tolist() == ["micro_batch_size=1", "micro_batch_size=1", "micro_batch_size=4"]
+
+
+def test_gpu_hours_are_those_of_all_gpus(rows) -> None:
+    def two(built: Config) -> None:
+        built.launch.num_ranks = 2
+
+    rows.add(iteration_s=[1.0, 1.0, 1.0], tokens=3600, device_type="cuda", config=two)
+    rows.add(iteration_s=[1.0, 1.0, 1.0], tokens=3600)
+    rows.add(status="oom_device", device_type="cuda", seed=1)
+    found = load(rows.folder)["gpu_hours_per_billion_tokens"].tolist()
+    assert found[0] == pytest.approx(2 * 1e9 / 3600**2) and np.isnan(found[1:]).all()
 
 
 def test_a_failure_is_superseded_by_a_later_ok_attempt(rows) -> None:
