@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +23,10 @@ from ldft.config.root import flatten
 from ldft.monitor import trace
 from ldft.monitor.samples import Sample
 from ldft.results import schema
+from ldft.results.__main__ import main
+from tests.analysis.tracked import LOSS, ODD, TIMES, Log
 from tests.conftest import compose
+from tests.synthetic_samples import whole_run
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -142,3 +149,42 @@ def role(name: str, node: int, gib: float, share: float, asked: float | None) ->
 def node(number: int, total_gib: float) -> dict[str, Any]:
     """An entry of the column `nodes`."""
     return dict(host="h", node=number, huge_gib=0, heap_gib=0, stack_gib=0, private_gib=total_gib, total_gib=total_gib)
+
+
+@pytest.fixture
+def full_row(rows: Rows) -> Path:
+    """A run with something in every part of a record."""
+    rows.add(
+        model="llama3_8b",
+        policy="weighted_0_3",
+        iteration_s=TIMES[2:],
+        samples=whole_run(random.Random(1), 40),
+        loss=LOSS,
+        init_s=30.0,
+        duration_s=100.0,
+        nodes=[node(0, 1.5), node(3, 4.0)],
+        roles=[role("momentum", 0, 4, 0.25, 0.25), role("momentum", 3, 4, 0.75, 0.75)],
+        peak_vram_allocated_gib=[10.0, 12.0],
+        notes=["first", ODD],
+        versions={"torch": "2.11", "deepspeed": "0.19"},
+        fused_step=True,
+        skipped_updates=[0, 0, 0, 1, 0],
+        config=lambda built: setattr(built.numa, "nodes", [0, 3]),
+    )
+    return rows.folder
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Log]:
+    """The same in this process, which has the trackers loaded already."""
+    before = dict(os.environ)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["ldft.results", "log", *words])
+        capsys.readouterr()
+        code = main()
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    yield run
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import struct
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,75 +13,13 @@ import pyarrow as pa
 import pytest
 
 from ldft.config import Config
-from ldft.errors import ResultsError
-from ldft.results import store
-from ldft.results.__main__ import main
 from ldft.results.schema import MEASURED
 from multirun_analysis import load, trackers
 from multirun_analysis.trackers import record
-from tests.analysis.conftest import START, Rows, node, role, settings
-from tests.conftest import long
-from tests.synthetic_samples import whole_run
+from tests.analysis.conftest import START, Rows, settings
+from tests.analysis.tracked import LOSS, ODD, TIMES, Log, mlflow_runs, of_its_own
 
 REAL = Path(__file__).resolve().parents[2] / "multirun_analysis" / "data"
-TIMES = [9.0, 9.0, 1.0, 1.5, 1.25]
-LOSS = [3.0, 2.5, 2.25, float("nan"), 2.0]
-# A name that no tracker takes as it is, and a line that breaks a table.
-ODD = "a/b: <c> | 'd'\n👍"
-
-
-@pytest.fixture
-def run(rows: Rows) -> Path:
-    """A run with something in every part of a record."""
-    rows.add(
-        model="llama3_8b",
-        policy="weighted_0_3",
-        iteration_s=TIMES[2:],
-        samples=whole_run(random.Random(1), 40),
-        loss=LOSS,
-        init_s=30.0,
-        duration_s=100.0,
-        nodes=[node(0, 1.5), node(3, 4.0)],
-        roles=[role("momentum", 0, 4, 0.25, 0.25), role("momentum", 3, 4, 0.75, 0.75)],
-        peak_vram_allocated_gib=[10.0, 12.0],
-        notes=["first", ODD],
-        versions={"torch": "2.11", "deepspeed": "0.19"},
-        fused_step=True,
-        skipped_updates=[0, 0, 0, 1, 0],
-        config=lambda built: setattr(built.numa, "nodes", [0, 3]),
-    )
-    return rows.folder
-
-
-Log = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def of_its_own(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m ldft.results log` in a process, as W&B needs it, which reads its variables once."""
-    return subprocess.run(
-        [sys.executable, "-m", "ldft.results", "log", *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=300,
-        check=False,
-    )
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Log]:
-    """The same in this process, which has the trackers loaded already."""
-    before = dict(os.environ)
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["ldft.results", "log", *words])
-        capsys.readouterr()
-        code = main()
-        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
-
-    yield run
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
 
 
 def tensorboard(folder: Path) -> Any:
@@ -94,15 +28,6 @@ def tensorboard(folder: Path) -> Any:
     events = EventAccumulator(str(folder))
     events.Reload()
     return events
-
-
-def mlflow_runs(where: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
-    from mlflow.tracking import MlflowClient
-
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    client = MlflowClient(where)
-    experiment = client.get_experiment_by_name("ldft")
-    return client, client.search_runs([experiment.experiment_id])
 
 
 def wandb_records(folder: Path) -> Iterator[Any]:
@@ -137,12 +62,12 @@ def test_every_list_of_numbers_is_a_series_or_one_per_rank() -> None:
     assert lists == {*record.SERIES, *record.PER_RANK}
 
 
-def test_record_has_all_of_the_row(run: Path) -> None:
-    (one,) = trackers.records(run)
+def test_record_has_all_of_the_row(full_row: Path) -> None:
+    (one,) = trackers.records(full_row)
     assert (one.name, one.status, one.attempt) == ("llama3_8b 1k weighted_0_3", "ok", 1)
     assert one.config["model.name"] == "llama3_8b" and one.config["numa.nodes"] == "[0, 3]"
     assert one.config["train.learning_rate" if "train.learning_rate" in one.config else "optimizer.learning_rate"]
-    assert set(one.config) == {name.removeprefix("cfg.") for name in load(run).columns if name.startswith("cfg.")}
+    assert set(one.config) == {name.removeprefix("cfg.") for name in load(full_row).columns if name.startswith("cfg.")}
     assert one.series["iteration_s"] == [9.0, 9.0, *TIMES[2:]] and one.series["skipped_updates"][3] == 1
     assert one.metrics["iteration_median_s"] == 1.25 and one.metrics["step_median_s"] == 0.125
     assert one.metrics["peak_vram_allocated_gib"] == 12.0
@@ -159,8 +84,8 @@ def test_record_has_all_of_the_row(run: Path) -> None:
     assert {path.name for path in one.files} == {"row.parquet", "trace.parquet"}
 
 
-def test_tensorboard_shows_it(run: Path, tmp_path: Path) -> None:
-    done = of_its_own(str(run), "--tensorboard", str(tmp_path / "tb"))
+def test_tensorboard_shows_it(full_row: Path, tmp_path: Path) -> None:
+    done = of_its_own(str(full_row), "--tensorboard", str(tmp_path / "tb"))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     (folder,) = (tmp_path / "tb").iterdir()
     assert folder.name.startswith("llama3_8b_1k_weighted_0_3-") and str(folder) in done.stdout
@@ -184,10 +109,10 @@ def test_tensorboard_shows_it(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("store", ["sqlite", "folder"])
-def test_mlflow_shows_it(run: Path, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+def test_mlflow_shows_it(full_row: Path, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     where = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}" if store == "sqlite" else str(tmp_path / "mlruns")
     for _ in range(2):  # the second replaces the first
-        done = log(str(run), "--mlflow", where)
+        done = log(str(full_row), "--mlflow", where)
         assert done.returncode == 0 and done.stderr == "", done.stderr
     client, runs = mlflow_runs(where, monkeypatch)
     (one,) = runs
@@ -205,60 +130,6 @@ def test_mlflow_shows_it(run: Path, tmp_path: Path, log: Log, monkeypatch: pytes
         assert one.info.artifact_uri.startswith((tmp_path / "new" / "mlartifacts").as_uri())
 
 
-def test_older_run_stays_until_the_new_one_is_whole(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever ends in the middle, one whole run is there, and logging again leaves that one alone."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    where = str(tmp_path / "mlruns")
-    (one,) = trackers.records(run, draw=False)
-    trackers.TRACKERS["mlflow"](one, where)
-    with monkeypatch.context() as patch:
-
-        def lost(*_: Any) -> None:
-            raise MlflowException("the server went away")
-
-        patch.setattr(MlflowClient, "set_terminated", lost)
-        with pytest.raises(ResultsError, match=r"the server went away; correct the URI, or start the server$"):
-            trackers.TRACKERS["mlflow"](one, where)
-    assert sorted(found.info.status for found in mlflow_runs(where, monkeypatch)[1]) == ["FINISHED", "RUNNING"]
-    trackers.TRACKERS["mlflow"](one, where)
-    (left,) = mlflow_runs(where, monkeypatch)[1]
-    assert left.info.status == "FINISHED" and left.data.metrics["iteration_median_s"] == 1.25
-
-
-def test_deleted_experiment_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = str(tmp_path / "mlruns")
-    (one,) = trackers.records(run, draw=False)
-    trackers.TRACKERS["mlflow"](one, where)
-    client, runs = mlflow_runs(where, monkeypatch)
-    client.delete_experiment(runs[0].info.experiment_id)
-    with pytest.raises(ResultsError, match="the experiment ldft is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME"):
-        trackers.TRACKERS["mlflow"](one, where)
-
-
-def test_a_tracker_that_fails_keeps_no_row_from_the_others(rows: Rows, tmp_path: Path, log: Log) -> None:
-    rows.add()
-    rows.add(seed=1)
-    done = log(
-        str(rows.folder), "--no-figures", "--mlflow", "http://127.0.0.1:1", "--tensorboard", str(tmp_path / "tb")
-    )
-    assert (
-        done.returncode == 1 and done.stderr.count("ldft: not logged to mlflow: ") == len(done.stderr.splitlines()) == 1
-    )
-    assert len(list((tmp_path / "tb").iterdir())) == 2
-
-
-def test_row_is_found_where_it_was_merged(rows: Rows, tmp_path: Path) -> None:
-    first, _ = rows.add(), rows.add(seed=1)
-    store.compact(rows.folder)
-    (one,) = trackers.records(first.parent, draw=False)
-    assert one.run_id == first.parent.parent.name and not first.exists()
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ResultsError, match="no rows in"):
-        list(trackers.records(tmp_path / "empty"))
-
-
 def test_names_tell_cells_apart(rows: Rows) -> None:
     def left_to_ldft(built: Config) -> None:
         chosen["config"](built)
@@ -272,20 +143,8 @@ def test_names_tell_cells_apart(rows: Rows) -> None:
     assert names == [first, "nano 1k bind_0"]
 
 
-@long
-def test_jobs_that_end_together_share_a_new_database(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    where = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    words = [sys.executable, "-m", "ldft.results", "log", str(run), "--no-figures", "--mlflow", where]
-    jobs = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    ends = [(job.communicate(timeout=300)[1], job.returncode) for job in jobs]
-    assert ends == [("", 0)] * 4
-    assert len(mlflow_runs(where, monkeypatch)[1]) == 1
-
-
-def test_wandb_gets_it(run: Path, tmp_path: Path) -> None:
-    done = of_its_own(str(run), "--wandb", "mine", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+def test_wandb_gets_it(full_row: Path, tmp_path: Path) -> None:
+    done = of_its_own(str(full_row), "--wandb", "mine", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     records = list(wandb_records(tmp_path))
     (begun,) = [one.run for one in records if one.HasField("run")]
@@ -328,48 +187,3 @@ def test_committed_rows_are_logged_and_old_ones_read(tmp_path: Path) -> None:
     first = all_of_them[0]
     (alone,) = trackers.records(REAL / first.run_id, draw=False)
     assert alone == first
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ((), "name at least one tracker: --tensorboard FOLDER, --mlflow URI, --wandb PROJECT"),
-        (("--mlflow", "http://127.0.0.1:1"), "ldft: not logged to mlflow: MLflow at http://127.0.0.1:1: "),
-        (("--mlflow", "nonsense://x"), "correct the URI"),
-        (("--mlflow", "127.0.0.1:5000"), "begins with http:// or https://, as in http://127.0.0.1:5000"),
-        (("--mlflow", "sqlite://"), "has three slashes, as in sqlite:///results/mlflow.db"),
-        (("--mlflow", "postgresql://h/d"), "install it, or use another store"),
-        (("--mlflow", "sqlite:///{junk}"), "file is not a database"),
-        (("--mlflow", "sqlite:////proc/1/x/m.db"), "No such file or directory"),
-        (("--tensorboard", "/proc/1/x"), "cannot write /proc/1/x"),
-    ],
-)
-def test_wrong_targets_are_one_line(run: Path, tmp_path: Path, log: Log, words: tuple[str, ...], said: str) -> None:
-    (junk := tmp_path / "junk").write_text("no database " * 1000)
-    done = log(str(run), *(word.replace("{junk}", str(junk)) for word in words), "--no-figures")
-    assert done.returncode == 1 and said in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
-
-
-def test_wandb_without_an_account_is_one_line(run: Path, tmp_path: Path) -> None:
-    folder = str(tmp_path)
-    variables = {"WANDB_API_KEY": "", "WANDB_MODE": "online", "HOME": folder, "WANDB_DIR": folder}
-    done = of_its_own(str(run), "--wandb", "mine", "--no-figures", **variables)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "run wandb login, or set WANDB_MODE=offline" in done.stderr
-
-
-def test_a_tracker_that_is_not_installed_is_one_line(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from ldft.config import results
-
-    monkeypatch.setattr(results, "find_spec", lambda name: None if name == "alembic" else object())
-    monkeypatch.setattr(sys, "argv", ["ldft.results", "log", str(run), "--mlflow", "http://x"])
-    assert main() == 1
-    assert capsys.readouterr().err == "ldft: --mlflow: alembic not installed; pip install 'ldft[mlflow]'\n"
-
-
-def test_no_rows_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="is not a folder"):
-        list(trackers.records(tmp_path / "none"))
