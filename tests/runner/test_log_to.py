@@ -57,6 +57,7 @@ def test_row_is_safe_from_a_server_that_is_not_there(ldft: Callable[..., Done]) 
     )
 
 
+@long
 def test_tracker_that_never_answers_is_given_up_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
