@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from multirun_analysis import load, report
 from tests.analysis.conftest import Rows, node, settings
+from tests.conftest import long
 from tests.synthetic_samples import whole_run
 
 # Of a failed row: it would end the data's script, run another and break a table if it were read as anything but text.
@@ -172,6 +173,7 @@ def test_a_search_finds_messages_and_nothing_is_said_to_be_nothing(open_page) ->
     assert len(lines(page)) == 12
 
 
+@long
 def test_columns_sort_both_ways_and_what_is_missing_comes_last(open_page) -> None:
     page = open_page()
     head = page.locator('#cells th[data-sort="tokens_per_s"]')
@@ -187,6 +189,7 @@ def test_columns_sort_both_ways_and_what_is_missing_comes_last(open_page) -> Non
     assert column(page, "Length")[:6] == ["128k"] * 6
 
 
+@long
 def test_a_price_gives_costs_and_a_link_keeps_it(open_page) -> None:
     page = open_page("#model=llama3_1b&sort=-tokens_per_s")
     hours = [float(text.replace(",", "")) for text in column(page, "GPU h/1e9")[:-1]]
@@ -212,6 +215,7 @@ def hovered(page):
     return page.locator("#figure-throughput .hoverlayer")
 
 
+@long
 def test_a_mark_says_its_config_and_opens_its_cell(open_page) -> None:
     page = open_page("#model=llama3_8b&length=131072&offload=offload%3Doptimizer")
     assert points(page, "throughput") == 1
@@ -225,6 +229,7 @@ def test_a_mark_says_its_config_and_opens_its_cell(open_page) -> None:
     assert "cell=" in page.url
 
 
+@long
 def test_a_failed_mark_says_its_message_as_text(open_page) -> None:
     page = open_page("#model=llama3_8b&length=131072&offload=offload%3Dnone")
     assert points(page, "throughput") == 1
@@ -242,12 +247,14 @@ def test_what_was_not_measured_says_so(open_page) -> None:
     expect(speed.locator("dd")).to_have_text("not measured")
 
 
+@long
 def test_a_trace_is_drawn_in_the_details(open_page) -> None:
     page = open_page("#length=32768&model=llama3_1b&offload=offload%3Dfull")
     page.locator("#cells td button").click()
     expect(page.locator("#details .over-time .legendtext").first).to_have_text("node 0")
 
 
+@long
 def test_everything_can_be_reached_by_keyboard(open_page) -> None:
     page = open_page()
     page.keyboard.press("Tab")
@@ -275,6 +282,7 @@ def test_everything_can_be_reached_by_keyboard(open_page) -> None:
     expect(page.locator('[data-filter="model"] .menu')).to_be_hidden()
 
 
+@long
 @WIDTHS
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_cut_off_and_colours_follow_the_reader(open_page, width, scheme) -> None:
@@ -293,6 +301,7 @@ def test_nothing_is_cut_off_and_colours_follow_the_reader(open_page, width, sche
     assert light > 200 if scheme == "light" else light < 50
 
 
+@long
 def test_a_narrow_screen_shows_cards_that_sort(open_page) -> None:
     page = open_page(width=320)
     expect(page.locator("#cells thead")).to_be_hidden()

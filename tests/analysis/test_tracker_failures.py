@@ -52,6 +52,7 @@ def test_deleted_experiment_is_one_line(full_row: Path, tmp_path: Path, monkeypa
         trackers.TRACKERS["mlflow"](one, where)
 
 
+@long
 def test_a_tracker_that_fails_keeps_no_row_from_the_others(rows: Rows, tmp_path: Path, log: Log) -> None:
     rows.add()
     rows.add(seed=1)
@@ -109,6 +110,7 @@ def test_wrong_targets_are_one_line(
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
 
 
+@long
 def test_wandb_without_an_account_is_one_line(full_row: Path, tmp_path: Path) -> None:
     folder = str(tmp_path)
     variables = {"WANDB_API_KEY": "", "WANDB_MODE": "online", "HOME": folder, "WANDB_DIR": folder}

@@ -18,6 +18,7 @@ from multirun_analysis import load, trackers
 from multirun_analysis.trackers import record
 from tests.analysis.conftest import START, Rows, settings
 from tests.analysis.tracked import LOSS, ODD, TIMES, Log, mlflow_runs, of_its_own
+from tests.conftest import long
 
 REAL = Path(__file__).resolve().parents[2] / "multirun_analysis" / "data"
 
@@ -143,6 +144,7 @@ def test_names_tell_cells_apart(rows: Rows) -> None:
     assert names == [first, "nano 1k bind_0"]
 
 
+@long
 def test_wandb_gets_it(full_row: Path, tmp_path: Path) -> None:
     done = of_its_own(str(full_row), "--wandb", "mine", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -166,6 +168,7 @@ def test_wandb_gets_it(full_row: Path, tmp_path: Path) -> None:
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/figures/memory_over_time_*.png"))
 
 
+@long
 def test_failed_rows_are_failed_runs(rows: Rows, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     rows.add(status="oom_device", error_type="OutOfMemoryError", duration_s=5.0)
     rows.add(status="interrupted", seed=1, iteration_s=None)

@@ -45,6 +45,7 @@ def test_cells_of_a_sweep_are_logged_refused_ones_too(ldft: Callable[..., Done])
     assert {one.data.tags["ldft.status"]: one.info.status for one in runs} == {"ok": "FINISHED", "invalid": "FAILED"}
 
 
+@long
 def test_row_is_safe_from_a_server_that_is_not_there(ldft: Callable[..., Done]) -> None:
     done = ldft("results.log_to=[mlflow]", env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:1"})
     assert done.exit_code == 0 and done.row["status"] == "ok"

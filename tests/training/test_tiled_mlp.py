@@ -16,7 +16,7 @@ from ldft.preflight import mlp_tiles
 from ldft.preflight.selection import select
 from ldft.training import data, model, tiled_mlp
 from ldft.training.checkpointing import checkpointing
-from tests.conftest import compose
+from tests.conftest import compose, long
 from tests.training.test_equality import relative_error, run_once  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -200,6 +200,7 @@ def test_no_activation_of_all_tokens_is_as_wide_as_the_mlp() -> None:
         assert max(seen.most, weights) == max(most, weights), (tiles, seen.most)
 
 
+@long
 def test_training_under_zero_3_is_that_without_tiles(run_once) -> None:  # noqa: F811
     """With everything offloaded, and with adapters, of whose first layer DeepSpeed fetches the MLP alone."""
     for base in ((), ("lora=r8", "optimizer.learning_rate=5e-3")):
