@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
-
-class _WithoutPandas:
-    """In sys.meta_path: pandas cannot be found."""
-
-    @staticmethod
-    def find_spec(name: str, *_: Any) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError(name)
+from ldft.hidden_packages import hidden
 
 
 def _without_pandas() -> None:
     """Let pyarrow see that there is no pandas. It would import it with the first array that it makes, in case it was given one of
     pandas', and that takes half a second; this command gives it none."""
-    finders: list[Any] = sys.meta_path
-    finders.insert(0, _WithoutPandas)
-    try:
+    with hidden("pandas"):
         import pyarrow
 
         pyarrow.array([0])
-    finally:
-        finders.remove(_WithoutPandas)
 
 
 def main() -> int:

@@ -41,12 +41,16 @@ def _add_price(parser: Parser) -> None:
 
 
 def _price(text: str) -> float:
+    return _positive(text, sys.float_info.max, "a number above 0, e.g. 2.50")
+
+
+def _positive(text: str, most: float, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: use a number above 0, e.g. 2.50")
+        value = 0.0
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text}: use {what}")
     return value
 
 
@@ -62,13 +66,7 @@ def _report_parser() -> Parser:
 
 
 def _ratio(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: use a ratio above 0 and up to 1, e.g. 0.97")
-    return value
+    return _positive(text, 1.0, "a ratio above 0 and up to 1, e.g. 0.97")
 
 
 def _diff_parser() -> Parser:

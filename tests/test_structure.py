@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "bench": {"config", "memory", "runner", "training"},
     "cli": {"config", "planning", "preflight", "results", "runner", "sweep"},
 }
-SHARED = {"batch", "closed_pipe", "errors", "environment", "files", "proc", "terminal", "_native"}
+SHARED = {"batch", "closed_pipe", "errors", "environment", "files", "hidden_packages", "proc", "terminal", "_native"}
 TORCH = ("torch", "deepspeed", "transformers", "peft", "liger_kernel", "accelerate")
 
 # Modules of DeepSpeed that no document of it names, and attributes that it keeps for itself.

@@ -22,7 +22,7 @@ from ldft.planning import candidates, iteration_time
 from ldft.planning.candidates import Choice
 from ldft.planning.iteration_time import Times
 from ldft.planning.rates import Rates
-from ldft.preflight import device_estimate, fit, gpu_share, host_estimate, mlp_tiles, resolved, room, selection
+from ldft.preflight import device_estimate, fit, gpu_share, mlp_tiles, resolved, room, selection
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
 
@@ -131,7 +131,7 @@ class Search:
         if size is not None and run.overlap_step and candidates.default(self.config, gpu_share.KEY):
             run = self._with_better_share(run, unsettled, size)
         peak = device_estimate.peak_of(device_estimate.moments(run))
-        host = self._host_bytes(run, peak)
+        host = room.host_bytes(run, peak)
         if self._is_too_much(host):
             self._refuse(HOST)
             return None
@@ -139,12 +139,6 @@ class Search:
             self._refuse(VRAM)
             return None
         return Plan(choice, run, self._times(run), host, sum(peak.values()))
-
-    def _host_bytes(self, run: Selection, peak: dict[str, int] | None = None) -> int:
-        """Host memory of all ranks of a host. peak: the parts of the run's device memory, if they are known."""
-        peak = peak or device_estimate.peak_of(device_estimate.moments(run))
-        roles, others = host_estimate.host_bytes(run), host_estimate.other_bytes(run, peak)
-        return run.config.launch.ranks_per_host * (sum(roles.values()) + sum(others.values()))
 
     def _is_too_much(self, host_bytes: int) -> bool:
         return host_bytes * (1 + room.HOST_SPARE) > self.host_limit
@@ -160,7 +154,7 @@ class Search:
         still.
         """
         times, counts = self._times(run), gpu_share.larger(run)
-        short = self._is_too_much(self._host_bytes(run))
+        short = self._is_too_much(room.host_bytes(run))
         if not counts or not (times.exposed_s or short):
             return run
         # No share makes the passes shorter than that of all, nor the step shorter than it is.
@@ -175,7 +169,7 @@ class Search:
         # With this run's inputs on the device, of which a larger share leaves room for fewer: the least that each can take.
         larger = [dataclasses.replace(run, gpu_share=count) for count in fitting]
         if short:
-            larger = [one for one in larger if not self._is_too_much(self._host_bytes(one))]
+            larger = [one for one in larger if not self._is_too_much(room.host_bytes(one))]
         least = sorted(((self._times(one).iteration_s, one) for one in larger), key=lambda pair: pair[0])
         best, best_s = run, math.inf if short else times.iteration_s
         for least_s, one in least:
@@ -190,7 +184,7 @@ class Search:
         return best
 
     def _fits_both(self, run: Selection, size: float) -> bool:
-        return room.device_room(run, size, _DEVICE_SPARE) >= 0 and not self._is_too_much(self._host_bytes(run))
+        return room.device_room(run, size, _DEVICE_SPARE) >= 0 and not self._is_too_much(room.host_bytes(run))
 
     def _refuse(self, why: str) -> None:
         self.refusals[why] = self.refusals.get(why, 0) + 1

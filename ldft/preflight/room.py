@@ -17,10 +17,14 @@ DEVICE_SPARE, HOST_SPARE = 0.08, 0.02
 
 def host_shortage(run: Selection) -> int:
     """Bytes of a host's ranks by which its memory is expected to fall short; 0: it suffices."""
-    roles, others = host_estimate.host_bytes(run), host_estimate.other_bytes(run, {})
-    need = run.config.launch.ranks_per_host * (sum(roles.values()) + sum(others.values())) * (1 + HOST_SPARE)
     have = host_memory(run.config)
-    return max(0, int(need) - have) if have else 0
+    return max(0, int(host_bytes(run) * (1 + HOST_SPARE)) - have) if have else 0
+
+
+def host_bytes(run: Selection, device: device_estimate.Parts | None = None) -> int:
+    """Expected host memory of a host's ranks. device: the device estimate at its peak, which is in host memory without a GPU."""
+    roles, others = host_estimate.host_bytes(run), host_estimate.other_bytes(run, device or {})
+    return run.config.launch.ranks_per_host * (sum(roles.values()) + sum(others.values()))
 
 
 def host_memory(config: Config) -> int:

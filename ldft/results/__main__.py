@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldft import closed_pipe
-from ldft.config.results import TRACKERS, missing
+from ldft.config.results import missing
 from ldft.errors import ResultsError
 from ldft.results import read, store
 from ldft.terminal import Parser
@@ -33,10 +33,10 @@ def _plain(value: Any) -> Any:
 def _log(path: Path, arguments: argparse.Namespace) -> int:
     """Write every row to the trackers that have a target. One that fails gets no further row, and the others get all. Returns the
     exit code. Raises ResultsError."""
-    targets = {name: target for name in TRACKERS if (target := getattr(arguments, name))}
+    targets = {name: target for name in _TARGETS if (target := getattr(arguments, name))}
     if not targets:
         raise ResultsError(
-            f"name at least one tracker: {', '.join(f'--{name} {what}' for name, what in _TARGETS.items())}"
+            f"name at least one tracker: {', '.join(f'--{name} {what}' for name, (what, _) in _TARGETS.items())}"
         )
     for name in targets:
         if told := missing(name):
@@ -57,11 +57,14 @@ def _log(path: Path, arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-_TARGETS = {"tensorboard": "FOLDER", "mlflow": "URI", "wandb": "PROJECT"}
-_HELP = {
-    "tensorboard": "as for tensorboard --logdir",
-    "mlflow": "a tracking server, a database or a folder: http://HOST:5000, sqlite:///results/mlflow.db",
-    "wandb": "a project of Weights & Biases; WANDB_MODE=offline writes files alone",
+# Tracker -> what its option names, and the help.
+_TARGETS = {
+    "tensorboard": ("FOLDER", "as for tensorboard --logdir"),
+    "mlflow": (
+        "URI",
+        "a tracking server, a database or a folder: http://HOST:5000, sqlite:///results/mlflow.db",
+    ),
+    "wandb": ("PROJECT", "a project of Weights & Biases; WANDB_MODE=offline writes files alone"),
 }
 
 
@@ -75,9 +78,9 @@ def main() -> int:
     log = commands.add_parser("log", help="write all rows to experiment trackers, one run per row; again replaces")
     for command in (compact, export, log):
         command.add_argument("results_dir", nargs="?", default="results", help="default: results")
-    for name, target in _TARGETS.items():
-        log.add_argument(f"--{name}", metavar=target, help=_HELP[name])
-    log.add_argument("--no-figures", dest="figures", action="store_false", help="numbers only: ten times as fast")
+    for name, (target, said) in _TARGETS.items():
+        log.add_argument(f"--{name}", metavar=target, help=said)
+    log.add_argument("--no-figures", dest="figures", action="store_false", help="numbers only, which is faster")
     export.add_argument("--csv", action="store_true", required=True, help="comma-separated values, lists as JSON")
     export.add_argument("-o", "--output", help="file to write; default: standard output")
     arguments = parser.parse_args()

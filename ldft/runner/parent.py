@@ -165,10 +165,16 @@ def _finished(config: Config, row: dict[str, Any], folder: Path, num_said: int =
 
 def prepare(config: Config) -> Path:
     """Resolve the values that the run's identity needs from this machine. Returns the results folder, created and writable."""
-    config.results.validate()  # here: a tracker that is missing says nothing about the run, so it leaves no row
-    checks.check_results_dir(results_dir(config))
+    check_results(config)
     checks.resolve(config)
     return results_dir(config)
+
+
+def check_results(config: Config) -> None:
+    """Create the results folder. Raises ConfigError if it cannot be used, or a tracker cannot: neither leaves a row, since neither
+    says anything about the run."""
+    config.results.validate()
+    checks.check_results_dir(results_dir(config))
 
 
 def results_dir(config: Config) -> Path:

@@ -39,11 +39,12 @@ def log(config: Config, attempt_dir: Path) -> list[str]:
             timeout=_LIMIT_S,
             check=False,
         )
-        out, said = done.stdout, done.stderr
+        out, said, in_time = done.stdout, done.stderr, True
         last = said.decode(errors="replace").strip().rpartition("\n")[2]
         reason = f"its process ended with exit code {done.returncode}" + (f" ({last})" if last else "")
     except subprocess.TimeoutExpired as ended:
         out, said, reason = ended.stdout or b"", ended.stderr or b"", f"no answer within {_LIMIT_S} s"
+        in_time = False
     lines = out.decode(errors="replace").splitlines()
     written = [line for line in lines if line.startswith(_LOGGED)]
     failed = dict(
@@ -53,7 +54,7 @@ def log(config: Config, attempt_dir: Path) -> list[str]:
     for name in wanted:
         if name in have:
             continue
-        if name not in failed and "no answer" in reason:
+        if name not in failed and not in_time:
             _silent.add(name)
         later = shlex.join(["python", *_command([name], attempt_dir)])
         print(

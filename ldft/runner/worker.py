@@ -14,8 +14,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from ldft import batch
 from ldft.config import from_dict
 from ldft.config.memory import Pinning
 from ldft.errors import ConfigError
+from ldft.hidden_packages import hidden
 from ldft.memory.probe import MemoryTable
 from ldft.preflight import device_estimate, device_inputs, device_rates, mlp_tiles
 from ldft.preflight.resolved import complete
@@ -59,19 +58,6 @@ class _Report:
         self._phase_start = None
         self._values["init"] |= parts_s | {"init_s": time.time() - interpreter_start}
         self.put()
-
-
-@contextmanager
-def _without_mlflow() -> Iterator[None]:
-    """Let DeepSpeed see that there is no MLflow. Its autotuner, which nothing here uses, would load 500 modules of it: a second."""
-    if "mlflow" in sys.modules:
-        yield
-        return
-    sys.modules["mlflow"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["mlflow"]
 
 
 class _Warnings(logging.Handler):
@@ -122,7 +108,7 @@ def _train(selection: Selection, report: _Report, rank: int, interpreter_start: 
     config = selection.config
     report.phase("imports", "importing torch, transformers and DeepSpeed")
     gc.disable()  # a million objects that stay: to look through them again and again takes a fifth of this phase
-    with _without_mlflow():
+    with hidden("mlflow"):  # 500 modules, a second, for DeepSpeed's autotuner, which nothing here uses
         import deepspeed
     import torch
 

@@ -14,7 +14,7 @@ from typing import Any
 from ldft.errors import LdftError, ResultsError
 from ldft.results import store
 from ldft.results.history import History, Row
-from ldft.runner import checks, parent, signals
+from ldft.runner import parent, signals
 from ldft.sweep import cell, jobs, slurm
 from ldft.sweep.plan import Cell, Plan
 from ldft.sweep.view import View
@@ -50,8 +50,7 @@ class Sweep:
         """
         if self._plan.configs[self._plan.cells[0].run_id].dry_run:
             return self._dry_run()
-        checks.check_results_dir(self._results_dir)
-        self._plan.configs[self._plan.cells[0].run_id].results.validate()
+        parent.check_results(self._plan.configs[self._plan.cells[0].run_id])
         self._plan.save(self._results_dir)
         self._history.refresh()
         todo = [

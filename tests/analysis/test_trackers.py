@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ldft.config import Config
+from ldft.config import Config, results
+from ldft.results import __main__ as command
 from ldft.results.schema import MEASURED
 from multirun_analysis import load, trackers
 from multirun_analysis.trackers import record
@@ -61,6 +62,10 @@ def test_every_list_of_numbers_is_a_series_or_one_per_rank() -> None:
         and not pa.types.is_struct(one.type.value_type)
     }
     assert lists == {*record.SERIES, *record.PER_RANK}
+
+
+def test_every_tracker_is_a_key_and_an_option() -> None:
+    assert set(results.TRACKERS) == set(trackers.TRACKERS) == set(command._TARGETS)
 
 
 def test_record_has_all_of_the_row(full_row: Path) -> None:

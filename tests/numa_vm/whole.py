@@ -227,7 +227,7 @@ def watch(words: list[str], results: Path) -> Seen:
             return seen
         if (pid := worker()) is not None and (said := report(results)):
             if not seen.roles and "role_addresses" in said:
-                next_s = 0.0
+                next_s = 0.0  # not a moment later: training may last no longer
             if time.monotonic() >= next_s:
                 next_s = time.monotonic() + 2
                 try:
