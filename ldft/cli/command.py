@@ -48,6 +48,7 @@ def _cell(tree: DictConfig) -> int:
         config.plan.keep += overrides.keys(HydraConfig.get().overrides.task)
     if not config.sweep.started_at:
         overrides.refuse_detach()
+        overrides.refuse_launcher(HydraConfig.get().overrides.hydra)
     if config.dry_run:
         from ldft.runner import dry_run
 

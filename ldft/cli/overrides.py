@@ -58,6 +58,12 @@ def refuse_detach() -> None:
         )
 
 
+def refuse_launcher(overrides: list[str]) -> None:
+    """Raise ConfigError for a launcher, which a single run would ignore: it would run here and not where it was asked for."""
+    if any(re.match(r"hydra[./]launcher\b", key) for key in keys(overrides)):
+        raise ConfigError("hydra/launcher", "has no effect on a single run, which runs here; add -m, or leave it out")
+
+
 def keys(overrides: list[str]) -> list[str]:
     """The groups and keys that these overrides set."""
     return [override.partition("=")[0].lstrip("+~").partition("@")[0] for override in overrides]

@@ -29,6 +29,7 @@ from ldft.sweep.plan import Cell
 # Of the memory that a job asks for: part of the estimate, and the parent, file pages and Python beside it.
 _MARGIN, _BESIDE_GIB = 1.1, 2.0
 _POLL_S = 2.0
+_NO_CLUSTER = re.compile(r"fetch_config|Unable to contact slurm controller", re.IGNORECASE)
 _OVER_MEMORY = re.compile(r"exceeded (job )?memory limit|oom[-_]kill|OOM Killed", re.IGNORECASE)
 # Writes of other hosts appear late on shared file systems: so long after its job a row may still come.
 _LATE_S = 10.0
@@ -192,6 +193,10 @@ def refused(error: Exception) -> LdftError:
     text = str(getattr(error, "stderr", "") or error)
     lines = [line.partition("sbatch: error: ")[2].strip() for line in text.splitlines() if "sbatch: error: " in line]
     reason = "; ".join(lines) or " ".join(text.split())
+    if _NO_CLUSTER.search(reason):
+        return ConfigError(
+            "hydra.launcher", f"no SLURM cluster answers here: {reason}; start it on one of its machines"
+        )
     return ConfigError(
         "hydra.launcher", f"SLURM takes no job like this: {reason}; correct partition, account, time, memory or GPUs"
     )

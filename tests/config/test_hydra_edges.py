@@ -71,6 +71,8 @@ LINES = {
     # Hydra's options
     "--multirun --cfg job": ["command line: --multirun and --cfg cannot be combined; use one"],
     "--detach dry_run=true": ["command line: --detach is for sweeps as jobs of SLURM; add -m hydra/launcher=slurm"],
+    "hydra/launcher=slurm model=nano": ["hydra/launcher: has no effect on a single run, which runs here; add -m"],
+    "hydra/launcher=slurm hydra.launcher.partition=x": ["hydra/launcher: has no effect on a single run"],
     "-m --detach seq_len=1k,2k": ["command line: --detach is for sweeps as jobs of SLURM"],
     "--resolve": ["command line: --resolve needs --cfg"],
     "--experimental-rerun x": ["command line: --experimental-rerun reads files that ldft does not write"],

@@ -116,3 +116,22 @@ def test_the_nodes_of_a_partition_are_those_of_all_states(answers: Callable[...,
     assert slurm.nodes("high") == 9
     answers("sinfo", "", 1)
     assert slurm.nodes("high") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            "sbatch: error: resolve_ctls_from_dns_srv: Unknown host\nsbatch: error: fetch_config: DNS SRV lookup failed",
+            "hydra.launcher: no SLURM cluster answers here: resolve_ctls_from_dns_srv: Unknown host; fetch_config: DNS SRV lookup "
+            "failed; start it on one of its machines",
+        ),
+        (
+            "sbatch: error: invalid partition specified: nope",
+            "hydra.launcher: SLURM takes no job like this: invalid partition specified: nope; correct partition, account, time, "
+            "memory or GPUs",
+        ),
+    ],
+)
+def test_what_sbatch_said_is_one_line_with_what_to_do(said: str, line: str) -> None:
+    assert str(jobs.refused(RuntimeError(said))) == line
