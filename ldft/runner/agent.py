@@ -105,9 +105,9 @@ def _run(folder: Path, config: Config, host: int, state: HostState) -> int:
 
     seen = [0]
     exits: list[launch.RankExit] = []
+    signals.note()
     try:
         with (
-            signals.noting(),
             nullcontext() if ready.stripes else kernel_weights(config.numa.placement),
             swap_files.folder(config, ready.deepspeed),
             launch.Ranks(
@@ -124,6 +124,8 @@ def _run(folder: Path, config: Config, host: int, state: HostState) -> int:
                 launch.wait(ranks, 0.0, tick)
     except signals.Stopped:
         pass
+    # Whoever reads that it has ended may tell it to end, which must not become its exit code.
+    signals.ignore()
     state.put(exits=[dataclasses.asdict(one) for one in exits], oom_kills=final_status.oom_kills() - kills, ended=True)
     return 0
 
@@ -137,6 +139,7 @@ def main() -> int:
         state.put(step=batch.step())
         return _run(folder, config, host, state)
     except ConfigError as error:
+        signals.ignore()
         try:
             state.put(refused=str(error), ended=True)
         except ConfigError:

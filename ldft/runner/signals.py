@@ -38,20 +38,32 @@ def noted() -> str | None:
     return _noted
 
 
+def _note(number: int, frame: FrameType | None) -> None:
+    global _noted
+    _noted = signal.Signals(number).name
+
+
+def note() -> None:
+    """From here on, a signal is only noted, until `ignore`."""
+    for number in _SIGNALS:
+        signal.signal(number, _note)
+
+
+def ignore() -> None:
+    """From here on, signals do nothing: the process ends by itself, and says how."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def noting() -> Iterator[None]:
     """Within the context, a signal is only noted; see `noted`. The contexts of runs are nested in their sweep's."""
     global _depth, _noted
-
-    def note(number: int, frame: FrameType | None) -> None:
-        global _noted
-        _noted = signal.Signals(number).name
-
     if _depth == 0:
         _noted = None
     _depth += 1
     try:
-        with _handled_by(note):
+        with _handled_by(_note):
             yield
     finally:
         _depth -= 1
@@ -64,8 +76,7 @@ def raising() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         global _noted
-        for other in _SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
+        ignore()
         _noted = signal.Signals(number).name
         raise Stopped(_noted)
 

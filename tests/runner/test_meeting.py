@@ -20,6 +20,7 @@ import pytest
 from ldft import batch
 from ldft.errors import ConfigError
 from ldft.runner import agent, meeting
+from tests.conftest import long
 
 TWO = ("launch.num_ranks=2", "launch.num_hosts=2", "train.warmup_iterations=1", "results.dir=results")
 ENDLESS = "train.iterations=100000"
@@ -98,6 +99,20 @@ def test_the_same_command_on_each_host_is_one_run(hosts: Hosts) -> None:
     assert {one["rank"] for one in row["roles"]} == {0, 1}
     assert "host 1 of 2: its ranks run in" in also and "ok in" in said and "ok in" not in also
     assert nothing_runs_in(hosts.folder)
+
+
+@long
+def test_an_agent_that_is_told_to_end_when_it_has_ended_still_ends_well(hosts: Hosts) -> None:
+    """The first host ends when it reads that all agents have; another's may be just about to exit."""
+    (hosts.folder / "late").mkdir()
+    (hosts.folder / "late" / "sitecustomize.py").write_text(
+        "import atexit, sys, time\nif 'ldft.runner.agent' in sys.orig_argv: atexit.register(time.sleep, 3)\n"
+    )
+    path = os.pathsep.join(filter(None, (str(hosts.folder / "late"), os.environ.get("PYTHONPATH"))))
+    both = [hosts.start(0, "train.iterations=3"), hosts.start(1, "train.iterations=3", PYTHONPATH=path)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert hosts.row()["status"] == "ok"
 
 
 def test_a_rank_that_is_killed_on_the_other_host_ends_both(hosts: Hosts) -> None:
