@@ -96,4 +96,4 @@ plain_common.train(
     step=lambda last: engine.step(),
 )
 engine.destroy()
-torch.distributed.destroy_process_group()
+plain_common.leave()

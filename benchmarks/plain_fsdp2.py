@@ -63,4 +63,4 @@ plain_common.train(
     backward=lambda loss: (loss / accumulated).backward(),
     step=step,
 )
-torch.distributed.destroy_process_group()
+plain_common.leave()
