@@ -72,6 +72,7 @@ LONGEST = (
     "config/test_keys.py",
 )
 TESTS = Path(__file__).parent
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -93,10 +94,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def loggers_stay_as_they_are() -> Iterator[None]:
-    """Hydra switches off every logger when the command line runs in this process; later tests read what they log."""
-    before = logging.root.level
+def loggers_and_signals_stay_as_they_are() -> Iterator[None]:
+    """Hydra switches off every logger when the command line runs in this process; later tests read what they log. An agent ignores
+    signals at its end, which every process that is started later would inherit."""
+    before, handlers = logging.root.level, {one: signal.getsignal(one) for one in STOP_SIGNALS}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     logging.root.setLevel(before)
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):

@@ -57,7 +57,7 @@ def _cell(tree: DictConfig) -> int:
     if (given := batch.given()) and given.number:
         config.launch.validate()
         hosts.check(config)
-        return meeting.join(given)
+        return meeting.join(given, config)
     if config.launch.num_hosts > 1 and batch.host_number():
         return 0  # SLURM's task on the first host runs the cell
     if config.sweep.started_at:

@@ -15,7 +15,7 @@ from ldft.config.offload import OffloadConfig, OffloadDevice
 from ldft.config.optimizer import OptimizerConfig, Schedule
 from ldft.config.plan import Goal, PlanConfig
 from ldft.config.results import ResultsConfig
-from ldft.config.root import Config, columns, from_dict, run_id, series_id, to_dict
+from ldft.config.root import Config, columns, disagreements, from_dict, run_id, series_id, to_dict
 from ldft.config.seq_len import SeqLenConfig
 from ldft.config.sweep import Rerun, SweepConfig
 from ldft.config.train import Precision, TrainConfig
@@ -57,6 +57,7 @@ __all__ = [
     "TrainConfig",
     "Weights",
     "columns",
+    "disagreements",
     "from_dict",
     "run_id",
     "series_id",

@@ -257,13 +257,38 @@ def flatten(config: Config) -> dict[str, Any]:
     return {key: value_of(key) for key in _keys()}
 
 
+def text_of(value: Any) -> str:
+    """A leaf value as `asked` and lines for people have it."""
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _measured(key: str, without: tuple[str, ...] = ()) -> bool:
+    """Whether a key says what is measured."""
+    return not any(key == name or key.startswith(name + ".") for name in _NOT_IDENTITY + without)
+
+
+def disagreements(given: Config, run: Config) -> list[tuple[str, str, str]]:
+    """Keys of what is measured that `given`, as composed from a command, has otherwise than the command that `run` is of, with both
+    values. run: with ldft's choices in place of auto; `run.asked` says which these are."""
+    theirs, found = flatten(run), []
+    # What a config.json filled in, and what it is merged with, is compared by its name alone.
+    open_keys = [key for key, value in given.asked.items() if value == FROM_FILE]
+    filled = (*open_keys, "model.path", "model.extra", "model.rope_scaling") if open_keys else ()
+    for key, mine in flatten(given).items():
+        if key != "plan.goal" and (not _measured(key) or key in filled):
+            continue
+        other = run.asked[key] if key in run.asked and key != "plan.goal" else text_of(theirs[key])
+        if text_of(mine) != other:
+            found.append((key, text_of(mine), other))
+    return found
+
+
 def _identity(config: Config, without: tuple[str, ...] = ()) -> str:
     defaults = flatten(Config())
     identity = {
         key: value
         for key, value in flatten(config).items()
-        if not any(key == name or key.startswith(name + ".") for name in _NOT_IDENTITY + without)
-        and not (key in _LATER and value == defaults[key])
+        if _measured(key, without) and not (key in _LATER and value == defaults[key])
     }
     if config.asked.get("plan.goal", config.plan.goal.name) != config.plan.goal.name:
         identity["plan.goal"] = config.asked["plan.goal"]  # why there is no plan: not the run that the values would be

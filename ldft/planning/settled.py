@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ldft.config import Config, Device, Goal
-from ldft.config.root import flatten
+from ldft.config.root import flatten, text_of
 from ldft.errors import CombinationError, ConfigError
 from ldft.planning import machine, search
 from ldft.planning.iteration_time import Times, predict
@@ -32,7 +32,7 @@ def settle(config: Config) -> None:
         config.asked[DONE] = str(error)
         return
     chosen = plan.run.config
-    config.asked |= {key: _text(before) for key, before, _ in changed(config, chosen)}
+    config.asked |= {key: text_of(before) for key, before, _ in changed(config, chosen)}
     config.asked[DONE] = config.plan.goal.name
     for field in dataclasses.fields(config):
         setattr(config, field.name, getattr(chosen, field.name) if field.name != "asked" else config.asked)
@@ -135,13 +135,9 @@ def overrides(config: Config) -> list[str]:
     """What a plan changed, as on a command line."""
     left = {"launch.device", "train.precision", DONE}
     values = {key: value for key, value in flatten(config).items() if key in config.asked and key not in left}
-    return [f"{key}={_text(value)}" for key, value in values.items() if not key.startswith("model.")]
+    return [f"{key}={text_of(value)}" for key, value in values.items() if not key.startswith("model.")]
 
 
 def changes(config: Config, chosen: Config) -> list[str]:
     """What differs between a config and a plan's, as on a command line."""
-    return [f"{key}={_text(value)}" for key, _, value in changed(config, chosen)]
-
-
-def _text(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return [f"{key}={text_of(value)}" for key, _, value in changed(config, chosen)]

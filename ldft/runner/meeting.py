@@ -20,7 +20,9 @@ from typing import IO, Any
 
 from ldft import batch
 from ldft.batch import Given
+from ldft.config import Config, disagreements, from_dict
 from ldft.errors import ConfigError
+from ldft.results import attempt
 from ldft.runner import agent, launch, signals
 
 _END_S = 20.0
@@ -134,9 +136,12 @@ class Meeting:
         self._server.close()
 
 
-def join(given: Given) -> int:
+def join(given: Given, config: Config) -> int:
     """Run this host's ranks of the run that the first host starts. Returns the exit code. Raises ConfigError if it cannot be
-    joined."""
+    joined, or is of another command than this host's.
+
+    config: as composed here, before ldft chooses what is left to it.
+    """
     connection, said = _connect(given)
     with connection:
         there = f"{given.address}:{given.port}"
@@ -161,6 +166,12 @@ def join(given: Given) -> int:
                 _send(connection, refused=f"{batch.host()}: {reason}")
                 raise ConfigError("results.dir", reason)
             time.sleep(0.1)
+        if differ := disagreements(config, from_dict(attempt.read_json(folder / "config.json"))):
+            key, mine, first = differ[0]
+            more = f" (and {len(differ) - 1} more keys differ)" if len(differ) > 1 else ""
+            reason = f"{mine} here, but {first} on the first host{more}; start the same command on every host"
+            _send(connection, refused=f"{batch.host()}: {key}: {reason}")
+            raise ConfigError(key, reason)
         return _work(folder, connection)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ldft.config import Config, Device, Goal, Precision
+from ldft.config.root import text_of
 from ldft.errors import CombinationError, ConfigError
 from ldft.memory.topology import Topology
 from ldft.planning import machine, settled
@@ -79,7 +80,7 @@ def test_changes_are_those_between_two_configs() -> None:
     chosen = chosen_of(config).run.config
     assert settled.changed(config, chosen) == [("checkpointing.layers", -1, 1), ("kernels.mlp_tiles", None, 16)]
     assert settled.changes(chosen, config) == ["checkpointing.layers=-1", "kernels.mlp_tiles=null"]
-    assert settled._text(0.25) == "0.25" and settled._text(3.0) == "3"
+    assert text_of(0.25) == "0.25" and text_of(3.0) == "3"
 
 
 @pytest.fixture

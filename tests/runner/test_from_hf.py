@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hydra_plugins.ldft import search_path
-from ldft.config import Config, Weights, run_id, to_dict
+from ldft.config import Config, Weights, disagreements, from_dict, run_id, to_dict
 from ldft.config.root import FROM_FILE
 from ldft.environment import CONF_DIR
 from ldft.errors import ConfigError
@@ -132,6 +132,15 @@ def to_dict_of(*overrides: str) -> dict[str, Any]:
     for key in tree.pop("asked"):
         tree["model"][key.removeprefix("model.")] = FROM_FILE
     return tree
+
+
+def test_hosts_that_read_the_same_file_agree(folder: Callable[..., Path]) -> None:
+    """The other host compares its command before it has read the file."""
+    words = ("model=from_hf", "launch.device=cpu", f"model.path={folder(to='tiny', **TINY)}", "model.num_layers=2")
+    run = from_dict(to_dict(resolved(*words)))
+    assert disagreements(compose(*words), run) == []
+    assert disagreements(compose(*words[:3], "model.num_layers=1"), run) == [("model.num_layers", "1", "2")]
+    assert "model.hidden_size" in [key for key, *_ in disagreements(compose("model=llama3_1b"), run)]
 
 
 def test_a_run_records_where_its_model_is_from(folder: Callable[..., Path], ldft: Callable[..., Done]) -> None:

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ldft import batch
+from ldft.config import Config, disagreements, from_dict, to_dict
 from ldft.errors import ConfigError
-from ldft.runner import agent, meeting
-from tests.conftest import long
+from ldft.runner import agent, checks, meeting
+from tests.conftest import compose, long
 
 TWO = ("launch.num_ranks=2", "launch.num_hosts=2", "train.warmup_iterations=1", "results.dir=results")
 ENDLESS = "train.iterations=100000"
@@ -101,6 +102,41 @@ def test_the_same_command_on_each_host_is_one_run(hosts: Hosts) -> None:
     assert nothing_runs_in(hosts.folder)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "other", "differ"),
+    [
+        (("launch.device=auto",), ("launch.device=cpu",), [("launch.device", "cpu", "auto")]),
+        (("model=nano",), ("model=nano", "model.num_layers=1"), [("model.num_layers", "1", "2")]),
+        (("results.dir=a", "launch.timeout_s=60"), ("results.dir=b", "launch.timeout_s=70"), []),
+        (("checkpointing=cpu",), ("checkpointing=gpu",), [("checkpointing.mode", "gpu", "cpu")]),
+        (
+            ("model=llama3_1b", "machine=h200", "plan=fastest", "offload=full"),
+            ("model=llama3_1b", "machine=h200", "offload=full"),
+            [("plan.goal", "none", "fastest")],
+        ),
+        (("numa=bind_0",), ("numa=bind_0", "numa.nodes=[1]"), [("numa.nodes", "[1]", "[0]")]),
+    ],
+)
+def test_commands_that_measure_something_else_disagree(overrides, other, differ) -> None:
+    """Equal commands do not, whatever ldft chose for the first host in the meantime."""
+    run = compose(*overrides)
+    checks.resolve(run)
+    run.numa.bandwidth = {}  # of a machine that is not here, on which nothing runs
+    assert disagreements(compose(*overrides), from_dict(to_dict(run))) == []
+    assert disagreements(compose(*other), from_dict(to_dict(run))) == differ
+
+
+@long
+def test_another_command_on_the_other_host_is_refused(hosts: Hosts) -> None:
+    first, second = hosts.start(0, "seq_len.tokens=64", ENDLESS), hosts.start(1, "seq_len.tokens=32", ENDLESS)
+    said, also = first.communicate(timeout=120)[0], second.communicate(timeout=120)[0]
+    reason = "seq_len.tokens: 32 here, but 64 on the first host; start the same command on every host"
+    assert (first.returncode, second.returncode) == (2, 2), said + also
+    assert f"ldft: {reason}\n" in also and hosts.row()["status"] == "invalid"
+    assert hosts.row()["error_message"] == f"{socket.gethostname()}: {reason}"
+    assert nothing_runs_in(hosts.folder)
+
+
 @long
 def test_an_agent_that_is_told_to_end_when_it_has_ended_still_ends_well(hosts: Hosts) -> None:
     """The first host ends when it reads that all agents have; another's may be just about to exit."""
@@ -150,7 +186,7 @@ def test_a_host_that_does_not_see_the_results_ends_the_run(hosts: Hosts, monkeyp
         with pytest.raises(
             ConfigError, match=r"results.dir: .*/attempt is not there; the results folder must be on a file"
         ):
-            meeting.join(given)
+            meeting.join(given, Config())
         end = time.monotonic() + 10
         while not one.refused and time.monotonic() < end:
             time.sleep(0.01)
@@ -169,7 +205,7 @@ def test_a_port_is_refused_where_another_program_has_it_or_answers(hosts: Hosts,
     with pytest.raises(
         ConfigError, match=f"no answer from localhost:{hosts.port} within 0 s .*; see that the first host runs"
     ):
-        meeting.join(given)
+        meeting.join(given, Config())
     with closing(socket.create_server(("localhost", given.port))) as other, (tmp_path / "log").open("wb") as log:
         with pytest.raises(ConfigError, match=rf"port {hosts.port} \(MASTER_PORT\) cannot be used: .*; choose another"):
             meeting.Meeting(tmp_path, given, log)
@@ -238,16 +274,16 @@ def test_each_host_joins_once_and_only_a_run_of_as_many(
     with pytest.raises(
         ConfigError, match=r"3, but localhost:[0-9]+ has a run on 2 hosts; correct NNODES, or choose another"
     ):
-        meeting.join(this(hosts, 3))
+        meeting.join(this(hosts, 3), Config())
     one, _ = guest(hosts, b'{"host": 1, "hosts": 2}\n')
     with pytest.raises(ConfigError, match=r"has host 1 \(NODE_RANK\) already; give each host a number"):
-        meeting.join(this(hosts))
+        meeting.join(this(hosts), Config())
     one.shutdown(socket.SHUT_RDWR)
     one.close()
     until(lambda: not met._guests)
     monkeypatch.setattr(agent, "MEET_S", 0.5)
     with pytest.raises(ConfigError, match="no answer"):  # it is for the next run, at the same port, and waits for that
-        meeting.join(this(hosts))
+        meeting.join(this(hosts), Config())
 
 
 def test_the_agent_ends_with_a_first_host_that_is_killed_while_it_waits(hosts: Hosts) -> None:
