@@ -270,6 +270,7 @@ def _start(command: list[str], config: Config, log_path: Path, timeout_s: float)
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
+                "LOCAL_SIZE": str(ranks),  # as DeepSpeed's launcher sets it
                 "MASTER_PORT": str(port),
             }
 

@@ -122,6 +122,8 @@ class Ranks:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(self._world),
                 "LOCAL_WORLD_SIZE": str(num_ranks),
+                # As DeepSpeed's launcher sets it. Without it, each reduction of gradients on CPUs starts `numactl --hardware`.
+                "LOCAL_SIZE": str(num_ranks),
                 "LDFT_RENDEZVOUS_DIR": self._rendezvous_dir,
                 "LDFT_INIT_METHOD": self._init_method or f"file://{self._rendezvous_dir}/store",
                 "OMP_NUM_THREADS": str(num_threads),

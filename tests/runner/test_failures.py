@@ -54,7 +54,8 @@ class Running:
         for process in self.family:
             # A probe that was alive then may be gone or a zombie by now, without a command line.
             with suppress(psutil.NoSuchProcess):
-                if "ldft.worker" in process.cmdline():
+                # What a rank starts has the rank's command line until it has one of its own.
+                if "ldft.worker" in process.cmdline() and process.ppid() == self.process.pid:
                     ranks.append(process)
         return ranks
 

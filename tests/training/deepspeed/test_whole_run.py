@@ -1,5 +1,5 @@
 """A whole run of two ranks: its row has every role on every rank. As ldft's own kernel updates it, it compiles nothing, and loads
-neither torch's compiler nor peft, nor MLflow, which DeepSpeed's autotuner would load."""
+neither torch's compiler nor peft, nor MLflow, which DeepSpeed's autotuner would load. Its ranks start no process."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from tests.training.deepspeed.test_roles import PARAMETERS
 
 NODE = read_topology().memory_nodes[0]
 
-# Each Python that starts leaves the names of its modules when it ends.
+# Each Python that starts leaves the names of its modules when it ends, and what it has started.
 AT_EXIT = """
 import atexit, json, os, pathlib, sys
 folder = pathlib.Path(os.environ["MODULES_DIR"])
-atexit.register(lambda: (folder / f"{os.getpid()}.json").write_text(json.dumps(sorted(sys.modules))))
+started = []
+sys.addaudithook(lambda event, about: started.append(str(about[1])) if event == "subprocess.Popen" else None)
+atexit.register(lambda: (folder / f"{os.getpid()}.json").write_text(json.dumps([sorted(sys.modules), started])))
 """
 
 
@@ -57,9 +59,10 @@ def test_a_run_compiles_nothing_and_loads_no_compiler(done: Done, folder: Path) 
     assert done.row.fused_step, done.stdout + done.stderr
     assert not (folder / "operators").exists(), "an operator of DeepSpeed's was compiled"
     files = (folder / "modules").glob("*.json")
-    ranks = [names for names in map(json.loads, (f.read_text() for f in files)) if "deepspeed" in names]
+    ranks = [found for found in map(json.loads, (f.read_text() for f in files)) if "deepspeed" in found[0]]
     assert len(ranks) == 2
-    for names in ranks:
+    for names, started in ranks:
+        assert started == []  # DeepSpeed would ask numactl in each iteration how many NUMA nodes there are
         assert {"torch", "deepspeed.runtime.zero.muon.original_muon"} <= set(names), "the list was not read"
         assert not {"torch._inductor.compile_fx", "peft", "mlflow"} & set(names)
 
