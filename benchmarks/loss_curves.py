@@ -113,7 +113,7 @@ def main() -> int:
         *arguments.overrides,
     ]
 
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
     folder = tempfile.mkdtemp()
     deepspeed.init_distributed(
         "nccl", auto_mpi_discovery=False, init_method=f"file://{folder}/store", rank=0, world_size=1

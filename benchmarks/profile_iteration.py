@@ -96,6 +96,7 @@ def main() -> None:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_SIZE": "1",
         "LDFT_RENDEZVOUS_DIR": str(folder),
         "DS_ACCELERATOR": config.launch.device.name,
     }

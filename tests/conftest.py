@@ -29,6 +29,7 @@ from ldft.cli import command as command_line
 from ldft.cli import composition, many
 from ldft.config import Config, Precision, from_dict
 from ldft.environment import CONF_DIR
+from ldft.runner import signals
 
 # Before anything imports DeepSpeed, which would look for an accelerator, and say so, at every start.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -72,7 +73,6 @@ LONGEST = (
     "config/test_keys.py",
 )
 TESTS = Path(__file__).parent
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -97,7 +97,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def loggers_and_signals_stay_as_they_are() -> Iterator[None]:
     """Hydra switches off every logger when the command line runs in this process; later tests read what they log. An agent ignores
     signals at its end, which every process that is started later would inherit."""
-    before, handlers = logging.root.level, {one: signal.getsignal(one) for one in STOP_SIGNALS}
+    before, handlers = logging.root.level, {one: signal.getsignal(one) for one in signals.SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -270,17 +270,14 @@ def _measured(key: str, without: tuple[str, ...] = ()) -> bool:
 def disagreements(given: Config, run: Config) -> list[tuple[str, str, str]]:
     """Keys of what is measured that `given`, as composed from a command, has otherwise than the command that `run` is of, with both
     values. run: with ldft's choices in place of auto; `run.asked` says which these are."""
-    theirs, found = flatten(run), []
+    asked = {key: value for key, value in run.asked.items() if key != "plan.goal"}
+    theirs = {key: text_of(value) for key, value in flatten(run).items()} | asked
     # What a config.json filled in, and what it is merged with, is compared by its name alone.
     open_keys = [key for key, value in given.asked.items() if value == FROM_FILE]
     filled = (*open_keys, "model.path", "model.extra", "model.rope_scaling") if open_keys else ()
-    for key, mine in flatten(given).items():
-        if key != "plan.goal" and (not _measured(key) or key in filled):
-            continue
-        other = run.asked[key] if key in run.asked and key != "plan.goal" else text_of(theirs[key])
-        if text_of(mine) != other:
-            found.append((key, text_of(mine), other))
-    return found
+    mine = {key: text_of(value) for key, value in flatten(given).items() if key not in filled}
+    compared = (key for key in mine if _measured(key) or key == "plan.goal")
+    return [(key, mine[key], theirs[key]) for key in compared if mine[key] != theirs[key]]
 
 
 def _identity(config: Config, without: tuple[str, ...] = ()) -> str:

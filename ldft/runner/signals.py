@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _noted: str | None = None
 _depth = 0
 
@@ -25,7 +25,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
@@ -45,13 +45,13 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 def note() -> None:
     """From here on, a signal is only noted, until `ignore`."""
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, _note)
 
 
 def ignore() -> None:
     """From here on, signals do nothing: the process ends by itself, and says how."""
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
