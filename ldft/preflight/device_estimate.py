@@ -209,33 +209,49 @@ def _step(config: Config) -> Parts:
 
 
 def _inside(run: Selection, recomputed: bool) -> int:
-    """One layer in its backward pass: w T (5 H + 2 Q + 2 K + 4 I), less what is kept in any case.
+    """One layer in its backward pass, less what is kept in any case: in its MLP or, later, its attention, whichever takes more.
 
-    The outputs of both norms, the residual between them, and two gradients take 5 H; queries, keys, values and the attention
-    output 2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers recomputed together each keep theirs.
-    An adapter on the MLP's last module adds w T (I + 2 H): a second gradient of its input, and the adapter's copy of its output
-    gradient. An MLP in tiles has the arrays of one tile, and its weights' gradients in fp32; when it is done, attention's backward
-    pass sums up the queries' gradient in fp32, 4 T Q.
+    The MLP: w T (5 H + 2 Q + 2 K + 4 I). The outputs of both norms, the residual between them, and two gradients take 5 H; queries,
+    keys, values and the attention output 2 Q + 2 K; the MLP's two halves, their product and its gradient 4 I. Layers recomputed
+    together each keep theirs. An adapter on the MLP's last module adds w T (I + 2 H): a second gradient of its input, and the
+    adapter's copy of its output gradient. An MLP in tiles has the arrays of one tile, and its weights' gradients in fp32.
     """
     config = run.config
-    model = config.model
+    model, width = config.model, parameter_counts.width(config)
     sparse = decoder_layers.largest(model)
-    of_experts = model.num_experts_per_token * (model.hidden_size + experts.expert_width(model))
-    width = of_experts if sparse else model.intermediate_size
-    if run.mlp_tiles > 1:
-        width = 0
-    inside = parameter_counts.width(config) * tokens(config) * (2 * model.hidden_size + width) + _scores(run, 2)
-    if run.mlp_tiles > 1:
-        queries = model.num_attention_heads * model.head_dim
-        inside += max(_tile(run), 4 * tokens(config) * queries)
-    elif "down_proj" in parameter_counts.adapted(config, sparse):
-        inputs = decoder_layers.linears(model, sparse)["down_proj"][0]
-        inside += parameter_counts.width(config) * tokens(config) * (inputs + 2 * model.hidden_size)
-    inside += parameter_counts.width(config) * tokens(config) * sequence_parallel.exchanged(config)
+    elements = 2 * model.hidden_size
+    if run.mlp_tiles == 1:
+        of_experts = model.num_experts_per_token * (model.hidden_size + experts.expert_width(model))
+        elements += of_experts if sparse else model.intermediate_size
+        if "down_proj" in parameter_counts.adapted(config, sparse):
+            elements += decoder_layers.linears(model, sparse)["down_proj"][0] + 2 * model.hidden_size
+    mlp = width * tokens(config) * elements + (_tile(run) if run.mlp_tiles > 1 else 0)
+    inside = max(mlp, _attention(run) - _kept(run)) + _scores(run, 2)
+    inside += width * tokens(config) * sequence_parallel.exchanged(config)
     if not recomputed:
         return inside
     every = config.checkpointing.every
     return inside + every * _kept(run) + (every - 1) * hidden_bytes(config)
+
+
+def _attention(run: Selection) -> int:
+    """Attention's backward pass by a fused kernel: w T (3 H + 4 Q + 4 K), 4 T Q, and 2 w T Q if heads are grouped.
+
+    The norm's output and two gradients of the residual stream take 3 H; queries, keys, values, the output, and a gradient of each
+    4 Q + 4 K. The kernel sums up the queries' gradient in fp32, and computes the gradients of keys and values for each query's head
+    (cuDNN: seen in a memory snapshot of an H200; flash-attn: flash_api.cpp, mha_bwd, dk_expanded). Scores are counted elsewhere.
+    """
+    config, width = run.config, parameter_counts.width(run.config)
+    queries, keys = _heads(run)
+    kernel = 4 * queries + (2 * width * queries if keys < queries else 0)
+    return tokens(config) * (width * (3 * config.model.hidden_size + 4 * queries + 4 * keys) + kernel)
+
+
+def _heads(run: Selection) -> tuple[int, int]:
+    """Q and K: elements of a token's queries, and of its keys as attention reads them."""
+    model = run.config.model
+    queries = model.num_attention_heads * model.head_dim
+    return queries, queries if run.repeats_heads else sequence_parallel.key_heads(run.config) * model.head_dim
 
 
 def _kept(run: Selection) -> int:
@@ -245,9 +261,7 @@ def _kept(run: Selection) -> int:
     """
     config = run.config
     model = config.model
-    repeats = run.repeats_heads
-    queries = model.num_attention_heads * model.head_dim
-    keys = queries if repeats else sequence_parallel.key_heads(config) * model.head_dim
+    queries, keys = _heads(run)
     sparse = decoder_layers.largest(model)
     elements = 3 * model.hidden_size + 2 * queries + 2 * keys
     if run.mlp_tiles == 1:
@@ -312,13 +326,8 @@ def _scores(run: Selection, copies: int) -> int:
     config = run.config
     if not attention.SPECS[run.attention].stores_scores:
         return 0
-    return (
-        copies
-        * parameter_counts.width(config)
-        * tokens(config)
-        * config.seq_len.tokens
-        * config.model.num_attention_heads
-    )
+    copy = parameter_counts.width(config) * tokens(config) * config.seq_len.tokens * config.model.num_attention_heads
+    return copies * copy
 
 
 def _loss(run: Selection) -> Parts:
