@@ -11,6 +11,7 @@ w: bytes per number in compute precision.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from ldft.config import Config, Device, OffloadDevice
@@ -24,6 +25,7 @@ from ldft.preflight import (
     parameter_counts,
     sequence_parallel,
     windows,
+    zero_buckets,
 )
 from ldft.preflight.selection import Selection
 
@@ -35,6 +37,12 @@ _STEP_BYTES, _STEP_LAYERS = 120.0, 5
 # Python's part of a step with offload, seconds; and how long the device waits at each fetched layer even if the host is ahead, as a
 # part of the host's time for the layer.
 _STEP_S, _HOOKS = 0.015, 0.14
+# Where DeepSpeed fetches each matrix of a layer by itself, Python takes so many times as long for the layer. So many bytes of host
+# memory does an update move for each parameter: DeepSpeed's in stage 3; the same in groups of one matrix; and ldft's kernel within
+# stages 1 and 2, which scale gradients in fp32 before, and round the weights after. The first is a count. The others are derived
+# from the cells offload=seed and offload=optimizer of two models on an H200 whose host reached 176 GB/s (multirun_analysis/data).
+_FUSED_BYTES = 28  # two moments and master weights in fp32, read and written; gradient and weight in 16 bits
+_MATRICES, _STOCK_BYTES, _SINGLE_BYTES, _STAGE_2_BYTES = 5.0, 52, 76, 56
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +101,10 @@ def predict(run: Selection, rates: Rates) -> Times:
     loss = _loss(run, rates)
     fetches = config.offload.stage == 3
     host = rates.fetched if fetches else rates.resident
+    if config.offload.parameters is OffloadDevice.cpu and not zero_buckets.whole_layers(config):
+        host = dataclasses.replace(
+            host, **{name: _MATRICES * value for name, value in dataclasses.asdict(host).items()}
+        )
     hooks = _HOOKS * host.forward if fetches else 0.0
     exchange = _exchange(run, rates)
     ahead = max(layer.forward + hooks + exchange, host.forward)
@@ -221,7 +233,7 @@ class _Link:
     fetch: float
     """One layer's weights, to the device."""
     tail: float
-    """After the last layer's backward pass: the embedding's gradient."""
+    """What nothing hides: the embedding's gradient after the last layer's; in stages 1 and 2 all gradients."""
 
 
 def _link(run: Selection, rates: Rates) -> _Link:
@@ -239,14 +251,17 @@ def _link(run: Selection, rates: Rates) -> _Link:
     waiting = _waiting_bytes(run)
     leaves = config.offload.optimizer is not OffloadDevice.none
     gradients = width * trained * (1 - share) / ranks / up if leaves else 0.0
-    embedding = width * parameter_counts.embedding_parameters(model) / ranks / up
+    tail = width * parameter_counts.embedding_parameters(model) / ranks / up
+    if leaves and config.offload.stage < 3:
+        # In fp32, and the device waits for each (stage_1_and_2.py, async_inplace_copy_grad_to_fp32_buffer_from_gpu).
+        gradients, tail = 0.0, 4 * trained / ranks / up
     reduced = width * trained * (ranks - 1) / ranks / rates.peers
     return _Link(
         forward=(weights / down, waiting / up, gathered),
         backward=((weights + waiting) / down, gradients, gathered + reduced),
         moved=config.launch.ranks_per_host * (weights + waiting),
         fetch=width * parameter_counts.layer_parameters(model) / ranks / down if offloads else 0.0,
-        tail=embedding if leaves and not share and not config.lora.rank else 0.0,
+        tail=tail if leaves and not share and not config.lora.rank else 0.0,
     )
 
 
@@ -268,10 +283,13 @@ def _update(run: Selection, rates: Rates) -> float:
     if config.offload.optimizer is not OffloadDevice.cpu:
         return 0.0
     trained = parameter_counts.total(parameter_counts.trained_sizes(config)) - run.gpu_share * config.launch.num_ranks
-    # Each state is read and written, the gradient read, the weight written. Stock DeepSpeed also unscales, and copies twice.
+    # Each state is read and written, the gradient read, the weight written.
     traffic = 2 * (parameter_counts.state_bytes(config) + parameter_counts.width(config))
     if not run.fused_step:
-        traffic += 3 * 4 + 2 * (4 + parameter_counts.width(config))
+        single = run.zero["sub_group_size"] < parameter_counts.layer_parameters(config.model)
+        traffic += (_SINGLE_BYTES if single else _STOCK_BYTES) - _FUSED_BYTES
+    elif config.offload.stage < 3:
+        traffic += _STAGE_2_BYTES - _FUSED_BYTES
     return traffic * trained / config.launch.num_hosts / sum(rates.host.cpu.values())
 
 

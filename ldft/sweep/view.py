@@ -79,12 +79,13 @@ def summary(plan: Plan, history: History) -> list[tuple[str, list[list[str]]]]:
     """Titled tables: the best cell of each model and length, then skipped and failed cells with reason and log."""
     speeds: dict[tuple[str, int], dict[str, list[float]]] = {}
     bad, skipped = [], []
-    sources: dict[str | None, int] = {}
+    sources: dict[str, int] = {}
     for one in plan.cells:
         row = history.row(one.run_id, history.latest_number(one.run_id))
         if not row:
             continue
-        sources[row["source_hash"]] = sources.get(row["source_hash"], 0) + 1
+        if source := row["source_hash"]:  # none in the row of a job that ended without one: nothing was measured
+            sources[source] = sources.get(source, 0) + 1
         if row["status"] == "ok" and row["tokens_per_s"]:
             group = speeds.setdefault((one.model, one.tokens), {})
             group.setdefault(one.label.rpartition(" #")[0] or one.label, []).append(row["tokens_per_s"])
@@ -101,7 +102,7 @@ def summary(plan: Plan, history: History) -> list[tuple[str, list[list[str]]]]:
         best.append([model, length(tokens), label, f"{speed:.0f} tok/s", f"of {len(group)}"])
     tables = [("best cell of each model and length", best), ("skipped", skipped), ("not ok", bad)]
     if len(sources) > 1:
-        mixed = [[str(source), f"{count} rows"] for source, count in sources.items()]
+        mixed = [[source, f"{count} rows"] for source, count in sources.items()]
         tables.append(("rows from different code or config: compare with care", mixed))
     return [(title, lines) for title, lines in tables if lines]
 

@@ -45,7 +45,7 @@ def run_of(**more: Any) -> Selection:
     values: dict[str, Any] = {
         "config": config,
         "topology": Topology(nodes=(), gpus={}, weights={}, weights_auto=None, allowed=()),
-        "deepspeed": {},
+        "deepspeed": {"zero_optimization": {"sub_group_size": 688}},
         "attention": AttentionKind.sdpa,
         "repeats_heads": False,
         "liger": False,

@@ -105,18 +105,21 @@ def test_the_time_limit_scancel_and_the_memory_limit_have_their_statuses(sweep, 
     assert "mem_gb" in found[3]["error_message"] and found[3]["log_path"].startswith("jobs/"), found[3]["error_message"]
 
 
-def test_ctrl_c_leaves_the_jobs_running_and_says_so(sweep, call, slurm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_ctrl_c_and_kill_leave_the_jobs_running(sweep, call, slurm, tmp_path: Path, number: signal.Signals) -> None:
     line = sweep(*NANO, "train.seed=1,2")
     process = subprocess.Popen(
         line, cwd=tmp_path, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     until(lambda: len(list((tmp_path / "results").glob("*/job.json"))) == 2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "run on" in out and "scancel" in out and "ldft.status" in out, out
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and "run on" in out and "scancel" in out and "ldft.status" in out, out
     done = call(line)
     assert done.returncode == 0 and "submitted" not in done.stdout, done.stdout + done.stderr
-    assert {row["status"] for row in rows(tmp_path).values()} == {"ok"}
+    found = rows(tmp_path).values()
+    assert [(row["status"], row["attempt"]) for row in found] == [("ok", 1)] * 2
 
 
 @pytest.mark.parametrize(
