@@ -42,3 +42,21 @@ def names(texts: pd.DataFrame, group: str) -> pd.Series:
             same = pd.concat([texts[key] == value for key, value in values.items()], axis=1).all(axis=1)
             found = found.mask(same & (found == ""), option)
     return found
+
+
+@cache
+def _defaults() -> tuple[dict[str, str], dict[str, Any]]:
+    """Group -> its default option, and key -> its default value."""
+    chosen: dict[str, str] = {}
+    for entry in yaml.safe_load((CONF_DIR / "config.yaml").read_text())["defaults"]:
+        chosen |= entry if isinstance(entry, dict) else {}
+    return chosen, flatten(Config())
+
+
+def default_label(name: str) -> str:
+    """How a group or key (`optimizer` for `optimizer.name`) is labelled if it is left at its default."""
+    groups, values = _defaults()
+    if name in groups:
+        return f"{name}={groups[name]}"
+    key = f"{name}.name" if f"{name}.name" in values else name
+    return f"{name.rpartition('.')[2]}={text(values.get(key))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ldft import results
-from ldft.config import Config
+from ldft.config import Config, Goal
 from ldft.config.root import flatten
 from ldft.errors import ResultsError
 from ldft.preflight.fit import DoesNotFitError
@@ -30,6 +31,7 @@ SAME_CELL = (
     "repeat",
     "system",
     "plan",  # what it chose has its own keys
+    "asked",
     "launch.timeout_s",
     "train.iterations",
     "train.warmup_iterations",
@@ -38,8 +40,12 @@ SAME_CELL = (
 # These have their own columns.
 _NAMED = ("model", "numa", "seq_len", "launch.device")
 
+# A default that more rows have than this is not named in labels: only what differs from it is.
+_MOST = 2 / 3
+
 # Labels of failed cells in figures.
 FAILURE_LABELS = {"oom_device": "OOM", "oom_host": "host OOM"}
+_REFUSED = "does not fit"  # an invalid row that would have run out of memory
 
 
 def load(path: str | Path) -> pd.DataFrame:
@@ -186,11 +192,35 @@ def differing(frame: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def _variant(frame: pd.DataFrame) -> pd.Series:
-    """What differs, in one label."""
-    label = pd.Series("", index=frame.index, dtype=object)
-    for values in differing(frame).values():
-        label = label + " " + values
-    return label.str.strip().astype(object)
+    """What differs, in one label, without what most rows left at its default. A plan's row is named by what was asked for, without
+    any default, since all of them were the plan's to choose."""
+    asked = frame["cfg.asked"] if "cfg.asked" in frame else pd.Series("", index=frame.index, dtype=object)
+    goals = asked.map(lambda text: _asked(text).get("plan.goal", ""))
+    made = goals.isin([goal.name for goal in Goal])
+    label = ("plan=" + goals).where(made, "").astype(object)
+    for name, values in differing(_before_plans(frame, made)).items():
+        usual = values == options.default_label(name)
+        hidden = usual if usual.mean() > _MOST else usual & made
+        label = label + " " + values.mask(hidden, "")
+    return label.str.split().str.join(" ").astype(object)
+
+
+def _asked(text: Any) -> dict[str, str]:
+    return dict(json.loads(text)) if isinstance(text, str) and text else {}
+
+
+def _before_plans(frame: pd.DataFrame, made: pd.Series) -> pd.DataFrame:
+    """The rows with what was asked for in place of what a plan chose."""
+    before: dict[str, dict[Any, Any]] = {}
+    for index in frame.index[made]:
+        for key, value in _asked(frame.at[index, "cfg.asked"]).items():
+            # "auto": chosen by the machine, with a plan or without.
+            if value != "auto" and not _under(key, SAME_CELL):
+                before.setdefault(f"cfg.{key}", {})[index] = None if value == "null" else value
+    changed = {}
+    for name in before.keys() & set(frame.columns):
+        changed[name] = pd.Series([before[name].get(i, v) for i, v in frame[name].items()], frame.index, dtype=object)
+    return frame.assign(**changed) if changed else frame
 
 
 def _apart(frame: pd.DataFrame) -> pd.Series:
@@ -265,6 +295,7 @@ def _derived(frame: pd.DataFrame) -> pd.DataFrame:
     last_ok = frame[ok].groupby("run_id")["attempt"].max()
     newest = frame["run_id"].map(last_ok).astype("float64")
     failure = status.map(lambda value: "" if value == "ok" else FAILURE_LABELS.get(value, str(value)))
+    failure = failure.mask((status == "invalid") & (frame["error_type"] == DoesNotFitError.__name__), _REFUSED)
     medians = {
         f"{phase}_median_s": column([_median(after_warmup(row, f"{phase}_s")) for row in rows], "float64")
         for phase in ("forward", "backward", "step", "update", "update_wait")

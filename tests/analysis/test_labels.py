@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ldft.cli import composition
-from ldft.config import Config, OffloadDevice
+from ldft.config import Config, Goal, OffloadDevice
 from ldft.config.root import flatten
 from multirun_analysis import cells, compare, load
 from multirun_analysis.__main__ import main
@@ -104,7 +104,7 @@ def test_a_refused_combination_and_what_does_not_fit_stay_cells(rows) -> None:
     rows.add(status="invalid", config=FULL, tokens=4096, error_type="DoesNotFitError")
     df = load(rows.folder)
     assert not df.apart.any()
-    assert sorted(cells(df).failure) == ["", "", "invalid", "invalid"]
+    assert sorted(cells(df).failure) == ["", "", "does not fit", "invalid"]
 
 
 def test_where_all_was_refused_nothing_is_apart(rows) -> None:
@@ -119,3 +119,46 @@ def test_deepspeeds_own_keys_make_another_option(rows) -> None:
     rows.add(config=lambda config: config.offload.deepspeed.update({"zero_optimization": {"sub_group_size": 7}}))
     labels = option_label(load(rows.folder), "offload").tolist()
     assert labels[0] == "full" and labels[1].startswith("deepspeed=") and "sub_group_size" in labels[1]
+
+
+def test_a_plan_is_called_what_was_asked_for_and_not_what_it_chose(rows) -> None:
+    """So its cells at several lengths, where it chooses differently, are one line in a figure."""
+
+    def planned(layers: int, *, lion: bool = False) -> Callable[[Config], None]:
+        def change(config: Config) -> None:
+            config.asked = {"plan.goal": "fastest", "checkpointing.layers": "-1", "launch.device": "auto"}
+            config.plan.goal, config.checkpointing.layers = Goal.fastest, layers
+            config.optimizer.name = "lion" if lion else "adamw"
+
+        return change
+
+    rows.add(config=planned(3))
+    rows.add(config=planned(1), tokens=2048)
+    rows.add(config=planned(1, lion=True), tokens=2048)
+    rows.add(config=NONE)
+    rows.add(config=FULL, tokens=2048)
+    plans = ["plan=fastest", "plan=fastest", "plan=fastest optimizer=lion"]
+    assert load(rows.folder).variant.tolist() == [*plans, "offload=none", ""]
+    rows.add(config=NONE, tokens=2048)  # now too few have the default
+    assert load(rows.folder).variant.tolist() == [*plans, "offload=none", "offload=full", "offload=none"]
+
+
+def test_a_plan_that_was_not_made_has_no_choices(rows) -> None:
+    def refused(config: Config) -> None:
+        config.asked = {"plan.goal": "plan.goal: fastest: nothing fits"}
+
+    rows.add(config=refused, status="invalid", error_type="ConfigError")
+    rows.add(config=NONE)
+    assert "plan" not in " ".join(load(rows.folder).variant)
+
+
+def test_a_default_that_most_rows_have_is_not_named(rows) -> None:
+    def overlap(value: bool | None) -> Callable[[Config], None]:
+        return lambda config: setattr(config.optimizer, "overlap_step", value)
+
+    for tokens in (512, 1024, 2048):
+        rows.add(config=overlap(None), tokens=tokens)
+    rows.add(config=overlap(False), tokens=1024)
+    assert load(rows.folder).variant.tolist() == ["", "", "", "overlap_step=False"]
+    rows.add(config=overlap(False), tokens=2048)  # three of five: both are named
+    assert set(load(rows.folder).variant) == {"overlap_step=auto", "overlap_step=False"}

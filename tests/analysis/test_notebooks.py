@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 
 from ldft import results
 from ldft.config import Config
 from ldft.config.checkpointing import CheckpointingMode
-from multirun_analysis import cells, load, published
+from multirun_analysis import load, publish, published
 from multirun_analysis.notebooks import FOLDER, NOTEBOOKS, execute
+from tests import synthetic_samples
 
 REPOSITORY = FOLDER.parent
 DATA = FOLDER / "data"
@@ -38,7 +44,8 @@ def test_a_notebook_executes_on_the_committed_rows_within_a_minute(name: str) ->
     notebook = execute(name)
     assert time.monotonic() - start < 60
     shown = _shown(notebook)
-    assert "12 rows, 11 ok" in shown and "Error" not in re.sub("ConfigError", "", shown)
+    df = load(DATA)
+    assert f"{len(df)} rows, {df.ok.sum()} ok" in shown and "Error" not in re.sub("ConfigError", "", shown)
     committed = nbformat.read(FOLDER / name, as_version=4)
     assert "".join(c.source for c in committed.cells) == "".join(c.source for c in notebook.cells)
     # What a forge shows is what the code makes of these rows now.
@@ -56,8 +63,7 @@ def test_the_notebook_runs_on_another_folder_by_one_variable(rows) -> None:
 
 def test_committed_rows_are_of_this_history_and_of_a_clean_tree() -> None:
     df = load(DATA)
-    assert len(df) == 12 and df.status.value_counts().to_dict() == {"ok": 11, "timeout": 1}
-    assert (~df.git_dirty.astype(bool)).all()
+    assert df.ok.any() and (~df.git_dirty.astype(bool)).all()
     inside = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "--git-dir"], capture_output=True, check=False)
     if inside.returncode:
         pytest.skip("not a git checkout: the history is not at hand")
@@ -68,31 +74,27 @@ def test_committed_rows_are_of_this_history_and_of_a_clean_tree() -> None:
         pytest.skip("a shallow clone: the history is not at hand")
     for commit in df.git_commit.unique():
         found = subprocess.run(["git", "-C", REPOSITORY, "merge-base", "--is-ancestor", commit, "HEAD"], check=False)
-        assert found.returncode == 0, (
-            f"{commit} is no ancestor of HEAD; make the rows anew: multirun_analysis/make_data.sh"
-        )
+        assert found.returncode == 0, f"{commit} is no ancestor of HEAD: publish rows of this history"
 
 
 def test_committed_rows_are_measurements() -> None:
     df = load(DATA)
     ok = df[df.ok]
-    assert (ok.tokens_per_s > 0).all() and ok.iteration_s.map(len).eq(8).all()
+    assert (ok.tokens_per_s > 0).all() and ok.sample_tokens_per_s.map(len).ge(1).all()
     phases = ok.forward_median_s + ok.backward_median_s + ok.step_median_s
     assert (phases <= 1.1 * ok.iteration_median_s).all()
-    assert (cells(df).failure != "").sum() == 1
-    # Longer sequences take longer, whatever the machine.
-    plain = ok[ok.model.eq("tiny") & ok.policy.eq("default") & ok["cfg.checkpointing.mode"].eq("gpu")]
-    tiny = plain.set_index("seq_len_tokens").iteration_median_s
-    assert tiny.sort_index().is_monotonic_increasing and len(tiny) >= 4
+    # Four times as long a sequence of the same cell takes longer, on one machine.
+    for _, cell in ok[ok.variant != "plan=fastest"].groupby(["model", "variant"]):
+        times = cell.groupby("seq_len_tokens").iteration_median_s.median()
+        assert times.sort_index().is_monotonic_increasing, times
 
 
 def test_nothing_committed_names_a_machine_or_a_path() -> None:
     table = results.read_table(DATA)
-    words = [str(table.to_pylist())] + [(FOLDER / name).read_text() for name in NOTEBOOKS]
-    for text in words:
-        found = re.search(r"/(home|root|tmp|work|usr|opt|var|Users)/[\w.-]+", text)
+    for text in [str(table.to_pylist())] + [(FOLDER / name).read_text() for name in NOTEBOOKS]:
+        found = publish.PATH.search(text)
         assert not found, found
-    assert {host for row in table.to_pylist() for host in row["hosts"]} == {"example"}
+    assert {host for row in table.to_pylist() for host in row["hosts"]} == {publish.HOST}
 
 
 def test_what_the_published_tables_imply_is_what_was_worked_out_by_hand() -> None:
@@ -124,11 +126,42 @@ def test_our_rows_join_the_published_ones_only_where_they_compare(rows) -> None:
     assert len(labels) == len(published.training().dropna(subset=["need_gib"])) + 1
 
 
-def test_the_data_script_refuses_a_tree_with_changes(tmp_path: Path) -> None:
-    """It would make rows that carry git_dirty."""
-    copy = tmp_path / "repo" / "multirun_analysis"
-    copy.mkdir(parents=True)
-    (copy / "make_data.sh").write_text((FOLDER / "make_data.sh").read_text())
-    subprocess.run(["git", "init", "-q", str(copy.parent)], check=True)
-    done = subprocess.run(["sh", str(copy / "make_data.sh")], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "uncommitted changes" in done.stderr and not (copy / "data").exists()
+@pytest.fixture
+def publishable(rows) -> Callable[..., Path]:
+    """A results folder whose rows can be published, but for what is given."""
+
+    def add(**columns: Any) -> Path:
+        rows.add(samples=synthetic_samples.whole_run(random.Random(1), 40), **{"hosts": ["example"], **columns})
+        return rows.folder
+
+    return add
+
+
+def test_published_rows_and_traces_are_the_same_but_for_their_folders_name(publishable, tmp_path: Path) -> None:
+    def there(config: Config) -> None:
+        config.results.dir = str(tmp_path / "results")
+
+    folder, data = publishable(config=there), tmp_path / "data"
+    (data / "old").mkdir(parents=True)
+    assert publish.publish(folder, data) == 1 and not (data / "old").exists()
+    before, after = (load(one).iloc[0] for one in (folder, data))
+    assert after["cfg.results.dir"] == json.loads(after["config_json"])["results"]["dir"] == "results"
+    for name in ("run_id", "iteration_s", "tokens_per_s", "started_at", "peak_host_gib"):
+        assert np.array_equal(after[name], before[name]), name
+    assert Path(after["trace_file"]).read_bytes() == Path(before["trace_file"]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"git_dirty": True}, "git_dirty"),
+        ({"hosts": ["example", "gpu17"]}, "rows of gpu17"),
+        ({"error_message": "cannot read /home/someone/model"}, "/home/someone"),
+    ],
+)
+def test_rows_that_name_a_machine_or_changed_code_are_not_published(
+    publishable, capsys, columns: dict[str, Any], said: str
+) -> None:
+    assert publish.main([str(publishable(**columns))]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
