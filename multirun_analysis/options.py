@@ -59,4 +59,9 @@ def default_label(name: str) -> str:
     if name in groups:
         return f"{name}={groups[name]}"
     key = f"{name}.name" if f"{name}.name" in values else name
-    return f"{name.rpartition('.')[2]}={text(values.get(key))}"
+    return f"{name.rpartition('.')[2]}={default_text(key)}"
+
+
+def default_text(key: str) -> str:
+    """A key's default value as a label."""
+    return text(_defaults()[1].get(key))

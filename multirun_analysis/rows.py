@@ -115,8 +115,8 @@ def _with_defaults(frame: pd.DataFrame) -> pd.DataFrame:
 def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
     """Labels that distinguish the options of one config group (`numa`, `offload`) or key among these rows.
 
-    A group with a `name` key or with options is labelled by name or option, plus the keys in which rows of one name differ; other
-    groups, and rows that match no option, by all keys that differ.
+    A group with a `name` key or with options is labelled by name or option, plus the keys in which rows of one name differ, unless
+    most have the default; other groups, and rows that match no option, by all keys that differ.
     """
     keys = [key for key in config_keys(frame) if _under(key, (group,))]
     # Seeds and counts in a group (`train.seed`) do not distinguish options, unless requested by name.
@@ -136,7 +136,9 @@ def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
     if named.any():
         mine = texts[named]
         extra = [k for k in keys if k != name and (mine.groupby(names[named], sort=False)[k].nunique() > 1).any()]
-        label = label.mask(named, _joined(names, texts[extra], group))
+        usual = {key: texts[key] == options.default_text(str(key)) for key in extra}
+        shown = {key: same & (same[named].mean() <= _MOST) | ~same for key, same in usual.items()}
+        label = label.mask(named, _joined(names, texts[extra], group, shown))
     return label
 
 
@@ -154,10 +156,11 @@ def _inherited(frame: pd.DataFrame, names: pd.Series) -> pd.Series:
     return names.where(~known, "default: " + caller.map(str))
 
 
-def _joined(first: pd.Series, others: pd.DataFrame, group: str) -> pd.Series:
+def _joined(first: pd.Series, others: pd.DataFrame, group: str, shown: dict[str, pd.Series] | None = None) -> pd.Series:
     label = first.astype(object)
     for key in others:
-        label = label + f" {str(key).removeprefix(group + '.')}=" + others[key]
+        part = f" {str(key).removeprefix(group + '.')}=" + others[key]
+        label = label + (part.where(shown[key], "") if shown else part)
     return label.str.strip().astype(object)
 
 
@@ -194,15 +197,21 @@ def differing(frame: pd.DataFrame) -> dict[str, pd.Series]:
 def _variant(frame: pd.DataFrame) -> pd.Series:
     """What differs, in one label, without what most rows left at its default. A plan's row is named by what was asked for, without
     any default, since all of them were the plan's to choose."""
-    asked = frame["cfg.asked"] if "cfg.asked" in frame else pd.Series("", index=frame.index, dtype=object)
-    goals = asked.map(lambda text: _asked(text).get("plan.goal", ""))
-    made = goals.isin([goal.name for goal in Goal])
-    label = ("plan=" + goals).where(made, "").astype(object)
+    found = goals(frame)
+    made = found != ""
+    label = ("plan=" + found).where(made, "").astype(object)
     for name, values in differing(_before_plans(frame, made)).items():
         usual = values == options.default_label(name)
         hidden = usual if usual.mean() > _MOST else usual & made
         label = label + " " + values.mask(hidden, "")
     return label.str.split().str.join(" ").astype(object)
+
+
+def goals(frame: pd.DataFrame) -> pd.Series:
+    """The goal of the plan that chose a row's values; empty if none did."""
+    asked = frame["cfg.asked"] if "cfg.asked" in frame else pd.Series("", index=frame.index, dtype=object)
+    found = asked.map(lambda text: _asked(text).get("plan.goal", ""))
+    return found.where(found.isin([goal.name for goal in Goal]), "").astype(object)
 
 
 def _asked(text: Any) -> dict[str, str]:

@@ -316,9 +316,9 @@ def bar_figure(counts: Sequence[int]) -> tuple[Figure, list[Axes]]:
 
 
 def bar_label(cell: Any, series: Sequence[Series]) -> str:
-    """`4k bind_0`: the length, and the series if there are several."""
+    """`4k bind_0`: the length, and the series if there are several, in up to two lines."""
     name = style.length(cell.seq_len_tokens)
     if len(series) == 1:
         return name
     owner = next(s for s in series if (s.policy, s.variant) == (cell.policy, cell.variant))
-    return textwrap.shorten(f"{name}  {owner.label}", 44, placeholder=" ...")
+    return textwrap.fill(f"{name} {owner.label}", 44, max_lines=2, placeholder=" ...")

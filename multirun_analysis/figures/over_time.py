@@ -125,11 +125,12 @@ def _peak_label(axes: Axes, x: float, y: float, end: float) -> None:
     axes.annotate(
         f"peak {number(y)} GiB",
         (x, y),
-        xytext=(-8 if left else 8, 3),
+        xytext=(-8 if left else 8, -8),  # below the peak: above it are the names of the phases
         textcoords="offset points",
         ha="right" if left else "left",
-        va="bottom",
+        va="top",
         fontsize=10,
+        bbox={"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 2},
     )
 
 

@@ -79,6 +79,8 @@ class _Runs:
         self._runs = dict(zip(df.index, map(_run, df[list(_OWN)].to_dict("records")), strict=True))
         kept = df[~df["apart"]]
         self._options = {name: values.to_dict() for name, values in rows.differing(kept).items()}
+        if (goals := rows.goals(kept)).nunique() > 1:
+            self._options["plan"] = ("plan=" + goals.replace("", "none")).to_dict()
         # The model's own keys, a dozen for each, are its name; the length has its column.
         keys = [key for key in rows.cell_keys(df) if not key.startswith(("model.", "seq_len."))]
         texts = {key: df[f"cfg.{key}"].map(labels.text) for key in keys}

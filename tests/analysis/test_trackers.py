@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ldft.config import Config, results
 from ldft.results import __main__ as command
-from ldft.results.schema import MEASURED
+from ldft.results import store
+from ldft.results.schema import MEASURED, ROW_FILE
 from multirun_analysis import load, trackers
 from multirun_analysis.trackers import record
 from tests.analysis.conftest import START, Rows, settings
@@ -192,6 +195,10 @@ def test_committed_rows_are_logged_and_old_ones_read(tmp_path: Path) -> None:
     """Rows as runs left them, one by one: no name depends on the other rows."""
     all_of_them = list(trackers.records(REAL, draw=False))
     assert len(all_of_them) == len(load(REAL)) and all(one.series["loss"] for one in all_of_them if one.status == "ok")
-    first = all_of_them[0]
-    (alone,) = trackers.records(REAL / first.run_id, draw=False)
-    assert alone == first
+    table = store.read_table(REAL)
+    for number, merged in enumerate(all_of_them[:3]):
+        path = tmp_path / merged.run_id / "attempt-1" / ROW_FILE
+        path.parent.mkdir(parents=True)
+        pq.write_table(table.slice(number, 1), path)
+        (alone,) = trackers.records(tmp_path / merged.run_id, draw=False)
+        assert alone.files == [path] and dataclasses.replace(alone, files=merged.files) == merged
