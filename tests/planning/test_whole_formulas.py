@@ -127,6 +127,11 @@ def test_a_layer_takes_as_long_as_python_needs_to_start_it() -> None:
     assert found.forward_s == near(1e5 + 3e5 + LOSS) and found.backward_s == near(6e5 + 3e5 + 2 * LOSS)
     assert found.launch_s == 12e5 and found.bound == "Python"
     assert found.arithmetic_s == near(3 * (FORWARD + BACKWARD + 2 * 14e3) + AGAIN + 14e3 + 3 * LOSS)
+    # The forward pass of the layer that is recomputed later may take Python longer; never less.
+    for checkpointed, seconds in ((7e5, 7e5), (0.5e5, 1e5)):
+        more = slow | {"fetched": HostTime(1e5, 2e5, 3e5, checkpointed)}
+        found = predicted(run, **more)
+        assert found.forward_s == near(1e5 + 2e5 + seconds + LOSS) and found.launch_s == near(11e5 + seconds)
     # If DeepSpeed fetches each matrix by itself: five times as long.
     run.config.offload.deepspeed = {"zero_optimization": {"stage3_prefetch_bucket_size": 0}}
     assert predicted(run, **slow).forward_s == near(5 * (1e5 + 3e5) + LOSS)
