@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ldft.config import Config, Device, OffloadDevice
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
-from ldft.planning.rates import Rates
+from ldft.planning.rates import HostTime, Rates
 from ldft.preflight import (
     attention,
     decoder_layers,
@@ -104,9 +104,9 @@ def predict(run: Selection, rates: Rates) -> Times:
     fetches = config.offload.stage == 3
     host = rates.fetched if fetches else rates.resident
     if config.offload.parameters is OffloadDevice.cpu and not zero_buckets.whole_layers(config):
-        host = dataclasses.replace(
-            host, **{name: _MATRICES * value for name, value in dataclasses.asdict(host).items()}
-        )
+        more = max(0.0, host.checkpointed - host.forward)  # which is no work of DeepSpeed's
+        forward, backward, again = (_MATRICES * part for part in (host.forward, host.backward, host.again))
+        host = HostTime(forward, backward, again, forward + more)
     hooks = _HOOKS * host.forward if fetches else 0.0
     exchange = _exchange(run, rates)
     starts = host.forward, max(host.forward, host.checkpointed)

@@ -135,6 +135,8 @@ def test_a_layer_takes_as_long_as_python_needs_to_start_it() -> None:
     # If DeepSpeed fetches each matrix by itself: five times as long.
     run.config.offload.deepspeed = {"zero_optimization": {"stage3_prefetch_bucket_size": 0}}
     assert predicted(run, **slow).forward_s == near(5 * (1e5 + 3e5) + LOSS)
+    more = slow | {"fetched": HostTime(1e5, 2e5, 3e5, 7e5)}
+    assert predicted(run, **more).forward_s == near(5 * (1e5 + 3e5) + 6e5 + LOSS)
     run.config.offload.deepspeed = {}
     offload(run.config, 2, OffloadDevice.none, OffloadDevice.cpu)
     found = predicted(run, **slow)
