@@ -11,7 +11,6 @@ w: bytes per number in compute precision.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from ldft.config import Config, Device, OffloadDevice
@@ -103,11 +102,11 @@ def predict(run: Selection, rates: Rates) -> Times:
     loss = _loss(run, rates)
     fetches = config.offload.stage == 3
     host = rates.fetched if fetches else rates.resident
+    hooks = _HOOKS * host.forward if fetches else 0.0
     if config.offload.parameters is OffloadDevice.cpu and not zero_buckets.whole_layers(config):
         more = max(0.0, host.checkpointed - host.forward)  # which is no work of DeepSpeed's
         forward, backward, again = (_MATRICES * part for part in (host.forward, host.backward, host.again))
         host = HostTime(forward, backward, again, forward + more)
-    hooks = _HOOKS * host.forward if fetches else 0.0
     exchange = _exchange(run, rates)
     starts = host.forward, max(host.forward, host.checkpointed)
     work = layer.forward + hooks + exchange
