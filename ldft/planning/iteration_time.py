@@ -100,13 +100,8 @@ def predict(run: Selection, rates: Rates) -> Times:
     recomputed = checkpointing.recomputed(count)
     again = layer.again - (layer.attention if checkpointing.keep_attention is not KeepAttention.none else 0.0)
     loss = _loss(run, rates)
-    fetches = config.offload.stage == 3
-    host = rates.fetched if fetches else rates.resident
-    hooks = _HOOKS * host.forward if fetches else 0.0
-    if config.offload.parameters is OffloadDevice.cpu and not zero_buckets.whole_layers(config):
-        more = max(0.0, host.checkpointed - host.forward)  # which is no work of DeepSpeed's
-        forward, backward, again = (_MATRICES * part for part in (host.forward, host.backward, host.again))
-        host = HostTime(forward, backward, again, forward + more)
+    host = _host(config, rates)
+    hooks = _HOOKS * rates.fetched.forward if config.offload.stage == 3 else 0.0
     exchange = _exchange(run, rates)
     starts = host.forward, max(host.forward, host.checkpointed)
     work = layer.forward + hooks + exchange
@@ -119,9 +114,7 @@ def predict(run: Selection, rates: Rates) -> Times:
     forward_s = host.forward + count * ahead + losses[0]
     backward_s = (count - recomputed) * back + recomputed * back_again + losses[1]
     arithmetic = count * (layer.forward + layer.backward + 2 * hooks) + recomputed * (again + hooks) + sum(losses)
-    launches = (
-        (count - recomputed) * starts[0] + recomputed * starts[1] + count * host.backward + recomputed * host.again
-    )
+    launches = count * (starts[0] + host.backward) + recomputed * (starts[1] - starts[0] + host.again)
     link = _link(run, rates)
     micro_batches = config.train.gradient_accumulation_steps
     later_forward = max(forward_s, *link.forward)
@@ -149,6 +142,18 @@ def predict(run: Selection, rates: Rates) -> Times:
         launch_s=micro_batches * launches,
         link_s=micro_batches * (max(link.forward) + max(link.backward)),
     )
+
+
+def _host(config: Config, rates: Rates) -> HostTime:
+    """Python's time for a layer."""
+    if config.offload.stage < 3:
+        return rates.resident
+    found = rates.fetched
+    if config.offload.parameters is not OffloadDevice.cpu or zero_buckets.whole_layers(config):
+        return found
+    forward, backward, again = (_MATRICES * part for part in (found.forward, found.backward, found.again))
+    # What a checkpointed layer takes longer is no work of DeepSpeed's.
+    return HostTime(forward, backward, again, forward + max(0.0, found.checkpointed - found.forward))
 
 
 def _seen(run: Selection) -> float:
@@ -297,10 +302,8 @@ def _update(run: Selection, rates: Rates) -> float:
         traffic += (_SINGLE_BYTES if single else _STOCK_BYTES) - _FUSED_BYTES
     elif config.offload.stage < 3:
         traffic += _STAGE_2_BYTES - _FUSED_BYTES
-    rate = sum(rates.host.cpu.values()) * (
-        _REACHED if rates.measured and run.fused_step and config.offload.stage == 3 else 1
-    )
-    return traffic * trained / config.launch.num_hosts / rate
+    reached = _REACHED if rates.measured and run.fused_step and config.offload.stage == 3 else 1.0
+    return traffic * trained / config.launch.num_hosts / (reached * sum(rates.host.cpu.values()))
 
 
 def _step(run: Selection, rates: Rates) -> float:
