@@ -26,7 +26,9 @@ def recording(config: Config, folder: Path, iteration: int, rank: int) -> Iterat
     if not config.snapshot or iteration != chosen:
         yield
         return
-    torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS, stacks="python")
+    # No stacks of frees: where a recomputation stops early, by an exception, torch (2.11) loses that exception while it notes the
+    # stack of what is freed on the way ("returned NULL without setting an exception").
+    torch.cuda.memory._record_memory_history(context="alloc", max_entries=MAX_EVENTS, stacks="python")
     try:
         yield
     finally:

@@ -27,6 +27,15 @@ def test_a_run_leaves_its_snapshot_beside_the_row(ldft) -> None:
     assert "run" in functions  # ldft's loop is on the stacks
 
 
+def test_a_recomputation_that_stops_early_is_recorded_like_any_other(ldft) -> None:
+    """An MLP in tiles ends it within an autograd function."""
+    words = ("checkpointing=gpu", "kernels.mlp_tiles=4", "train.precision=bf16")
+    done = ldft("snapshot=true", "launch.device=cuda", "offload=none", *words)
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert done.row.status == "ok" and done.row.mlp_tiles == 4
+    assert len(list(done.results_dir.glob("*/attempt-1/snapshot-0.pickle"))) == 1
+
+
 @pytest.mark.parametrize(("warmup", "chosen"), [(2, 1), (0, 4)])
 def test_one_iteration_is_recorded_that_counts_in_no_median(tmp_path: Path, warmup: int, chosen: int) -> None:
     config = cuda_config("snapshot=true", f"train.warmup_iterations={warmup}")
