@@ -1,8 +1,9 @@
 """Fill in the generated parts of docs/: `python scripts/docs.py`; with --check, only list what is out of date.
 
 Between `<!-- columns: begin -->` and `<!-- columns: end -->` goes the table of row columns, from the schema; between `trace` marks,
-the columns of trace.parquet; between `messages` marks, every message about a config value, from the source. In tables between
-`availability` marks, the last cell of each line says whether its first override exists in this version's config tree.
+the columns of trace.parquet; between `messages` marks, every message about a config value, from the source; between `sweep` marks,
+the speeds in multirun_analysis/data. In tables between `availability` marks, the last cell of each line says whether its first
+override exists in this version's config tree.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from ldft.config import columns as config_columns
 from ldft.monitor import trace
 from ldft.results import schema
+from multirun_analysis import evidence, load, publish
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Errors whose first argument is the dotted key, and errors that are only a sentence.
@@ -160,6 +162,7 @@ def filled(text: str) -> str:
     text = _replace(text, "columns", lambda _: column_table(schema.all_columns()))
     text = _replace(text, "trace", lambda _: column_table(trace.COLUMNS))
     text = _replace(text, "messages", lambda _: message_table())
+    text = _replace(text, "sweep", lambda _: evidence.speeds(load(publish.DATA)))
     return _replace(text, "availability", _availability)
 
 
