@@ -13,7 +13,7 @@ _OPTIONS = {
     "in GPU memory": "offload=none checkpointing=gpu",
     "`offload=full`": "offload=full checkpointing=gpu",
     "`checkpointing=cpu`": "offload=full checkpointing=cpu",
-    "`overlap_step=false`": "offload=full checkpointing=cpu overlap_step=False",
+    "`optimizer.overlap_step=false`": "offload=full checkpointing=cpu overlap_step=False",
     "`offload=optimizer`": "offload=optimizer checkpointing=gpu",
     "`offload=seed`": "offload=seed",
     "`plan=fastest`": "plan=fastest",

@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from multirun_analysis import evidence, load, publish
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 LINES = (REPOSITORY / "docs" / "benchmarks.md").read_text().splitlines()
@@ -192,6 +194,7 @@ def expected() -> tuple[str, ...]:
     """The measured part of every line of every table, from the rows."""
     found = [training_line(row, digits, each) for name, digits, each in TRAINING for row in rows(name)]
     found += [*checkpointing_lines(), *placement_lines(), *attention_lines(), *host_memory_lines(), *estimate_lines()]
+    found += evidence.speeds(load(publish.DATA)).splitlines()[2:]
     return tuple(found)
 
 

@@ -28,7 +28,7 @@ def test_each_number_is_a_rows_and_what_failed_or_was_not_run_is_seen(rows: Rows
         "in GPU memory": "8192",
         "`offload=full`": "4096",
         "`checkpointing=cpu`": "2048",
-        "`overlap_step=false`": "1024",
+        "`optimizer.overlap_step=false`": "1024",
         "`offload=optimizer`": "does not fit",
         "`offload=seed`": "",
         "`plan=fastest`": "",
