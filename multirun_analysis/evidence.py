@@ -34,7 +34,9 @@ def speeds(df: pd.DataFrame) -> str:
             line.append(" / ".join(_number(cell, name) for cell in (base, offloaded)))
         lines.append(line)
     heads = ["model", "tokens", *_OPTIONS, "VRAM, GiB", "host, GiB"]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
+    return "\n".join(
+        " ".join(["|", *(f"{cell} |" for cell in line)]) for line in [heads, ["---"] * len(heads), *lines]
+    ).replace("  |", " |")
 
 
 def _of(group: pd.DataFrame, heading: str) -> pd.Series | None:
