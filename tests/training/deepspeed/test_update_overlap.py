@@ -10,7 +10,7 @@ import pytest
 
 from ldft.config import to_dict
 from tests import rank_processes
-from tests.conftest import compose
+from tests.conftest import compose, long
 
 CASES = Path(__file__).with_name("overlap_cases.py")
 # The learning rate changes in every iteration, and gradients are clipped in most.
@@ -135,6 +135,7 @@ def test_a_share_of_other_sub_groups_changes_no_bit(tmp_path: Path) -> None:
     assert said["fault"] != said["bf16: none"]
 
 
+@long
 def test_on_two_ranks(tmp_path: Path) -> None:
     config = config_json("launch.num_ranks=2")
     slow = {"config": config, "overlap": True, "order": "forward", "delay_s": DELAY_S}
