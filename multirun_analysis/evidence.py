@@ -8,22 +8,21 @@ import pandas as pd
 
 from multirun_analysis import style, tidy
 
-# Columns: heading -> how the cell's variant begins.
+# Columns: heading -> variant of the cell.
 _OPTIONS = {
     "in GPU memory": "offload=none checkpointing=gpu",
     "`offload=full`": "offload=full checkpointing=gpu",
     "`checkpointing=cpu`": "offload=full checkpointing=cpu",
     "`optimizer.overlap_step=false`": "offload=full checkpointing=cpu overlap_step=False",
     "`offload=optimizer`": "offload=optimizer checkpointing=gpu",
-    "`offload=seed`": "offload=seed",
+    "`offload=seed`": "offload=seed checkpointing=cpu fused_step=False",
     "`plan=fastest`": "plan=fastest",
 }
-_EXACT = tuple(list(_OPTIONS)[:3])
 
 
 def speeds(df: pd.DataFrame) -> str:
     """Tokens/s by model, length and option, or what became of the cell; then the peaks of GPU and host memory, without and with
-    offload. A cell that was not run is empty."""
+    offload. A dash is a cell that was not run."""
     found = tidy.cells(df)
     lines = []
     for (model, tokens), group in found.groupby(["model", "seq_len_tokens"], sort=True):
@@ -34,21 +33,17 @@ def speeds(df: pd.DataFrame) -> str:
             line.append(" / ".join(_number(cell, name) for cell in (base, offloaded)))
         lines.append(line)
     heads = ["model", "tokens", *_OPTIONS, "VRAM, GiB", "host, GiB"]
-    return "\n".join(
-        " ".join(["|", *(f"{cell} |" for cell in line)]) for line in [heads, ["---"] * len(heads), *lines]
-    ).replace("  |", " |")
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
 
 
 def _of(group: pd.DataFrame, heading: str) -> pd.Series | None:
-    start = _OPTIONS[heading]
-    same = group["variant"] == start if heading in _EXACT else group["variant"].str.startswith(start)
-    cells = group[same]
+    cells = group[group["variant"] == _OPTIONS[heading]]
     return cells.iloc[0] if len(cells) else None
 
 
 def _speed(cell: pd.Series | None) -> str:
     if cell is None:
-        return ""
+        return "-"
     return str(cell.failure) if math.isnan(cell.tokens_per_s) else f"{cell.tokens_per_s:.0f}"
 
 

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from ldft import results
 from ldft.errors import LdftError, ResultsError
 from ldft.terminal import Parser
+from multirun_analysis import figures, load, notebooks, style
 
-FOLDER = Path(__file__).resolve().parent
-DATA = FOLDER / "data"
-_PICTURE = FOLDER.parent / "docs" / "figures" / "throughput.png"
+DATA = notebooks.FOLDER / "data"
+_PICTURE = notebooks.FOLDER.parent / "docs" / "figures" / "throughput.png"
 # No host but this one, and no path like these, may be in published rows.
 HOST, PATH = "example", re.compile(r"/(?:home|root|tmp|work|usr|opt|var|Users)/[\w.-]+")
 
@@ -69,9 +69,6 @@ def publish(folder: Path, data: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns exit code 0, or 2 after printing one line if rows cannot be published."""
-    from multirun_analysis import __main__ as command
-    from multirun_analysis import notebooks
-
     parser = Parser(
         prog="python -m multirun_analysis.publish", description="Make multirun_analysis/data/ from a sweep."
     )
@@ -84,9 +81,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(f"{count} rows in {DATA}")
     notebooks.main()
-    with tempfile.TemporaryDirectory() as figures:
-        command.main([str(DATA), "--out", figures])
-        shutil.copyfile(Path(figures) / _PICTURE.name, _PICTURE)
+    figure = figures.throughput(load(DATA))
+    if isinstance(figure, str):
+        print(f"no picture: {figure}")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        picture, _ = style.save(figure, Path(folder), _PICTURE.stem)
+        shutil.copyfile(picture, _PICTURE)
     return 0
 
 

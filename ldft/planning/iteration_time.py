@@ -36,14 +36,12 @@ _STEP_BYTES, _STEP_LAYERS = 120.0, 5
 # Python's part of a step with offload, seconds; and how long the device waits at each fetched layer even if the host is ahead, as a
 # part of the host's time for the layer.
 _STEP_S, _HOOKS = 0.015, 0.14
-# Where DeepSpeed fetches each matrix of a layer by itself, Python takes so many times as long for the layer. So many bytes of host
-# memory does an update move for each parameter: DeepSpeed's in stage 3; the same in groups of one matrix; and ldft's kernel within
-# stages 1 and 2, which scale gradients in fp32 before, and round the weights after. The first is a count. The others are derived
-# from the cells offload=seed and offload=optimizer of two models on an H200 whose host reached 176 GB/s (multirun_analysis/data).
+# Where DeepSpeed fetches each matrix by itself, Python takes so many times as long for a layer. So many bytes a parameter more does
+# an update move: DeepSpeed's, if each matrix is a group; ldft's within stages 1 and 2, which scale gradients before and round
+# weights after. From the cells offload=seed and offload=optimizer of two models on an H200 (multirun_analysis/data).
+_MATRICES, _SINGLE_BYTES, _STAGE_2_BYTES = 5.0, 24, 28
 # Of the rate that bench measures with a few arrays, ldft's update reaches this in training: 0.75 to 0.89 in 16 of those rows.
 _REACHED = 0.83
-_FUSED_BYTES = 28  # two moments and master weights in fp32, read and written; gradient and weight in 16 bits
-_MATRICES, _STOCK_BYTES, _SINGLE_BYTES, _STAGE_2_BYTES = 5.0, 52, 76, 56
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +101,13 @@ def predict(run: Selection, rates: Rates) -> Times:
     host = _host(config, rates)
     hooks = _HOOKS * rates.fetched.forward if config.offload.stage == 3 else 0.0
     exchange = _exchange(run, rates)
-    starts = host.forward, max(host.forward, host.checkpointed)
     work = layer.forward + hooks + exchange
-    # The mean layer: of those that keep everything, and of those that are recomputed.
-    ahead = ((count - recomputed) * max(work, starts[0]) + recomputed * max(work, starts[1])) / count
+
+    def mean_forward(speed: float) -> float:  # of a layer, if Python keeps this part of its speed
+        kept, checkpointed = (max(work, seconds / speed) for seconds in (host.forward, host.checkpointed_forward))
+        return ((count - recomputed) * kept + recomputed * checkpointed) / count
+
+    ahead = mean_forward(1.0)
     back = max(layer.backward + hooks + exchange, host.backward)
     back_again = max(layer.backward + again + 2 * (hooks + exchange), host.backward + host.again)
     losses = loss, 0.0 if run.liger else 2 * loss
@@ -114,7 +115,8 @@ def predict(run: Selection, rates: Rates) -> Times:
     forward_s = host.forward + count * ahead + losses[0]
     backward_s = (count - recomputed) * back + recomputed * back_again + losses[1]
     arithmetic = count * (layer.forward + layer.backward + 2 * hooks) + recomputed * (again + hooks) + sum(losses)
-    launches = count * (starts[0] + host.backward) + recomputed * (starts[1] - starts[0] + host.again)
+    launches = recomputed * (host.checkpointed_forward + host.again) + (count - recomputed) * host.forward
+    launches += count * host.backward
     link = _link(run, rates)
     micro_batches = config.train.gradient_accumulation_steps
     later_forward = max(forward_s, *link.forward)
@@ -124,8 +126,7 @@ def predict(run: Selection, rates: Rates) -> Times:
         # The pass's own copies go through the same host memory, which gives at least what each of both was seen to reach.
         memory = max(sum(rates.host.cpu.values()), rates.host.link_h2d + rates.host.link_d2h)
         update_s += link.moved * min(1.0, update_s / later_forward) / memory
-        slower = [max(work, start / rates.launches_beside) for start in starts]
-        slowed = ((count - recomputed) * slower[0] + recomputed * slower[1]) / count
+        slowed = mean_forward(rates.launches_beside)
         first_forward = _beside(run, host.forward, (ahead, slowed), loss, update_s, link.fetch)
         first_forward = max(first_forward, later_forward)
         exposed = first_forward - later_forward
@@ -145,15 +146,14 @@ def predict(run: Selection, rates: Rates) -> Times:
 
 
 def _host(config: Config, rates: Rates) -> HostTime:
-    """Python's time for a layer."""
+    """Python's time for a layer. What a checkpointed one takes longer is no work of DeepSpeed's."""
     if config.offload.stage < 3:
         return rates.resident
     found = rates.fetched
     if config.offload.parameters is not OffloadDevice.cpu or zero_buckets.whole_layers(config):
         return found
     forward, backward, again = (_MATRICES * part for part in (found.forward, found.backward, found.again))
-    # What a checkpointed layer takes longer is no work of DeepSpeed's.
-    return HostTime(forward, backward, again, forward + max(0.0, found.checkpointed - found.forward))
+    return HostTime(forward, backward, again, forward + found.checkpointed_forward - found.forward)
 
 
 def _seen(run: Selection) -> float:
@@ -263,7 +263,8 @@ def _link(run: Selection, rates: Rates) -> _Link:
     waiting = _waiting_bytes(run)
     leaves = config.offload.optimizer is not OffloadDevice.none
     gradients = width * trained * (1 - share) / ranks / up if leaves else 0.0
-    tail = width * parameter_counts.embedding_parameters(model) / ranks / up
+    embedding = width * parameter_counts.embedding_parameters(model) / ranks / up
+    tail = embedding if leaves and not share and not config.lora.rank else 0.0
     if leaves and config.offload.stage < 3:
         # In fp32, and the device waits for each (stage_1_and_2.py, async_inplace_copy_grad_to_fp32_buffer_from_gpu).
         gradients, tail = 0.0, 4 * trained / ranks / up
@@ -273,7 +274,7 @@ def _link(run: Selection, rates: Rates) -> _Link:
         backward=((weights + waiting) / down, gradients, gathered + reduced),
         moved=config.launch.ranks_per_host * (weights + waiting),
         fetch=width * parameter_counts.layer_parameters(model) / ranks / down if offloads else 0.0,
-        tail=tail if leaves and not share and not config.lora.rank else 0.0,
+        tail=tail,
     )
 
 
@@ -295,13 +296,13 @@ def _update(run: Selection, rates: Rates) -> float:
     if config.offload.optimizer is not OffloadDevice.cpu:
         return 0.0
     trained = parameter_counts.total(parameter_counts.trained_sizes(config)) - run.gpu_share * config.launch.num_ranks
-    # Each state is read and written, the gradient read, the weight written.
+    # Each state is read and written, the gradient read, the weight written. Stock DeepSpeed also unscales, and copies twice.
     traffic = 2 * (parameter_counts.state_bytes(config) + parameter_counts.width(config))
     if not run.fused_step:
         single = run.zero["sub_group_size"] < parameter_counts.layer_parameters(config.model)
-        traffic += (_SINGLE_BYTES if single else _STOCK_BYTES) - _FUSED_BYTES
+        traffic += 3 * 4 + 2 * (4 + parameter_counts.width(config)) + single * _SINGLE_BYTES
     elif config.offload.stage < 3:
-        traffic += _STAGE_2_BYTES - _FUSED_BYTES
+        traffic += _STAGE_2_BYTES
     reached = _REACHED if rates.measured and run.fused_step and config.offload.stage == 3 else 1.0
     return traffic * trained / config.launch.num_hosts / (reached * sum(rates.host.cpu.values()))
 

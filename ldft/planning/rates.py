@@ -28,8 +28,12 @@ class HostTime:
     again: float
     """For its recomputation."""
     checkpointed: float = 0.0
-    """For the forward pass of a layer that is recomputed later: each tensor that it would keep is replaced. If less than `forward`,
-    that counts."""
+    """For the forward pass of a layer that is recomputed later, as measured; 0 if it was not."""
+
+    @property
+    def checkpointed_forward(self) -> float:
+        """The same, but never less than `forward`: each tensor that the layer would keep is replaced."""
+        return max(self.forward, self.checkpointed)
 
 
 # As bench machine measured it beside an H200; slower cores need up to twice as long. How much slower Python is beside the update

@@ -30,8 +30,8 @@ def test_each_number_is_a_rows_and_what_failed_or_was_not_run_is_seen(rows: Rows
         "`checkpointing=cpu`": "2048",
         "`optimizer.overlap_step=false`": "1024",
         "`offload=optimizer`": "does not fit",
-        "`offload=seed`": "",
-        "`plan=fastest`": "",
+        "`offload=seed`": "-",
+        "`plan=fastest`": "-",
         "VRAM, GiB": "23.1 / 5.0",
         "host, GiB": "1.5 / 21.0",
     }

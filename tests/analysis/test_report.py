@@ -149,6 +149,12 @@ def test_a_trace_is_drawn_in_few_points_that_keep_its_peak(rows) -> None:
     assert "cannot read" in bad["trace"]["problem"] and path.exists()
 
 
+def test_what_a_cpu_does_not_have_is_not_made_up(rows) -> None:
+    rows.add()
+    (found,) = cells(load(rows.folder))
+    assert found["peak_vram_gib"] is None and found["mfu"] is None
+
+
 def test_no_more_traces_than_there_is_time_for(rows, monkeypatch) -> None:
     monkeypatch.setattr(over_time, "MOST_TRACES", 1)
     samples = whole_run(random.Random(1))

@@ -110,6 +110,9 @@ def test_copies_over_the_link_and_between_gpus() -> None:
     link = iteration_time._link(run, RATES)
     assert link.forward == (0, 0, 0) and link.backward == near((0, 0, 5744 * 2 / 3 / 2))
     assert (link.fetch, link.tail) == near((0, 4 * 2872 / 3 / 4))
+    config.lora.rank, config.lora.target_modules = 2, ["q_proj"]
+    assert iteration_time._link(run, RATES).tail == near(4 * 3 * 2 * 16 / 3 / 4)
+    config.lora.rank = 0
     offload(config, 0, OffloadDevice.none, OffloadDevice.none)
     link = iteration_time._link(run, RATES)
     assert link.backward == near((0, 0, 5744 * 2 / 3 / 2)) and (link.fetch, link.tail) == (0, 0)
@@ -162,7 +165,7 @@ def test_the_hosts_update_reads_and_writes_each_state() -> None:
     measured = dataclasses.replace(RATES, measured=True)
     assert [iteration_time._update(one, measured) for one in (run, stock)] == near([28 * 2472 / 8.3, 52 * 2472 / 10])
     config.train.precision = Precision.fp32
-    assert iteration_time._update(stock, RATES) == near((32 + 24) * 2472 / 10)
+    assert iteration_time._update(stock, RATES) == near((32 + 12 + 16) * 2472 / 10)
     config.launch.num_ranks, config.optimizer.name = 2, "lion"
     assert iteration_time._update(dataclasses.replace(run, gpu_share=36), RATES) == near(24 * 2400 / 10)
     config.launch.num_hosts = 2  # each has memory of its own

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from ldft import results
+from ldft.sweep import jobs
 from tests.slurm.cluster import cluster
 
 LINE = [
@@ -74,13 +75,12 @@ class Work:
         """The job of a cell that trains, as scancel takes it."""
         folder = self.trains(seed)
         assert folder, seed
-        return str(json.loads((folder / "job.json").read_text())["job"])
+        return str(jobs.submitted(folder.parent, folder.name))
 
-    def until_two_train(self, *sweeps: tuple[str, ...]) -> None:
-        """Submit sweeps of two cells in all, and return when both train."""
+    def until_two_train(self, *words: str) -> None:
+        """Submit a sweep of two cells, and return when both train."""
         before = self.trained()
-        for words in sweeps:
-            self.sweep(*words, "--detach")
+        self.sweep(*words, "--detach")
         until("both train", lambda: self.trained() >= before + 2)
 
 
@@ -95,7 +95,7 @@ def until(what: str, done: Callable[[], Any], seconds: float = 400.0) -> Any:
 
 def node_failed(work: Work, folder: Path) -> None:
     """The daemon of a node and everything on it are killed; SLURM requeues its cell to the other node."""
-    work.until_two_train(("model=nano", "train.seed=3,4", LONG))
+    work.until_two_train("model=nano", "train.seed=3,4", LONG)
     (lost,) = (job for job, node in work.queue().items() if node == "n1")
     # First what would report the end of the others.
     os.kill(int((folder / "d-n1.pid").read_text()), signal.SIGKILL)
