@@ -1,4 +1,4 @@
-"""Two GPUs of one host through NCCL: the training of one, whatever is offloaded; two runs at once do not meet.
+"""Two GPUs through NCCL: the training of one, whatever is offloaded; two runs at once do not meet; one run on two hosts.
 
 In fp32 on one repeated batch: rounding stays far below what gradients that were not averaged would do
 (tests/training/test_equality.py).
@@ -6,6 +6,8 @@ In fp32 on one repeated batch: rounding stays far below what gradients that were
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,37 @@ def test_two_runs_on_the_same_gpus_at_once_do_not_meet(tmp_path: Path, command: 
     assert alone.wait(timeout=300) == 0, alone.communicate()[0]
     assert losses("first")[0] != losses("second")[0]
     assert np.allclose(losses("first"), losses("alone"), rtol=1e-3), (losses("first"), losses("alone"))
+
+
+@pytest.mark.parametrize("way", ["full offload", "stage 3 in GPU memory"])
+def test_two_hosts_train_as_two_gpus_of_one(
+    way: str, tmp_path: Path, ldft: Callable[..., Done], command: Callable[..., list[str]]
+) -> None:
+    """Each host is a command that sees one GPU. NCCL takes them for two machines, too, so that all goes through sockets."""
+    words = (*WAYS[way], "train.precision=fp32", "launch.num_ranks=2")
+    one = results.read(_ok(ldft, *words, f"results.dir={tmp_path}/one")).iloc[0]
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+
+    def start(number: int) -> subprocess.Popen:
+        meeting = {"NODE_RANK": str(number), "NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        apart = {"CUDA_VISIBLE_DEVICES": str(number), "NCCL_HOSTID": f"host-{number}", "NCCL_SOCKET_IFNAME": "lo"}
+        log = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": f"{tmp_path}/nccl-{number}-%p"}
+        line = command(*words, "launch.num_hosts=2", f"results.dir={tmp_path}/two", base=BASE)
+        environment = os.environ | meeting | apart | log
+        return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    hosts = [start(0), start(1)]
+    said = [host.communicate(timeout=300)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    two = results.read(tmp_path / "two").iloc[0]
+    assert len(two.hosts) == 2 and two.tokens_per_iteration == one.tokens_per_iteration
+    assert len(two.peak_vram_allocated_gib) == 2 and min(two.peak_vram_allocated_gib) > 0
+    assert two.loss[-1] < 0.97 * two.loss[0]
+    assert np.array_equal(two.loss, one.loss), (list(one.loss), list(two.loss))
+    talk = [path.read_text(errors="replace") for path in tmp_path.glob("nccl-*")]
+    assert len(talk) == 2 and all("via NET/Socket" in log for log in talk), talk
+    assert not any("via P2P" in log or "via SHM" in log for log in talk)
 
 
 def _ok(ldft: Callable[..., Done], *overrides: str) -> str:
