@@ -1,6 +1,6 @@
 """Longest sequences that one GPU, or several that share them, can train on: one iteration of each, everything offloaded.
 
-    python benchmarks/long_sequences.py OUT.parquet [--runs NAME:TOKENS ...] [--timeout SECONDS] [override ...]
+    python benchmarks/long_sequences.py OUT.parquet [override ...] [--timeout SECONDS] [--runs NAME:TOKENS ...]
 
 There is no warm-up. The default is a 3B model. NAME is one of contenders.py; TOKENS a number, or of ldft `longest`: 95% of the
 longest length that its estimate says to fit here, found by bisection. A run that does not fit is recorded too, with its status.
@@ -82,6 +82,8 @@ def main() -> int:
     parser.add_argument("--note", default="", help="free text, kept with every record")
     parser.add_argument("overrides", nargs="*", help="default: model=llama3_3b")
     options = parser.parse_intermixed_args()
+    if wrong := [entry for entry in options.runs if entry.partition(":")[0] not in CONTENDERS]:
+        parser.error(f"--runs: {wrong[0]}: no contender of contenders.py; overrides come before --runs")
     common = surroundings(options.note)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:

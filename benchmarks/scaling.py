@@ -1,12 +1,16 @@
 """Several GPUs of one host: tokens/s per GPU with 1, 2, 4 ... ranks, each with the same number of cores, in turns.
 
-    python benchmarks/scaling.py OUT.parquet --ranks 1 2 [--cores 16] [--rounds N] [override ...]
+    python benchmarks/scaling.py OUT.parquet [override ...] [--cores 16] [--rounds N] --ranks 1 2
 
     # 3B, 32768 tokens per GPU, full offload; with two GPUs about 2 minutes per round
-    python benchmarks/scaling.py out.parquet --ranks 1 2 model=llama3_3b seq_len=32k train.iterations=7
+    python benchmarks/scaling.py out.parquet model=llama3_3b seq_len=32k train.iterations=7 --ranks 1 2
 
-The batch grows with the ranks: every GPU computes as many tokens as a single one would. The limit is the tokens/s per GPU with the
-fewest ranks. Other cores stay idle, so that a single rank has no more cores than each of several.
+    # one sequence on one GPU, and shared by two
+    python benchmarks/scaling.py out.parquet model=llama3_3b seq_len=128k train.iterations=3 train.warmup_iterations=1 \\
+        'launch.sequence_parallel=${launch.num_ranks}' --ranks 1 2
+
+The batch grows with the ranks, unless they share sequences: every GPU computes as many tokens as a single one would. The limit is
+the tokens/s per GPU with the fewest ranks. Other cores stay idle, so that a single rank has no more cores than each of several.
 """
 
 from __future__ import annotations

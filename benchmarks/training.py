@@ -1,13 +1,13 @@
 """Training: ldft, plain scripts around stock DeepSpeed, and the seed's settings, in turns on the same machine.
 
-    python benchmarks/training.py OUT.parquet [--contenders NAME ...] [--rounds N] [--ranks N] [override ...]
+    python benchmarks/training.py OUT.parquet [override ...] [--rounds N] [--ranks N] [--contenders NAME ...]
 
     # 3B, 1 x 32768 tokens, one H200, about 5 minutes per round
     python benchmarks/training.py out.parquet model=llama3_3b seq_len=32k train.iterations=7
 
     # the cost of ldft itself: ldft against a plain script with the same DeepSpeed settings
-    python benchmarks/training.py out.parquet --contenders ours-as-plain plain-same --attention sdpa --no-liger --rounds 3 \\
-        model=llama3_1b seq_len=8k train.micro_batch_size=4 train.iterations=9
+    python benchmarks/training.py out.parquet model=llama3_1b seq_len=8k train.micro_batch_size=4 train.iterations=9 \\
+        --attention sdpa --no-liger --rounds 3 --contenders ours-as-plain plain-same
 
 Contenders take turns, each round starting with another one. Every run has its own processes; after each, the raw samples so far are
 written to OUT.parquet, so that an interrupted benchmark keeps them. The table has medians of the samples after warm-up.

@@ -136,6 +136,14 @@ def test_a_peer_shares_sequences_as_ldft_does(tmp_path: Path) -> None:
     assert ours["loss"] == pytest.approx(peer["loss"], rel=0.02) and "ours-offload        64 ok" in said
 
 
+def test_overrides_behind_a_list_are_no_runs(tmp_path: Path) -> None:
+    """They would be left out of the runs before them."""
+    command = [sys.executable, str(FOLDER / "long_sequences.py"), str(tmp_path / "out"), "--runs", "ours-offload:64"]
+    done = subprocess.run([*command, "model=nano"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith(": --runs: model=nano: no contender of contenders.py; overrides come before --runs\n")
+
+
 # Without clipping, a large eps lets AdamW see the gradients' scale.
 @pytest.mark.parametrize(("ranks", "clipping"), [(1, 0.5), pytest.param(2, 0, marks=long)])
 def test_fsdp2_trains_as_plain_torch_does(contenders, monkeypatch, tmp_path: Path, ranks: int, clipping: float) -> None:

@@ -54,17 +54,20 @@ def test_bf16_through_the_kernels_of_the_gpu(tmp_path: Path, ldft: Callable[...,
     assert np.max(np.abs(two.loss / one.loss - 1)) < 1e-2, (list(one.loss), list(two.loss))
 
 
-@pytest.mark.parametrize("attention", ["sdpa_cudnn", "flash_attention_2", "sdpa"])
-def test_two_gpus_share_a_sequence(attention: str, tmp_path: Path, ldft: Callable[..., Done]) -> None:
+@pytest.mark.parametrize(
+    ("attention", "shared"),
+    [("sdpa_cudnn", "ulysses_sdpa_cudnn"), ("flash_attention_2", "ulysses_fa2"), ("sdpa", "ulysses_sdpa")],
+)
+def test_two_gpus_share_a_sequence(attention: str, shared: str, tmp_path: Path, ldft: Callable[..., Done]) -> None:
     """In bf16, since cuDNN and flash-attn compute no fp32; tests/training/test_sequence_parallel.py has the exact comparison."""
     if attention == "flash_attention_2":
         pytest.importorskip("flash_attn")
     words = ("offload=full", "checkpointing=cpu", "checkpointing.keep_attention=host", f"attention={attention}")
     one = results.read(_ok(ldft, *words, f"results.dir={tmp_path}/one")).iloc[0]
-    shared = ("launch.num_ranks=2", "launch.sequence_parallel=2")
-    two = results.read(_ok(ldft, *words, *shared, f"results.dir={tmp_path}/two")).iloc[0]
+    ranks = ("launch.num_ranks=2", "launch.sequence_parallel=2")
+    two = results.read(_ok(ldft, *words, *ranks, f"results.dir={tmp_path}/two")).iloc[0]
     assert one.tokens_per_iteration == two.tokens_per_iteration == 96
-    assert two.attention == f"ulysses_{attention}" and two.loss[-1] < 0.97 * two.loss[0]
+    assert two.attention == shared and two.loss[-1] < 0.97 * two.loss[0]
     assert np.max(np.abs(two.loss / one.loss - 1)) < 1e-2, (list(one.loss), list(two.loss))
 
 

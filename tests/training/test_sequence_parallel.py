@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ldft.config import to_dict
 from ldft.errors import CombinationError
 from ldft.preflight.selection import select
 from ldft.runner import checks
+from ldft.training.architecture import hf_config
 from ldft.training.deepspeed import ulysses
 from ldft.training.deepspeed.layout import UnknownLayoutError
 from tests import rank_processes
@@ -157,6 +160,19 @@ def test_what_cannot_be_shared_is_one_line(overrides: tuple[str, ...], said: str
     config.validate()
     with pytest.raises(CombinationError, match=said):
         select(config)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "sdpa_cudnn", "flash_attention_2"])
+def test_transformers_builds_a_model_with_each_shared_attention(monkeypatch, kernel: str) -> None:
+    """It would look for a kernel of its own behind a name with "flash" in it, and flash-attn may not be here."""
+    groups = SimpleNamespace(get_sequence_parallel_group=lambda: None)
+    monkeypatch.setattr(ulysses, "groups", lambda config: groups)
+    monkeypatch.setattr(ulysses, "_of_deepspeed", lambda: (groups, lambda **named: None))
+    config = compose(*COMMON, "launch.num_ranks=2", "launch.sequence_parallel=2")
+    name = ulysses.register(kernel, config)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(hf_config(config.model), attn_implementation=name)
+    assert network.config._attn_implementation == name
 
 
 @pytest.mark.parametrize(
