@@ -227,7 +227,6 @@ def _inside(run: Selection, recomputed: bool) -> int:
             elements += decoder_layers.linears(model, sparse)["down_proj"][0] + 2 * model.hidden_size
     mlp = width * tokens(config) * elements + (_tile(run) if run.mlp_tiles > 1 else 0)
     inside = max(mlp, _attention(run) - _kept(run)) + _scores(run, 2)
-    inside += width * tokens(config) * sequence_parallel.exchanged(config)
     if not recomputed:
         return inside
     every = config.checkpointing.every
@@ -239,11 +238,13 @@ def _attention(run: Selection) -> int:
 
     The norm's output and two gradients of the residual stream take 3 H; queries, keys, values, the output, and a gradient of each
     4 Q + 4 K. The kernel sums up the queries' gradient in fp32, and computes the gradients of keys and values for each query's head
-    (cuDNN: seen in a memory snapshot of an H200; flash-attn: flash_api.cpp, mha_bwd, dk_expanded). Scores are counted elsewhere.
+    (cuDNN: seen in a memory snapshot of an H200; flash-attn: flash_api.cpp, mha_bwd, dk_expanded). Ranks that share a sequence
+    exchange these gradients after that, where the kernel's arrays were. Scores are counted elsewhere.
     """
     config, width = run.config, parameter_counts.width(run.config)
     queries, keys = _heads(run)
     kernel = 4 * queries + (2 * width * queries if keys < queries else 0)
+    kernel = max(kernel, width * sequence_parallel.exchanged(config))
     return tokens(config) * (width * (3 * config.model.hidden_size + 4 * queries + 4 * keys) + kernel)
 
 

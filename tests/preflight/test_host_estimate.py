@@ -175,6 +175,9 @@ def measured() -> list[tuple[str, Config, float, float, bool]]:
             "share-llama3_1b-16k",
             "share-llama3_1b-8k",
             "share-llama3_8b-32k",
+            "long_sequences-393216-llama3_3b",
+            "long_sequences-shared-2gpus",
+            "scaling-shared-131072-llama3_3b-2gpus",
         )
     ]
     of_h100s = (
@@ -194,13 +197,15 @@ def measured() -> list[tuple[str, Config, float, float, bool]]:
             name = f"{file} {who} {config.memory.pinning.name}"
             if "mlp_tiles" not in json.loads(row["config_json"]).get("kernels", {}):
                 config.kernels.mlp_tiles = 1  # all were whole then
+            if file == "long_sequences-393216-llama3_3b-h200":  # without it, memory is what is here
+                config.memory.capacity_gib = row["host_memory_gib"]
             before = "overlap_step" not in json.loads(row["config_json"]).get("optimizer", {})
             found.append((name, config, row["peak_host_gib"], max(peak) if isinstance(peak, list) else peak, before))
     return found
 
 
 def test_estimates_match_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks on one H200 and on one and two H100s: host memory within 3%, device memory within 9%."""
+    """Peaks on H200s and H100s, on one and two: host memory within 3%, device memory within 9%."""
     monkeypatch.setattr(environment, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(environment, "gpus", lambda: ("NVIDIA H200",))
     monkeypatch.setattr(environment, "gpu_memory_gib", lambda: 139.8)
