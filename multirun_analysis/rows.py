@@ -45,7 +45,7 @@ _MOST = 2 / 3
 
 # Labels of failed cells in figures.
 FAILURE_LABELS = {"oom_device": "OOM", "oom_host": "host OOM"}
-_REFUSED = "does not fit"  # an invalid row that would have run out of memory
+REFUSED = "does not fit"  # an invalid row that would have run out of memory
 
 
 def load(path: str | Path) -> pd.DataFrame:
@@ -137,9 +137,14 @@ def option_label(frame: pd.DataFrame, group: str) -> pd.Series:
         mine = texts[named]
         extra = [k for k in keys if k != name and (mine.groupby(names[named], sort=False)[k].nunique() > 1).any()]
         usual = {key: texts[key] == options.default_text(str(key)) for key in extra}
-        shown = {key: same & (same[named].mean() <= _MOST) | ~same for key, same in usual.items()}
+        shown = {key: ~_unnamed(same, same[named]) for key, same in usual.items()}
         label = label.mask(named, _joined(names, texts[extra], group, shown))
     return label
+
+
+def _unnamed(usual: pd.Series, among: pd.Series) -> pd.Series:
+    """Rows whose label leaves out what is usual: all that have it, if they are most."""
+    return usual & (among.mean() > _MOST)
 
 
 def option_name(group: str, option: str) -> str:
@@ -202,8 +207,7 @@ def _variant(frame: pd.DataFrame) -> pd.Series:
     label = ("plan=" + found).where(made, "").astype(object)
     for name, values in differing(_before_plans(frame, made)).items():
         usual = values == options.default_label(name)
-        hidden = usual if usual.mean() > _MOST else usual & made
-        label = label + " " + values.mask(hidden, "")
+        label = label + " " + values.mask(_unnamed(usual, usual) | usual & made, "")
     return label.str.split().str.join(" ").astype(object)
 
 
@@ -232,9 +236,14 @@ def _before_plans(frame: pd.DataFrame, made: pd.Series) -> pd.DataFrame:
     return frame.assign(**changed) if changed else frame
 
 
+def _for_memory(frame: pd.DataFrame) -> pd.Series:
+    """Which of the refused rows would not have fit."""
+    return frame["error_type"] == DoesNotFitError.__name__
+
+
 def _apart(frame: pd.DataFrame) -> pd.Series:
     """Marks rows refused for a reason other than memory, with a cell-key value that occurs in no accepted row."""
-    refused = (frame["status"] == "invalid") & (frame["error_type"] != DoesNotFitError.__name__)
+    refused = (frame["status"] == "invalid") & ~_for_memory(frame)
     found = pd.Series(False, index=frame.index)
     for key in cell_keys(frame) if (~refused).any() else ():
         values = frame[f"cfg.{key}"].map(text)
@@ -304,7 +313,7 @@ def _derived(frame: pd.DataFrame) -> pd.DataFrame:
     last_ok = frame[ok].groupby("run_id")["attempt"].max()
     newest = frame["run_id"].map(last_ok).astype("float64")
     failure = status.map(lambda value: "" if value == "ok" else FAILURE_LABELS.get(value, str(value)))
-    failure = failure.mask((status == "invalid") & (frame["error_type"] == DoesNotFitError.__name__), _REFUSED)
+    failure = failure.mask((status == "invalid") & _for_memory(frame), REFUSED)
     medians = {
         f"{phase}_median_s": column([_median(after_warmup(row, f"{phase}_s")) for row in rows], "float64")
         for phase in ("forward", "backward", "step", "update", "update_wait")

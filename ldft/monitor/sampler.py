@@ -27,6 +27,9 @@ from ldft.proc import stat
 SHARE = 0.003
 # The same during the ranks' initialisation, when nothing is timed and memory grows fast.
 SHARE_WHILE_PREPARING = 0.05
+# CPU seconds of a reading that may come before its time: DeepSpeed allocates in the first iteration, and a short run would end
+# without a reading after it.
+_QUICK_S = 0.1
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -35,18 +38,19 @@ class Pace:
 
     def __init__(self) -> None:
         self._began = -math.inf
-        self._cost_s = 0.0
+        self.cost_s = 0.0
+        """CPU seconds of the last reading."""
 
     def is_due(self, share: float) -> bool:
         """Whether a reading at the cost of the last one would now use at most the fraction `share` of a core."""
-        return time.monotonic() >= self._began + self._cost_s / share
+        return time.monotonic() >= self._began + self.cost_s / share
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Measures the reading inside the context, which must run in this thread."""
         self._began, before = time.monotonic(), time.thread_time()
         yield
-        self._cost_s = time.thread_time() - before
+        self.cost_s = time.thread_time() - before
 
 
 @dataclass(slots=True)
@@ -60,6 +64,8 @@ class _Process:
     sampled: float = 0.0
     memory: tuple[tuple[int, int], ...] | None = None
     read: float = 0.0
+    read_in_training: bool = False
+    """Whether `memory` is from after its first iteration."""
     forbidden: bool = False
     pcie: tuple[int | None, int | None] = (None, None)
     reported: dict[str, Any] = field(default_factory=dict)
@@ -138,10 +144,19 @@ class Sampler:
         reports = {run.folder: self._reports_of(run) for run in runs}
         trains = any(report.get("phase") == "train" for by_pid in reports.values() for report in by_pid.values())
         share = SHARE if trains else self._share_while_preparing
-        if self._memory_pace.is_due(share):
+        began = [
+            self._processes[pid]
+            for by_pid in reports.values()
+            for pid, report in by_pid.items()
+            if report.get("iteration_s")
+        ]
+        first = self._memory_pace.cost_s < _QUICK_S and not all(process.read_in_training for process in began)
+        if first or self._memory_pace.is_due(share):
             with self._memory_pace.reading():
                 for pid, process in self._processes.items():
                     _read_memory(pid, process, now)
+            for process in began:
+                process.read_in_training = True
         if self._pcie_pace.is_due(share):
             with self._pcie_pace.reading():
                 for by_pid in reports.values():

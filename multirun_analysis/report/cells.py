@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ldft.preflight.fit import DoesNotFitError
 from multirun_analysis import labels, rows, tidy
 from multirun_analysis.report import commands, over_time
 
@@ -77,6 +76,7 @@ class _Runs:
 
     def __init__(self, df: pd.DataFrame) -> None:
         self._runs = dict(zip(df.index, map(_run, df[list(_OWN)].to_dict("records")), strict=True))
+        self._refused = set(df.index[df["failure"] == rows.REFUSED])
         kept = df[~df["apart"]]
         self._options = {name: values.to_dict() for name, values in rows.differing(kept).items()}
         if (goals := rows.goals(kept)).nunique() > 1:
@@ -95,10 +95,10 @@ class _Runs:
         attempts = [self._runs[index] for index in reversed(members)]
         runs = [(run["run_id"], run["attempt"]) for run in attempts]
         options = {name: values[members[0]] for name, values in self._options.items() if members[0] in values}
-        failed = next((run for run in attempts if run["status"] != "ok"), None)
+        failed = next((index for index in reversed(members) if self._runs[index]["status"] != "ok"), None)
         return {
             "id": attempts[0]["run_id"],
-            "refused_for_memory": bool(failed and failed["error"] == DoesNotFitError.__name__),
+            "refused_for_memory": failed in self._refused,
             "options": options,
             "config": {key: values[members[0]] for key, values in self._config.items()},
             "nodes": _medians(self._nodes, runs),
