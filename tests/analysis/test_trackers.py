@@ -117,7 +117,7 @@ def test_tensorboard_shows_it(full_row: Path, tmp_path: Path) -> None:
     assert config["seq_len.tokens"].number_value == 1024
 
 
-@pytest.mark.parametrize("store", ["sqlite", "folder"])
+@pytest.mark.parametrize("store", ["folder", pytest.param("sqlite", marks=long)])
 def test_mlflow_shows_it(full_row: Path, tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     where = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}" if store == "sqlite" else str(tmp_path / "mlruns")
     for _ in range(2):  # the second replaces the first

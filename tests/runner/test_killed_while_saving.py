@@ -14,7 +14,7 @@ from typing import Any
 
 from ldft.config import to_dict
 from tests import rank_processes
-from tests.conftest import compose
+from tests.conftest import compose, long
 
 SCRIPT = Path(__file__).with_name("saved_and_killed.py")
 CONFIG = (
@@ -40,6 +40,7 @@ def run(folder: Path, what: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(lines[-1])
 
 
+@long
 def test_a_kill_during_an_update_leaves_the_last_whole_checkpoint(tmp_path: Path) -> None:
     config = compose(*CONFIG)
     config.validate()

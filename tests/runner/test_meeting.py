@@ -162,7 +162,7 @@ def test_a_rank_that_is_killed_on_the_other_host_ends_both(hosts: Hosts) -> None
     assert (first.returncode, second.returncode) == (1, 0) and nothing_runs_in(hosts.folder)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [1, pytest.param(0, marks=long)])
 def test_a_host_that_is_told_to_stop_ends_the_run(hosts: Hosts, number: int) -> None:
     both = [hosts.start(number, ENDLESS) for number in (0, 1)]
     hosts.ranks()
