@@ -144,6 +144,25 @@ def test_overrides_behind_a_list_are_no_runs(tmp_path: Path) -> None:
     assert done.stderr.endswith(": --runs: model=nano: no contender of contenders.py; overrides come before --runs\n")
 
 
+def test_exchanges_between_ranks_have_a_line_of_their_own(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import profile_iteration
+
+    def event(name: str, begin_s: float, end_s: float, cat: str = "kernel") -> dict[str, object]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": 1e6 * begin_s, "dur": 1e6 * (end_s - begin_s), "args": {}}
+
+    events = [event("gemm", 0, 4), event("ncclDevKernel_SendRecv", 3, 6), event("norm", 8, 10)]
+    events.append(event("Memcpy HtoD (Pinned -> Device)", 5, 7, "gpu_memcpy"))
+    said = profile_iteration.summary({"traceEvents": events}, windows=1).splitlines()
+    assert said[:3] == [
+        "the device's work spans 10.000 s",
+        "kernels    busy   6.000 s in 2",
+        "exchanges  busy   3.000 s in 1",
+    ]
+    assert "exchanges without a kernel beside them: 2.000 s" in said
+    assert said[-1].split() == ["0.000", "0.60", "0.30", "0.20", "0.00"]
+
+
 # Without clipping, a large eps lets AdamW see the gradients' scale.
 @pytest.mark.parametrize(("ranks", "clipping"), [(1, 0.5), pytest.param(2, 0, marks=long)])
 def test_fsdp2_trains_as_plain_torch_does(contenders, monkeypatch, tmp_path: Path, ranks: int, clipping: float) -> None:
