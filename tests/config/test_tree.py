@@ -141,7 +141,9 @@ def test_tab_completes_options_and_keys(tmp_path: Path) -> None:
 def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
     start = time.monotonic()
     done = say(
-        "model=llama3_8b", "dry_run=true", "launch.device=cpu", "seq_len=32k", "launch.num_ranks=2", cwd=tmp_path
+        *("model=llama3_8b", "dry_run=true", "launch.device=cpu", "seq_len=32k", "launch.num_ranks=2"),
+        "train.precision=bf16",
+        cwd=tmp_path,
     )
     took_s = time.monotonic() - start
     assert done.returncode == 0 and done.stderr == ""
@@ -174,6 +176,7 @@ def test_a_dry_run_of_a_sweep_says_of_each_cell_what_would_become_of_it(tmp_path
         "launch.device=cpu",
         "seq_len.tokens=16",
         "train.iterations=2",
+        "train.precision=bf16",
     )
     done = say(*command, "model=nano,llama3_8b", "train.warmup_iterations=1,5", cwd=tmp_path)
     out = done.stdout.splitlines()

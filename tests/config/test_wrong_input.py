@@ -155,7 +155,7 @@ WRONG = {
         "optimizer.fused_step: true: offload.deepspeed has zero_force_ds_cpu_optimizer"
     ],
     "optimizer.name=sgd": ["optimizer.name: 'sgd' does not exist; use adamw or lion"],
-    "train.loss_scale=8": ["train.loss_scale: 8 has no effect with train.precision=bf16", "fp16"],
+    "train.loss_scale=8 train.precision=bf16": ["train.loss_scale: 8 has no effect with train.precision=bf16", "fp16"],
     "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],
     "monitor.interval_s=-1": ["monitor.interval_s: -1 is too short", "use 0.05 seconds or more, or 0 for no trace"],
     "monitor.interval_s=0.01": ["monitor.interval_s: 0.01 is too short"],

@@ -39,7 +39,7 @@ def test_pretrained_on_two_ranks_trains_as_the_weights_it_was_saved_from(
     (tmp_path / "text.txt").write_text(words * 3)
     beside = [
         "model.vocab_size=512", "launch.device=cpu", "launch.num_ranks=2", "data=text", f"data.path={tmp_path}/text.txt",
-        f"data.tokenizer={word_tokenizer(words)}",
+        f"data.tokenizer={word_tokenizer(words)}", "train.precision=bf16",
     ]  # fmt: skip
     config = compose("model=nano", "offload=none", "train.seed=5", *beside)
     config.launch.device = Device.cpu

@@ -10,7 +10,8 @@ from ldft import results
 from tests.conftest import long
 
 BASE = ("model=nano", "model.num_layers=5", "data=repeat", "seq_len.tokens=64", "optimizer.learning_rate=2e-3",
-        "train.gradient_accumulation_steps=2", "train.iterations=3", "train.warmup_iterations=1")  # fmt: skip
+        "train.gradient_accumulation_steps=2", "train.iterations=3", "train.warmup_iterations=1",
+        "train.precision=bf16")  # fmt: skip
 ON_TWO_RANKS = ("launch.num_ranks=2", "checkpointing.every=2", "checkpointing.layers=4")
 GRIDS = (
     ("offload=full,optimizer", "checkpointing=cpu,gpu"),
