@@ -16,7 +16,34 @@ namespace ldft {
 namespace {
 
 // Block within a piece: gradients are widened into the nearest cache, and new weights rounded before they leave it.
-constexpr std::size_t kBlock = std::size_t{1} << 10;
+constexpr std::size_t kBlock = std::size_t{1} << 8;
+
+// Blocks that are asked of memory before they are worked on, on CPUs of Intel: their prefetchers stop at each page of
+// 4 KiB and keep too few reads under way for four streams. Measured in GB/s, AdamW, with and without: Xeon with 16
+// threads 187 and 165, with 32 threads 225 and 216; EPYC (Zen 4) with 2 threads 71 and 111, so not there.
+constexpr std::size_t kAhead = 2;
+constexpr std::size_t kLine = 64;  // bytes
+
+bool asks_ahead() {
+#ifdef __x86_64__
+  static const bool is_intel = __builtin_cpu_is("intel") != 0;
+  return is_intel;
+#else
+  return false;
+#endif
+}
+
+LDFT_INLINE void ask_for(const void* array, std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(array) + i);
+}
+
+template <typename Gradient, typename OneRule>
+LDFT_INLINE void ask_for_block(const Partition& all, std::size_t from, std::size_t count) {
+  ask_for(static_cast<const typename Gradient::Stored*>(all.gradients) + from, count * sizeof(typename Gradient::Stored));
+  ask_for(all.weights + from, count * sizeof(float));
+  ask_for(all.momentum + from, count * sizeof(float));
+  if constexpr (std::is_same_v<OneRule, AdamW>) ask_for(all.variance + from, count * sizeof(float));
+}
 
 LDFT_INLINE void update_block(const AdamW& rule, const Partition& all, const float* __restrict gradients,
                               std::size_t from, std::size_t count) {
@@ -77,10 +104,14 @@ template <typename Gradient, typename Copy, typename OneRule>
 LDFT_INLINE void update_piece(const OneRule& rule, const Partition& all, std::size_t from, std::size_t end) {
   const auto* stored = static_cast<const typename Gradient::Stored*>(all.gradients);
   auto* copy = static_cast<typename Copy::Stored*>(all.copy);
+  const bool asks = asks_ahead();
   alignas(64) float gradients[kBlock];
   alignas(64) typename Copy::Stored narrow[kBlock];
   for (; from < end; from += kBlock) {
     const std::size_t count = std::min(kBlock, end - from);
+    if (const std::size_t later = from + kAhead * kBlock; asks && later < end) {
+      ask_for_block<Gradient, OneRule>(all, later, std::min(kBlock, end - later));
+    }
     for (std::size_t i = 0; i < count; ++i) gradients[i] = Gradient::wide(stored[from + i]);
     update_block(rule, all, gradients, from, count);
     if (copy == nullptr) continue;
