@@ -27,18 +27,21 @@ TRAINING = [
     ("overlap-llama3_3b-32k-h100", 3, False),
     ("share-llama3_3b-32k-h200", 3, False),
     ("share-llama3_3b-8k-h200", 3, False),
+    ("overlap-llama3_3b-8k-h200", 3, False),
     ("share-llama3_1b-16k-h200", 3, False),
     ("share-llama3_1b-8k-h200", 3, False),
     ("keep_attention-llama3_3b-32k-h200", 3, False),
     ("share-llama3_8b-32k-h200", 3, False),
     ("peers-llama3_3b-32k-h200", 3, False),
     ("training-llama3_8b-32k-2gpus-h100", 3, True),
+    ("overlap-llama3_8b-32k-2gpus-h200", 3, True),
     ("scaling-llama3_3b-32k-h100", 3, True),
     ("long_sequences-131072-llama3_3b-h200", 1, False),
     ("long_sequences-llama3_3b-h200", 1, False),
     ("long_sequences-plans-h200", 1, False),
     ("long_sequences-393216-llama3_3b-h200", 1, False),
     ("scaling-shared-131072-llama3_3b-2gpus-h200", 1, True),
+    ("scaling-shared-peer-131072-llama3_3b-h200", 1, True),
     ("long_sequences-shared-2gpus-h200", 1, True),
 ]
 SHAPES = {
@@ -179,6 +182,30 @@ def host_memory_lines() -> list[str]:
     return [*found, f"| limit | {limits} | |"]
 
 
+def contention_lines() -> list[str]:
+    """One line for what runs beside: the update's rate by threads, then that of the copies beside all cores and alone."""
+    samples = by([row for row in rows("contention-h200") if row["round"]], "beside", "threads")
+
+    def of(beside: str, threads: int, column: str) -> float:
+        return statistics.median(row[column] for row in samples[beside, threads])
+
+    found = []
+    for beside in dict.fromkeys(beside for beside, _ in samples):
+        cells = [f"{of(beside, threads, 'update_gb_per_s'):.0f}" for threads in (16, 15, 12, 8)]
+        for way, column in (("h2d", "h2d_gb_per_s"), ("d2h", "d2h_gb_per_s"), ("kernels", "kernels_tflop_per_s")):
+            there = way in beside.split("+")
+            cells.append(f"{of(beside, 16, column):.0f} / {of(beside, 0, column):.0f}" if there else "-")
+        found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
+def by(samples: list[dict[str, Any]], *columns: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in samples:
+        found.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return found
+
+
 def estimate_lines() -> list[str]:
     found = []
     for row in rows("peer_estimates"):
@@ -195,5 +222,6 @@ def expected() -> tuple[str, ...]:
     """The measured part of every line of every table, from the rows."""
     found = [training_line(row, digits, each) for name, digits, each in TRAINING for row in rows(name)]
     found += [*checkpointing_lines(), *placement_lines(), *attention_lines(), *host_memory_lines(), *estimate_lines()]
+    found += contention_lines()
     found += evidence.speeds(load(publish.DATA)).splitlines()[2:]
     return tuple(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ from tests.analysis.benchmark_lines import (
     PAGE,
     REPOSITORY,
     RESULTS,
+    by,
     counted,
     expected,
     median,
@@ -77,8 +79,51 @@ def test_arithmetic_limit() -> None:
 
 
 def test_the_update_at_short_lengths() -> None:
-    offloaded = next(row for row in rows("share-llama3_3b-8k-h200") if row["contender"] == "ours-offload-no-share")
-    assert f"the CPU's update, which takes {median(offloaded, 'update_s'):.2f} s" in PAGE
+    def of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        who = {row["contender"]: row for row in rows(name)}
+        return who["plain-in-gpu"], who["ours-offload-no-share"]
+
+    slow, fast = of("share-llama3_3b-8k-h200"), of("overlap-llama3_3b-8k-h200")
+    took = " and ".join(f"{median(run, 'update_s'):.2f}" for _, run in (slow, fast))
+    assert f"the CPU's update, which took {took} s on the two machines" in PAGE
+    kept = " and ".join(f"{rate(run) / rate(plain):.3f}" for plain, run in (slow, fast))
+    assert f"{kept} of the tokens/s in GPU memory" in PAGE
+
+
+def test_the_update_beside_copies() -> None:
+    table = {
+        key: statistics.median(row["update_gb_per_s"] for row in samples)
+        for key, samples in by([row for row in rows("contention-h200") if row["round"]], "beside", "threads").items()
+        if key[1]
+    }
+    assert f"falls from {table['nothing', 16]:.0f} to {table['h2d+d2h', 16]:.0f} GB/s" in PAGE
+
+
+def test_8b_on_two_gpus_with_the_update_beside() -> None:
+    within, beside = sorted(rate(row) for row in rows("overlap-llama3_8b-32k-2gpus-h200"))
+    assert f"{beside / within:.3f} times the tokens/s" in PAGE
+
+
+def test_exchanges_of_two_gpus() -> None:
+    profile = (RESULTS / "profile-shared-131072-llama3_3b-2gpus-h200.txt").read_text()
+    works, exchanges, bare = (
+        float(re.search(pattern, profile)[1])  # type: ignore[index]
+        for pattern in (
+            r"spans ([\d.]+) s",
+            r"exchanges +busy +([\d.]+) s",
+            r"without a kernel beside them: ([\d.]+) s",
+        )
+    )
+    assert (
+        f"take {exchanges} s of the {works} s that a GPU works in one iteration of 131072 tokens, {bare} s of them"
+        in PAGE
+    )
+    assert f"could save {100 * bare / works:.0f}%" in PAGE
+
+
+def test_one_sequence_on_two_gpus_against_deepspeeds_recipe() -> None:
+    peer, mine = sorted(rate(row) for row in rows("scaling-shared-peer-131072-llama3_3b-h200"))
+    assert f"ldft has {mine / peer:.2f} times the tokens/s of the script" in PAGE
 
 
 def test_two_gpus_against_one() -> None:

@@ -20,11 +20,19 @@ from ldft.preflight.selection import Selection, select
 from tests.conftest import compose
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-# The host of the rows: benchmarks/results/nodes-h200.parquet. Its update reached 124 GB/s, the copies 54.5.
-HOST = Bandwidths(cpu={0: 124e9}, h2d={0: 54.5e9}, d2h={0: 54.5e9}, link_h2d=54.5e9, link_d2h=54.5e9)
-# Its factors of a datasheet's peaks were rounded with these rows in sight, so they show that the formula holds, not its error on
-# others.
-H200 = from_datasheet(peak=989e12, device_memory=4.8e12, host=HOST)
+
+
+def h200(update: float = 124e9) -> Rates:
+    """update: bytes a second of the host's update. Most rows' hosts were as in benchmarks/results/nodes-h200.parquet: 124 GB/s,
+    copies 54.5. The factors of a datasheet's peaks were rounded with the rows of such hosts in sight: those show that the
+    formula holds, not its error on others."""
+    host = Bandwidths(cpu={0: update}, h2d={0: 54.5e9}, d2h={0: 54.5e9}, link_h2d=54.5e9, link_d2h=54.5e9)
+    return from_datasheet(peak=989e12, device_memory=4.8e12, host=host)
+
+
+H200 = h200()
+# Files whose hosts updated faster, as `python -m ldft.bench nodes` said there, or as the row of the update alone does.
+UPDATES = {"share-llama3_3b-8k-h200": 142e9, "overlap-llama3_3b-8k-h200": 165e9}
 # File, contender, and how far off a prediction from datasheets may be.
 ROWS = [
     ("share-llama3_3b-32k-h200", "ours-offload", 0.05),
@@ -35,6 +43,8 @@ ROWS = [
     ("share-llama3_1b-8k-h200", "ours-offload-quarter-share", 0.05),
     ("share-llama3_1b-8k-h200", "ours-offload", 0.05),
     ("share-llama3_3b-8k-h200", "ours-offload-no-share", 0.05),
+    ("share-llama3_3b-8k-h200", "ours-offload", 0.05),
+    ("overlap-llama3_3b-8k-h200", "ours-offload-no-share", 0.05),
     ("share-llama3_3b-8k-h200", "plain-in-gpu", 0.08),
     ("training-llama3_3b-32k-in-gpu-h200", "ours-in-gpu-recompute-less", 0.05),
     ("training-llama3_3b-32k-offload-h200", "ours-offload-stock-step", 0.05),
@@ -79,7 +89,7 @@ def test_a_prediction_from_datasheets_is_near_what_was_measured(
     name: str, contender: str | None, within: float
 ) -> None:
     run, measured = of_row(name, contender)
-    times = iteration_time.predict(run, H200)
+    times = iteration_time.predict(run, h200(UPDATES.get(name, 124e9)))
     assert times.iteration_s == pytest.approx(measured, rel=within)
 
 
@@ -122,7 +132,9 @@ def test_recomputation_costs_a_forward_pass_less_the_last_product_and_a_kept_att
 def test_an_update_that_does_not_overlap_is_waited_for_and_one_that_does_is_hidden_as_far_as_possible() -> None:
     beside = run_of("offload=full")
     within = dataclasses.replace(beside, overlap_step=False)
-    slow, fast = (dataclasses.replace(H200, host=dataclasses.replace(HOST, cpu={0: rate})) for rate in (20e9, 4e12))
+    slow, fast = (
+        dataclasses.replace(H200, host=dataclasses.replace(H200.host, cpu={0: rate})) for rate in (20e9, 4e12)
+    )
     assert iteration_time.predict(beside, fast).exposed_s < 0.05 * iteration_time.predict(beside, slow).exposed_s
     assert seconds(beside, fast) < seconds(within, fast) and seconds(beside, slow) < seconds(within, slow)
     serial = iteration_time.predict(within, slow)
@@ -131,7 +143,7 @@ def test_an_update_that_does_not_overlap_is_waited_for_and_one_that_does_is_hidd
 
 
 def test_a_slow_link_is_waited_for_and_bounds_the_iteration() -> None:
-    slow = dataclasses.replace(H200, host=dataclasses.replace(HOST, link_h2d=5e9, link_d2h=5e9))
+    slow = dataclasses.replace(H200, host=dataclasses.replace(H200.host, link_h2d=5e9, link_d2h=5e9))
     times = iteration_time.predict(run_of("offload=full"), slow)
     assert times.bound == "link" and times.forward_s >= 2 * 3_212_749_824 / 5e9
     in_gpu = run_of("offload=none", "checkpointing=gpu")

@@ -172,12 +172,15 @@ def measured() -> list[tuple[str, Config, float, float, bool]]:
             "fp16-llama3_1b-2k-offload",
             "share-llama3_3b-32k",
             "share-llama3_3b-8k",
+            "overlap-llama3_3b-8k",
+            "overlap-llama3_8b-32k-2gpus",
             "share-llama3_1b-16k",
             "share-llama3_1b-8k",
             "share-llama3_8b-32k",
             "long_sequences-393216-llama3_3b",
             "long_sequences-shared-2gpus",
             "scaling-shared-131072-llama3_3b-2gpus",
+            "scaling-shared-peer-131072-llama3_3b",
         )
     ]
     of_h100s = (
