@@ -163,6 +163,32 @@ def test_exchanges_between_ranks_have_a_line_of_their_own(monkeypatch) -> None:
     assert said[-1].split() == ["0.000", "0.60", "0.30", "0.20", "0.00"]
 
 
+def test_a_snapshots_peak_is_told_by_what_allocated_it(monkeypatch) -> None:
+    """One block there from the beginning, one freed and its address given again, and one only at the peak."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import snapshot_peak
+
+    def event(action: str, address: int, size: int, *files: str) -> dict[str, object]:
+        frames = [{"filename": file, "line": 7, "name": "work"} for file in files]
+        return {"action": action, "addr": address, "size": size, "frames": frames}
+
+    def block(address: int, size: int, state: str) -> dict[str, object]:
+        return {"address": address, "size": size, "state": state}
+
+    events = [
+        event("free_requested", 1, 5),
+        event("free_completed", 1, 5),
+        event("alloc", 1, 3, "/site/torch/_tensor.py", "/site/ldft/runner/worker.py"),
+        event("alloc", 9, 10),
+        event("free_requested", 9, 10),
+        event("alloc", 9, 1, "/site/deepspeed/engine.py"),
+    ]
+    ends = [block(1, 3, "active_allocated"), block(2, 7, "active_allocated"), block(9, 1, "active_allocated")]
+    history = {"device_traces": [events], "segments": [{"blocks": [*ends, block(8, 70, "inactive")]}]}
+    unnamed = "no Python function: torch's autograd"
+    assert sorted(snapshot_peak.peak(history)) == [(3, "worker.py:7 work"), (7, snapshot_peak.BEFORE), (10, unnamed)]
+
+
 # Without clipping, a large eps lets AdamW see the gradients' scale.
 @pytest.mark.parametrize(("ranks", "clipping"), [(1, 0.5), pytest.param(2, 0, marks=long)])
 def test_fsdp2_trains_as_plain_torch_does(contenders, monkeypatch, tmp_path: Path, ranks: int, clipping: float) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldft.environment import PACKAGE_DIR
 from ldft.training import snapshot
 from tests.gpu.machine import cuda_config
 
@@ -56,3 +57,21 @@ def test_the_number_of_events_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
             torch.empty(1 << 20, device="cuda")
     history = pickle.loads((tmp_path / "snapshot-0.pickle").read_bytes())
     assert 0 < sum(len(device) for device in history["device_traces"]) <= 50
+
+
+def test_the_blocks_of_its_peak_add_up_to_torchs_own_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PACKAGE_DIR.parent / "benchmarks"))
+    import snapshot_peak
+
+    config = cuda_config("snapshot=true", "train.warmup_iterations=0", "train.iterations=1")
+    before = [torch.empty(size << 20, dtype=torch.uint8, device="cuda") for size in (3, 11)]
+    torch.cuda.reset_peak_memory_stats()
+    with snapshot.recording(config, tmp_path, 0, 0):
+        before.pop()
+        held = torch.empty(5 << 20, dtype=torch.uint8, device="cuda")
+        torch.empty(13 << 20, dtype=torch.uint8, device="cuda")
+        more = held.clone()
+    found = snapshot_peak.peak(pickle.loads((tmp_path / "snapshot-0.pickle").read_bytes()))
+    assert sum(size for size, _ in found) == torch.cuda.max_memory_allocated()
+    assert {5 << 20, 13 << 20} <= {size for size, where in found if where != snapshot_peak.BEFORE}
+    assert more.numel() == held.numel()
