@@ -19,8 +19,8 @@ from ldft.planning.rates import HostTime, Rates
 from ldft.preflight import (
     attention,
     decoder_layers,
-    device_estimate,
     experts,
+    layer_memory,
     parameter_counts,
     sequence_parallel,
     windows,
@@ -181,7 +181,7 @@ def _products(config: Config, sparse: bool) -> float:
 def _layer(run: Selection, rates: Rates) -> _Layer:
     """The mean layer."""
     config = run.config
-    model, tokens, width = config.model, device_estimate.tokens(config), parameter_counts.width(config)
+    model, tokens, width = config.model, layer_memory.tokens(config), parameter_counts.width(config)
     kinds = decoder_layers.kinds(model)
     weights = sum(count * _products(config, sparse) for sparse, count in kinds.items()) / model.num_layers
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
@@ -222,14 +222,14 @@ def _exchange(run: Selection, rates: Rates) -> float:
     if ranks == 1:
         return 0.0
     heads = 2 * model.num_attention_heads + 2 * sequence_parallel.key_heads(config)
-    size = parameter_counts.width(config) * device_estimate.tokens(config) * heads * model.head_dim
+    size = parameter_counts.width(config) * layer_memory.tokens(config) * heads * model.head_dim
     return size * (ranks - 1) / ranks / rates.peers
 
 
 def _loss(run: Selection, rates: Rates) -> float:
     """Seconds of the output projection and the loss in the forward pass; Liger computes its gradients there, too."""
     config = run.config
-    once = 2.0 * device_estimate.tokens(config) * parameter_counts.embedding_parameters(config.model) / rates.products
+    once = 2.0 * layer_memory.tokens(config) * parameter_counts.embedding_parameters(config.model) / rates.products
     return once * (2 if config.lora.rank else 3) if run.liger else once
 
 
@@ -284,9 +284,9 @@ def _waiting_bytes(run: Selection) -> int:
     groups = settings.groups(config.model.num_layers)
     found = 0
     if settings.mode is CheckpointingMode.cpu:
-        found += max(groups - run.device_inputs, 0) * device_estimate.hidden_bytes(config)
+        found += max(groups - run.device_inputs, 0) * layer_memory.hidden_bytes(config)
     if settings.keep_attention is KeepAttention.host:
-        found += max(groups - 1, 0) * settings.every * device_estimate.attention_bytes(config)
+        found += max(groups - 1, 0) * settings.every * layer_memory.attention_bytes(config)
     return found
 
 

@@ -22,6 +22,8 @@ from ldft.preflight import experts
 _QKV = ("q_proj", "k_proj", "v_proj")
 _QKVO = (*_QKV, "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+# Modules that make queries, keys and values.
+PROJECTIONS = (*_QKV, "qkv_proj")
 
 
 class HeadNorms(Enum):
@@ -149,6 +151,12 @@ def linears(model: ModelConfig, sparse: bool) -> dict[str, tuple[int, int]]:
     return found
 
 
+def expert_matrices(model: ModelConfig) -> tuple[int, int]:
+    """Elements of the experts' gate and up projections, and of their down projections, of all experts of a layer."""
+    all_widths = model.num_experts * experts.expert_width(model)
+    return 2 * all_widths * model.hidden_size, all_widths * model.hidden_size
+
+
 @remembered
 def sizes(model: ModelConfig, sparse: bool) -> Counter[int]:
     """Elements -> number of parameters of that size in one decoder layer."""
@@ -166,9 +174,7 @@ def sizes(model: ModelConfig, sparse: bool) -> Counter[int]:
         found[model.num_attention_heads] += 1
     if sparse:
         number, inner = model.num_experts, experts.expert_width(model)
-        found.update(
-            (number * model.hidden_size, number * 2 * inner * model.hidden_size, number * inner * model.hidden_size)
-        )
+        found.update((number * model.hidden_size, *expert_matrices(model)))
         if family.expert_biases:
             found.update((number, number * 2 * inner, number * model.hidden_size))
     return found

@@ -17,7 +17,7 @@ from ldft.config import Config, Device, OffloadDevice
 from ldft.errors import CombinationError, ConfigError
 from ldft.memory import bandwidths
 from ldft.memory.cost_model import Bandwidths
-from ldft.preflight import device_estimate, device_rates, parameter_counts, room
+from ldft.preflight import device_estimate, device_rates, layer_memory, parameter_counts, room
 from ldft.preflight.selection import Selection
 
 KEY = "offload.gpu_share"
@@ -172,7 +172,7 @@ def _forward_s(config: Config) -> float | None:
     peak = device_rates.peak_tflops_per_s(names[0], config.train.precision) if names else None
     if peak is None:
         return None
-    model, tokens = config.model, device_estimate.tokens(config)
+    model, tokens = config.model, layer_memory.tokens(config)
     attention = 2.0 * config.seq_len.tokens * model.num_attention_heads * model.head_dim
     return tokens * (2.0 * parameter_counts.layer_parameters(model) + attention) / (peak * 1e12 * _REACHED)
 

@@ -23,12 +23,14 @@ from __future__ import annotations
 
 from ldft.config import Config, Device, OffloadDevice, Precision
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
-from ldft.preflight import deepspeed_config, device_estimate, parameter_counts
+from ldft.preflight import deepspeed_config, device_estimate, layer_memory, parameter_counts
 from ldft.preflight.selection import Selection
 
 # Interpreter, libraries and, on CUDA, its context, without file pages: measured peaks of runs with few tensors
-# (benchmarks/results/fp16-llama3_1b-2k-h200.parquet: 1.5 GiB on an H200; multirun_analysis/data: 0.33 to 0.41 GiB without a GPU).
+# (1.47 to 1.53 GiB in the rows in benchmarks/results and multirun_analysis/data; 0.33 to 0.41 GiB without a GPU).
 _PROCESS = {Device.cuda: int(1.5 * 2**30), Device.cpu: int(0.36 * 2**30)}
+# What of it on CUDA comes with the first iteration (rows of shares of 16 to 105 GiB in multirun_analysis/data: 0.50 to 0.51 GiB).
+_LOADED_LATER = int(0.5 * 2**30)
 
 
 def host_bytes(run: Selection) -> dict[str, int]:
@@ -68,12 +70,12 @@ def host_bytes(run: Selection) -> dict[str, int]:
 
 def layer_input_bytes(config: Config) -> int:
     """Bytes of one decoder layer's input for one micro-batch."""
-    return device_estimate.hidden_bytes(config)
+    return layer_memory.hidden_bytes(config)
 
 
 def attention_output_bytes(config: Config) -> int:
     """Bytes that attention returns in one decoder layer for one micro-batch."""
-    return device_estimate.attention_bytes(config)
+    return layer_memory.attention_bytes(config)
 
 
 def checkpoint_bytes(config: Config, device_inputs: int = 1) -> int:
@@ -83,7 +85,7 @@ def checkpoint_bytes(config: Config, device_inputs: int = 1) -> int:
     groups = settings.groups(config.model.num_layers)
     inputs = max(groups - device_inputs, 0) if settings.mode is CheckpointingMode.cpu else 0
     outputs = max(groups - 1, 0) * settings.every if settings.keep_attention is KeepAttention.host else 0
-    return inputs * device_estimate.hidden_bytes(config) + outputs * device_estimate.attention_bytes(config)
+    return inputs * layer_memory.hidden_bytes(config) + outputs * layer_memory.attention_bytes(config)
 
 
 def other_bytes(run: Selection, device: device_estimate.Parts) -> dict[str, int]:
@@ -93,10 +95,11 @@ def other_bytes(run: Selection, device: device_estimate.Parts) -> dict[str, int]
     if deepspeed_config.pins(config) and config.offload.optimizer is OffloadDevice.cpu:
         parts["torch's pinned allocator"] = _rounding(run)
     if run.gpu_share:
-        # DeepSpeed builds all master weights in host memory; the GPU's share leaves before the moments of the others are allocated.
+        # DeepSpeed builds all master weights in host memory; the GPU's share leaves before the moments of the others are allocated,
+        # and before the first iteration loads what makes a process larger.
         rest = parameter_counts.split(parameter_counts.trained_sizes(config), config.launch.num_ranks) - run.gpu_share
         moments = (parameter_counts.state_bytes(config) - 4) * rest
-        parts["the share's master weights at the start"] = max(0, 4 * run.gpu_share - moments)
+        parts["the share's master weights at the start"] = max(0, 4 * run.gpu_share - moments - _LOADED_LATER)
     if OffloadDevice.nvme in (config.offload.parameters, config.offload.optimizer):
         parts["swap buffers"] = _swap_buffers(run)
     if (

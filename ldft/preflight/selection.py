@@ -7,7 +7,15 @@ from typing import Any
 
 from ldft.config import AttentionKind, Config
 from ldft.memory.topology import Topology, read_topology
-from ldft.preflight import attention, deepspeed_config, liger, mlp_tiles, sequence_parallel, update_overlap
+from ldft.preflight import (
+    attention,
+    deepspeed_config,
+    liger,
+    mlp_tiles,
+    sequence_parallel,
+    update_overlap,
+    zero_buckets,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +64,10 @@ class Selection:
         return self.fused_step and self.config.offload.stage == 3
 
     @property
-    def fetches_ahead(self) -> bool:
-        """Whether whole layers are fetched, so far ahead that one more than DeepSpeed counts is on the device. (With adapters the
-        measured peak has no such layer.)"""
-        if self.config.lora.rank:
-            return False
-        return self.shares_gradients and bool(self.zero.get("leaf_module", {}).get("name_suffixes"))
+    def fetches_whole_layers(self) -> bool:
+        """Whether ZeRO-3 fetches the weights of a layer together, and reduces its gradients together (zero_buckets.py)."""
+        asked = self.zero.get("leaf_module", {}).get("name_suffixes")
+        return bool(asked) and asked == zero_buckets.leaf_modules(self.config).get("name_suffixes")
 
     @property
     def uses_arenas(self) -> bool:

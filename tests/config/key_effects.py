@@ -21,7 +21,7 @@ from ldft.memory.limits import Free
 from ldft.memory.topology import Node, Topology
 from ldft.monitor import trace
 from ldft.planning import machine, settled
-from ldft.preflight import assumed_machine, deepspeed_config, device_estimate, device_inputs, fit, gpu_share, liger
+from ldft.preflight import assumed_machine, deepspeed_config, device_inputs, fit, gpu_share, layer_memory, liger
 from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from ldft.results import store
@@ -79,7 +79,7 @@ def ranks_of_a_host(config: Config) -> Any:
 
 
 def tokens_of_a_rank(config: Config) -> Any:
-    return device_estimate.tokens(config)
+    return layer_memory.tokens(config)
 
 
 def mlp_in_tiles(config: Config) -> Any:

@@ -105,7 +105,7 @@ def with_larger_shares(run: Resolved) -> Iterator[Resolved]:
 def test_a_larger_share_is_tried_where_the_default_leaves_too_much_in_host_memory() -> None:
     """The default hides the update, but keeps 8% of the GPU's memory free, and so too much of the state on the host."""
     config = config_of("model.hidden_size=4096", "model.intermediate_size=16384", "seq_len=64k")
-    config.machine.vram_gib, config.machine.host_gib, config.machine.link_gb_per_s = 28, 14, 64
+    config.machine.vram_gib, config.machine.host_gib, config.machine.link_gb_per_s = 26, 13, 64
     config.machine.host_gb_per_s = 300
     config.numa.bandwidth = assumed_machine.bandwidth(config.machine)
     with searched(config) as one:

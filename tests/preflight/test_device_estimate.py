@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldft import environment
-from ldft.preflight import decoder_layers, device_estimate, parameter_counts, zero_buckets
+from ldft.preflight import decoder_layers, device_estimate, layer_memory, parameter_counts, zero_buckets
 from ldft.preflight.resolved import resolve
 from ldft.preflight.selection import select
 from tests.conftest import compose
@@ -32,7 +32,7 @@ def test_the_formula_is_within_five_percent_of_the_measured_peak(row: dict[str, 
     )  # fmt: skip
     peak_gb = sum(resolve(config).estimate.device.values()) / 1e9
     if row["checkpointing"] == "cpu":  # the scripts fetched one layer input at a time; ldft has the next one on its way
-        peak_gb -= device_estimate.hidden_bytes(config) / 1e9
+        peak_gb -= layer_memory.hidden_bytes(config) / 1e9
     assert peak_gb == pytest.approx(float(row["peak_gb"]), rel=0.05)
 
 
@@ -53,7 +53,7 @@ def test_frozen_weights_are_not_copied_when_training_starts() -> None:
         moments = device_estimate.moments(select(config))
         return moments["start"]["weights"] / sum(device_estimate.least_of(moments).values())
 
-    assert start() > 1.8  # two copies of 32e9 weights, against one and little else
+    assert start() > 1.7  # two copies of 32e9 weights, against one and the norm of the embedding's gradient, in fp64
     assert start("lora=r16") < 1.01
 
 
@@ -116,7 +116,7 @@ def test_attention_that_stores_its_scores_keeps_them_for_each_head() -> None:
 def test_an_adapter_on_the_mlps_last_module_adds_its_inputs_gradient_and_two_of_its_output() -> None:
     inside = {
         modules: parts(
-            "backward of the first layer", "checkpointing=gpu", "lora=r16", f"lora.target_modules=[{modules}]"
+            "backward of the first layers", "checkpointing=gpu", "lora=r16", f"lora.target_modules=[{modules}]"
         )
         for modules in ("q_proj", "q_proj,down_proj")
     }
@@ -141,9 +141,9 @@ def test_a_reduce_bucket_is_whole_only_where_gradients_are_contiguous_on_a_gpu()
 
 def test_attentions_output_and_log_sum_exp_are_padded_as_kernels_pad_them() -> None:
     line = ("model=llama3_1b", "seq_len.tokens=1000", "launch.device=cuda", "train.precision=bf16")
-    assert device_estimate.attention_bytes(compose(*line)) == 2 * 1000 * 32 * 64 + 4 * 32 * 1024
+    assert layer_memory.attention_bytes(compose(*line)) == 2 * 1000 * 32 * 64 + 4 * 32 * 1024
     narrow = compose(*line, "model.head_dim=60", "train.micro_batch_size=3")
-    assert device_estimate.attention_bytes(narrow) == 3 * (2 * 1000 * 32 * 64 + 4 * 32 * 1024)
+    assert layer_memory.attention_bytes(narrow) == 3 * (2 * 1000 * 32 * 64 + 4 * 32 * 1024)
 
 
 def test_zero_3_without_offload_holds_a_share_of_weights_gradients_and_optimizer() -> None:
@@ -155,3 +155,16 @@ def test_zero_3_without_offload_holds_a_share_of_weights_gradients_and_optimizer
     )  # each parameter is padded to a multiple of the ranks
     assert found["gradients"] == found["weights"] + 4 * 1000
     assert found["optimizer"] == 6 * found["weights"]
+
+
+def test_ranks_that_share_a_sequence_have_a_part_of_its_tokens_and_heads() -> None:
+    line = ("model=llama3_1b", "seq_len.tokens=1024", "launch.device=cuda", "train.precision=bf16", "offload=full",
+            "checkpointing=gpu", "kernels.mlp_tiles=64")  # fmt: skip
+    two = compose(*line, "launch.num_ranks=2", "launch.sequence_parallel=2")
+    assert layer_memory.hidden_bytes(two) == 2 * 512 * 2048
+    # The kernel's log-sum-exp is of whole sequences, for this rank's heads; its output comes back as a part of them.
+    assert layer_memory.attention_bytes(two) == 2 * 512 * 32 * 64 + 4 * 16 * 1024
+    # In attention's backward pass, where each query head has a key head of its own, what is exchanged is larger than what the
+    # kernel holds: 2 Q + K before and after, instead of the queries' gradient in fp32.
+    run = select(compose(*line, "model.num_key_value_heads=32", "launch.num_ranks=2", "launch.sequence_parallel=2"))
+    assert layer_memory.backward(run, False)[1] + layer_memory.kept(run) == 512 * 2048 * (2 * (3 + 4 + 4) + 2 * 3)

@@ -10,14 +10,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ldft import environment
-from ldft.config import Config, from_dict, to_dict
-from ldft.config.checkpointing import CheckpointingMode
+from ldft.config import to_dict
 from ldft.errors import ConfigError
 from ldft.preflight import host_estimate, parameter_counts
 from ldft.preflight.resolved import resolve
@@ -150,86 +147,6 @@ def test_swap_files_leave_only_buffers_on_the_host(tmp_path: Path) -> None:
     embedding = 128256 * 4096
     assert resolve(config).estimate.others["swap buffers"] == pytest.approx((5 * 4 + 5 * 2) * embedding, rel=0.001)
     assert resolve(config).estimate.host_bytes < 0.3 * resolve(compose(*line[:2])).estimate.host_bytes
-
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-
-
-def measured() -> list[tuple[str, Config, float, float, bool]]:
-    """(name, config, host GiB of all ranks, device GiB, whether the update read fp32 gradients) of the committed rows of GPUs."""
-    found = []
-    of_one = [
-        f"{what}-h200"
-        for what in (
-            "placement-llama3_3b-32k",
-            "training-llama3_3b-32k-offload",
-            "training-llama3_3b-32k-in-gpu",
-            "long_sequences-llama3_3b",
-            "long_sequences-131072-llama3_3b",
-            "long_sequences-plans",
-            "lora-llama3_8b-8k",
-            "fp16-llama3_1b-2k",
-            "fp16-llama3_1b-2k-offload",
-            "share-llama3_3b-32k",
-            "share-llama3_3b-8k",
-            "overlap-llama3_3b-8k",
-            "overlap-llama3_8b-32k-2gpus",
-            "share-llama3_1b-16k",
-            "share-llama3_1b-8k",
-            "share-llama3_8b-32k",
-            "long_sequences-393216-llama3_3b",
-            "long_sequences-shared-2gpus",
-            "scaling-shared-131072-llama3_3b-2gpus",
-            "scaling-shared-peer-131072-llama3_3b",
-        )
-    ]
-    of_h100s = (
-        "scaling-llama3_3b-32k",
-        "training-llama3_8b-32k-2gpus",
-        "overlap-llama3_3b-32k",
-    )
-    for file in (*of_one, *(f"{what}-h100" for what in of_h100s)):
-        for row in pq.read_table(RESULTS / f"{file}.parquet").to_pylist():
-            who = row.get("contender", "ldft")
-            # Its script keeps layer inputs in its own way; DeepSpeed's default sizes of buckets are not those of ldft.
-            peer = who == "seed" or who.startswith("plain-offload")
-            if row["status"] != "ok" or peer:
-                continue
-            peak = row["peak_vram_allocated_gib"]
-            config = from_dict(json.loads(row["config_json"]))
-            name = f"{file} {who} {config.memory.pinning.name}"
-            if "mlp_tiles" not in json.loads(row["config_json"]).get("kernels", {}):
-                config.kernels.mlp_tiles = 1  # all were whole then
-            if file == "long_sequences-393216-llama3_3b-h200":  # without it, memory is what is here
-                config.memory.capacity_gib = row["host_memory_gib"]
-            before = "overlap_step" not in json.loads(row["config_json"]).get("optimizer", {})
-            found.append((name, config, row["peak_host_gib"], max(peak) if isinstance(peak, list) else peak, before))
-    return found
-
-
-def test_estimates_match_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks on H200s and H100s, on one and two: host memory within 3%, device memory within 9%."""
-    monkeypatch.setattr(environment, "compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(environment, "gpus", lambda: ("NVIDIA H200",))
-    monkeypatch.setattr(environment, "gpu_memory_gib", lambda: 139.8)
-    rows = measured()
-    assert len(rows) >= 28
-    for name, config, host_gib, device_gib, before in rows:
-        # Rows of before attention and Liger had keys of their own.
-        if "fp16-llama3_1b-2k-h200" in name:
-            config.kernels.liger, config.checkpointing.mode = False, CheckpointingMode.gpu
-        if name.startswith(
-            ("share-", "long_sequences-plans")
-        ):  # where the rate of the machine's memory decided on the GPU's share
-            config.numa.bandwidth = {"node0": {"cpu": 126, "h2d": 54, "d2h": 54}}
-        run = resolve(config)
-        # Older rows kept gradients in fp32 as well, and copied them as stock DeepSpeed does.
-        old = before and run.shares_gradients
-        kept = 4 * parameter_counts.total(parameter_counts.trained_sizes(config)) if old else 0
-        assert (run.estimate.host_bytes + kept) / 2**30 == pytest.approx(host_gib, rel=0.03), name
-        if old:
-            config.optimizer.fused_step = False
-        assert sum(resolve(config).estimate.device.values()) / 2**30 == pytest.approx(device_gib, rel=0.09), name
 
 
 def test_gradients_wait_in_host_memory_while_they_accumulate() -> None:
