@@ -128,7 +128,9 @@ def _layers_that_hide(config: Config, embedding: int, layer: int) -> int | str:
 
 
 def larger(run: Selection) -> list[int]:
-    """Elements of each share that is larger than the run's."""
+    """Elements of each share that is larger than the run's; none where there can be no share."""
+    if _obstacle(run):
+        return []
     embedding, layer, whole = _sizes(run.config)
     shares = [embedding + layers * layer for layers in range(run.config.model.num_layers)]
     return [share for share in (*shares, whole) if share > run.gpu_share]

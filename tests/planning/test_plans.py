@@ -236,3 +236,13 @@ def test_the_command_answers_in_two_seconds(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), check=False)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"\| +(torch|deepspeed|transformers|pandas)$", done.stderr, re.MULTILINE)
+
+
+def test_a_mixture_of_experts_has_a_plan(ask: Callable[..., tuple[int, str, str]]) -> None:
+    """Its layers can have no share on the GPU, so none larger than the default is tried."""
+    code, out, err = ask("machine=h200", "memory.capacity_gib=700", "model=qwen3_30b_a3b", "seq_len=8k")
+    assert code == 0, err
+    assert (
+        "run it:\n  python -m ldft memory.capacity_gib=700 model=qwen3_30b_a3b seq_len=8k" in out
+        and "gpu_share" not in out
+    )
