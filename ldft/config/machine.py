@@ -8,6 +8,8 @@ from enum import Enum
 from ldft.errors import ConfigError
 
 THIS = "this"
+# Of one host, far above any: each is listed.
+MOST_GPUS, MOST_CORES = 1024, 65_536
 
 
 class HostLayout(Enum):
@@ -80,5 +82,8 @@ class MachineConfig:
                 raise ConfigError(
                     f"machine.{key}", f"{getattr(self, key):g} is not positive; use the value of machine={self.name}"
                 )
+        for key, most in (("gpus", MOST_GPUS), ("cores", MOST_CORES)):
+            if getattr(self, key) > most:
+                raise ConfigError(f"machine.{key}", f"{getattr(self, key)} is too large; use at most {most}")
         if len(self.capability) != 2:
             raise ConfigError("machine.capability", f"{self.capability} is not a compute capability; write e.g. [9,0]")

@@ -58,6 +58,8 @@ _LATER = (
 )
 # Increased when a key's meaning changes, so that old and new results of the same command line stay apart.
 _IDENTITY_VERSION = 1
+# By the unit at the end of a key's name: the most that it takes, far above any machine and any run. Beyond, sums overflow.
+_MOST = {"_gib": (2.0**20, "GiB"), "_gb_per_s": (1e6, "GB/s"), "_s": (366 * 86_400.0, "seconds (a year)")}
 FROM_FILE = "${config_json}"
 """Value of a key of the model that is to be read from the model's config.json. An interpolation, since those fit any type."""
 
@@ -111,14 +113,23 @@ class Config:
         train = self.train
         return train.micro_batch_size * train.gradient_accumulation_steps * self.launch.data_parallel
 
+    def check_numbers(self) -> None:
+        """Raises ConfigError for a number with which nothing can be computed."""
+        for key, value in flatten(self).items():
+            if not isinstance(value, float):
+                continue
+            if not math.isfinite(value):
+                raise ConfigError(key, f"{value} is not finite; use a number")
+            most, unit = next((limit for end, limit in _MOST.items() if key.endswith(end)), (math.inf, ""))
+            if value > most:
+                raise ConfigError(key, f"{value:g} is too large; use at most {most:.0f} {unit}")
+
     def validate(self) -> None:
         """Check values and combinations that do not depend on the machine. Raises ConfigError."""
         for key, value in self.asked.items():
             if value == FROM_FILE:
                 raise ConfigError(key, f"{value} must be read from the model's config.json first")
-        for key, value in flatten(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(key, f"{value} is not finite; use a number")
+        self.check_numbers()
         for part in (
             self.model,
             self.offload,

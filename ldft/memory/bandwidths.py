@@ -21,6 +21,8 @@ from ldft.errors import ConfigError
 from ldft.memory.cost_model import Bandwidths
 
 GB = 1e9
+# GB/s, far above any memory: beyond, sums overflow.
+_MOST = 1_000_000
 KEY = "numa.bandwidth"
 _FORM = "{node0:{cpu:278,h2d:55,d2h:55},node3:{cpu:69,h2d:53,d2h:37}}, GB/s"
 
@@ -53,8 +55,10 @@ def parse(given: Mapping[str, Any], key: str) -> Bandwidths:
         if not isinstance(entry, Mapping) or (name != "link" and not name.removeprefix("node").isdigit()):
             raise ConfigError(key, f"{name}: {entry!r} is not a node entry; write {_FORM}")
         for engine, value in entry.items():
-            if engine not in rates or isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise ConfigError(key, f"{name}.{engine}: {value!r}; write cpu, h2d and d2h above 0, as in {_FORM}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if engine not in rates or not number or not 0 < value <= _MOST:
+                allowed = f"write cpu, h2d and d2h above 0 and up to {_MOST}"
+                raise ConfigError(key, f"{name}.{engine}: {value!r}; {allowed}, as in {_FORM}")
         if name == "link":
             continue
         if "cpu" not in entry:

@@ -18,8 +18,10 @@ _OF_HOST, _OF_LINK = 0.8, 0.86
 
 def assumed(config: Config) -> AbstractContextManager[None]:
     """Within the context the GPUs are those of config.machine or, where launch.device=cuda asks for GPUs that this machine lacks,
-    assumed ones of memory.vram_gib."""
+    assumed ones of memory.vram_gib. Raises ConfigError for a machine that cannot be."""
+    config.check_numbers()
     machine = config.machine
+    machine.validate()
     if machine.name != THIS:
         capability = (machine.capability[0], machine.capability[1])
         given = environment.Assumed(

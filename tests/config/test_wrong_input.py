@@ -158,6 +158,27 @@ WRONG = {
     "train.loss_scale=8 train.precision=bf16": ["train.loss_scale: 8 has no effect with train.precision=bf16", "fp16"],
     "train.precision=fp16 launch.device=cpu": ["train.precision: fp16 needs launch.device=cuda", "bf16 or fp32"],
     "monitor.interval_s=-1": ["monitor.interval_s: -1 is too short", "use 0.05 seconds or more, or 0 for no trace"],
+    "monitor.interval_s=1e300": ["monitor.interval_s: 1e+300 is too large; use at most 31622400 seconds (a year)"],
+    "launch.timeout_s=1e300": ["launch.timeout_s: 1e+300 is too large; use at most 31622400 seconds (a year)"],
+    "memory.capacity_gib=1e300": ["memory.capacity_gib: 1e+300 is too large; use at most 1048576 GiB"],
+    "dry_run=true launch.device=cuda memory.vram_gib=80 memory.capacity_gib=1e300": [
+        "memory.capacity_gib: 1e+300 is too large"
+    ],
+    "dry_run=true launch.device=cuda memory.vram_gib=1e300": ["memory.vram_gib: 1e+300 is too large"],
+    "numa.cxl_budget_gib=2e6": ["numa.cxl_budget_gib: 2e+06 is too large; use at most 1048576 GiB"],
+    "dry_run=true machine=h200 machine.host_gib=1e300": [
+        "machine.host_gib: 1e+300 is too large; use at most 1048576 GiB"
+    ],
+    "dry_run=true machine=h200 machine.link_gb_per_s=1e300": [
+        "machine.link_gb_per_s: 1e+300 is too large",
+        "1000000 GB/s",
+    ],
+    "dry_run=true machine=h200 machine.cores=1000000000": ["machine.cores: 1000000000 is too large; use at most 65536"],
+    "dry_run=true machine=h200 machine.gpus=100000": ["machine.gpus: 100000 is too large; use at most 1024"],
+    "dry_run=true machine=h200 machine.capability=[]": ["machine.capability: [] is not a compute capability", "[9,0]"],
+    "numa.bandwidth={node0:{cpu:1e300}}": [
+        "numa.bandwidth: node0.cpu: 1e+300; write cpu, h2d and d2h above 0 and up to 1000000"
+    ],
     "monitor.interval_s=0.01": ["monitor.interval_s: 0.01 is too short"],
     "monitor.intervall_s=1": ["monitor.intervall_s", "interval_s"],
     "memory.capacity_gib=-1": ["memory.capacity_gib: -1 is negative", "above 0"],
