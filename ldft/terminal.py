@@ -4,6 +4,7 @@ event)."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from typing import Any, NoReturn
@@ -26,12 +27,22 @@ def length(tokens: int) -> str:
     return str(tokens)
 
 
+def plural(count: float, noun: str, several: str = "") -> str:
+    """A number of things: 1 rank, 2 ranks, 1.5 cores. several: the noun's plural, if not with an s."""
+    return f"{count:g} {noun}" if count == 1 else f"{count:g} {several or noun + 's'}"
+
+
+def rewrites() -> bool:
+    """Whether standard output is a terminal that can go back over what it shows."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
 class Progress:
     """Shows a rank's partial results as they arrive. A context manager: leaving it ends the live line."""
 
     def __init__(self, iterations: int, warmup_iterations: int, tokens_per_iteration: int) -> None:
         self._iterations, self._warmup, self._tokens = iterations, warmup_iterations, tokens_per_iteration
-        self._terminal = sys.stdout.isatty()
+        self._terminal = rewrites()
         self._phase_text, self._count, self._since = "", 0, time.monotonic()
 
     def _iteration(self, times: list[float], count: int) -> str:

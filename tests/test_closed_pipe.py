@@ -85,6 +85,44 @@ def test_no_command_complains(folder: Path, monkeypatch, main: Callable[[], int]
     assert not list(folder.glob("*.log"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ldft.monitor", "--once"],
+        ["ldft.status", "FOLDER"],
+        ["ldft.results", "compact", "FOLDER"],
+        ["ldft", "dry_run=true"],
+    ],
+)
+def test_output_that_nothing_takes_is_one_line_and_ascii_is_enough(folder: Path, words: list[str]) -> None:
+    command = f"{sys.executable} -m {' '.join(words)}".replace("FOLDER", str(folder))
+
+    def run(redirection: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", "-c", command + redirection],
+            cwd=folder,
+            env=os.environ | environment,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+
+    full = run(" > /dev/full")
+    reason = "cannot write to standard output (No space left on device); write to another file or terminal"
+    assert (full.returncode, full.stderr) == (1, f"ldft: {reason}\n")
+    closed = run(" >&-")
+    assert (closed.returncode, closed.stderr) == (0, "")
+    plain = run("", PYTHONIOENCODING="ascii")
+    assert (plain.returncode, plain.stderr) == (0, "") and plain.stdout.isascii() and plain.stdout
+
+
+def test_a_run_whose_output_a_full_disk_takes_writes_its_row(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command(), stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("ldft: cannot write to standard output")
+    assert results.read(tmp_path / "results")["status"].tolist() == ["ok"]
+
+
 def test_with_a_reader_nothing_changes(capsys) -> None:
     @closed_pipe.work_on
     def works() -> int:

@@ -14,20 +14,24 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ldft import closed_pipe, proc
+from ldft import closed_pipe, files, proc
+from ldft.errors import ConfigError
 from ldft.memory.probe import CATEGORIES, MIB, MemoryTable, process_memory
 from ldft.monitor import processes, view
 from ldft.monitor.sampler import SHARE, Pace, Sampler
 from ldft.monitor.samples import Sample
-from ldft.terminal import Parser
+from ldft.terminal import Parser, rewrites
 
-_SHORTEST_S = 0.05
+_SHORTEST_S, _LONGEST_S = 0.05, 86_400.0
+# The kernel's own limit.
+_LARGEST_PID = 1 << 22
 _BETWEEN_TWO_S = 0.3
 _UNREADABLE = "cannot be read: it ended, or belongs to another user"
 # Fraction of one core. With --pid nothing else is read.
@@ -102,7 +106,7 @@ def _of_runs(arguments: argparse.Namespace) -> Iterator[list[str]]:
             yield [json.dumps(as_json(sample, watch.parents))]
         else:
             history.add(sample)
-            yield view.lines(sample, watch.parents, history, _width())
+            yield view.lines(sample, watch.parents, history, _size()[0])
 
 
 def _of_processes(arguments: argparse.Namespace) -> Iterator[list[str]]:
@@ -118,12 +122,16 @@ def _of_processes(arguments: argparse.Namespace) -> Iterator[list[str]]:
         if not table.pids:
             return
         missing = [f"ldft: process {pid} {_UNREADABLE}" for pid in table.missing]
+        table.names = [view.printable(name) for name in table.names]
         yield [json.dumps(_table_as_json(table))] if arguments.json else [*table.render(MIB).splitlines(), *missing]
 
 
-def _width() -> int:
-    """The terminal's current width, ignoring COLUMNS, which may be out of date; 100 for a file."""
-    return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 100
+def _size() -> tuple[int, int]:
+    """The terminal's current columns and rows; 100 columns for a file, and no limit of rows."""
+    if not sys.stdout.isatty():
+        return 100, sys.maxsize
+    size = os.get_terminal_size(sys.stdout.fileno())
+    return size.columns or 80, size.lines or 24  # 0: a terminal that does not know
 
 
 def _show_live(blocks: Iterable[list[str]]) -> None:
@@ -131,10 +139,13 @@ def _show_live(blocks: Iterable[list[str]]) -> None:
     from rich.live import Live
     from rich.text import Text
 
+    for name in ("COLUMNS", "LINES"):  # rich would believe them, although they may be out of date
+        os.environ.pop(name, None)
     with Live(auto_refresh=False, redirect_stdout=False, redirect_stderr=False, vertical_overflow="crop") as live:
         for block in blocks:
+            shown = view.in_rows(block, _size()[1])
             # Plain lines, not a rich table, whose layout takes fifty times as long.
-            live.update(Text("\n".join(block), no_wrap=True, overflow="ellipsis"), refresh=True)
+            live.update(Text("\n".join(shown), no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
 def _print(blocks: Iterable[list[str]], between: str) -> None:
@@ -155,10 +166,19 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--results", type=Path, metavar="DIR", help="show only runs of this results folder")
     arguments = parser.parse_args()
-    if not _SHORTEST_S <= arguments.interval < float("inf"):
-        parser.error(f"--interval: {arguments.interval:g} is not a valid interval; use {_SHORTEST_S} seconds or more")
-    if arguments.results and not arguments.results.is_dir():
-        parser.error(f"--results: {arguments.results} is not a folder; name the results.dir of a run")
+    if not _SHORTEST_S <= arguments.interval <= _LONGEST_S:
+        allowed = f"use {_SHORTEST_S} to {_LONGEST_S:.0f} seconds"
+        parser.error(f"--interval: {arguments.interval:g} is not possible; {allowed}")
+    for pid in arguments.pid or ():
+        if not 0 < pid <= _LARGEST_PID:
+            parser.error(f"--pid: {pid} is no process id; use 1 to {_LARGEST_PID}, as ps shows them")
+    if arguments.results:
+        try:
+            arguments.results = files.named(arguments.results, "--results")
+        except ConfigError as error:
+            parser.error(str(error))
+        if not arguments.results.is_dir():
+            parser.error(f"--results: {arguments.results} is not a folder; name the results.dir of a run")
     if arguments.pid and arguments.results:
         parser.error("--results: cannot be combined with --pid, which watches any process; leave one of them out")
     return arguments
@@ -170,17 +190,26 @@ def _show(arguments: argparse.Namespace) -> int:
             print(f"ldft: process {pid} {_UNREADABLE}", file=sys.stderr)
         return 1
     blocks = _of_processes(arguments) if arguments.pid else _of_runs(arguments)
-    if sys.stdout.isatty() and not arguments.once and not arguments.json:
+    blocks = (view.in_encoding(block, sys.stdout.encoding or "utf-8") for block in blocks)
+    if rewrites() and not arguments.once and not arguments.json:
         _show_live(blocks)
     else:
         _print(blocks, between="" if arguments.json else "\n")
     return 0
 
 
+def _end(number: int, _: object) -> None:
+    """Leave as after Ctrl-C: the terminal gets its cursor back."""
+    sys.exit(128 + number)
+
+
 @closed_pipe.stop
 def main() -> int:
-    """Returns the exit code: 0; 1 if none of the given processes can be read; 2 for invalid arguments; 130 after Ctrl-C."""
+    """Returns the exit code: 0; 1 if none of the given processes can be read; 2 for invalid arguments; 130 after Ctrl-C, and like
+    it 128 and the signal's number after SIGTERM and SIGHUP."""
     arguments = _arguments()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     try:
         return _show(arguments)
     except KeyboardInterrupt:

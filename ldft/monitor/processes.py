@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pwd
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +69,7 @@ def find(results: Path | None = None) -> tuple[list[Run], list[Parent]]:
     results: only those with this results folder.
     """
     ranks: dict[int, Path] = {}
+    agents: dict[int, Path] = {}
     commands: dict[int, list[str]] = {}
     for entry in PROC.iterdir():
         if not entry.name.isdigit():
@@ -74,24 +77,32 @@ def find(results: Path | None = None) -> tuple[list[Run], list[Parent]]:
         pid = int(entry.name)
         words = (_text(pid, "cmdline") or "").split("\0")[:-1]
         if words[1:3] == ["-m", "ldft.worker"] and len(words) == 4:
-            ranks[pid] = Path(words[3])
+            if words[3].startswith("/") and Path(words[3]).parents[1:]:  # as ldft names an attempt
+                ranks[pid] = Path(words[3])
+        elif words[-3:-1] == ["-m", "ldft.runner.agent"]:  # also the srun that starts them
+            agents[pid] = Path(words[-1])
         elif words[1:3] == ["-m", "ldft"]:
             commands[pid] = words[3:]
         elif len(words) > 1 and Path(words[1]).name == "ldft" and "python" in Path(words[0]).name:
             commands[pid] = words[2:]
     runs: dict[Path, list[int]] = {}
-    busy = set()
+    busy: set[int] = set()
     for pid, folder in ranks.items():
         known = proc.stat(pid)
         # A process forked by a rank looks like the rank until it executes another program.
         if known is not None and known.parent not in ranks:
             runs.setdefault(folder, []).append(pid)
-            busy.add(known.parent)
+            busy.update(_ancestors(pid))
+    # An agent stands between a command and its ranks; that of a SLURM job is started by the job.
+    for pid, folder in agents.items():
+        if folder in runs:
+            busy.update(_ancestors(pid))
     parents = [found for pid, words in commands.items() if pid not in busy and (found := _parent(pid, words, commands))]
     wanted = [Run(folder, tuple(sorted(pids))) for folder, pids in sorted(runs.items())]
     if results is not None:
-        wanted = [run for run in wanted if run.folder.parents[1].resolve() == results.resolve()]
-        parents = [one for one in parents if one.results_dir == results.resolve()]
+        asked = _resolved(results)
+        wanted = [run for run in wanted if _resolved(run.folder.parents[1]) == asked]
+        parents = [one for one in parents if one.results_dir == asked]
     return wanted, sorted(parents, key=lambda one: one.pid)
 
 
@@ -101,10 +112,22 @@ def _parent(pid: int, words: list[str], commands: dict[int, list[str]]) -> Paren
         return None
     named = [word.removeprefix("results.dir=") for word in words if word.startswith("results.dir=")]
     try:
-        folder = ((PROC / str(pid) / "cwd").readlink() / (named[-1] if named else "results")).resolve()
-    except (FileNotFoundError, PermissionError):
+        folder = _resolved((PROC / str(pid) / "cwd").readlink() / (named[-1] if named else "results"))
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         folder = None
     return Parent(pid, user, " ".join(words), folder)
+
+
+def _ancestors(pid: int) -> Iterator[int]:
+    """Its parent, that one's parent, and so on."""
+    while (known := proc.stat(pid)) is not None and known.parent:
+        pid = known.parent
+        yield pid
+
+
+def _resolved(path: Path) -> Path:
+    """Without symbolic links. Unlike Path.resolve it takes any name, such as a link to itself: other users choose names here."""
+    return Path(os.path.realpath(path))
 
 
 def _text(pid: int, name: str) -> str | None:

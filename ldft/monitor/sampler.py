@@ -6,20 +6,19 @@ for which the kernel walks its page tables; NVML's PCIe counters) are made as of
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ldft.memory.probe import process_memory
 from ldft.memory.topology import SYSFS, node_meminfo, parse_list, read_meminfo
 from ldft.monitor.gpu_use import Gpus
 from ldft.monitor.processes import Run, rank_of, ticks_of_family, user_of
+from ldft.monitor.reports import Report, Reports
 from ldft.monitor.samples import DeviceUse, NodeUse, RankUse, RoleUse, RunUse, Sample
 from ldft.proc import stat
 
@@ -68,38 +67,8 @@ class _Process:
     """Whether `memory` is from after its first iteration."""
     forbidden: bool = False
     pcie: tuple[int | None, int | None] = (None, None)
-    reported: dict[str, Any] = field(default_factory=dict)
     roles: tuple[RoleUse, ...] = ()
-    """Derived from `reported`: one object shared by all samples, so that a long trace takes little memory."""
-
-
-class Reports:
-    """JSON files of attempts, read again only after a change."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, tuple[tuple[int, int, int], dict[str, Any]]] = {}
-        self.forbidden: set[Path] = set()
-        """Files that may not be read."""
-
-    def read(self, path: Path) -> dict[str, Any]:
-        """The file's content; empty if it does not exist yet or may not be read."""
-        try:
-            found = path.stat()
-            key = (found.st_ino, found.st_mtime_ns, found.st_size)
-            known = self._known.get(path)
-            if known is None or known[0] != key:
-                known = self._known[path] = (key, json.loads(path.read_text()))
-        except FileNotFoundError:
-            return {}
-        except PermissionError:
-            self.forbidden.add(path)
-            return {}
-        return known[1]
-
-    def forget_others(self, folders: set[Path]) -> None:
-        """Keep only the files in these folders."""
-        self._known = {path: known for path, known in self._known.items() if path.parent in folders}
-        self.forbidden = {path for path in self.forbidden if path.parent in folders}
+    """As reported: one object shared by all samples, so that a long trace takes little memory."""
 
 
 def nodes(sysfs: Path = SYSFS) -> tuple[NodeUse, ...]:
@@ -142,14 +111,9 @@ class Sampler:
         now = time.time()
         self._follow(runs)
         reports = {run.folder: self._reports_of(run) for run in runs}
-        trains = any(report.get("phase") == "train" for by_pid in reports.values() for report in by_pid.values())
+        trains = any(report.phase == "train" for by_pid in reports.values() for report in by_pid.values())
         share = SHARE if trains else self._share_while_preparing
-        began = [
-            self._processes[pid]
-            for by_pid in reports.values()
-            for pid, report in by_pid.items()
-            if report.get("iteration_s")
-        ]
+        began = [self._processes[pid] for by_pid in reports.values() for pid, report in by_pid.items() if report.times]
         first = self._memory_pace.cost_s < _QUICK_S and not all(process.read_in_training for process in began)
         if first or self._memory_pace.is_due(share):
             with self._memory_pace.reading():
@@ -161,8 +125,8 @@ class Sampler:
             with self._pcie_pace.reading():
                 for by_pid in reports.values():
                     for pid, report in by_pid.items():
-                        if "gpu_uuid" in report:
-                            self._processes[pid].pcie = self._gpus.pcie_kb_per_s(report["gpu_uuid"])
+                        if report.gpu_uuid:
+                            self._processes[pid].pcie = self._gpus.pcie_kb_per_s(report.gpu_uuid)
         used = (self._run(run, reports[run.folder], now) for run in runs)
         return Sample(time=now, nodes=nodes(), runs=tuple(run for run in used if run is not None))
 
@@ -181,46 +145,46 @@ class Sampler:
             self._processes[pid] = process
         self._reports.forget_others({run.folder for run in runs})
 
-    def _reports_of(self, run: Run) -> dict[int, dict[str, Any]]:
+    def _reports_of(self, run: Run) -> dict[int, Report]:
         """Pid -> report, of the run's live processes."""
-        num_ranks = self._reports.read(run.folder / "config.json").get("launch", {}).get("num_ranks", 0)
-        reports = [self._reports.read(run.folder / f"rank-{rank}.json") for rank in range(num_ranks)]
-        found: dict[int, dict[str, Any]] = {}
+        num_ranks = self._reports.about(run.folder).num_ranks
+        reports = [self._reports.rank(run.folder, rank) for rank in range(num_ranks)]
+        found: dict[int, Report] = {}
         for pid in run.pids:
             if (process := self._processes.get(pid)) is None:
                 continue
             if process.rank is None:  # another user's process, but its reports may be readable
-                process.rank = next((rank for rank, said in enumerate(reports) if said.get("pid") == pid), None)
+                process.rank = next((rank for rank, said in enumerate(reports) if said.pid == pid), None)
             known = process.rank is not None and process.rank < num_ranks
-            found[pid] = reports[process.rank] if known and process.rank is not None else {}
+            found[pid] = reports[process.rank] if known and process.rank is not None else Report()
         return found
 
-    def _run(self, run: Run, reports: dict[int, dict[str, Any]], now: float) -> RunUse | None:
+    def _run(self, run: Run, reports: dict[int, Report], now: float) -> RunUse | None:
         ranks = [use for pid in reports if (use := self._rank(pid, reports[pid], now)) is not None]
         user = user_of(ranks[0].pid) if ranks else None
         if user is None:
             return None
         ranks.sort(key=lambda one: (one.rank is None, one.rank, one.pid))
-        config = self._reports.read(run.folder / "config.json")
-        first = self._reports.read(run.folder / "rank-0.json") if config else {}
-        times = first.get("iteration_s", [])
-        tokens = _tokens_per_iteration(config) if config else 0
+        about = self._reports.about(run.folder)
+        first = self._reports.rank(run.folder, 0) if about.title else Report()
         closed = any(path.parent == run.folder for path in self._reports.forbidden)
+        damaged = any(path.parent == run.folder for path in self._reports.unreadable)
+        said = first.phase != "start" or not (closed or damaged)
         return RunUse(
             folder=str(run.folder),
             user=user,
-            title=_title(config) if config else "",
-            phase=first.get("phase", "start"),
-            phase_text=first.get("phase_text", "" if closed else "starting Python"),
-            iteration=len(times),
-            iterations=config["train"]["iterations"] if config else None,
-            update_s=sum(first["update_s"]) if "update_s" in first else None,
-            tokens_per_s=tokens / times[-1] if times else None,
+            title=about.title,
+            phase=first.phase,
+            phase_text=first.phase_text if said else "",
+            iteration=len(first.times),
+            iterations=about.iterations,
+            update_s=first.update_s,
+            tokens_per_s=about.tokens / first.times[-1] if first.times else None,
             ranks=tuple(ranks),
             forbidden=closed or any(self._processes[one.pid].forbidden for one in ranks),
         )
 
-    def _rank(self, pid: int, report: dict[str, Any], now: float) -> RankUse | None:
+    def _rank(self, pid: int, report: Report, now: float) -> RankUse | None:
         process = self._processes[pid]
         ticks = ticks_of_family(pid)
         if ticks is None:
@@ -229,18 +193,18 @@ class Sampler:
         if process.ticks is not None:
             busy = max(0, ticks - process.ticks) / _TICKS_PER_S / max(now - process.sampled, 1e-3)
         process.ticks, process.sampled = ticks, now
-        if process.reported != (memory := report.get("role_memory", {})):
-            process.reported, process.roles = memory, _roles(memory)
+        if process.roles != report.roles:
+            process.roles = report.roles
         return RankUse(
             rank=process.rank,
             pid=pid,
-            phase=report.get("phase", "start"),
+            phase=report.phase,
             cores_busy=busy,
             memory=process.memory,
             memory_age_s=now - process.read if process.memory is not None else 0.0,
             roles=process.roles,
-            pinned=report.get("pinned_bytes"),
-            device=self._device(report["gpu_uuid"], process) if "gpu_uuid" in report else None,
+            pinned=report.pinned,
+            device=self._device(report.gpu_uuid, process) if report.gpu_uuid else None,
         )
 
     def _device(self, uuid: str, process: _Process) -> DeviceUse:
@@ -264,24 +228,3 @@ def _read_memory(pid: int, process: _Process, now: float) -> None:
         process.read = now
     else:  # it has ended, or belongs to another user
         process.forbidden = stat(pid) is not None
-
-
-def _roles(memory: dict[str, Any]) -> tuple[RoleUse, ...]:
-    """A rank's tensors by role, from its report."""
-    found = []
-    for role, said in memory.items():
-        by_node = said["nodes"] or {"-1": said["bytes"]}  # -1: pages without memory, e.g. swapped out
-        found += [
-            RoleUse(role=role, node=int(node) if int(node) >= 0 else None, size=size) for node, size in by_node.items()
-        ]
-    return tuple(found)
-
-
-def _tokens_per_iteration(config: dict[str, Any]) -> int:
-    train = config["train"]
-    sequences = train["micro_batch_size"] * train["gradient_accumulation_steps"] * config["launch"]["num_ranks"]
-    return int(sequences * config["seq_len"]["tokens"])
-
-
-def _title(config: dict[str, Any]) -> str:
-    return f"{config['model']['name']}, {config['seq_len']['tokens']} tokens, numa={config['numa']['name']}"

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 
 from ldft.monitor.processes import Parent
 from ldft.monitor.samples import NodeUse, RankUse, RunUse, Sample
+from ldft.terminal import plural
 
 GIB = 1 << 30
 _BARS = "▁▂▃▄▅▆▇█"
+# For output that has no such characters.
+_IN_ASCII = str.maketrans(_BARS + "…", "12345678~")
 _HISTORY = 60
 # The age of a memory reading is shown if it exceeds this.
 _OLD_S = 2.0
-# Width of a line without its node columns, and of a node column.
-_LABEL, _COLUMN = 19, 9
 
 
 class History:
@@ -49,7 +50,30 @@ def lines(sample: Sample, parents: Sequence[Parent], history: History, width: in
         ]
     if not sample.runs and not parents:
         text += ["", "no run of ldft found; python -m ldft starts one"]
-    return [line if len(line) <= width else line[: width - 1] + "…" for line in text]
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in map(printable, text)]
+
+
+def printable(line: str) -> str:
+    """The line without what a terminal would obey, such as colours and line breaks: other users choose names and commands here."""
+    return line if line.isprintable() else "".join(one if one.isprintable() else "?" for one in line)
+
+
+def in_encoding(lines: Sequence[str], encoding: str) -> list[str]:
+    """The lines in characters that the encoding has."""
+    text = "\n".join(lines)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.translate(_IN_ASCII).encode(encoding, errors="replace").decode(encoding)
+    return text.split("\n")
+
+
+def in_rows(lines: Sequence[str], rows: int) -> list[str]:
+    """As many of the first lines as a terminal of so many rows holds, with a last one that says how many it does not hold."""
+    if len(lines) <= rows or rows < 1:
+        return list(lines)
+    more = plural(len(lines) - rows + 1, "more line")
+    return [*lines[: rows - 1], f"{more}: enlarge the terminal, or use --once"]
 
 
 def _gib(size: int | None) -> str:
@@ -97,8 +121,9 @@ def _run(run: RunUse, width: int) -> list[str]:
     if run.forbidden:
         who = run.user if run.user == "root" else f"{run.user} and root"
         text.append(f"  some figures are readable only by {who}")
-    text += ["", *(f"  {line}" for line in _by_node(run, width - 2))]
-    return [*text, "", *(f"  {line}" for line in aligned(_ranks(run.ranks)))]
+    # The ranks first: what a terminal has too few rows for is the end.
+    text += ["", *(f"  {line}" for line in _ranks(run.ranks, width - 2))]
+    return [*text, "", *(f"  {line}" for line in _by_node(run, width - 2))]
 
 
 def _by_node(run: RunUse, width: int) -> list[str]:
@@ -106,10 +131,18 @@ def _by_node(run: RunUse, width: int) -> list[str]:
     used = {node for rank in run.ranks for node, size in rank.memory or () if size}
     used |= {use.node for rank in run.ranks for use in rank.roles if use.node is not None and use.size}
     nodes = sorted(used)
-    # If the terminal is too narrow for all nodes, show their sum.
-    while nodes and _LABEL + (len(nodes) + 1) * _COLUMN > width:
+    table = _table(run, nodes)
+    # If the terminal is too narrow for all nodes, only the total has them all.
+    while nodes and max(map(len, table)) > width:
         nodes.pop()
+        table = _table(run, nodes)
     left_out = len(used) - len(nodes)
+    more = f"{plural(left_out, 'more node')} in the total; widen the terminal to see {'them' if left_out > 1 else 'it'}"
+    return [*table, *([more] if left_out else [])]
+
+
+def _table(run: RunUse, nodes: list[int]) -> list[str]:
+    """The lines of `_by_node` with columns for these nodes."""
     sums: dict[str, dict[int | None, int]] = {}
     for use in (use for rank in run.ranks for use in rank.roles):
         of = sums.setdefault(use.role, {})
@@ -126,7 +159,7 @@ def _by_node(run: RunUse, width: int) -> list[str]:
         age = f" ({rank.memory_age_s:.0f} s ago)" if rank.memory_age_s > _OLD_S else ""
         sizes = [_gib(None if of_rank is None else of_rank.get(node, 0)) for node in nodes]
         rows.append([name + age, *sizes, _gib(rank.resident)])
-    return [*aligned(rows), *([f"{left_out} more nodes; widen the terminal to see them"] if left_out else [])]
+    return aligned(rows)
 
 
 def _rest(run: RunUse, sums: dict[str, dict[int | None, int]], nodes: list[int]) -> list[str]:
@@ -143,16 +176,29 @@ def _rest(run: RunUse, sums: dict[str, dict[int | None, int]], nodes: list[int])
     return [*by_node, _gib(total)]
 
 
-def _ranks(ranks: Sequence[RankUse]) -> list[list[str]]:
+def _ranks(ranks: Sequence[RankUse], width: int) -> list[str]:
+    table = aligned(_of_ranks(ranks, "PCIe rx/tx GB/s"))
+    # Without these six characters of the title, 60 columns hold all of it.
+    return table if max(map(len, table)) <= width else aligned(_of_ranks(ranks, "PCIe GB/s"))
+
+
+def _of_ranks(ranks: Sequence[RankUse], link_title: str) -> list[list[str]]:
     gpus = any(rank.device for rank in ranks)
-    rows = [["rank", "pid", "cores", "pinned", *(["VRAM", "GPU", "PCIe rx/tx GB/s"] if gpus else [])]]
+    rows = [["rank", "pid", "cores", "pinned", *(["VRAM", "GPU", link_title] if gpus else [])]]
     for rank in ranks:
-        cores = "-" if rank.cores_busy is None else f"{rank.cores_busy:.2f}"
+        cores = "-" if rank.cores_busy is None else f"{rank.cores_busy:.{2 if rank.cores_busy < 99 else 1}f}"
         row = ["?" if rank.rank is None else str(rank.rank), str(rank.pid), cores, _gib(rank.pinned)]
         if (device := rank.device) is not None:
             busy = "-" if device.utilisation_percent is None else f"{device.utilisation_percent}%"
-            rates = (device.pcie_rx_kb_per_s, device.pcie_tx_kb_per_s)
-            link = "/".join("-" if rate is None else f"{rate / 1e6:.1f}" for rate in rates)
+            link = "/".join(map(_rate, (device.pcie_rx_kb_per_s, device.pcie_tx_kb_per_s)))
             row += [f"{_gib(device.vram_used)}/{_gib(device.vram_total)}", busy, link]
         rows.append(row)
     return rows
+
+
+def _rate(kb_per_s: int | None) -> str:
+    """GB/s with at most four characters."""
+    if kb_per_s is None:
+        return "-"
+    rate = kb_per_s / 1e6
+    return f"{rate:.1f}" if rate < 99 else f"{rate:.0f}"

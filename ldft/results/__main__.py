@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ldft import closed_pipe
+from ldft import closed_pipe, files
 from ldft.config.results import missing
-from ldft.errors import ResultsError
+from ldft.errors import ConfigError, ResultsError
 from ldft.results import read, store
 from ldft.terminal import Parser
 
@@ -85,7 +85,7 @@ def main() -> int:
     export.add_argument("-o", "--output", help="file to write; default: standard output")
     arguments = parser.parse_args()
     try:
-        if not Path(arguments.results_dir).exists():
+        if not files.named(arguments.results_dir, "results folder").exists():
             print(f"ldft: {arguments.results_dir} is not a folder; name the results.dir of a run", file=sys.stderr)
             return 2
         if arguments.command == "export":
@@ -97,6 +97,9 @@ def main() -> int:
     except ResultsError as error:
         print(f"ldft: {error}", file=sys.stderr)
         return 1
+    except ConfigError as error:
+        print(f"ldft: {error}", file=sys.stderr)
+        return 2
     except OSError as error:  # from --output: functions that read or merge rows raise ResultsError
         if error.filename is None:
             raise

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from ldft import closed_pipe
-from ldft.errors import LdftError
+from ldft import closed_pipe, files
+from ldft.errors import ConfigError, LdftError
 from ldft.results import attempt, places
 from ldft.results.history import History
 from ldft.sweep import slurm
@@ -83,7 +83,11 @@ def main() -> int:
     parser.add_argument("--sweep", help="name of the sweep; default: the one started last")
     parser.add_argument("--watch", action="store_true", help="refresh every two seconds until Ctrl-C")
     arguments = parser.parse_args()
-    folder = Path(arguments.results_dir)
+    try:
+        folder = files.named(arguments.results_dir, "results folder")
+    except ConfigError as error:
+        print(f"ldft: {error}", file=sys.stderr)
+        return 2
     if not folder.exists():
         print(f"ldft: {folder} is not a folder; name the results.dir of a sweep", file=sys.stderr)
         return 2

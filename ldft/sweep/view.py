@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from ldft.results.history import History, Row
 from ldft.runner import checks
 from ldft.sweep import cell
 from ldft.sweep.plan import Cell, Plan
-from ldft.terminal import length, seconds
+from ldft.terminal import length, rewrites, seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -173,7 +172,7 @@ class View:
     @contextmanager
     def live(self) -> Iterator[None]:
         """Show a live table on a terminal."""
-        if not sys.stdout.isatty():
+        if not rewrites():
             yield
             return
         from rich.live import Live

@@ -53,17 +53,20 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         run.process.communicate(timeout=60)
 
 
-def in_terminal(columns: int, seconds: float, *words: str) -> tuple[int, str]:
-    """Exit code and output of the monitor in a terminal of that width, ended by Ctrl-C."""
+def in_terminal(
+    columns: int, seconds: float, *words: str, rows: int = 50, number: int = signal.SIGINT, **environment: str
+) -> tuple[int, str]:
+    """Exit code and output of the monitor in a terminal of that size, ended by Ctrl-C or another signal."""
     ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     command = [sys.executable, "-m", "ldft.monitor", "--interval", "0.2", *words]
-    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, start_new_session=True)
+    variables = os.environ | {"TERM": "xterm"} | environment
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, start_new_session=True, env=variables)
     os.close(its)
     out, end = b"", time.monotonic() + seconds
     while process.poll() is None:
         if time.monotonic() > end:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             end = time.monotonic() + 60
         if select.select([ours], [], [], 0.1)[0]:
             try:
@@ -94,6 +97,34 @@ def test_a_terminal_of_60_columns_holds_it_and_ctrl_c_is_quiet(running) -> None:
     assert "rank 1" in text and "tokens/s" in text and re.search("[▁-█]", text)
     # In place: each sample goes over the one before.
     assert out.count("\x1b[1A") > 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_however_it_is_told_to_end_the_terminal_gets_its_cursor_back(running, number: int) -> None:
+    exit_code, out = in_terminal(80, 2, "--results", str(running.results_dir), number=number)
+    assert exit_code == 128 + number and "Traceback" not in out
+    assert out.rfind("\x1b[?25h") > out.rfind("\x1b[?25l") >= 0
+
+
+def test_a_terminal_with_too_few_rows_shows_the_ranks_and_says_how_many_lines_it_does_not(running) -> None:
+    lines = monitor("--once", "--results", str(running.results_dir)).stdout.splitlines()
+    (ends,) = [number for number, line in enumerate(lines, 1) if re.match(rf"  1 +{running.ranks()[1].pid} ", line)]
+    # Variables that say otherwise are older than the window.
+    words = ["--results", str(running.results_dir)]
+    _, out = in_terminal(80, 2, *words, rows=ends + 1, LINES="40", COLUMNS="20")
+    last = out[out.rindex("sizes in GiB") :].split("\x1b[?25h")[0].strip().splitlines()
+    assert len(last) == ends + 1 and last[-1] == f"{len(lines) - ends} more lines: enlarge the terminal, or use --once"
+    assert [line.split()[0] for line in last[-3:-1]] == ["0", "1"], last
+
+
+def test_a_terminal_that_cannot_go_back_gets_blocks(running) -> None:
+    _, out = in_terminal(80, 2, "--results", str(running.results_dir), TERM="dumb")
+    assert out.count("sizes in GiB") >= 3 and "\x1b" not in out
+
+
+def test_in_ascii_it_is_ascii(running) -> None:
+    exit_code, out = in_terminal(80, 2, "--results", str(running.results_dir), PYTHONIOENCODING="ascii")
+    assert exit_code == 130 and out.isascii() and re.search(r"^0 .*  [1-8]+\s*$", out, re.M), out
 
 
 def test_in_a_pipe_it_is_plain_blocks(running) -> None:
@@ -154,6 +185,30 @@ def test_a_process_that_ends_ends_the_watching(start) -> None:
     )
 
 
+def test_a_folder_behind_a_closed_one_is_one_line(tmp_path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs to become another user (root)")
+    (tmp_path / "closed" / "inside").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+    for path in (tmp_path, *tmp_path.parents[:-2]):
+        path.chmod(path.stat().st_mode | 0o011)
+    folder = tmp_path / "closed" / "inside"
+    for module, begins in {
+        "ldft.monitor.live": f"ldft: --results: cannot look at '{folder}' (Permission denied); name a path that you can read",
+        "ldft.sweep.status": f"ldft: results folder: cannot look at '{folder}' (Permission denied); name a path that you can read",
+        "ldft.results.__main__": f"ldft: results folder: cannot look at '{folder}' (Permission denied); name a path that you can",
+    }.items():
+        words = {"ldft.monitor.live": ["--once", "--results"], "ldft.sweep.status": []}.get(module, ["compact"])
+        code = (
+            f"import contextlib, io, os, sys, {module} as one\nsys.argv[1:] = {[*words, str(folder)]}\n"
+            # What Python imports meanwhile must be there before.
+            "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): one.main()\n"
+            f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\nsys.exit(one.main())"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and done.stderr.startswith(begins) and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_without_a_run_nodes_are_shown_and_that_there_is_none(tmp_path) -> None:
     done = monitor("--once", "--results", str(tmp_path))
     assert done.returncode == 0 and "no run of ldft found" in done.stdout and re.search(r"^0 +\d", done.stdout, re.M)
@@ -177,10 +232,19 @@ def test_a_command_without_ranks_yet_is_named(command, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--interval", "0"], "--interval: 0 is not a valid interval; use 0.05 seconds or more"),
+        (["--interval", "0"], "--interval: 0 is not possible; use 0.05 to 86400 seconds"),
+        (["--interval", "1e300"], "--interval: 1e+300 is not possible; use 0.05 to 86400 seconds"),
+        (["--interval", "nan"], "--interval: nan is not possible; use 0.05 to 86400 seconds"),
         (["--interval", "x"], "--interval: invalid float value: 'x'"),
         (["--results", "/nowhere"], "--results: /nowhere is not a folder; name the results.dir of a run"),
+        (
+            ["--results", "N" * 300],
+            f"--results: cannot look at '{'N' * 300}' (File name too long); name a path that you can read",
+        ),
         (["--pid", "x"], "--pid: invalid int value: 'x'"),
+        (["--pid", "0"], "--pid: 0 is no process id; use 1 to 4194304, as ps shows them"),
+        (["--pid", "-5"], "--pid: -5 is no process id; use 1 to 4194304, as ps shows them"),
+        (["--pid", str(10**20)], f"--pid: {10**20} is no process id; use 1 to 4194304, as ps shows them"),
     ],
 )
 def test_wrong_arguments_are_one_line(words: list[str], line: str) -> None:

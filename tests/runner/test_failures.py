@@ -169,13 +169,14 @@ UPDATING = (*ENDLESS, "seq_len.tokens=8", "model.vocab_size=60000", "optimizer.o
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=long)])
 def test_killing_a_rank_during_an_update_ends_the_run_with_a_row(start, ranks: int) -> None:
-    run = start(*UPDATING, f"launch.num_ranks={ranks}")
+    run = start(*UPDATING, f"launch.num_ranks={ranks}", "monitor.interval_s=0.1")
     run.wait_for(iterations=2)
     run.stop_during_an_update(rank=ranks - 1).kill()
     exit_code, out = run.end()
     row = only_row(run.results_dir)
     assert (row.status, row.signal, exit_code) == ("error", "SIGKILL", 1), out
     assert row.overlap_step and len(row.update_s) >= 2 and f"rank {ranks - 1} died" in row.error_message
+    assert trace_of(run.results_dir, row)[-1]["phase"] == "train"
     run.assert_nothing_left()
 
 
