@@ -113,7 +113,8 @@ class Recorder:
         """Write the samples atomically. Returns the file, if there is one, and notes for the row."""
         notes = ["the trace ends early: sampling hit an internal error, shown on stderr"] if self._failed else []
         if not self._samples:
-            return None, notes
+            short = self.interval_s and not notes
+            return None, ["no trace: no rank ran long enough for a sample"] if short else notes
         target = self._folder / TRACE_FILE
         run_id, attempt = self._folder.parent.name, self._folder.name.removeprefix("attempt-")
         described = {"run_id": run_id, "attempt": attempt, "host": socket.gethostname()}

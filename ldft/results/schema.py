@@ -79,7 +79,7 @@ MEASURED = [
     Column("error_type", _TEXT, "", "exception type, if there was an exception"),
     Column("error_message", _TEXT, "", "one line"),
     Column("log_path", _TEXT, "", "log of the first rank that failed, else of rank 0; relative to the results folder"),
-    Column("trace_path", _TEXT, "", "trace.parquet: memory and devices over the run; relative to the results folder; null with monitor.interval_s=0 or if it could not be written (see notes)"),
+    Column("trace_path", _TEXT, "", "trace.parquet: memory and devices over the run; relative to the results folder; of several hosts, the first one's; null with monitor.interval_s=0, or if there is none for the reason in notes"),
     Column("config_json", _TEXT, "", "the complete resolved config"),
     Column("deepspeed_config_json", _TEXT, "", "the effective DeepSpeed config", source="first"),
     Column("parameters", _INT, "", "parameters of the model", source="first"),

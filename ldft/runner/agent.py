@@ -19,6 +19,7 @@ from ldft import batch, environment
 from ldft.config import Config, from_dict
 from ldft.errors import ConfigError
 from ldft.memory.kernel_weights import kernel_weights, restore_kernel_weights
+from ldft.monitor.trace import Recorder
 from ldft.preflight import fit
 from ldft.results import attempt
 from ldft.runner import checks, final_status, launch, signals, swap_files
@@ -105,6 +106,8 @@ def _run(folder: Path, config: Config, host: int, state: HostState) -> int:
 
     seen = [0]
     exits: list[launch.RankExit] = []
+    # One trace, of one host, whose clock and nodes it has.
+    recorder = Recorder(folder, config.monitor.interval_s if host == 0 else 0.0)
     signals.note()
     try:
         with (
@@ -120,13 +123,15 @@ def _run(folder: Path, config: Config, host: int, state: HostState) -> int:
             ) as ranks,
         ):
             exits = ranks.exits
-            with signals.raising():
+            with recorder.sampling(ranks.by_rank.values()), signals.raising():
                 launch.wait(ranks, 0.0, tick)
     except signals.Stopped:
         pass
     # Whoever reads that it has ended may tell it to end, which must not become its exit code.
     signals.ignore()
-    state.put(exits=[dataclasses.asdict(one) for one in exits], oom_kills=final_status.oom_kills() - kills, ended=True)
+    said: dict[str, Any] = {"trace_notes": recorder.write()[1]} if host == 0 else {}
+    kills = final_status.oom_kills() - kills
+    state.put(exits=[dataclasses.asdict(one) for one in exits], oom_kills=kills, ended=True, **said)
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 from ldft import batch
 from ldft.config import Config
 from ldft.errors import ConfigError
+from ldft.monitor.trace import TRACE_FILE
 from ldft.runner import agent, final_status, launch
 from ldft.runner.meeting import Meeting
 
@@ -65,6 +66,17 @@ def columns(folder: Path, config: Config) -> dict[str, Any]:
         "hosts": [state["host"] for state in found],
         "host_environments_json": json.dumps(environments) if environments else None,
     }
+
+
+def trace(folder: Path, config: Config) -> tuple[Path | None, list[str]]:
+    """The trace that the first host's agent has written, if there is one, and notes for the row."""
+    if not config.monitor.interval_s:
+        return None, []
+    first = agent.of_host(folder, 0)
+    notes = first.get("trace_notes", ["no trace: the first host's agent, which takes it, ran no rank or was killed"])
+    if not (folder / TRACE_FILE).is_file():
+        return None, notes
+    return folder / TRACE_FILE, [f"the trace has the ranks of the first host alone, {first['host']}", *notes]
 
 
 class _Step:

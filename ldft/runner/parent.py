@@ -247,12 +247,14 @@ def _write(row: dict[str, Any], folder: Path) -> None:
 
 @contextmanager
 def _trace(config: Config, folder: Path, row: dict[str, Any]) -> Iterator[Recorder]:
-    """A recorder of the run's samples. The trace is always written; the row has its path, or a note why there is none."""
-    recorder = Recorder(folder, config.monitor.interval_s)
+    """A recorder of the run's samples; of several hosts, the first one's agent has it. The trace is always written; the row has its
+    path, or a note why there is none."""
+    several = config.launch.num_hosts > 1
+    recorder = Recorder(folder, 0.0 if several else config.monitor.interval_s)
     try:
         yield recorder
     finally:
-        path, notes = recorder.write()
+        path, notes = hosts.trace(folder, config) if several else recorder.write()
         row["trace_path"] = str(path.relative_to(folder.parents[1])) if path else None
         row["notes"] = [*row["notes"], *notes]
 
