@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.setup import failure
 from scripts.setup.environment import Environment
 from scripts.setup.jobs import bytes_of_wheels
 
@@ -32,10 +33,14 @@ test = ["smaller"]
 """
 # Builds an empty wheel, as loudly, slowly or badly as csrc/module.cpp says.
 BACKEND = """
-import pathlib, sys, time, zipfile
+import os, pathlib, subprocess, sys, tempfile, time, zipfile
 def build_editable(folder, config_settings=None, metadata_directory=None):
     source = pathlib.Path("csrc/module.cpp").read_text()
     print("[1/2] Building CXX object", flush=True)
+    if "slow" in source:
+        # A compiler, in a process group of its own, as ninja starts it, and a file of its.
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", os.getcwd()], process_group=0)
+        tempfile.mkdtemp()
     pathlib.Path("building").touch()
     if "slow" in source:
         time.sleep(60)
@@ -213,6 +218,12 @@ def test_places_that_cannot_hold_an_environment_are_one_line(checkout: Checkout,
     assert code != 0 and errors.startswith(
         "ldft: cannot write in /proc/none (No such file or directory); choose a folder"
     )
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for named in (file, file / "inside"):
+        code, _, errors = checkout.make("run", f"VENV={named}")
+        assert code != 0 and errors.startswith("ldft: ") and errors.count("\n") == 0 and str(named) in errors, errors
+    assert file.read_text() == "precious"
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("precious")
@@ -222,11 +233,13 @@ def test_places_that_cannot_hold_an_environment_are_one_line(checkout: Checkout,
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_nothing_running_and_goes_on_later(checkout: Checkout, signal_number: int) -> None:
+def test_interrupted_it_leaves_nothing_running_and_goes_on_later(
+    checkout: Checkout, signal_number: int, tmp_path: Path
+) -> None:
     checkout.source("slow")
     # Not through make, which has a line of its own to say about the signal.
     command = [sys.executable, "-m", "scripts.setup", "run"]
-    variables = checkout.variables | {"VENV": ".venv", "PYTHON": "python3"}
+    variables = checkout.variables | {"VENV": ".venv", "PYTHON": "python3", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, cwd=checkout.folder, env=variables, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 60
     (checkout.folder / "building").unlink(missing_ok=True)
@@ -238,6 +251,7 @@ def test_interrupted_it_leaves_nothing_running_and_goes_on_later(checkout: Check
     assert process.returncode == 130
     assert errors == "ldft: set-up was interrupted; rerun the same command to resume\n"
     assert not running_in(checkout.folder)
+    assert not list(tmp_path.iterdir()) and not (checkout.folder / ".build" / "tmp").exists()
     # A package of which pip had written only a part: it would take it for installed.
     part = next(checkout.folder.glob(".venv/lib/*/site-packages")) / "small-0.1.0.dist-info"
     part.mkdir(exist_ok=True)
@@ -246,6 +260,37 @@ def test_interrupted_it_leaves_nothing_running_and_goes_on_later(checkout: Check
     (part.parent / "small_module.py").unlink(missing_ok=True)
     checkout.source("right")
     assert checkout.make()[0] == 0 and (part.parent / "small_module.py").exists()
+
+
+def test_what_fails_ends_the_build_beside_it_too(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.source("slow")
+    pip = checkout.folder / "slow_pip"  # the packages fail once the build is at work
+    pip.mkdir()
+    (pip / "sitecustomize.py").write_text(
+        "import pathlib, sys, time\n"
+        "if 'install' in sys.argv and '--constraint' in sys.argv:\n"
+        "    while not pathlib.Path('building').exists(): time.sleep(0.05)\n"
+        "    raise SystemExit('ERROR: no packages today')\n"
+    )
+    (checkout.folder / "building").unlink(missing_ok=True)
+    try:
+        code, _, errors = checkout.make(env={"TMPDIR": str(tmp_path), "PYTHONPATH": str(pip)})
+    finally:
+        shutil.rmtree(pip)
+    assert code != 0 and errors.startswith("ldft: set-up failed at: packages"), errors
+    assert not running_in(checkout.folder)
+    assert not list(tmp_path.iterdir()) and not (checkout.folder / ".build" / "tmp").exists()
+
+
+def test_a_full_disk_is_said_with_what_is_needed(tmp_path: Path) -> None:
+    full = ["ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"]
+    line = failure.explain("packages", full, tmp_path / ".venv", tmp_path / "setup.log")
+    free = shutil.disk_usage(tmp_path).free / 2**30
+    assert line == (
+        f"the disk of {tmp_path}/.venv became full; now that pip has removed what it had unpacked, {free:.1f} GiB are free; set-up "
+        "needs about 4 GiB, or 14 where torch comes with CUDA's libraries; make room, or use VENV= with a folder elsewhere, then "
+        "rerun the same command to resume"
+    )
 
 
 def running_in(folder: Path) -> list[str]:

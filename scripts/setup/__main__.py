@@ -50,6 +50,7 @@ def _finish(jobs: list[Job], terminal: Terminal, environment: Environment) -> It
         while jobs:
             for job in [job for job in jobs if job.ended() is not None]:
                 jobs.remove(job)
+                job.tidy()
                 if job.ended() != 0:
                     raise SetupError(failure.explain(job.title, job.tail, environment.folder, LOG))
                 yield job
@@ -59,6 +60,7 @@ def _finish(jobs: list[Job], terminal: Terminal, environment: Environment) -> It
     finally:
         for job in jobs:
             job.end()
+            job.tidy()
 
 
 def _shown(path: Path) -> str:
@@ -86,17 +88,15 @@ def set_up(environment: Environment, test: bool, wanted: str | None, log: TextIO
     steps = 3 if built and not obstacle else 4
     terminal.say(f"[1/{steps}] virtual environment: Python {environment.made_with()} [{seconds(terminal.elapsed_s)}]")
     environment.forget_unfinished()
+    variables = needs.variables(environment.folder) if steps == 4 else {}
     packages = Packages(environment, requirements(test), ROOT / "constraints.txt", log)
     jobs: list[Job] = [packages]
     if steps == 4:
-        jobs.append(Native(environment, ROOT, log, needs.variables(environment.folder)))
-    try:
-        for number, job in enumerate(_finish(jobs, terminal, environment), 2):
-            terminal.say(f"[{number}/{steps}] {job.summary()} [{seconds(terminal.elapsed_s)}]")
-            if job is packages:
-                jobs.append(Bytecode(environment, test, log))
-    finally:
-        packages.tidy()
+        jobs.append(Native(environment, ROOT, log, variables))
+    for number, job in enumerate(_finish(jobs, terminal, environment), 2):
+        terminal.say(f"[{number}/{steps}] {job.summary()} [{seconds(terminal.elapsed_s)}]")
+        if job is packages:
+            jobs.append(Bytecode(environment, test, log))
     environment.stamp(test)
 
 

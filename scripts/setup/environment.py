@@ -12,6 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+from scripts.setup.failure import cannot_write
 from scripts.setup.needs import SetupError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,8 @@ class Environment:
     def up_to_date(self, test: bool) -> bool:
         """Whether everything requested is installed."""
         stamped = self.stamped()
-        return self.python.exists() and stamped == self.made_from(test or bool(stamped.get("test")))
+        # The stamp first: without one, the folder may be a file, or closed to this user.
+        return stamped == self.made_from(test or bool(stamped.get("test"))) and self.python.exists()
 
     def stamp(self, test: bool) -> None:
         """Record that set-up has completed."""
@@ -80,7 +82,11 @@ class Environment:
         """
         made_with = self.made_with()
         if made_with is None:
-            if self.folder.exists() and any(self.folder.iterdir()):
+            try:
+                other = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+            except OSError as error:
+                raise SetupError(cannot_write(self.folder, error.strerror)) from None
+            if other:
                 raise SetupError(f"VENV={self.folder} is not a virtual environment; choose a new folder, or remove it")
             return None
         moved_from = self.stamped().get("folder", str(self.folder))

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+# 3.1 GiB installed beside 0.6 of downloads, measured with torch for CPUs; CUDA's libraries by the sizes of their wheels.
+_NEEDS = "about 4 GiB, or 14 where torch comes with CUDA's libraries"
 AGAIN = "then rerun the same command to resume"
 _NETWORK = (
     "NewConnectionError|NameResolutionError|Name or service not known|Temporary failure in name resolution|"
@@ -20,7 +22,10 @@ def explain(title: str, output: Iterable[str], venv: Path, log: Path) -> str:
     text = "\n".join(lines)
     if re.search("No space left on device|Disk quota exceeded", text):
         free = shutil.disk_usage(venv.parent).free / 2**30
-        return f"the disk of {venv} is full ({free:.1f} GiB free); make room, or use VENV= with a folder elsewhere, {AGAIN}"
+        return (
+            f"the disk of {venv} became full; now that pip has removed what it had unpacked, {free:.1f} GiB are free; set-up needs "
+            f"{_NEEDS}; make room, or use VENV= with a folder elsewhere, {AGAIN}"
+        )
     if refused := re.search("Read-only file system|Permission denied", text):
         return cannot_write(venv, refused[0])
     if re.search(_NETWORK, text):

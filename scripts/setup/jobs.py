@@ -17,17 +17,36 @@ from typing import TextIO
 from scripts.setup.environment import Environment
 
 
+def _running_in(session: int) -> set[int]:
+    """Processes of a session. One that has ended and is not waited for yet still counts."""
+    found = set()
+    for path in Path("/proc").iterdir():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if path.name.isdigit() and os.getsid(int(path.name)) == session:
+                found.add(int(path.name))
+    return found
+
+
 class Job:
-    """A concurrent program in its own session, so that ending it also ends compilers that it has started."""
+    """A concurrent program in its own session, by which all that it has started is found: ninja gives each compiler a process group
+    of its own. temporary: its folder for temporary files, made here and removed by `tidy`."""
 
     title = ""
 
-    def __init__(self, command: list[str], log: TextIO, variables: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, command: list[str], log: TextIO, variables: dict[str, str] | None = None, temporary: Path | None = None
+    ) -> None:
         self.tail: deque[str] = deque(maxlen=200)
         self._log = log
+        self._temporary = temporary
+        variables = dict(variables or {})
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            variables["TMPDIR"] = str(temporary)
         self._process = subprocess.Popen(
             command,
-            env=os.environ | (variables or {}),
+            env=os.environ | variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -67,9 +86,20 @@ class Job:
 
     def end(self) -> None:
         """End it now, with all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        ended = set[int]()
+        while (
+            found := _running_in(self._process.pid) - ended
+        ):  # what is about to end may have started another meanwhile
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            ended |= found
         self._process.wait()
+
+    def tidy(self) -> None:
+        """Remove its temporary files, after it has ended."""
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 class Creation(Job):
@@ -107,15 +137,14 @@ class Packages(Job):
     title = "packages"
 
     def __init__(self, environment: Environment, needed: list[str], constraints: Path, log: TextIO) -> None:
-        self._site, self._temporary = environment.site, environment.folder / "tmp"
+        self._site = environment.site
         self.collected, self.total, self._since = 0, 0, 0.0
         # Beside the packages, where there must be room for them anyway; /tmp is often too small for torch.
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir()
+        self._downloads = environment.folder / "tmp"
         # Bytecode of all modules would take pip twice as long as everything else; Bytecode compiles only those needed.
         # Use PEP 517 for DeepSpeed too, or an old pip needs the package `wheel` first.
         options = ["--no-compile", "--use-pep517", "--progress-bar", "off", "--constraint", str(constraints)]
-        super().__init__([*pip(environment), *options, *needed], log, {"TMPDIR": str(self._temporary)})
+        super().__init__([*pip(environment), *options, *needed], log, temporary=self._downloads)
 
     def read(self, line: str) -> None:
         if line.startswith("Collecting "):
@@ -129,7 +158,7 @@ class Packages(Job):
             return f"installing packages {min(self._installed(), self.total)}/{self.total}"
         if not self.collected:
             return "looking at packages"
-        size = bytes_of_wheels(self._temporary) / 2**20
+        size = bytes_of_wheels(self._downloads) / 2**20
         return f"downloading packages: {self.collected} so far" + (f", {size:.0f} MiB" if size >= 1 else "")
 
     def summary(self) -> str:
@@ -141,10 +170,6 @@ class Packages(Job):
         ]
         return sum(_is_newer(record, self._since) for record in records)
 
-    def tidy(self) -> None:
-        """Remove pip's temporary files."""
-        shutil.rmtree(self._temporary, ignore_errors=True)
-
 
 class Native(Job):
     """pip builds ldft's native module and installs the checkout in editable mode."""
@@ -154,7 +179,7 @@ class Native(Job):
     def __init__(self, environment: Environment, root: Path, log: TextIO, variables: dict[str, str]) -> None:
         self._done, self._total = 0, 0
         command = [*pip(environment), "--verbose", "--no-deps", "--no-compile", "--editable", str(root)]
-        super().__init__(command, log, variables)
+        super().__init__(command, log, variables, temporary=root / ".build" / "tmp")
 
     def read(self, line: str) -> None:
         found = re.match(r"\s*\[(\d+)/(\d+)\] ", line)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import time
+
+from ldft.terminal import rewrites
 
 
 class Terminal:
@@ -13,7 +13,7 @@ class Terminal:
     logs."""
 
     def __init__(self) -> None:
-        self._live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._live = rewrites()
         self._start = time.monotonic()
         self._due = 15.0
 
