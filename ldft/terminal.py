@@ -29,7 +29,8 @@ def length(tokens: int) -> str:
 
 def plural(count: float, noun: str, several: str = "") -> str:
     """A number of things: 1 rank, 2 ranks, 1.5 cores. several: the noun's plural, if not with an s."""
-    return f"{count:g} {noun}" if count == 1 else f"{count:g} {several or noun + 's'}"
+    number = f"{count:g}" if isinstance(count, float) else str(count)
+    return f"{number} {noun if count == 1 else several or noun + 's'}"
 
 
 def rewrites() -> bool:

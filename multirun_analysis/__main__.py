@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ldft import closed_pipe
 from ldft.errors import LdftError, ResultsError
-from ldft.terminal import Parser
+from ldft.terminal import Parser, plural
 
 _EPILOG = (
     "python -m multirun_analysis report FOLDER writes one HTML file to filter and pass on; diff A B shows what changed between two "
@@ -135,7 +135,7 @@ def _report(arguments: argparse.Namespace) -> int:
     out = arguments.out or folder / "report.html"
     report.write(df, out, folder.name, arguments.price)
     size = out.stat().st_size / 2**20
-    _console().print(f"{out}: {len(df)} rows, {size:.1f} MiB; open it in a browser", soft_wrap=True)
+    _console().print(f"{out}: {plural(len(df), 'row')}, {size:.1f} MiB; open it in a browser", soft_wrap=True)
     return 0
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from ldft.terminal import plural
+
 FOLDER = Path(__file__).resolve().parent
 NOTEBOOKS = ("analysis.ipynb", "paper.ipynb")
 _METADATA = {
@@ -45,7 +47,7 @@ def main() -> int:
     for name in NOTEBOOKS:
         notebook = execute(name)
         nbformat.write(notebook, FOLDER / name)
-        print(f"executed {name}: {len(notebook.cells)} cells")
+        print(f"executed {name}: {plural(len(notebook.cells), 'cell')}")
     return 0
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from ldft import results
 from ldft.errors import LdftError, ResultsError
-from ldft.terminal import Parser
+from ldft.terminal import Parser, plural
 from multirun_analysis import figures, load, notebooks, style
 
 DATA = notebooks.FOLDER / "data"
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     except LdftError as error:
         print(f"multirun_analysis: {error}", file=sys.stderr)
         return 2
-    print(f"{count} rows in {DATA}")
+    print(f"{plural(count, 'row')} in {DATA}")
     notebooks.main()
     figure = figures.throughput(load(DATA))
     if isinstance(figure, str):

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ldft.terminal import plural
 from multirun_analysis import comparison, rows, tidy
 from multirun_analysis.style import length, number
 
@@ -42,8 +43,8 @@ def _print(console: Console, title: str, table: pd.DataFrame, columns: dict[str,
     for _, line in shown.iterrows():
         style = "" if line.get("status", "ok") == "ok" else "red"
         drawn.add_row(*(_shown(line[column], column) for column in columns), style=style)
-    if len(shown) < len(table):
-        drawn.caption = f"{len(table) - len(shown)} more lines; --all shows them"
+    if left_out := len(table) - len(shown):
+        drawn.caption = f"{plural(left_out, 'more line')}; --all shows {'them' if left_out > 1 else 'it'}"
     console.print(drawn)
 
 
@@ -92,7 +93,7 @@ def summarise(
     # Compare first, so that a missing group or baseline is reported before anything is printed.
     comparisons = {group: comparison.compare(df, by=group, baseline=baseline) for group in groups}
     counts = ", ".join(f"{count} {status}" for status, count in df["status"].value_counts().items())
-    console.print(f"{len(df)} rows: {counts}", soft_wrap=True)
+    console.print(f"{plural(len(df), 'row')}: {counts}", soft_wrap=True)
     console.print(f"machine: {'; '.join(sorted(df['machine'].unique()))}", soft_wrap=True)
     console.print(f"ldft at commit: {', '.join(rows.versions_of(df))} (+: with uncommitted changes)", soft_wrap=True)
     if df["source_hash"].nunique() > 1:
@@ -176,7 +177,9 @@ def print_gate(table: pd.DataFrame, refused: pd.DataFrame, below: float, console
         console.print(f"refused: {cell}: {line.why}{ratio}", soft_wrap=True)
     unknown = int((table["change"] == "no confidence").sum())
     hint = f"; {unknown} have one iteration a side, which gives no interval" if unknown else ""
-    console.print(f"{len(refused)} of {len(table)} cells are refused (--fail-below {below:g}){hint}", soft_wrap=True)
+    console.print(
+        f"refused: {len(refused)} of {plural(len(table), 'cell')} (--fail-below {below:g}){hint}", soft_wrap=True
+    )
 
 
 def print_diff(table: pd.DataFrame, commits: tuple[list[str], list[str]], everything: bool, console: Console) -> None:

@@ -54,6 +54,8 @@ def _text(node: ast.expr, names: dict[str, str]) -> str:
         return f"<{node.attr}>"
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len" and node.args:
         return f"<number of {_text(node.args[0], names).strip('<>')}>"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "plural":
+        return f"{_text(node.args[0], names)} {_text(node.args[1], names)}s"
     return "<...>" if isinstance(node, ast.Call | ast.Subscript | ast.BinOp) else f"<{ast.unparse(node)}>"
 
 

@@ -25,6 +25,7 @@ import pyarrow as pa
 from ldft.errors import LdftError
 from ldft.memory.policy import Placement
 from ldft.runner.core_binding import cores_of_ranks
+from ldft.terminal import plural
 
 CPU_KERNELS, COPIES = ("read", "write", "triad", "adam"), ("h2d", "d2h")
 # Bytes of traffic per byte of one array. Adam reads weight, gradient and two moments and writes all but the gradient: 28 B per
@@ -177,7 +178,7 @@ def measure(
 
 
 def processes(count: int) -> str:
-    return f"{count} process{'es' if count > 1 else ''}"
+    return plural(count, "process", "processes")
 
 
 def _plain(placement: Placement) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ldft.errors import CombinationError, ConfigError
+from ldft.terminal import plural
 
 
 class CheckpointingMode(Enum):
@@ -50,7 +51,7 @@ class CheckpointingConfig:
         if not -1 <= self.layers <= num_layers:
             raise ConfigError(
                 "checkpointing.layers",
-                f"{self.layers}: the model has {num_layers} layers; use 0 to {num_layers}, or -1 for all",
+                f"{self.layers}: the model has {plural(num_layers, 'layer')}; use 0 to {num_layers}, or -1 for all",
             )
         if self.mode is CheckpointingMode.none and self.layers > 0:
             raise CombinationError(
@@ -58,7 +59,8 @@ class CheckpointingConfig:
             )
         if self.every < 1 or self.every > num_layers:
             raise ConfigError(
-                "checkpointing.every", f"{self.every}: the model has {num_layers} layers; use 1 to {num_layers}"
+                "checkpointing.every",
+                f"{self.every}: the model has {plural(num_layers, 'layer')}; use 1 to {num_layers}",
             )
         if self.mode is CheckpointingMode.none and self.every > 1:
             raise CombinationError(
@@ -73,7 +75,7 @@ class CheckpointingConfig:
         if self.device_inputs is not None and not 1 <= self.device_inputs <= max(1, kept):
             raise ConfigError(
                 "checkpointing.device_inputs",
-                f"{self.device_inputs}: {kept} inputs are kept; use 1 to {max(1, kept)}, or null",
+                f"{self.device_inputs}: the run keeps {plural(kept, 'input')}; use 1 to {max(1, kept)}, or null",
             )
         if self.keep_attention is not KeepAttention.none and self.recomputed(num_layers) == 0:
             raise CombinationError(

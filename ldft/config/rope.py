@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldft.errors import ConfigError
+from ldft.terminal import plural
 
 ORIGINAL = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
@@ -181,5 +182,5 @@ def check_together(values: Mapping[str, Any], at: str, head_dim: int) -> None:
         if len(values[name]) != rotated // 2:
             raise ConfigError(
                 f"{at}.{name}",
-                f"{len(values[name])} numbers; use {rotated // 2}, one for each pair of rotated elements",
+                f"{plural(len(values[name]), 'number')}; use {rotated // 2}, one for each pair of rotated elements",
             )

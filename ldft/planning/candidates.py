@@ -11,6 +11,7 @@ from ldft.config import Config, Goal, NumaConfig, NumaScope, NumaStrategy, Offlo
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.errors import CombinationError, ConfigError
 from ldft.memory.topology import Topology
+from ldft.terminal import plural
 
 # Offload options that a plan may choose, by stage and by device of parameters and optimizer, as in conf/offload.
 OFFLOADS = {
@@ -194,6 +195,6 @@ def _no_batches(config: Config) -> ConfigError:
         )
     return CombinationError(
         "plan.tokens_per_update",
-        f"{asked} are {sequences} sequences a rank, which train.micro_batch_size={train.micro_batch_size} and "
+        f"{asked} are {plural(sequences, 'sequence')} a rank, which train.micro_batch_size={train.micro_batch_size} and "
         f"train.gradient_accumulation_steps={train.gradient_accumulation_steps} do not give; leave one of them out",
     )

@@ -12,6 +12,7 @@ from typing import Any
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 from ldft.preflight import families
+from ldft.terminal import plural
 
 WINDOWED = "sliding_attention"
 # transformers' names of ldft's keys that are 0 for none.
@@ -87,7 +88,8 @@ def _kinds(model: ModelConfig, *, switched: bool) -> list[str] | None:
         if not isinstance(named, list) or len(named) != model.num_layers:
             found = f"{len(named)} types" if isinstance(named, list) else "no list"
             raise ConfigError(
-                "model.extra.layer_types", f"{found} for {model.num_layers} layers; give a list with one for each layer"
+                "model.extra.layer_types",
+                f"{found} for {plural(model.num_layers, 'layer')}; give a list with one for each layer",
             )
         return named
     rule = _RULES.get(model.family)
@@ -126,7 +128,7 @@ def without_length(model: ModelConfig, kinds: list[str]) -> ConfigError:
     """The error for layers that have a window where none is set: transformers fails in such a layer. kinds: one for each layer."""
     return ConfigError(
         "model.sliding_window",
-        f"0, but {kinds.count(WINDOWED)} of the {len(kinds)} layers of transformers' {model.family} have a window; "
+        f"0, but transformers' {model.family} has a window in {kinds.count(WINDOWED)} of {plural(len(kinds), 'layer')}; "
         f"set its length, or model.extra.layer_types=[{','.join(['full_attention'] * min(len(kinds), 2))}"
         f"{',...' if len(kinds) > 2 else ''}] for none",
     )
@@ -143,5 +145,5 @@ def reaches_no_layer(model: ModelConfig, fix: str) -> ConfigError:
     """The error for a window that no layer has."""
     return ConfigError(
         "model.sliding_window",
-        f"{model.sliding_window} reaches no layer of transformers' {model.family} with {model.num_layers} layers: {fix}",
+        f"{model.sliding_window} reaches no layer of transformers' {model.family} with {plural(model.num_layers, 'layer')}: {fix}",
     )

@@ -12,7 +12,7 @@ from ldft import closed_pipe, files
 from ldft.config.results import missing
 from ldft.errors import ConfigError, ResultsError
 from ldft.results import read, store
-from ldft.terminal import Parser
+from ldft.terminal import Parser, plural
 
 
 def _export(results_dir: str, output: str | None) -> None:
@@ -93,7 +93,7 @@ def main() -> int:
         elif arguments.command == "log":
             return _log(Path(arguments.results_dir), arguments)
         else:
-            print(f"ldft: merged {store.compact(Path(arguments.results_dir))} rows")
+            print(f"ldft: merged {plural(store.compact(Path(arguments.results_dir)), 'row')}")
     except ResultsError as error:
         print(f"ldft: {error}", file=sys.stderr)
         return 1

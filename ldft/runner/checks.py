@@ -24,6 +24,7 @@ from ldft.preflight import (
 from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
 from ldft.runner import cpu_limits, model_source, swap_files
+from ldft.terminal import plural
 from ldft.training import checkpoint_faults, safetensors_index
 from ldft.training.text import check as data_check
 
@@ -55,7 +56,7 @@ def native_precision(device: Device) -> tuple[Precision, str]:
         return Precision.fp32, "this CPU has no bf16 instructions"
     lowest = environment.compute_capability()
     if lowest is None or (environment.gpus_are_assumed() and environment.assumed_host_gib() is None):
-        return Precision.bf16, "no GPU here; an Ampere or later GPU is assumed"
+        return Precision.bf16, "no GPU here; it is assumed to be Hopper"
     if lowest >= (8, 0):
         return Precision.bf16, f"compute capability {lowest[0]}.{lowest[1]}"
     which = Precision.fp16 if lowest >= (7, 0) else Precision.fp32
@@ -120,7 +121,7 @@ def check_config(config: Config, topology: Topology) -> None:
         if config.launch.ranks_per_host > len(gpus):
             raise ConfigError(
                 "launch.num_ranks",
-                f"{config.launch.ranks_per_host} ranks need as many GPUs, {len(gpus)} visible; use 1 to {len(gpus)}",
+                f"{plural(config.launch.ranks_per_host, 'rank')}, a GPU for each, {len(gpus)} visible; use at most {len(gpus)}",
             )
 
         lowest = environment.compute_capability()

@@ -22,6 +22,7 @@ from ldft.memory.topology import SYSFS, parse_list
 from ldft.preflight import strategies
 from ldft.preflight.resolved import Resolved
 from ldft.runner import core_binding
+from ldft.terminal import plural
 
 # With few cores, do not warn if the update takes less than this.
 _WORTH_A_WARNING_S = 1.0
@@ -97,8 +98,8 @@ def warnings(run: Resolved, have: Cpus | None = None) -> list[str]:
     else:
         limit = ""
     return [
-        f"{who} {have.usable:g} CPU cores{limit}; the update is expected to take {seconds:.2g} s an iteration, by the speed of one "
-        "core, measured just now; allow more cores, or use fewer ranks"
+        f"{who} {plural(have.usable, 'CPU core')}{limit}; the update is expected to take {seconds:.2g} s an iteration, by the "
+        "speed of one core, measured just now; allow more cores, or use fewer ranks"
     ]
 
 

@@ -18,6 +18,7 @@ from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved, device_gib
 from ldft.runner import checks, cpu_limits, measured, parent
 from ldft.runner.core_binding import cores_of_ranks
+from ldft.terminal import plural
 
 _LIST_RANKS = 4
 
@@ -81,14 +82,14 @@ def _what(run: Resolved) -> list[str]:
     data = f"{config.data.kind.name}{f', {config.data.path}' if config.data.reads_file else ''}"
     parameters = f"{exact}{parameter_counts.num_parameters(model):,} parameters"
     return [
-        f"model: {model.name}, {model.family}, {model.num_layers} layers, {parameters}",
+        f"model: {model.name}, {model.family}, {plural(model.num_layers, 'layer')}, {parameters}",
         f"weights: {weights}; data: {data}",
         f"attention: {run.attention.name}; Liger Kernel: {'yes' if run.liger else 'no'}; "
         f"MLP: {f'in {run.mlp_tiles} tiles' if run.mlp_tiles > 1 else 'whole'}; {_trained(config)}",
         f"update: {config.optimizer.name}, {_updated_by(run)}",
         *_layer_inputs(run),
-        f"iteration: {sequences} sequences of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} tokens, "
-        f"{train.iterations} iterations of which {train.warmup_iterations} warm-up, {train.precision.name}",
+        f"iteration: {plural(sequences, 'sequence')} of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} "
+        f"tokens, {plural(train.iterations, 'iteration')} of which {train.warmup_iterations} warm-up, {train.precision.name}",
     ]
 
 
@@ -97,7 +98,7 @@ def _layer_inputs(run: Resolved) -> list[str]:
         return []
     kept = run.config.checkpointing.groups(run.config.model.num_layers)
     stay = min(kept, run.device_inputs)
-    return [f"layer inputs: {kept} are kept; the last {stay} on the device, the others in host memory"]
+    return [f"layer inputs: {kept} kept; the last {stay} on the device, the others in host memory"]
 
 
 def _updated_by(run: Resolved) -> str:
@@ -105,7 +106,9 @@ def _updated_by(run: Resolved) -> str:
     if run.fused_step:
         where = "beside the next forward pass" if run.overlap_step else f"within the step: {run.no_overlap}"
         text = f"by ldft's fused step in host memory, {where}"
-        return text if not run.about_share else f"{text}; on the GPU: {run.about_share}"
+        part, _, why = run.about_share.partition(": ")
+        share = f"none, since {why}" if part == "none" else run.about_share
+        return f"{text}; on the GPU: {share}" if share else text
     if config.offload.optimizer is OffloadDevice.none:
         return "on the device" if config.launch.device is Device.cuda else "in host memory in the device's place"
     return "by DeepSpeed's own step in host memory"
@@ -127,7 +130,7 @@ def _processes(config: Config) -> list[str]:
     quota = cpu_limits.quota()
     for rank, cores in enumerate(cores_of_ranks(ranks, device)[:_LIST_RANKS]):
         threads = cpu_limits.threads(cores, ranks, quota)
-        lines.append(f"  rank {rank}: {len(cores)} cores ({_ranges(cores)}), OMP_NUM_THREADS={threads}")
+        lines.append(f"  rank {rank}: {plural(len(cores), 'core')} ({_ranges(cores)}), OMP_NUM_THREADS={threads}")
     if ranks > _LIST_RANKS:
         lines.append(f"  and {ranks - _LIST_RANKS} more")
     return lines

@@ -21,6 +21,7 @@ from ldft.errors import ConfigError
 from ldft.monitor.trace import TRACE_FILE
 from ldft.runner import agent, final_status, launch
 from ldft.runner.meeting import Meeting
+from ldft.terminal import plural
 
 # An agent that has not written for so long is gone, or cannot write.
 SILENT_S = 60.0
@@ -47,7 +48,9 @@ def check(config: Config) -> None:
             "use -m hydra/launcher=slurm, or start it within salloc or sbatch",
         )
     if have < hosts:
-        raise ConfigError("launch.num_hosts", f"{hosts}: this job has {have} nodes; use sbatch --nodes={hosts}")
+        raise ConfigError(
+            "launch.num_hosts", f"{hosts}: this job has {plural(have, 'node')}; use sbatch --nodes={hosts}"
+        )
 
 
 def states(folder: Path, config: Config) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from ldft.config import Config
 from ldft.results.schema import MEASURED
 from ldft.runner.launch import RankExit
+from ldft.terminal import plural
 
 
 def tokens_per_iteration(config: Config) -> int:
@@ -65,8 +66,8 @@ def warnings(row: dict[str, Any]) -> list[str]:
     if skipped := sum(map(bool, counted)):
         remedy = "" if found else "; use more train.warmup_iterations, or a smaller train.loss_scale"
         found.append(
-            f"{skipped} of {len(counted)} iterations after warm-up made no update because gradients overflowed: they are too "
-            f"short{remedy}"
+            f"{skipped} of {plural(len(counted), 'iteration')} after warm-up made no update because gradients overflowed: they are "
+            f"too short{remedy}"
         )
     return found
 
@@ -77,7 +78,7 @@ def notes(row: dict[str, Any], reports: list[dict[str, Any]]) -> list[str]:
     if unknown := reports[0].get("model_tflop_unknown"):
         found.append(f"model_tflop_dense and what follows from it are null: ldft cannot count {unknown}")
     if skipped := row.get("documents_skipped"):
-        found.append(f"data.path: {skipped} of {row['documents_read']} documents are null or empty and were left out")
+        found.append(f"data.path: {skipped} of {plural(row['documents_read'], 'document')} left out: null or empty")
     if skipped := row.get("sequences_skipped"):
-        found.append(f"data.loss=assistant: {skipped} sequences without a token of the assistant were left out")
+        found.append(f"data.loss=assistant: {plural(skipped, 'sequence')} without a token of the assistant left out")
     return found

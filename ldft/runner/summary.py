@@ -10,6 +10,17 @@ from ldft.runner import measured, node_memory
 from ldft.runner.parent import Outcome
 from ldft.terminal import seconds
 
+# Iterations that are listed from both ends of a long run.
+_ENDS = 5
+
+
+def _listed(times: list[float]) -> str:
+    """Seconds of each iteration; of a long run the first and last few and how many there are."""
+    shown = [str(round(time_s, 4)) for time_s in times]
+    if len(shown) <= 2 * _ENDS + 1:
+        return f"[{', '.join(shown)}]"
+    return f"[{', '.join([*shown[:_ENDS], '...', *shown[-_ENDS:]])}] ({len(shown)} iterations; the row has all)"
+
 
 def summary(outcome: Outcome, config: Config) -> str:
     """The summary's text: the seed's [RESULT] lines (that of VRAM on GPUs only), then the row's main values and its path."""
@@ -22,7 +33,7 @@ def summary(outcome: Outcome, config: Config) -> str:
             lines.append(f"[RESULT] Peak VRAM Usage (per GPU): {max(vram) * 1024:.2f} MB")
         lines += [
             f"[RESULT] Avg Iteration Latency (total): {statistics.mean(counted):.2f} s",
-            f"[RESULT] Each Iteration Latency (rank0): {[round(time_s, 4) for time_s in counted]}",
+            f"[RESULT] Each Iteration Latency (rank0): {_listed(counted)}",
             f"[RESULT] Tokens (total): {row['tokens_per_iteration']}",
             f"[RESULT] Throughput (total): {row['tokens_per_s']:.2f} (token/s)",
         ]
@@ -48,7 +59,8 @@ def summary(outcome: Outcome, config: Config) -> str:
         lines.append(
             f"ldft: median iteration {row['iteration_median_s']:.3f} s{f' ({expected:.3f} s expected)' if expected else ''}, "
             f"{row['tokens_per_s']:.0f} tokens/s, "
-            f"loss {row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}, host peak {row['peak_host_gib']:.2f} GiB"
+            f"loss {row['loss'][0]:.4f} -> {row['loss'][-1]:.4f}, "
+            f"host peak {row['peak_host_gib']:.2f} GiB without mapped files, which the table above counts"
         )
     snapshots = sorted(path.name for path in outcome.row_path.parent.glob("snapshot-*.pickle"))
     if snapshots:

@@ -25,6 +25,7 @@ from ldft.results.history import History
 from ldft.runner import parent
 from ldft.sweep import cell, slurm
 from ldft.sweep.plan import Cell
+from ldft.terminal import plural
 
 # Of the memory that a job asks for: part of the estimate, and the parent, file pages and Python beside it.
 _MARGIN, _BESIDE_GIB = 1.1, 2.0
@@ -119,7 +120,9 @@ class Jobs:
             most = slurm.nodes(launcher.partition) if asked.nodes > 1 else None
             if most and asked.nodes > most:  # such a job would wait for ever
                 where = f"partition {launcher.partition}" if launcher.partition else "the default partition"
-                raise ConfigError("launch.num_hosts", f"{asked.nodes}: {where} has {most} nodes; use up to {most}")
+                raise ConfigError(
+                    "launch.num_hosts", f"{asked.nodes}: {where} has {plural(most, 'node')}; use up to {most}"
+                )
         for asked, members in groups.items():
             jobs = launcher.submit([one.overrides for one in members], asked)
             for one, job in zip(members, jobs, strict=True):

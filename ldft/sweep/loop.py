@@ -18,6 +18,7 @@ from ldft.runner import parent, signals
 from ldft.sweep import cell, jobs, slurm
 from ldft.sweep.plan import Cell, Plan
 from ldft.sweep.view import View
+from ldft.terminal import plural
 
 # Reading a loose row takes milliseconds: if there are more than this many, merge them.
 _COMPACT_AT = 200
@@ -83,7 +84,7 @@ class Sweep:
         mine = jobs.Jobs(self._results_dir, self._plan.configs, self._history)
         busy, new = mine.sort(cells)
         if busy:
-            self._view.say(f"ldft: {len(busy)} cells wait or run as jobs already")
+            self._view.say(f"ldft: waiting or running as jobs already: {plural(len(busy), 'cell')}")
         if new:
             self._view.say(f"ldft: submitted {slurm.ranges(mine.submit(new, launcher))}")
         where = f"python -m ldft.status {self._results_dir}"
@@ -104,7 +105,7 @@ class Sweep:
         if self._results_dir.is_dir():
             self._history.refresh()
         total, counts = len(self._plan.cells), Counter[str]()
-        print(f"ldft: dry run: {total} cells of {self._plan.name}, nothing is started or written")
+        print(f"ldft: dry run: {plural(total, 'cell')} of {self._plan.name}, nothing is started or written")
         for index, one in enumerate(self._plan.cells, 1):
             config = self._plan.configs[one.run_id]
             what, line = dry_run.summarize(config)

@@ -16,7 +16,7 @@ from ldft.results.history import History, Row
 from ldft.runner import checks
 from ldft.sweep import cell
 from ldft.sweep.plan import Cell, Plan
-from ldft.terminal import length, rewrites, seconds
+from ldft.terminal import length, plural, rewrites, seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -101,7 +101,7 @@ def summary(plan: Plan, history: History) -> list[tuple[str, list[list[str]]]]:
         best.append([model, length(tokens), label, f"{speed:.0f} tok/s", f"of {len(group)}"])
     tables = [("best cell of each model and length", best), ("skipped", skipped), ("not ok", bad)]
     if len(sources) > 1:
-        mixed = [[source, f"{count} rows"] for source, count in sources.items()]
+        mixed = [[source, plural(count, "row")] for source, count in sources.items()]
         tables.append(("rows from different code or config: compare with care", mixed))
     return [(title, lines) for title, lines in tables if lines]
 
@@ -153,7 +153,7 @@ class View:
         """Print what the sweep runs, and notes that concern all its cells. elsewhere: cells run on other machines."""
         kept = self._total - num_todo
         known = f", {kept} already have rows ({counted(counts(self._plan, history))})" if kept else ""
-        self.say(f"ldft: sweep {self._plan.name}: {self._total} cells{known}; results in {self._results_dir}")
+        self.say(f"ldft: sweep {self._plan.name}: {plural(self._total, 'cell')}{known}; results in {self._results_dir}")
         for path, problem in history.unreadable.items():
             self.say(f"ldft: skipped unreadable {path}: {problem}")
         configs = self._plan.configs.values()
@@ -247,7 +247,9 @@ class View:
         )
         bad = sum(number for status, number in numbers.items() if status not in _GOOD) - running
         if running:
-            self.say(f"ldft: {running} cells run elsewhere; see python -m ldft.status {self._results_dir}")
+            self.say(
+                f"ldft: running elsewhere: {plural(running, 'cell')}; see python -m ldft.status {self._results_dir}"
+            )
         return 1 if bad > 0 else 0
 
 
@@ -256,4 +258,4 @@ def report_lines(plan: Plan, history: History) -> list[str]:
     lines = []
     for title, table in summary(plan, history):
         lines += [f"{title}:", *(f"  {line}" for line in columns(table))]
-    return [*lines, f"ldft: sweep {plan.name}: {len(plan.cells)} cells: {counted(counts(plan, history))}"]
+    return [*lines, f"ldft: sweep {plan.name}: {plural(len(plan.cells), 'cell')}: {counted(counts(plan, history))}"]

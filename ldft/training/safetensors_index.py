@@ -16,6 +16,7 @@ from pathlib import Path
 from ldft import files
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
+from ldft.terminal import plural
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "*quant*_config.json"]
 # Mistral publishes the same weights twice, once under its own names; Meta keeps the originals in a folder.
@@ -110,7 +111,9 @@ def _listed(path: Path, names: set[str]) -> list[Path]:
     """The shards of an index."""
     here = {file.name for file in path.glob("*.safetensors")}
     if missing := sorted(names - here):
-        raise ConfigError("model.path", f"{path} lacks {missing[0]} of its {len(names)} shards; fetch it again")
+        raise ConfigError(
+            "model.path", f"{path} lacks {missing[0]} of its {plural(len(names), 'shard')}; fetch it again"
+        )
     if "model.safetensors" in here - names:
         raise ConfigError(
             "model.path", f"{path} has model.safetensors and the index of other files; remove what is stale"

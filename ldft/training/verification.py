@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ldft.config import AttentionKind, Config, ModelConfig, rope
 from ldft.errors import ConfigError
 from ldft.preflight import decoder_layers, parameter_counts, windows
+from ldft.terminal import plural
 from ldft.training import observation
 from ldft.training.architecture import REFUSED, parameters_by_layer_type, reads
 from ldft.training.checkpointing import checkpointing
@@ -212,8 +213,8 @@ def _check_rotations(rotations: list[Rotation], network: PreTrainedModel, config
     if by_type and "" in asked and model.rope_scaling and all(one.layer_type != "full_attention" for one in rotations):
         raise ConfigError(
             "model.rope_scaling",
-            f"{model.rope_scaling} reaches no layer: transformers' {model.family} with {model.num_layers} layers has none of "
-            "type full_attention; use more layers, or give parameters for each layer type",
+            f"{model.rope_scaling} reaches no layer: transformers' {model.family} with {plural(model.num_layers, 'layer')} has "
+            "none of type full_attention; use more layers, or give parameters for each layer type",
         )
 
 

@@ -18,6 +18,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ldft.terminal import plural
 from multirun_analysis import style
 
 # With more bars than this, a figure is unreadable at half width; panels share them, with a minimum for each.
@@ -217,7 +218,7 @@ def failures_text(table: pd.DataFrame) -> str:
     if failed.empty:
         return ""
     kinds = ", ".join(sorted({re.sub(r" \d+/\d+$", "", label) for label in failed["failure"]}))
-    return f"; {len(failed)} of {len(table)} cells failed ({kinds})"
+    return f"; {len(failed)} of {plural(len(table), 'cell')} failed ({kinds})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ldft.terminal import plural
 from multirun_analysis import style, traces
 from multirun_analysis.figures import layout
 from multirun_analysis.style import number
@@ -114,7 +115,7 @@ def _when(trace: pd.DataFrame, elapsed_s: float) -> str:
     if sample["phase"] == "train":
         return f"in iteration {sample['iteration'] + 1}"
     return (
-        f"after training, after {sample['iteration']} iterations"
+        f"after training, after {plural(int(sample['iteration']), 'iteration')}"
         if sample["iteration"]
         else f"in phase {sample['phase']}"
     )

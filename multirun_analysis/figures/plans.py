@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ldft.errors import ResultsError
+from ldft.terminal import plural
 from multirun_analysis import style
 from multirun_analysis.figures import layout
 
@@ -59,7 +60,7 @@ def plans(df: pd.DataFrame) -> Figure | str:
         )
         longest = table.loc[table[table["fits"]]["tokens"].idxmax()]
         finding = (
-            f"Of {len(table)} plans {int(table['fits'].sum())} fit; the longest is {longest.model} at "
+            f"Of {plural(len(table), 'plan')} {int(table['fits'].sum())} fit; the longest is {longest.model} at "
             f"{style.length(longest.tokens)} tokens on {longest.num_ranks} x {longest.machine}"
         )
         return layout.finish(figure, finding, [*lines, *marks, *cross])

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ldft.terminal import plural
 from multirun_analysis import comparison, rows, style, tidy
 from multirun_analysis.figures import layout
 from multirun_analysis.style import length, number
@@ -217,7 +218,7 @@ def _speedup_finding(ok: pd.DataFrame, by: str, baseline: str) -> str:
     best = ok.loc[ok["speedup"].idxmax()]
     counts = ok["verdict"].value_counts()
     said = ", ".join(f"{count} {name}" for name, count in counts.sort_index().items())
-    pairs = "1 pair" if len(ok) == 1 else f"{len(ok)} pairs"
+    pairs = plural(len(ok), "pair")
     if best.verdict == "faster":
         option = rows.option_name(by, best.option)
         where = f"{best.model} {length(best.seq_len_tokens)}"

@@ -52,7 +52,7 @@ def test_an_unreadable_file_is_named_and_the_rest_is_shown(rows, capsys) -> None
     rows.add(tokens=1024)
     rows.add(tokens=2048).write_bytes(b"PAR1 torn")
     code, out, err = _run(capsys, rows.folder, "--no-figures")
-    assert code == 0 and "1 rows: 1 ok" in out and "1k" in out
+    assert code == 0 and "1 row: 1 ok" in out and "1k" in out
     assert "unreadable" in err and "row.parquet" in err
 
 
@@ -79,7 +79,7 @@ def test_a_length_of_nothing_is_counted_and_drawn_nowhere(rows, capsys) -> None:
 def test_a_single_row_is_enough(rows, capsys) -> None:
     rows.add(tokens=1024, iteration_s=[0.5, 0.5, 0.5])
     code, out, _ = _run(capsys, rows.folder)
-    assert code == 0 and "1 rows: 1 ok" in out and "2048" in out
+    assert code == 0 and "1 row: 1 ok" in out and "2048" in out
 
 
 def test_no_rows_is_one_line(tmp_path: Path, capsys) -> None:
@@ -137,13 +137,13 @@ def test_diff_as_a_gate_refuses_what_is_slower_with_confidence_or_lost(new_rows,
     lost.add(tokens=1024, iteration_s=steady)
     lost.add(tokens=2048, status="oom_host")
     code, out, _ = _run(capsys, "diff", before.folder, same.folder, "--fail-below", "0.97")
-    assert code == 0 and "0 of 3 cells are refused (--fail-below 0.97)" in out
+    assert code == 0 and "refused: 0 of 3 cells (--fail-below 0.97)" in out
     code, out, _ = _run(capsys, "diff", before.folder, slower.folder, "--fail-below", "0.97")
     assert code == 1 and "refused: " in out and "2k" in out and ": slower: b/a 0.943, " in out
-    assert "1 of 3 cells are refused" in out
+    assert "refused: 1 of 3 cells" in out
     assert _run(capsys, "diff", before.folder, slower.folder, "--fail-below", "0.9")[0] == 0
     code, out, _ = _run(capsys, "diff", before.folder, lost.folder, "--fail-below", "0.97")
-    assert code == 1 and ": ok -> oom_host" in out and ": only in a" in out and "2 of 3 cells are refused" in out
+    assert code == 1 and ": ok -> oom_host" in out and ": only in a" in out and "refused: 2 of 3 cells" in out
     # What was not compared does not pass: nothing in common, and one iteration a side.
     assert _run(capsys, "diff", new_rows("e").folder, same.folder, "--fail-below", "0.97")[0] == 1
     for rows in (one := new_rows("f"), other := new_rows("g")):
@@ -164,4 +164,4 @@ def test_the_module_runs_as_a_command_without_torch(rows) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, str(rows.folder), "--no-figures"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and "1 rows: 1 ok" in done.stdout, done.stderr
+    assert done.returncode == 0 and "1 row: 1 ok" in done.stdout, done.stderr

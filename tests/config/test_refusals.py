@@ -31,7 +31,7 @@ def test_more_ranks_than_gpus_and_old_gpus_are_refused(ldft: CLI, monkeypatch: p
     done = ldft("launch.device=cuda", "launch.num_ranks=2")
     assert (done.exit_code, done.stderr) == (
         2,
-        "ldft: launch.num_ranks: 2 ranks need as many GPUs, 1 visible; use 1 to 1\n",
+        "ldft: launch.num_ranks: 2 ranks, a GPU for each, 1 visible; use at most 1\n",
     )
     done = ldft("train.precision=bf16")
     assert (

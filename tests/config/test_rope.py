@@ -77,7 +77,7 @@ def test_the_published_length_may_stand_beside_them() -> None:
         ({"type": "yarn", "factor": 4.0, "beta_fast": 0.5}, r"rope_scaling.beta_fast: 0.5 is below beta_slow=1"),
         (
             {"type": "su", **LONG, "long_factor": [1.0]},
-            r"rope_scaling.long_factor: 1 numbers; use 8, one for each pair",
+            r"rope_scaling.long_factor: 1 number; use 8, one for each pair",
         ),
         ({"type": "su", **LONG, "short_factor": [0] * 8}, r"rope_scaling.short_factor: .* a list of positive numbers"),
         (

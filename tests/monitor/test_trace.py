@@ -54,6 +54,14 @@ def test_ten_thousand_samples_are_less_than_a_mebibyte(many, tmp_path) -> None:
     assert kept["devices"][1]["pcie_tx_mb_per_s"] == rank.device.pcie_tx_kb_per_s // 1000
 
 
+def test_samples_of_eight_gpus_are_less_than_two_mebibytes_in_ten_thousand(tmp_path) -> None:
+    noise = random.Random(0)
+    path = tmp_path / TRACE_FILE
+    with path.open("wb") as file:
+        trace.write([machine(noise, number, ranks=8) for number in range(2_500)], file, {})
+    assert 1 << 18 < path.stat().st_size < 1 << 19, "a quarter of them; two GPUs' would be less than a quarter of a MiB"
+
+
 def test_a_long_run_keeps_its_whole_length_in_bounded_memory(many, tmp_path) -> None:
     folder = tmp_path / "run" / "attempt-1"
     folder.mkdir(parents=True)

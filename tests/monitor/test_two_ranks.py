@@ -73,6 +73,11 @@ def by_rank_and_role(entries: list[dict]) -> dict[tuple[int, str], int]:
 def test_a_run_leaves_its_samples_and_they_agree_with_its_row(watched: Watched) -> None:
     done, row = watched.done, watched.done.row
     assert row.status == "ok", done.stdout
+    first, last = (
+        [str(round(float(time_s), 4)) for time_s in part] for part in (row.iteration_s[1:6], row.iteration_s[-5:])
+    )
+    listed = f"[{', '.join([*first, '...', *last])}] (59 iterations; the row has all)\n"
+    assert f"[RESULT] Each Iteration Latency (rank0): {listed}" in done.stdout
     path = done.results_dir / row.trace_path
     assert path.name == trace.TRACE_FILE and path.parent.name == "attempt-1" and path.parent.parent.name == row.run_id
     samples = pq.read_table(path).to_pylist()

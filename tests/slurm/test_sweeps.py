@@ -69,7 +69,9 @@ def test_cells_run_as_jobs_are_followed_and_not_submitted_again(sweep, call, tmp
     said = call([sys.executable, "-m", "ldft.status", "results"]).stdout
     assert "job " in said and ("queued" in said or "running" in said), said
     done = call(line)
-    assert done.returncode == 0 and "3 cells wait or run as jobs already" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "waiting or running as jobs already: 3 cells" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert "submitted" not in done.stdout and done.stdout.count(" ok ") == 3, done.stdout
     found = rows(tmp_path)
     assert [row["status"] for row in found.values()] == ["ok"] * 3 and {row["attempt"] for row in found.values()} == {1}

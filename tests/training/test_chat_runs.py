@@ -34,5 +34,5 @@ def test_the_documented_conversations_train_on_the_assistants_tokens(
     assert list(row.loss_tokens) == [sum(one[1:].count("x") for one in sequences[n : n + 2]) for n in (0, 2, 4)]
     assert row.tokens_per_iteration == 64 and row.init_data_s > 0
     assert (row.documents_read, row.documents_skipped, row.sequences_skipped) == (4, 2, 0)
-    assert "note: data.path: 2 of 4 documents are null or empty and were left out" in done.stdout
+    assert "note: data.path: 2 of 4 documents left out: null or empty" in done.stdout
     assert row["cfg.data.loss"] == "assistant" and row.loss[0] > row.loss[-1]
