@@ -36,12 +36,13 @@ _STATES = "a smaller model, or more memory"
 
 
 class DoesNotFitError(ConfigError):
-    """The run needs more memory than available; `shortage` says which memory, how much, and for what. of_device: of the GPU's, not
-    the host's."""
+    """The run needs more memory than available; `shortage` says which memory, how much, and for what; `remedy` what to
+    do. of_device: of the GPU's, not the host's."""
 
     def __init__(self, shortage: str, remedy: str, of_device: bool = False) -> None:
         self.shortage, self.of_device = shortage, of_device
-        super().__init__("force", f"false, and {shortage}; use {remedy}, or force=true to try anyway")
+        self.remedy = f"use {remedy}, or force=true to try anyway"
+        super().__init__("force", f"false, and {shortage}; {self.remedy}")
 
 
 def predictions(run: Resolved) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def _bytes(run: Resolved) -> list[str]:
         lines.append(
             f"does not fit here, but force=true runs it anyway: {error.shortage}"
             if config.force
-            else f"does not fit here: {error}"
+            else f"does not fit here: {error.shortage}; {error.remedy}"
         )
     return lines
 

@@ -97,7 +97,7 @@ def test_what_must_be_on_a_node_is_the_sum_over_ranks(machine) -> None:
 
 def test_a_dry_run_says_so(machine) -> None:
     text = dry_run.describe(compose("model=llama3_8b", "launch.device=cpu", "seq_len=32k"))
-    assert "\ndoes not fit here: force: false, and not enough host memory" in text
+    assert "\ndoes not fit here: not enough host memory" in text
     text = dry_run.describe(compose("model=llama3_8b", "launch.device=cpu", "seq_len=32k", "force=true"))
     assert "\ndoes not fit here, but force=true runs it anyway: not enough host memory: " in text
 
