@@ -19,6 +19,7 @@ from ldft.memory import bandwidths
 from ldft.memory.cost_model import Bandwidths
 from ldft.preflight import device_estimate, device_rates, layer_memory, parameter_counts, room
 from ldft.preflight.selection import Selection
+from ldft.terminal import plural
 
 KEY = "offload.gpu_share"
 # Of a datasheet's peak, the forward pass of a model reaches this at most: 0.53 was measured on an H100 (3B, 32768 tokens, cuDNN). A
@@ -57,7 +58,7 @@ def _choose(run: Selection, vram_gib: Callable[[Config], float | None]) -> tuple
         if asked == 1:
             return whole, "as requested"
         layers = min(most, max(0, round((asked * whole - embedding) / layer)))
-        return embedding + layers * layer, f"as requested: the embedding and {layers} layers"
+        return embedding + layers * layer, f"as requested: the embedding and {plural(layers, 'layer')}"
     return _hiding(run, vram_gib(config), embedding, layer)
 
 
@@ -96,7 +97,7 @@ def _front(config: Config, wanted: int, possible: int, why: str) -> tuple[int, s
     embedding, layer, whole = _sizes(config)
     most = config.model.num_layers
     layers = min(wanted, (possible - embedding) // layer)
-    far = "" if layers == wanted else f", as far as VRAM allows ({wanted} layers are needed)"
+    far = "" if layers == wanted else f", as far as VRAM allows ({wanted} would do)"
     elements = whole if layers == most else embedding + layers * layer
     return elements, f"the embedding and {layers} of {most} layers, so that {why}{far}"
 
