@@ -37,6 +37,8 @@ TYPES = {
     "llama3": _Type(required=("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)),
     "proportional": _Type(optional=("factor",)),
 }
+BY_LENGTH = ("dynamic", "longrope")
+"""Types whose angles depend on the length of the sequence."""
 # Names in older files.
 _ALIASES = {"su": "longrope"}
 _MULTIMODAL = ("mrope", "mrope_section", "mrope_interleaved")

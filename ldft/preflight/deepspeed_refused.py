@@ -141,6 +141,13 @@ def _depending(config: Config, own: dict[str, Any], settings: dict[str, Any]) ->
                     f"{shown(own[key])} is not supported with ZeRO-{stage} with reduce scatter enabled; add "
                     "zero_optimization.reduce_scatter=false, or leave it out",
                 )
+    shared, by_all = config.launch.sequence_parallel > 1, "communication_data_type"
+    ignored, read = (by_all, f"seq_parallel_{by_all}") if shared else (f"seq_parallel_{by_all}", by_all)
+    if own.get(ignored, settings.get(read)) != settings.get(read):
+        yield (
+            ignored,
+            f"{own[ignored]} has no effect with launch.sequence_parallel={config.launch.sequence_parallel}; set {read}",
+        )
     if own.get("gradient_allreduce_op") == "sum" and stage == 3:
         yield "gradient_allreduce_op", "sum is not supported with ZeRO stage 3; use mean"
     if own.get("managed_gradient_accumulation") is False and config.train.gradient_accumulation_steps > 1:

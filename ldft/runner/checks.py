@@ -19,6 +19,7 @@ from ldft.preflight import (
     parameter_counts,
     placement_text,
     resolved,
+    sequence_parallel,
     windows,
 )
 from ldft.preflight.resolved import Resolved
@@ -97,6 +98,7 @@ def notes(run: Resolved) -> list[str]:
     """What else a reader of the row must know about these settings."""
     return [
         *experts.notes(run.config),
+        *sequence_parallel.notes(run.config),
         *deepspeed_managed.notes(run.config, run.deepspeed),
         *deepspeed_refused.notes(run.deepspeed),
         *placement_text.notes(run),

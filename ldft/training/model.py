@@ -58,6 +58,8 @@ def build(run: Selection, device: torch.device, arenas: Arenas | None = None) ->
     initialize(model, config.train.seed, partitioned=partitioned, only_buffers=from_files)
     if from_files:
         pretrained.load(model, config.model, partitioned=partitioned)
+    if config.launch.sequence_parallel > 1:
+        ulysses.show_whole_length(model, config)
     if run.liger:
         liger_kernels.apply(model)
     if config.lora.rank:

@@ -120,7 +120,7 @@ def watch(model: PreTrainedModel, seq_len: int) -> Observed:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-    for module, owner in _rotary_embeddings(model):
+    for module, owner in rotary_embeddings(model):
         module.forward = _reporting(module, owner, seq_len, seen)
     logits = _Logits(model.config.vocab_size)
     try:
@@ -153,7 +153,7 @@ def looks_at_values(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def _rotary_embeddings(model: PreTrainedModel) -> list[tuple[Any, PreTrainedModel]]:
+def rotary_embeddings(model: PreTrainedModel) -> list[tuple[Any, PreTrainedModel]]:
     """Rotary embeddings, each with the model that initialises it."""
     found = []
     for module in model.modules():

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ldft.config import to_dict
-from ldft.errors import CombinationError
+from ldft.errors import CombinationError, ConfigError
+from ldft.preflight import sequence_parallel
 from ldft.preflight.selection import select
 from ldft.runner import checks
 from ldft.training.architecture import hf_config
@@ -41,6 +42,13 @@ CASES = {
     "nothing offloaded": ("offload=zero3",),
     "adapters": ("lora=r16", "optimizer.gradient_clipping=0.2"),
     "few labels": (),
+    # 96 tokens on two ranks: more than the original length together, fewer alone.
+    "short and long angles": (
+        "model.rope_scaling={rope_type: longrope, original_max_position_embeddings: 64, short_factor: [1,1,1,1,1,1,1,1], "
+        "long_factor: [2,3,4,5,6,7,8,9]}",
+        "model.max_position_embeddings=512",
+    ),
+    "angles by length": ("model.rope_scaling={rope_type: dynamic, factor: 2}", "model.max_position_embeddings=64"),
 }
 # Planted fault -> the case in which it is. Of a window nothing is planted but that it is not refused.
 FAULTS = {
@@ -54,7 +62,13 @@ FAULTS = {
 
 
 # The others repeat what these test, with further options.
-QUICK = ("recomputed from the host", "few labels", "each rank's own mean", "labels shifted within each part")
+QUICK = (
+    "recomputed from the host",
+    "few labels",
+    "short and long angles",
+    "each rank's own mean",
+    "labels shifted within each part",
+)
 if not IN_CI:
     CASES, FAULTS = ({name: words for name, words in one.items() if name in QUICK} for one in (CASES, FAULTS))
 
@@ -134,9 +148,36 @@ def test_groups_of_ranks_have_sequences_of_their_own(tmp_path: Path) -> None:
         (("seq_len.tokens=97",), r"seq_len.tokens: 97 is not divisible by launch.sequence_parallel=2; use 96 or 98"),
         (
             ("model.num_attention_heads=3", "model.num_key_value_heads=3"),
-            r"the model's 3 heads over 3 key heads .*; use 3$",
+            r"the model's 3 heads over 3 key heads .*; use 1, or launch.num_ranks=3 with launch.sequence_parallel=3$",
         ),
-        (("model.num_attention_heads=6", "model.num_key_value_heads=3"), r"6 heads over 3 key heads .*; use 3, 6$"),
+        (
+            ("model.num_attention_heads=6", "model.num_key_value_heads=3"),
+            r"6 heads over 3 key heads .*; use 1, or .*=3",
+        ),
+        # First what no number of tokens changes.
+        (
+            ("seq_len.tokens=97", "model.num_attention_heads=1", "model.num_key_value_heads=1"),
+            r"the model's 1 heads over 1 key heads .*; use 1$",
+        ),
+        (
+            (
+                "launch.num_ranks=6",
+                "launch.sequence_parallel=3",
+                "model.num_attention_heads=12",
+                "model.num_key_value_heads=4",
+            ),
+            r"12 heads over 4 key heads .*; use 2$",
+        ),
+        (("model=gemma2_9b",), r"launch.sequence_parallel: 2: soft caps \(model.attention_softcap=50\) .*; use 1$"),
+        (("model.family=lfm2",), r"launch.sequence_parallel: 2: transformers' lfm2 is not known .*; use 1, or a model"),
+        (
+            ("model.family=qwen3", "+model.extra.layer_types=[full_attention,linear_attention]"),
+            r"layers of type linear_attention \(model.extra.layer_types\) are not shared; use 1$",
+        ),
+        (
+            ("model.family=gemma", "+model.extra.use_bidirectional_attention=true"),
+            r"attention is causal where .*; use 1, or leave out model.extra.use_bidirectional_attention$",
+        ),
         (
             ("model.family=mistral", "model.sliding_window=16"),
             r"launch.sequence_parallel: 2: windows \(model.sliding_window=16\) are not shared; use 1",
@@ -156,10 +197,50 @@ def test_groups_of_ranks_have_sequences_of_their_own(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_shared_is_one_line(overrides: tuple[str, ...], said: str) -> None:
-    config = compose(*COMMON, *overrides, "launch.num_ranks=2", "launch.sequence_parallel=2")
+    config = compose(*COMMON, "launch.num_ranks=2", "launch.sequence_parallel=2", *overrides)
     config.validate()
     with pytest.raises(CombinationError, match=said):
         select(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("lora=r16", "lora.dropout=0.1"), "lora.dropout=0.1"),
+        (("model.family=seed_oss",), "seed_oss's attention_dropout, seed_oss's residual_dropout"),
+        (
+            ("model.family=seed_oss", "+model.extra.attention_dropout=0", "+model.extra.residual_dropout=0.2"),
+            "model.extra.residual_dropout=0.2",
+        ),
+        ((), ""),
+    ],
+)
+def test_what_is_dropped_at_random_is_said(overrides: tuple[str, ...], said: str) -> None:
+    found = sequence_parallel.notes(compose(*COMMON, "launch.num_ranks=2", "launch.sequence_parallel=2", *overrides))
+    assert not sequence_parallel.notes(compose(*COMMON, *overrides))
+    assert bool(found) == bool(said) and all(f"launch.sequence_parallel: {said}: " in one for one in found)
+
+
+def test_families_that_drop_by_themselves_are_known() -> None:
+    for family in sequence_parallel.FAMILIES:
+        if family in CONFIG_MAPPING:
+            values = CONFIG_MAPPING[family]().to_dict()
+            dropping = {name for name, value in values.items() if sequence_parallel._drops(name) and value}
+            assert dropping - {"classifier_dropout"} == set(sequence_parallel._DROPS.get(family, ()))
+
+
+def test_the_key_that_deepspeed_reads_depends_on_the_ranks() -> None:
+    all_ranks, shared = "communication_data_type", "seq_parallel_communication_data_type"
+    for key, read, ranks in (
+        (all_ranks, shared, ("launch.num_ranks=2", "launch.sequence_parallel=2")),
+        (shared, all_ranks, ()),
+    ):
+        assert select(compose(*COMMON, *ranks, f"+offload.deepspeed.{read}=bf16")).deepspeed[read] == "bf16"
+        said = rf"^offload.deepspeed.{key}: bf16 has no effect with launch.sequence_parallel=\d; set {read}$"
+        with pytest.raises(ConfigError, match=said):
+            select(compose(*COMMON, *ranks, f"+offload.deepspeed.{key}=bf16"))
+        # Both, as in a sweep over the ranks.
+        select(compose(*COMMON, *ranks, *(f"+offload.deepspeed.{one}=bf16" for one in (key, read))))
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "sdpa_cudnn", "flash_attention_2"])

@@ -2,20 +2,23 @@
 
 Its own registration replaces a kernel of transformers for the whole process. Here the wrapper gets a name of its own, and wraps
 ldft's kernels as well. It discards masks, so windows are refused (preflight/sequence_parallel.py); positions make causality right.
+Rotary embeddings see the length of the whole sequence, by which some choose their angles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ldft.config import Config
-from ldft.training import attention_kernels
+from ldft.config import Config, rope
+from ldft.preflight import sequence_parallel
+from ldft.training import attention_kernels, observation
 from ldft.training.deepspeed.layout import TESTED, UnknownLayoutError
 
 
@@ -66,11 +69,30 @@ def register(kernel: str, config: Config) -> str:
     def forward(module: torch.nn.Module, query: Any, key: Any, value: Any, mask: Any, **named: Any) -> Any:
         return shared(module, query, key, value, None, **named)
 
-    # transformers looks for a kernel of its own behind every name with "flash" in it: ulysses_fa2.
-    name = f"ulysses_{kernel.replace('flash_attention_', 'fa')}"
+    name = sequence_parallel.attention_name(kernel, config)
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, lambda *_, **__: None)
     return name
+
+
+def show_whole_length(model: PreTrainedModel, config: Config) -> None:
+    """Let rotary embeddings choose their angles by the length of the sequence. transformers takes the last position that it sees,
+    which is another one on each rank."""
+    kinds = {parameters["rope_type"] for parameters in config.model.rope_parameters().values()}
+    if kinds & set(rope.BY_LENGTH):
+        for module, _ in observation.rotary_embeddings(model):
+            module.forward = _seeing(module.forward, config.seq_len.tokens - 1)
+
+
+def _seeing(forward: Callable[..., Any], last: int) -> Callable[..., Any]:
+    """The forward of a rotary embedding, with the last position of the sequence behind a rank's own."""
+
+    def whole(x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **named: Any) -> Any:
+        positions = torch.nn.functional.pad(position_ids, (0, 1), value=last)
+        # Contiguous, because Liger's kernel counts on it.
+        return tuple(one[:, :-1].contiguous() for one in forward(x, positions, *args, **named))
+
+    return whole
 
 
 def _core(kernel: str) -> Any:
