@@ -92,7 +92,7 @@ def describe(config: Config, given: list[str]) -> tuple[str, bool]:
         settings = dataclasses.replace(config, plan=dataclasses.replace(config.plan, goal=Goal.fastest))
         fixes = remedies.remedies(settled.started(settings), None)
         lines = [
-            f"{title}: {settled.nothing_fits(searched).partition(';')[0]}",
+            f"{title}: {settled.nothing_fits(searched, ask='')}",
             *_changes("what would make it fit:", fixes),
         ]
         return "\n".join(lines), False

@@ -11,6 +11,7 @@ from ldft.config import Config, Goal, NumaConfig, NumaScope, NumaStrategy, Offlo
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.errors import CombinationError, ConfigError
 from ldft.memory.topology import Topology
+from ldft.preflight import sequence_parallel
 from ldft.terminal import plural
 
 # Offload options that a plan may choose, by stage and by device of parameters and optimizer, as in conf/offload.
@@ -51,7 +52,9 @@ def free(config: Config, key: str) -> bool:
 
 
 def choices(config: Config) -> Iterator[Choice]:
-    """Every combination of the free keys' values, valid or not. Raises ConfigError for a number of tokens that is not possible."""
+    """Every combination of the free keys' values, valid or not. Raises ConfigError where none is possible: for a number of tokens,
+    or for ranks that cannot share sequences."""
+    sequence_parallel.check_whatever_is_planned(config)
     settings, count = config.checkpointing, config.model.num_layers
     modes = list(CheckpointingMode) if default(config, "checkpointing.mode") else [settings.mode]
     layers = list(range(1, count + 1)) if default(config, "checkpointing.layers") else [settings.layers]
@@ -157,7 +160,20 @@ def _shared(config: Config) -> list[int]:
     launch, plan = config.launch, config.plan
     if not default(config, "launch.sequence_parallel") or not (plan.tokens_per_update or plan.goal is Goal.longest):
         return [launch.sequence_parallel]
-    return [number for number in range(1, launch.num_ranks + 1) if launch.num_ranks % number == 0]
+    numbers = [number for number in range(1, launch.num_ranks + 1) if launch.num_ranks % number == 0]
+    return [number for number in numbers if why_not_shared(config, number) is None]
+
+
+def why_not_shared(config: Config, ranks: int) -> CombinationError | None:
+    """Why so many ranks cannot share a sequence, whatever else a plan chooses; None if they can, or if that was not left to it."""
+    if not default(config, "launch.sequence_parallel"):
+        return None
+    launch = dataclasses.replace(config.launch, sequence_parallel=ranks)
+    try:
+        sequence_parallel.check_whatever_is_planned(dataclasses.replace(config, launch=launch))
+    except CombinationError as error:
+        return error
+    return None
 
 
 def _batches(config: Config, ranks: int) -> list[tuple[int, int]]:
@@ -185,6 +201,9 @@ def _unit(config: Config, ranks: int) -> int:
 def _no_batches(config: Config) -> ConfigError:
     """Why plan.tokens_per_update is not possible."""
     train, asked = config.train, config.plan.tokens_per_update
+    everyone = config.launch.num_ranks
+    if (why := why_not_shared(config, everyone)) and _batches(config, everyone):
+        return why
     unit = min(_unit(config, ranks) for ranks in _shared(config))
     sequences, rest = divmod(asked, unit)
     if rest or not sequences:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ldft.config import THIS, Config, Device
+from ldft.config import THIS, Config, Device, Goal
+from ldft.errors import ConfigError
+from ldft.planning import candidates
 from ldft.planning.search import Plan, Search
 from ldft.preflight.resolved import device_gib
 from ldft.terminal import length
@@ -34,19 +37,37 @@ def remedies(searched: Search, plan: Plan | None) -> list[Remedy]:
         )
     found = []
     for what, changed in _changes(searched, plan is None):
-        best = next(iter(changed.within()), None)
+        best, why = _best(changed)
         speed = 1 / best.seconds_per_token if best else 0.0
         if best is None and plan is None:
             continue
         if plan is None:
             effect = f"{speed:.0f} tokens/s"
         elif best is None:
-            effect = "nothing fits"
+            effect = why
         else:
             effect = f"{speed:.0f} tokens/s ({speed / now - 1:+.0%})"
         if plan is None or abs(speed / now - 1) > 0.01:
             found.append(Remedy(what, effect, speed))
     return sorted(found, key=lambda one: -one.tokens_per_s)
+
+
+def _best(searched: Search) -> tuple[Plan | None, str]:
+    """The best plan, or None and what is said of it."""
+    config = searched.config
+    try:
+        if best := next(iter(searched.within()), None):
+            return best, ""
+    except ConfigError as error:
+        return None, f"not possible: {_reason(error)}"
+    wanted = config.plan.goal is Goal.longest or config.plan.tokens_per_update
+    why = candidates.why_not_shared(config, config.launch.num_ranks) if wanted else None
+    return None, f"nothing fits{f' ({_reason(why)})' if why else ''}"
+
+
+def _reason(error: ConfigError) -> str:
+    """Without what to do: the change is a proposal of ldft's."""
+    return str(error).partition(";")[0]
 
 
 def _changes(searched: Search, all_of_them: bool) -> Iterator[tuple[str, Search]]:
@@ -55,14 +76,15 @@ def _changes(searched: Search, all_of_them: bool) -> Iterator[tuple[str, Search]
         yield f"{more} GiB more of host memory", _fresh(searched, _host(config, searched.host_limit / GIB + more))
     if config.launch.device is Device.cuda:
         hosts = config.launch.num_hosts
-        ranks = config.launch.num_ranks + hosts
+        step = math.lcm(hosts, config.launch.sequence_parallel)
+        ranks = config.launch.num_ranks + step
         several = dataclasses.replace(config, launch=dataclasses.replace(config.launch, num_ranks=ranks))
         rates = searched.rates
         if ranks == 2 and hosts == 1:  # with one GPU, there is no rate between GPUs
             link = rates.host.link_h2d if config.machine.name == THIS else 1e9 * config.machine.peer_gb_per_s
             rates = dataclasses.replace(rates, peers=link)
         yield (
-            "one more GPU"
+            ("one more GPU" if step == hosts else f"{step // hosts} more GPUs")
             + (" on each host" if hosts > 1 else "")
             + (" (same tokens on each)" if not all_of_them else ""),
             _fresh(searched, several, rates=rates),

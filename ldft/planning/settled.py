@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from ldft.config import Config, Device, Goal
@@ -18,6 +19,7 @@ DONE = "plan.goal"
 """Key of config.asked that says that the plan is made."""
 # Lengths are searched in these steps, tokens; GPU kernels and tiles like multiples.
 _LENGTH_STEP = 4096
+_ASK = "; python -m ldft.plan with the same settings says what would"
 
 
 def settle(config: Config) -> None:
@@ -68,6 +70,7 @@ def started(config: Config) -> Search:
 def longest(searched: Search) -> Plan | None:
     """The fastest plan at the longest sequence that fits. Raises CombinationError if seq_len was set."""
     config = searched.config
+    step = math.lcm(_LENGTH_STEP, config.launch.sequence_parallel)
     if set(config.plan.keep) & {"seq_len", "seq_len.tokens"}:
         raise CombinationError(
             "plan.goal",
@@ -75,7 +78,7 @@ def longest(searched: Search) -> Plan | None:
         )
 
     def at(steps: int) -> Search:
-        tokens = dataclasses.replace(config.seq_len, tokens=steps * _LENGTH_STEP)
+        tokens = dataclasses.replace(config.seq_len, tokens=steps * step)
         return dataclasses.replace(
             searched, config=dataclasses.replace(config, seq_len=tokens), refusals={}, invalid={}, _bases={}
         )
@@ -89,16 +92,13 @@ def longest(searched: Search) -> Plan | None:
     return next(iter(at(few).within()), None) if few else None
 
 
-def nothing_fits(searched: Search) -> str:
-    """Why there is no plan, and what to do."""
+def nothing_fits(searched: Search, ask: str = _ASK) -> str:
+    """Why there is no plan. ask: what to do where memory is too little."""
     refusals = sorted(searched.refusals, key=lambda name: -searched.refusals[name])
     memory = [name for name in refusals if name in search.MEMORIES]
     others = [name for name in refusals if name not in memory]
     if memory and not others:
-        return (
-            f"nothing fits: every combination lacks {' or '.join(memory)}; python -m ldft.plan with the same settings says what "
-            "would"
-        )
+        return f"nothing fits: every combination lacks {' or '.join(memory)}{ask}"
     others += sorted(searched.invalid, key=lambda text: -searched.invalid[text])
     return f"no combination is possible: {others[0] if others else 'every value is set'}"
 

@@ -156,7 +156,7 @@ def test_tokens_of_an_update_are_divided_in_every_way() -> None:
 
 def test_sequences_are_shared_where_the_tokens_of_an_update_are_set_or_the_longest_are_asked_for() -> None:
     config = config_of("checkpointing.layers", "checkpointing.keep_attention", "offload")
-    config.launch.num_ranks, config.seq_len.tokens = 4, 10
+    config.launch.num_ranks, config.seq_len.tokens = 4, 20
 
     def found() -> set[tuple[int, int]]:
         choices = [one for one in candidates.choices(config) if one.micro_batch_size == 1]
@@ -165,10 +165,33 @@ def test_sequences_are_shared_where_the_tokens_of_an_update_are_set_or_the_longe
     assert found() == {(1, 1)}
     config.plan.goal = Goal.longest
     assert found() == {(1, 1), (2, 1), (4, 1)}
-    config.plan.goal, config.plan.tokens_per_update = Goal.fastest, 20  # not one for each of four
+    config.plan.goal, config.plan.tokens_per_update = Goal.fastest, 40  # not one for each of four
     assert found() == {(2, 1), (4, 2)}
     config.launch.sequence_parallel = 4  # was set
     assert found() == {(4, 2)}
-    config.plan.tokens_per_update = 5
-    with pytest.raises(ConfigError, match=r"5 is no multiple of 10, .*; use e.g. 10$"):
+    config.plan.tokens_per_update = 10
+    with pytest.raises(ConfigError, match=r"10 is no multiple of 20, .*; use e.g. 20$"):
         found()
+
+
+def test_only_ranks_that_can_share_a_sequence_are_tried_and_what_was_set_says_why_not() -> None:
+    config = config_of("checkpointing.layers", "checkpointing.keep_attention", "offload")
+    config.launch.num_ranks, config.seq_len.tokens = 6, 9
+    config.plan.goal = Goal.longest
+
+    def ranks() -> set[int]:
+        return {choice.sequence_parallel for choice in candidates.choices(config)}
+
+    config.model.num_attention_heads = config.model.num_key_value_heads = 6
+    assert ranks() == {1, 3}
+    assert "9 is not divisible by launch.sequence_parallel=6" in str(candidates.why_not_shared(config, 6))
+    config.plan.goal, config.plan.tokens_per_update = Goal.fastest, 9  # one sequence: all six
+    with pytest.raises(
+        ConfigError, match=r"^seq_len.tokens: 9 is not divisible by launch.sequence_parallel=6; use 6 or 12$"
+    ):
+        ranks()
+    config.launch.sequence_parallel = 2
+    with pytest.raises(
+        ConfigError, match=r"^seq_len.tokens: 9 is not divisible by launch.sequence_parallel=2; use 8 or 10$"
+    ):
+        ranks()

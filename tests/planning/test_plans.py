@@ -71,6 +71,9 @@ def planned(*overrides: str, keep: tuple[str, ...] = ()) -> list[str]:
     return settled.overrides(config)
 
 
+TWO_SHARE = ("launch.num_ranks=2", "launch.sequence_parallel=2")
+
+
 def keys(chosen: list[str]) -> set[str]:
     return {text.partition("=")[0] for text in chosen}
 
@@ -206,6 +209,25 @@ def test_a_map_has_one_line_and_one_row_for_each_cell(ask: Callable[..., tuple[i
     assert set(found["model"]) == {"llama3_1b", "llama3_70b"} and found["chosen"].iloc[0].tolist()
 
 
+def test_one_more_gpu_that_cannot_share_the_sequence_does_not_look_like_lack_of_memory(
+    ask: Callable[..., tuple[int, str, str]],
+) -> None:
+    there = ("model=llama3_8b", "seq_len=128k", "machine=h200")
+    code, out, _ = ask(*there, "launch.num_ranks=4", "plan.tokens_per_update=131072")
+    reason = "5: the model's 32 heads over 8 key heads cannot be shared by so many"
+    what = r"^  one more GPU \(same tokens on each\) +not possible: launch.sequence_parallel"
+    assert code == 0 and re.search(rf"{what}: {reason}$", out, re.MULTILINE), out
+    # Ranks that share sequences come in groups.
+    code, out, _ = ask(*there, *TWO_SHARE)
+    assert code == 0 and "one more GPU" not in out and re.search(r"^  2 more GPUs .*tokens/s", out, re.MULTILINE), out
+
+
+def test_why_nothing_is_possible_is_said_to_its_end(ask: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = ask("model=llama3_8b", "seq_len=8k", "machine=h200", "offload=optimizer", *TWO_SHARE)
+    assert code == 1 and "launch.sequence_parallel: 2: needs offload.stage=3: " in out
+    assert out.splitlines()[0].endswith("; use offload=full")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -220,6 +242,22 @@ def test_a_map_has_one_line_and_one_row_for_each_cell(ask: Callable[..., tuple[i
         (
             ["machine=h200", "plan=longest", "seq_len=8k"],
             "plan.goal: longest chooses seq_len, and seq_len.tokens=8192 is set",
+        ),
+        (
+            ["machine=h200", "model=llama3_8b", "seq_len.tokens=131073", *TWO_SHARE],
+            "seq_len.tokens: 131073 is not divisible by launch.sequence_parallel=2; use 131072 or 131074\n",
+        ),
+        (
+            [
+                *("machine=h200", "model=llama3_8b", "seq_len.tokens=131073"),
+                TWO_SHARE[0],
+                "plan.tokens_per_update=131073",
+            ],
+            "seq_len.tokens: 131073 is not divisible by launch.sequence_parallel=2; use 131072 or 131074\n",
+        ),
+        (
+            ["machine=h200", "model=gemma2_9b", "seq_len=2k", *TWO_SHARE],
+            "launch.sequence_parallel: 2: soft caps (model.attention_softcap=50) are not shared; use 1\n",
         ),
         (["launch.device=cuda"], "plan.goal: fastest: there is no GPU here; name a machine"),
         (["seq_len=8k,16k"], "seq_len: several values (8k,16k) are a sweep; add -m"),

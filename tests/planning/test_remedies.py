@@ -80,7 +80,10 @@ def test_a_second_gpu_is_reached_as_fast_as_the_machine_says_and_a_third_as_fast
     searched.config.launch.num_ranks = 2
     third = tried(searched, True)[name]
     assert (third.config.launch.num_ranks, third.rates) == (3, RATES)
-    searched.config.launch.num_hosts = 2
+    searched.config.launch.sequence_parallel = 2
+    pair = tried(searched, True)["2 more GPUs"]
+    assert (pair.config.launch.num_ranks, pair.config.launch.data_parallel) == (4, 2)
+    searched.config.launch.sequence_parallel, searched.config.launch.num_hosts = 1, 2
     fourth = tried(searched, True)["one more GPU on each host"]
     assert (fourth.config.launch.num_ranks, fourth.rates) == (4, RATES)
 
@@ -95,7 +98,8 @@ def said(monkeypatch: pytest.MonkeyPatch, plan: Any, speeds: dict[str, float | N
     def changes(searched: Search, everything: bool) -> Any:
         assert everything is (plan is None) and (plan is None or searched.config.seq_len.tokens == 77)
         for what, speed in speeds.items():
-            yield what, SimpleNamespace(within=lambda speed=speed: [] if speed is None else [plan_of(speed), None])
+            plans = [] if speed is None else [plan_of(speed), None]
+            yield what, SimpleNamespace(config=searched.config, within=lambda plans=plans: plans)
 
     monkeypatch.setattr(remedies, "_changes", changes)
     return [(one.what, one.effect) for one in remedies.remedies(search_of(), plan)]
