@@ -35,12 +35,12 @@ class LaunchConfig:
 
     @property
     def data_parallel(self) -> int:
-        """Groups of ranks that have sequences of their own."""
-        return self.num_ranks // self.sequence_parallel
+        """Groups of ranks that have sequences of their own; also of a number that validate() refuses, whose run has a row, too."""
+        return self.num_ranks // max(1, self.sequence_parallel)
 
     @property
     def ranks_per_host(self) -> int:
-        return self.num_ranks // self.num_hosts
+        return self.num_ranks // max(1, self.num_hosts)
 
     def validate(self) -> None:
         if self.num_ranks < 1:
@@ -49,10 +49,13 @@ class LaunchConfig:
             raise ConfigError(
                 "launch.num_hosts", f"{self.num_hosts} does not divide launch.num_ranks={self.num_ranks}; use a divisor"
             )
-        if self.sequence_parallel < 1 or self.num_ranks % self.sequence_parallel:
+        if self.sequence_parallel < 1:
+            raise ConfigError("launch.sequence_parallel", f"{self.sequence_parallel} is too small; use 1 or more")
+        if rest := self.num_ranks % self.sequence_parallel:
             raise ConfigError(
                 "launch.sequence_parallel",
-                f"{self.sequence_parallel} does not divide launch.num_ranks={self.num_ranks}; use a divisor",
+                f"{self.sequence_parallel} does not divide launch.num_ranks={self.num_ranks}; use a divisor, or "
+                f"launch.num_ranks={self.num_ranks - rest + self.sequence_parallel}",
             )
         if self.timeout_s < 0:
             raise ConfigError(

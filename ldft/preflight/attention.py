@@ -11,6 +11,8 @@ from ldft.config.checkpointing import KeepAttention
 from ldft.errors import CombinationError, ConfigError
 
 Capability = tuple[int, int]
+REPEATED_HEADS = "sdpa_repeated_heads"
+"""SDPA with keys and values repeated first, as the row has it."""
 
 
 @dataclass(frozen=True, slots=True)

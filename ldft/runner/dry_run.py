@@ -13,7 +13,16 @@ from ldft import environment
 from ldft.config import Config, Device, OffloadDevice, Weights, run_id
 from ldft.errors import CombinationError, ConfigError
 from ldft.planning import settled
-from ldft.preflight import assumed_machine, decoder_layers, device_inputs, fit, parameter_counts, placement_text
+from ldft.preflight import (
+    assumed_machine,
+    attention,
+    decoder_layers,
+    device_inputs,
+    fit,
+    parameter_counts,
+    placement_text,
+    sequence_parallel,
+)
 from ldft.preflight.placement_text import gib
 from ldft.preflight.resolved import Resolved, device_gib
 from ldft.runner import checks, cpu_limits, measured, parent
@@ -84,13 +93,27 @@ def _what(run: Resolved) -> list[str]:
     return [
         f"model: {model.name}, {model.family}, {plural(model.num_layers, 'layer')}, {parameters}",
         f"weights: {weights}; data: {data}",
-        f"attention: {run.attention.name}; Liger Kernel: {'yes' if run.liger else 'no'}; "
+        f"attention: {_attention(run)}; Liger Kernel: {'yes' if run.liger else 'no'}; "
         f"MLP: {f'in {run.mlp_tiles} tiles' if run.mlp_tiles > 1 else 'whole'}; {_trained(config)}",
         f"update: {config.optimizer.name}, {_updated_by(run)}",
         *_layer_inputs(run),
         f"iteration: {plural(sequences, 'sequence')} of {config.seq_len.tokens} tokens = {sequences * config.seq_len.tokens:,} "
         f"tokens, {plural(train.iterations, 'iteration')} of which {train.warmup_iterations} warm-up, {train.precision.name}",
+        *_shared(config),
     ]
+
+
+def _attention(run: Resolved) -> str:
+    """As the row will have it."""
+    kernel = attention.REPEATED_HEADS if run.repeats_heads else run.attention.name
+    return sequence_parallel.attention_name(kernel, run.config)
+
+
+def _shared(config: Config) -> list[str]:
+    ranks = config.launch.sequence_parallel
+    if ranks == 1:
+        return []
+    return [f"sequences: each is shared by {ranks} ranks, {config.seq_len.tokens // ranks} tokens on each"]
 
 
 def _layer_inputs(run: Resolved) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ldft.runner import measured
+from tests.conftest import compose
 
 
 def test_reports_become_columns_as_the_schema_says() -> None:
@@ -54,3 +55,19 @@ def test_what_one_rank_did_not_reach_is_left_out_of_what_all_make(name: str) -> 
 def test_updates_left_out_after_warm_up_are_said(skipped: list[int] | None, says: str | None) -> None:
     found = measured.warnings({"loss": [1.0, 2.0, 1.0, 1.0], "skipped_updates": skipped, "warmup_iterations": 2})
     assert len(found) == bool(says) and all(re.match(says or "", one) for one in found)
+
+
+def test_ranks_that_share_a_sequence_count_its_tokens_once_and_share_its_flops() -> None:
+    words = ("seq_len.tokens=48", "train.micro_batch_size=3", "train.warmup_iterations=1", "train.iterations=3")
+    config = compose("model=nano", *words, "launch.num_ranks=4", "launch.sequence_parallel=2")
+    assert measured.tokens_per_iteration(config) == 2 * 3 * 48, "two groups"
+    report = {
+        "iteration_s": [9.0, 2.0, 2.0],
+        "model_tflop_dense": 20.0,
+        "model_tflop_attention": 4.0,
+        "peak_tflops_per_s": 6.0,
+    }
+    row = measured.columns(config, [], [report] * 4)
+    assert row["tokens_per_s"] == 2 * 3 * 48 / 2
+    assert row["model_tflops_per_s"] == 24.0 / 4 / 2, "of each of four ranks"
+    assert row["mfu"] == 0.5

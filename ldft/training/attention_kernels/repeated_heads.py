@@ -15,7 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "sdpa_repeated_heads"
+from ldft.preflight import attention
+
+NAME = attention.REPEATED_HEADS
 
 
 def register() -> None:
