@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
 from ldft import environment
-from ldft.config import THIS, Config, Device, Precision, Weights
+from ldft.config import THIS, Config, Device, Goal, Precision, Weights
+from ldft.config.root import FROM_FILE
 from ldft.errors import ConfigError
 from ldft.memory.topology import Topology
 from ldft.planning import settled
@@ -136,6 +138,23 @@ def check_config(config: Config, topology: Topology) -> None:
     experts.check(config.model)
     windows.check(config.model)
     parameter_counts.check_adapted(config)
+
+
+def check_joining(config: Config) -> None:
+    """Raise ConfigError for what the first host of a run refuses before it waits for this one, as far as it shows without reading a
+    model's config.json and without making a plan. config: as composed here."""
+    if FROM_FILE in config.asked.values():
+        return
+    config = copy.deepcopy(config)
+    goal, config.plan.goal = config.plan.goal, Goal.none
+    resolve(config)
+    config.validate()
+    if goal is Goal.none:
+        check_machine(config)
+        return
+    check_config(config, assumed_machine.topology(config))
+    if goal is not Goal.longest:  # which chooses the tokens
+        sequence_parallel.check_whatever_is_planned(config)
 
 
 def check_inputs(run: Selection, *, fetch: bool) -> list[str]:

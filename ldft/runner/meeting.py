@@ -23,12 +23,14 @@ from ldft.batch import Given
 from ldft.config import Config, disagreements, from_dict
 from ldft.errors import ConfigError
 from ldft.results import attempt
-from ldft.runner import agent, launch, signals
+from ldft.runner import agent, checks, launch, signals
 
 _END_S = 20.0
 # A file system that shows other hosts' files late.
 _SEEN_S = 60.0
 _ANSWER_S = 10.0
+# To tell a first host that waits why this one does not come.
+_TELL_S = 3.0
 
 
 def _agent(folder: Path, log: IO[bytes] | None) -> subprocess.Popen[bytes]:
@@ -142,7 +144,15 @@ def join(given: Given, config: Config) -> int:
 
     config: as composed here, before ldft chooses what is left to it.
     """
-    connection, said = _connect(given)
+    try:
+        checks.check_joining(config)
+    except ConfigError as error:  # the first host, if its command is the same, refuses it as well, and never answers
+        with contextlib.suppress(ConfigError, OSError):
+            connection, _ = _connect(given, _TELL_S)
+            with connection:
+                _send(connection, refused=f"{batch.host()}: {error}")
+        raise
+    connection, said = _connect(given, agent.MEET_S)
     with connection:
         there = f"{given.address}:{given.port}"
         if said["hosts"] != given.count:
@@ -179,9 +189,9 @@ def _send(connection: socket.socket, **values: Any) -> None:
     connection.sendall(json.dumps(values).encode() + b"\n")
 
 
-def _connect(given: Given) -> tuple[socket.socket, dict[str, Any]]:
+def _connect(given: Given, within_s: float) -> tuple[socket.socket, dict[str, Any]]:
     """The connection, and what the first host answers."""
-    end = time.monotonic() + agent.MEET_S
+    end = time.monotonic() + within_s
     while True:
         try:
             found = socket.create_connection((given.address, given.port), timeout=_ANSWER_S)
@@ -194,7 +204,7 @@ def _connect(given: Given) -> tuple[socket.socket, dict[str, Any]]:
         if time.monotonic() > end:
             raise ConfigError(
                 "launch.num_hosts",
-                f"no answer from {given.address}:{given.port} within {agent.MEET_S:.0f} s ({reason}); see that the first "
+                f"no answer from {given.address}:{given.port} within {within_s:.0f} s ({reason}); see that the first "
                 "host runs the same command, and that its port is open",
             )
         time.sleep(0.5)
