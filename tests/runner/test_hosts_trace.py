@@ -12,9 +12,7 @@ import psutil
 import pyarrow.parquet as pq
 
 from tests.conftest import long
-from tests.runner.test_meeting import ENDLESS, Hosts, hosts
-
-_ = hosts  # a fixture
+from tests.runner.conftest import ENDLESS, Hosts
 
 
 def test_the_monitor_shows_one_run_and_the_first_hosts_trace_is_in_the_row(hosts: Hosts) -> None:
