@@ -12,6 +12,8 @@ from pathlib import Path
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 
+# Keys of families that rotate a part of each head apart from the rest: a head is as wide as both together.
+HEAD_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim")
 # Families whose transformers config requires num_attention_heads to divide hidden_size even if head_dim is given.
 WHOLE_HEADS = ("gemma2", "gemma3_text", "llama")
 
@@ -23,15 +25,32 @@ def _models() -> Path:
 
 
 @cache
-def config_keys(family: str) -> frozenset[str]:
-    """Keys that the family's transformers config declares itself, read from its source; empty if they are not found there."""
+def _declaration(family: str) -> str:
+    """The source of the family's transformers config; empty if it is not found."""
     # The text part of a model with several kinds of input is declared in that model's file.
     folder = family.removesuffix("_text")
     file = _models() / folder / f"configuration_{folder}.py"
     source = file.read_text() if re.fullmatch(r"\w+", folder) and file.is_file() else ""
     classes = re.split(r"^(?=class )", source, flags=re.MULTILINE)
-    own = next((text for text in classes if f'    model_type = "{family}"\n' in text), "")
-    return frozenset(re.findall(r"^    (\w+): .*=", own, re.MULTILINE))
+    return next((text for text in classes if f'    model_type = "{family}"\n' in text), "")
+
+
+@cache
+def config_keys(family: str) -> frozenset[str]:
+    """Keys that the family's transformers config declares itself, read from its source; empty if they are not found there."""
+    return frozenset(re.findall(r"^    (\w+): .*=", _declaration(family), re.MULTILINE))
+
+
+def _check_head_parts(model: ModelConfig) -> None:
+    """Raise ConfigError if model.head_dim is not what the family makes of the parts of a head."""
+    defaults = dict(re.findall(r"^    (\w+): int = (\d+)$", _declaration(model.family), re.MULTILINE))
+    parts = [model.extra.get(key, int(defaults.get(key, 0))) for key in HEAD_PARTS]
+    if all(type(part) is int and part for part in parts) and (width := sum(parts)) != model.head_dim:
+        raise ConfigError(
+            "model.head_dim",
+            f"{model.head_dim}, but transformers' {model.family} makes it of {' and '.join(HEAD_PARTS)} "
+            f"({parts[0]} + {parts[1]}); use {width}",
+        )
 
 
 @cache
@@ -86,6 +105,7 @@ def check(model: ModelConfig, known: Collection[str]) -> None:
         raise ConfigError(
             "model.family", f"{model.family} also reads images or sound, and ignores the sizes of a text model; {fix}"
         )
+    _check_head_parts(model)
     heads = model.num_attention_heads
     if model.family in WHOLE_HEADS and model.hidden_size % heads:
         multiple = max(1, model.hidden_size // heads) * heads

@@ -28,7 +28,7 @@ from ldft.preflight.resolved import Resolved
 from ldft.preflight.selection import Selection
 from ldft.runner import cpu_limits, model_source, swap_files
 from ldft.terminal import plural
-from ldft.training import checkpoint_faults, safetensors_index
+from ldft.training import checkpoint_faults, safetensors_index, saved_config
 from ldft.training.text import check as data_check
 
 
@@ -162,10 +162,12 @@ def check_inputs(run: Selection, *, fetch: bool) -> list[str]:
     needed."""
     config = run.config
     swap_files.check(config, run.deepspeed)
+    notes = data_check.check(config) if config.data.reads_file else []
     if config.model.weights is Weights.pretrained and (fetch or config.model.path):
         path = safetensors_index.folder(config.model, fetch=fetch)
         checkpoint_faults.check(path, safetensors_index.index(path))
-    return data_check.check(config) if config.data.reads_file else []
+        notes += saved_config.check(config, path, given=model_source.ASKED in config.asked)
+    return notes
 
 
 def check_results_dir(folder: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 from ldft.config import Config, ModelConfig, Weights
 from ldft.config.root import FROM_FILE
@@ -37,7 +36,7 @@ def fill(config: Config) -> None:
     for key in open_keys:
         name = key.removeprefix("model.")
         setattr(model, name, getattr(found, name))
-    model.extra = _shortened(found.extra, found.num_layers, model.num_layers) | model.extra
+    model.extra = config_json.shortened(found.extra, found.num_layers, model.num_layers) | model.extra
     replaced = {"rope_type", "type"} & model.rope_scaling.keys()
     model.rope_scaling = model.rope_scaling if replaced else found.rope_scaling | model.rope_scaling
     if model.weights is Weights.random:
@@ -55,14 +54,6 @@ def _read(source: config_json.ConfigJson) -> tuple[ModelConfig, list[str]]:
     key = f"{source.where} {source.sha256}"
     if key not in _imported:
         imported = hf_import.convert(source)
-        _imported[key] = imported.model, imported.notes
+        _imported[key] = imported.model, imported.said
     model, notes = _imported[key]
     return copy.deepcopy(model), notes
-
-
-def _shortened(extra: dict[str, Any], published: int, layers: int) -> dict[str, Any]:
-    """extra with its lists of one value a layer cut to the number of layers, if that is smaller than the file's."""
-    return {
-        key: value[:layers] if isinstance(value, list) and len(value) == published > layers else value
-        for key, value in extra.items()
-    }

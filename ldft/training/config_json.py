@@ -66,6 +66,14 @@ def short_name(path: Path) -> str:
     return re.sub(r"[^a-z0-9]+", "_", (cached or path.name).lower()).strip("_") or "model"
 
 
+def shortened(extra: dict[str, Any], published: int, layers: int) -> dict[str, Any]:
+    """model.extra with its lists of one value a layer cut to the number of layers, if that is smaller than the file's."""
+    return {
+        key: value[:layers] if isinstance(value, list) and len(value) == published > layers else value
+        for key, value in extra.items()
+    }
+
+
 def _noun(value: Any) -> str:
     return {list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number")
 

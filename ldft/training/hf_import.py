@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,20 +19,22 @@ from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from ldft.config import ModelConfig
 from ldft.config.model import MOST_LAYERS
 from ldft.errors import ConfigError, shown
-from ldft.preflight import experts
+from ldft.preflight import experts, families
 from ldft.preflight.windows import SOFTCAPS, WINDOWED
-from ldft.training import checkpoint_faults
+from ldft.training import checkpoint_faults, verification
 from ldft.training.architecture import REFUSED, hf_config, read_by_model, reads
+from ldft.training.config_fields import MOVED, NO_EFFECT, ROPE, TIE, differing, plain_rope, relevant
 from ldft.training.config_json import ConfigJson
 
 # Fields of transformers' class -> ldft's keys. Rope, windows and heads have their own functions.
-_SIZES = {
+SIZES = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -40,18 +42,6 @@ _SIZES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
 }
-_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers")
-# Fields without effect on what is trained: labels of files, generation, outputs, tasks.
-_NO_EFFECT = {
-    "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder", "label2id", "model_type",
-    "num_labels", "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type", "return_dict", "torch_dtype",
-    "transformers_version", "use_cache", "use_mrope", "_name_or_path", "cache_implementation",
-}  # fmt: skip
-# Older names of rope's values, which transformers moves into rope_parameters.
-_ROPE = {
-    "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "rotary_pct",
-    "rotary_emb_base",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +53,14 @@ class Imported:
     """What the reader should know: parts left out, values that the file does not have."""
     unused: list[str]
     """Keys of the file that transformers does not read."""
+    parameters: int
+    """Number of parameters that transformers builds."""
+
+    @property
+    def said(self) -> list[str]:
+        """The notes, and one on the unused keys."""
+        unused = [f"transformers does not read these keys of the file: {', '.join(self.unused)}"] if self.unused else []
+        return self.notes + unused
 
 
 def convert(source: ConfigJson) -> Imported:
@@ -90,6 +88,7 @@ def _convert(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig
         raise source.refusal(
             f"{family} has no rotary position embedding{encoder}; use a causal language model that has one"
         )
+    _check_classes(source, whole.model_type)
     given, notes = source.values, []
     if text is not whole:
         # The section is found by what was read from it: its name differs between families.
@@ -97,16 +96,17 @@ def _convert(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig
         given = source.values.get(name) or {}
         notes.append(f"{whole.model_type} has more parts than text; only its text model, {family}, is used")
     notes += _check_sizes(source, text, given, nested=text is not whole)
-    model = _keys(source, whole, text)
+    model = _keys(source, whole, text, given)
     undeclared, unused = _strays(text, given)
     try:
         _fill_extra(model, text, undeclared)
         model.validate()
         built = hf_config(model)
+        network = verification.outline(built, model)
     except ConfigError as error:
         raise source.refusal(f"ldft cannot build it: {error}") from error
     _compare(source, model, text, built)
-    return Imported(model, notes, unused)
+    return Imported(model, notes, unused, sum(parameter.numel() for parameter in network.parameters()))
 
 
 def _check(source: ConfigJson) -> None:
@@ -134,10 +134,30 @@ def _check(source: ConfigJson) -> None:
     for key, value in (item for section in sections for item in section.items()):
         if key.endswith(("layers", "n_layer")) and isinstance(value, int) and value > MOST_LAYERS:
             raise source.refusal(f"{key}={shown(value)} is too large; correct it, with at most {MOST_LAYERS} layers")
-    names = values.get("architectures")
-    for name in names if isinstance(names, list) else ():
-        if isinstance(name, str) and "For" in name and not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
-            raise source.refusal(f"architectures={name} is not a causal language model; use one that is")
+    for key, name in _classes(source):
+        if not name.endswith(("ForCausalLM", "ForConditionalGeneration")):
+            raise source.refusal(f"{key}={name} is not a causal language model; use one that is")
+
+
+def _classes(source: ConfigJson) -> list[tuple[str, str]]:
+    """(key, name) of the classes that the file says it is for."""
+    code, names = source.values.get("auto_map"), source.values.get("architectures")
+    found = [("architectures", name) for name in names] if isinstance(names, list) else []
+    if isinstance(code, dict) and isinstance(written := code.get("AutoModelForCausalLM"), str):
+        found.append(("auto_map", written.rpartition(".")[2]))
+    return [(key, name) for key, name in found if isinstance(name, str) and "For" in name]
+
+
+def _check_classes(source: ConfigJson, family: str) -> None:
+    """Raise ConfigError if the file is for another class than those that transformers has for its model_type."""
+    own = {kind[family] for key, kind in vars(modeling_auto).items() if key.endswith("_NAMES") and family in kind}
+    known = {name.lower() for name in own if isinstance(name, str)}
+    why = "correct one of them"
+    if "auto_map" in source.values:
+        why = "its code is in the repository (auto_map), and ldft runs no code from there"
+    for key, name in _classes(source):
+        if name.lower() not in known:
+            raise source.refusal(f"{key}={name} is no class of transformers' for model_type={family}; {why}")
 
 
 @contextmanager
@@ -173,8 +193,8 @@ def _check_sizes(source: ConfigJson, text: PretrainedConfig, given: dict[str, An
 
     Files of save_pretrained have all sizes, except in a nested text_config: there, values equal to the class's are left out.
     """
-    missing = [key for key in _SIZES if key not in given and text.attribute_map.get(key) not in given]
-    for key in _SIZES:
+    missing = [key for key in SIZES if key not in given and text.attribute_map.get(key) not in given]
+    for key in SIZES:
         if not _declares(text, key):
             raise source.refusal(f"{text.model_type} has no {key}, which ldft needs; use another family")
         if type(value := getattr(text, key)) is not int or value < 1:
@@ -188,7 +208,7 @@ def _check_sizes(source: ConfigJson, text: PretrainedConfig, given: dict[str, An
     return []
 
 
-def _keys(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig) -> ModelConfig:
+def _keys(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig, given: dict[str, Any]) -> ModelConfig:
     """ldft's keys, without extra."""
     heads = text.num_attention_heads
     model = ModelConfig(
@@ -196,11 +216,10 @@ def _keys(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig) -
         hf_id=source.where if source.key == "model.hf_id" else "",
         family=text.model_type,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        # The output projection belongs to the whole model.
-        tie_word_embeddings=bool(getattr(whole, "tie_word_embeddings", False)),
+        head_dim=_head_dim(text),
+        tie_word_embeddings=_tied(source, whole, text, given),
     )
-    for key, name in _SIZES.items():
+    for key, name in SIZES.items():
         setattr(model, name, getattr(text, key))
     for key, name in SOFTCAPS.items():
         setattr(model, name, float(getattr(text, key, None) or 0))
@@ -214,6 +233,22 @@ def _keys(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig) -
     return model
 
 
+def _head_dim(text: PretrainedConfig) -> Any:
+    """Width of a head's queries. Where a part of each head is rotated apart from the rest, transformers' head_dim is that part."""
+    parts = [getattr(text, key, None) for key in families.HEAD_PARTS]
+    if all(type(part) is int for part in parts):
+        return sum(parts)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _tied(source: ConfigJson, whole: PretrainedConfig, text: PretrainedConfig, given: dict[str, Any]) -> bool:
+    """Whether the output projection is the embedding: as the file says, of the text model or of the whole; else as the text model
+    that transformers makes of it."""
+    if TIE in given or not hasattr(text, TIE):
+        return bool(getattr(text if TIE in given and hasattr(text, TIE) else whole, TIE, False))
+    return bool(getattr(whole if TIE in source.values else text, TIE))
+
+
 def _windowed(text: PretrainedConfig) -> bool:
     """Whether some layer's attention has a window."""
     kinds = getattr(text, "layer_types", None)
@@ -222,7 +257,7 @@ def _windowed(text: PretrainedConfig) -> bool:
 
 def _rope(source: ConfigJson, text: PretrainedConfig) -> tuple[float, dict[str, Any]]:
     """model.rope_theta and model.rope_scaling: flat, or one dict for each layer type."""
-    rope = _plain_rope(text.rope_parameters)
+    rope = plain_rope(text.rope_parameters)
     nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
     if nested:
         main = nested.get("full_attention") or next(iter(nested.values()))
@@ -243,29 +278,12 @@ def _theta(source: ConfigJson, rope: dict[str, Any]) -> float:
     return float(theta)
 
 
-def _plain_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
-    """Rope parameters without null values and without `type`, the older name of rope_type."""
-    return {
-        key: _plain_rope(value) if isinstance(value, dict) else value
-        for key, value in (rope or {}).items()
-        if value is not None and key != "type"
-    }
-
-
-def _relevant(model: ModelConfig, text: PretrainedConfig) -> list[str]:
-    """The fields of the class that change what is trained."""
-    without = _NO_EFFECT | (set() if model.sliding_window else set(_WINDOWS))
-    if not model.router_aux_loss:
-        without |= {*experts.AUX_LOSS, "output_router_logits"}
-    return [field.name for field in fields(text) if field.name not in without and not field.name.endswith("_token_id")]
-
-
 def _fill_extra(model: ModelConfig, text: PretrainedConfig, undeclared: dict[str, Any]) -> None:
     """Put what differs from the class's defaults into extra, but not lists that follow from other keys (such as layer_types)."""
     own = {
-        *_SIZES,
+        *SIZES,
         *SOFTCAPS,
-        *_ROPE,
+        *ROPE,
         "sliding_window",
         "use_sliding_window",
         "num_key_value_heads",
@@ -274,13 +292,13 @@ def _fill_extra(model: ModelConfig, text: PretrainedConfig, undeclared: dict[str
     }
     own |= experts.keys(model, partial(hasattr, type(text))).keys()
     default = type(text)()
-    differing = {
+    others = {
         key: getattr(text, key)
-        for key in _relevant(model, text)
+        for key in relevant(model, text)
         if key not in own and getattr(text, key) != getattr(default, key)
     }
-    lists = {key: differing.pop(key) for key in list(differing) if isinstance(differing[key], list)}
-    model.extra = differing | undeclared
+    lists = {key: others.pop(key) for key in list(others) if isinstance(others[key], list)}
+    model.extra = others | undeclared
     try:
         built = hf_config(model)
     except ConfigError:  # a list is needed for a valid config
@@ -291,21 +309,20 @@ def _fill_extra(model: ModelConfig, text: PretrainedConfig, undeclared: dict[str
 
 def _compare(source: ConfigJson, model: ModelConfig, text: PretrainedConfig, built: PretrainedConfig) -> None:
     """Raise ConfigError if `built`, ldft's config of the model, is not the file's."""
-    # Where the file leaves these out, transformers works them out as _keys does.
-    for key in set(_relevant(model, text)) - {"head_dim", "num_key_value_heads"}:
-        ours, theirs = getattr(built, key, None), getattr(text, key, None)
-        if key == "rope_parameters":
-            ours, theirs = _plain_rope(ours), _plain_rope(theirs)
-        if ours != theirs and not (key == "tie_word_embeddings" and ours == model.tie_word_embeddings):
-            raise source.refusal(
-                f"{key}={shown(theirs)}: ldft cannot build this {text.model_type}, it would have {shown(ours)}; use another model"
-            )
+    for key, (ours, theirs) in differing(built, text, relevant(model, text)).items():
+        # The text part of some models has a tie of its own, which does not count. Where the file leaves the heads out, transformers
+        # works them out as _keys does.
+        if key in ("head_dim", "num_key_value_heads") or (key == TIE and ours == model.tie_word_embeddings):
+            continue
+        raise source.refusal(
+            f"{key}={shown(theirs)}: ldft cannot build this {text.model_type}, it would have {shown(ours)}; use another model"
+        )
 
 
 def _strays(text: PretrainedConfig, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Keys of the file that transformers' class does not declare: those that the model's code reads all the same, as
     getattr(config, "attention_head_dim", ...), and the names of those that nothing reads."""
-    family, own = text.model_type, {"head_dim", "num_key_value_heads", *_NO_EFFECT, *_ROPE}
+    family, own = text.model_type, {"head_dim", "num_key_value_heads", *NO_EFFECT, *ROPE}
     # A trivial value cannot change anything, and token ids and names change no architecture.
     others = sorted(
         key
@@ -314,4 +331,9 @@ def _strays(text: PretrainedConfig, given: dict[str, Any]) -> tuple[dict[str, An
     )
     # What only the class's constructor reads shows in the fields that it fills.
     used = {key: given[key] for key in others if read_by_model(family, key)}
-    return used, [key for key in others if not reads(family, key)]
+    rope = [
+        key
+        for key in ROPE - MOVED
+        if given.get(key) is not None and not reads(family, key) and (text.rope_parameters or {}).get(key) != given[key]
+    ]
+    return used, sorted([*rope, *(key for key in others if not reads(family, key))])

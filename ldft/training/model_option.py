@@ -51,19 +51,13 @@ def _line(key: str, value: Any) -> str:
 
 def _text(source: config_json.ConfigJson, name: str) -> str:
     """The option of a config.json, with the number of parameters that transformers builds from it."""
-    from ldft.training import observation
-    from ldft.training.architecture import hf_config
     from ldft.training.hf_import import convert
 
     imported = convert(source)
-    count = sum(parameter.numel() for parameter in observation.build(hf_config(imported.model)).parameters())
     published = f"published as {imported.model.hf_id}" if imported.model.hf_id else f"from {source.where}"
-    comment = [f"{imported.model.family}, {published}: {count:,} parameters."]
-    notes = list(imported.notes)
-    if imported.unused:
-        notes.append(f"transformers does not read these keys of the file: {', '.join(imported.unused)}")
+    comment = [f"{imported.model.family}, {published}: {imported.parameters:,} parameters."]
     imported.model.name = name or imported.model.name
-    return option(imported.model, comment + [f"{note[0].upper()}{note[1:]}." for note in notes])
+    return option(imported.model, comment + [f"{note[0].upper()}{note[1:]}." for note in imported.said])
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ def outline(architecture: PretrainedConfig, model: ModelConfig) -> PreTrainedMod
     """The model on the meta device, for `check`. Raises ConfigError if transformers cannot build it."""
     try:
         return observation.build(architecture)
-    except REFUSED as error:
+    except (*REFUSED, RuntimeError) as error:  # torch's, of a size beyond its largest
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
             "model",

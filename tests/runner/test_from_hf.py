@@ -61,6 +61,11 @@ def test_the_published_file_is_the_option(folder: Callable[..., Path]) -> None:
     assert run_id(config) != run_id(resolved(f"model.path={folder(to='other/Llama-3.1-8B', rms_norm_eps=1e-6)}"))
 
 
+def test_keys_of_the_file_that_the_family_does_not_read_are_in_the_row(folder: Callable[..., Path]) -> None:
+    asked = resolved(f"model.path={folder(embedding_multiplier=12)}").asked["model"]
+    assert asked.endswith("; transformers does not read these keys of the file: embedding_multiplier")
+
+
 def test_values_that_are_given_take_the_files_place(folder: Callable[..., Path]) -> None:
     types = ["full_attention", "sliding_attention"] * 16
     path = f"model.path={folder(**{'attention_bias': True, 'rope_theta': 7e5})}"

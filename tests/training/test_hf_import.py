@@ -14,9 +14,12 @@ import pytest
 import yaml
 from transformers import CONFIG_MAPPING
 
-from ldft.config import ModelConfig
+from ldft.config import AttentionKind, ModelConfig
 from ldft.errors import ConfigError
-from ldft.training import config_json, hf_import, model_option
+from ldft.preflight import families
+from ldft.training import config_json, hf_import, model_option, verification
+from ldft.training.architecture import hf_config
+from tests.conftest import compose
 from tests.training.test_published_configs import published
 
 LLAMA, QWEN, PHI, GEMMA = (
@@ -60,6 +63,14 @@ WRONG_VALUES: list[tuple[str, dict[str, Any], str]] = [
     (LLAMA, {"model_type": "bert"}, "bert has no rotary position embedding, is_decoder=false"),
     (LLAMA, {"model_type": "gpt2"}, "gpt2 has no"),
     (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not a causal"),
+    (LLAMA, {"architectures": ["XverseForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM"}},
+     "architectures=XverseForCausalLM is no class of transformers' for model_type=llama; its code is in the repository (auto_map)"),
+    (LLAMA, {"architectures": None, "auto_map": {"AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM"}},
+     "auto_map=XverseForCausalLM is no class of transformers' for model_type=llama"),
+    (LLAMA, {"architectures": ["MistralForCausalLM"]}, "architectures=MistralForCausalLM is no class of transformers' for model"),
+    (LLAMA, {"architectures": ["LLaMAForCausalLM"], "quantization_config": {}}, ""),
+    (LLAMA, {"hidden_act": "swiglu_x"}, "transformers cannot build this llama (KeyError: 'swiglu_x')"),
+    (LLAMA, {"hidden_size": 32 * 10**17, "head_dim": None}, "transformers cannot build this llama (RuntimeError"),
     (LLAMA, {"is_encoder_decoder": True}, "llama is an encoder-decoder"),
     (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config (fp8): the weights are quantised"),
     (LLAMA, {"quantization_config": {"quant_method": "mxfp4"}}, "=Mxfp4Config(dequantize=True), dtype='bfloat16')"),
@@ -182,6 +193,81 @@ def test_values_arrive_under_their_keys(
 def test_what_is_left_out_is_said(folder: Folder) -> None:
     found = read(folder(PHI))
     assert found.unused == ["full_attn_mod", "interpolate_factor"] and found.notes == []
+
+
+def test_keys_that_the_family_does_not_read_are_named(folder: Folder) -> None:
+    found = read(folder(LLAMA, embedding_multiplier=12, rotary_pct=0.5))
+    assert found.unused == ["embedding_multiplier", "rotary_pct"]
+    assert found.said == ["transformers does not read these keys of the file: embedding_multiplier, rotary_pct"]
+    assert read(folder(LLAMA, partial_rotary_factor=0.5)).unused == []  # it moves this one for every family
+    neox = json.loads(CONFIG_MAPPING["gpt_neox"]().to_json_string(use_diff=False)) | {"rotary_pct": 0.25}
+    path = folder(LLAMA)
+    (path / "config.json").write_text(json.dumps(neox))
+    assert read(path).unused == []  # its constructor reads it
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rms_norm_eps", 0.5), ("hidden_act", "gelu"), ("attention_bias", True), ("rope_parameters", {"rope_theta": 7.0})],
+)
+def test_what_ldft_would_build_otherwise_is_refused(
+    folder: Folder, key: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if ldft lost this field on its way from the file to the model."""
+
+    def lossy(model: ModelConfig) -> Any:
+        built = hf_config(model)
+        setattr(built, key, getattr(built, key) | value if isinstance(value, dict) else value)
+        return built
+
+    monkeypatch.setattr(hf_import, "hf_config", lossy)
+    said = refusal(folder())
+    assert f"{key}=" in said and "ldft cannot build this llama, it would have" in said
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "minicpm3"])
+def test_a_head_whose_parts_are_rotated_apart_is_as_wide_as_both(family: str, tmp_path: Path) -> None:
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "vocab_size": 128, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+             "q_lora_rank": 24, "kv_lora_rank": 24}  # fmt: skip
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    kind = CONFIG_MAPPING[family]
+    values = small | ({} if family == "minicpm3" else experts)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(kind(**values).to_json_string(use_diff=False))))
+    config = compose("model=nano", "launch.device=cpu", "seq_len.tokens=64")
+    config.model = read(tmp_path).model
+    assert config.model.head_dim == 24
+    families.check(config.model, ())
+    verification.check(verification.outline(hf_config(config.model), config.model), config, AttentionKind.sdpa)
+    config.model.head_dim = 8
+    with pytest.raises(
+        ConfigError, match=r"^model.head_dim: 8, but .* of qk_nope_head_dim and qk_rope_head_dim \(16 \+ 8\); use 24"
+    ):
+        families.check(config.model, ())
+
+
+@pytest.mark.parametrize(("beside", "inside", "tied"), [({}, {}, False), ({"tie_word_embeddings": True}, {}, True),
+                                                        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, False),
+                                                        ({}, {"tie_word_embeddings": True}, True)])  # fmt: skip
+def test_the_tie_of_a_text_model_inside_another(
+    beside: dict[str, bool], inside: dict[str, bool], tied: bool, tmp_path: Path
+) -> None:
+    """Mistral Small 3.1 names none: the text model that transformers makes of it is untied, its whole model's class is tied."""
+    text = published("mistralai/Mistral-Nemo-Base-2407")
+    text.pop("tie_word_embeddings", None)
+    values = {
+        "model_type": "mistral3",
+        "text_config": text | inside,
+        "vision_config": {"model_type": "pixtral"},
+    } | beside
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read(tmp_path).model.tie_word_embeddings is tied
 
 
 @pytest.mark.parametrize(
