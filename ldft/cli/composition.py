@@ -15,7 +15,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from ldft.cli import hydra_messages
+from ldft.cli import hydra_merges, hydra_messages
 from ldft.config import Config
 from ldft.config.root import columns, typed_tree
 from ldft.environment import CONF_DIR
@@ -47,6 +47,7 @@ class _Sweeper:
 
 def register() -> None:
     """Register the typed schema (with open sections left open) and the sweeper with Hydra."""
+    hydra_merges.install(OPEN)
     schema = typed_tree()
     for path in OPEN:
         OmegaConf.set_struct(OmegaConf.select(schema, path), False)
@@ -91,7 +92,9 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
     if path:
         quoted = re.search(r"[Vv]alue '(.*?)'", reason) or re.search(r"[Vv]alue '(.*?)'", text)
         typed, exactly = _typed(path[1], overrides)
-        value = (typed if exactly or not quoted else quoted[1]) or "the value"
+        value = typed if exactly or not quoted else quoted[1]
+        if not value:
+            return f"{path[1]}: empty; give {_expected(path[1])}"
         return f"{path[1]}: '{value}' does not fit; give {_expected(path[1])}"
     if removed := re.search(r"Could not delete from config. '(.+)' does not exist", text):
         return _unknown_key(removed[1], "", "to remove")
@@ -103,12 +106,16 @@ def one_line(error: BaseException, overrides: list[str]) -> str:
         return no_option(no_group[1], "")
     if appended := re.search(r"To append to your default list use \+(\w+)=(\S+)", text):
         group, option = appended.groups()
+        if group == "hydra":
+            return f"hydra: '{option}' is no option; write hydra.<key>=<value> for a key of Hydra's; see python -m ldft --cfg hydra"
         return f"{group}: '{option}' is not in the defaults list, so it needs a plus sign; use +{group}={option}"
     twice = re.match(r"Multiple values for (\w+)\. To override a value use 'override \w+: (.+)'", text)
     if twice:
         return f"{twice[1]}: a config file chooses it a second time; write '- override /{twice[1]}: {twice[2]}' in its defaults"
     if several := re.search(r"Sweep parameters '([^=']+)=(.+)' requires --multirun", text):
         return f"{several[1]}: {several[2]} is a sweep; add -m"
+    if chosen := re.match(r"You must specify '(\w+)'", text):
+        return no_option(chosen[1], "???")
     ambiguous = re.search(r"Ambiguous value for argument '(.+)'", text)
     if ambiguous:
         key, _, value = ambiguous[1].partition("=")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ldft.config.attention import AttentionConfig
 from ldft.config.checkpointing import CheckpointingConfig
@@ -198,6 +198,18 @@ def _difference(values: Any, defaults: Any) -> dict[str, Any]:
     return found
 
 
+def refuse_missing(value: Any, key: str = "", where: str = "") -> None:
+    """Raise ConfigError for OmegaConf's `???`, which merging would drop without a word. where: the file, for the message."""
+    if value == MISSING:
+        raise ConfigError(
+            key,
+            f"{MISSING}{where} is a mandatory value that nobody gave; give one, or leave the key out for its default",
+        )
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in below:
+        refuse_missing(inner, f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}".lstrip("."), where)
+
+
 def from_dict(values: DictConfig | dict[str, Any]) -> Config:
     """The typed config from a composed or stored tree. Raises OmegaConf's errors on an unknown key or a wrong type."""
     plain: Any = values
@@ -206,6 +218,7 @@ def from_dict(values: DictConfig | dict[str, Any]) -> Config:
         plain = OmegaConf.to_container(values, enum_to_str=True)
         if plain.get("asked"):
             raise ConfigError("asked", f"{plain['asked']}: ldft fills this key in; leave it out")
+    refuse_missing(plain)
     model = plain.get("model", {})
     open_keys = [key for key, value in model.items() if value == FROM_FILE]
     plain = {**plain, "model": {key: value for key, value in model.items() if key not in open_keys}}
