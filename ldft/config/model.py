@@ -152,4 +152,5 @@ class ModelConfig:
             theta=self.rope_theta,
             head_dim=rotated if isinstance(rotated, int) else self.head_dim,
             original=self.extra.get(rope.ORIGINAL),
+            family=self.family,
         )

@@ -16,6 +16,8 @@ from ldft.terminal import plural
 
 ORIGINAL = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
+FINETUNED = "finetuned"
+"""In files of models that were trained with YaRN: a label, which no formula reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,16 @@ TYPES = {
     "dynamic": _Type(required=("factor",)),
     "yarn": _Type(
         required=("factor",),
-        optional=(ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        optional=(
+            ORIGINAL,
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+            FINETUNED,
+        ),
     ),
     "longrope": _Type(required=("short_factor", "long_factor", ORIGINAL), optional=("factor", "attention_factor")),
     "llama3": _Type(required=("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)),
@@ -39,8 +50,15 @@ TYPES = {
 }
 BY_LENGTH = ("dynamic", "longrope")
 """Types whose angles depend on the length of the sequence."""
+# Parameters that one family's code reads for a type, or that its published files have beside those.
+_HUNYUAN = ("alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_OF_FAMILY = {
+    ("phimoe", "longrope"): ("short_mscale", "long_mscale"),
+    ("hunyuan_v1_dense", "dynamic"): _HUNYUAN,
+    ("hunyuan_v1_moe", "dynamic"): _HUNYUAN,
+}
 # Names in older files.
-_ALIASES = {"su": "longrope"}
+ALIASES = {"su": "longrope"}
 _MULTIMODAL = ("mrope", "mrope_section", "mrope_interleaved")
 # Parameters that every type reads.
 _COMMON = ("rope_type", "rope_theta", PARTIAL)
@@ -63,6 +81,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "factor": (lambda value: _number(value) and value >= 1, "a number of 1 or more"),
     ORIGINAL: (lambda value: _number(value) and isinstance(value, int) and value >= 2, "a whole number of tokens"),
     "truncate": (lambda value: isinstance(value, bool), "true or false"),
+    FINETUNED: (lambda value: isinstance(value, bool), "true or false"),
     "short_factor": (_positives, "a list of positive numbers"),
     "long_factor": (_positives, "a list of positive numbers"),
     "mscale": (lambda value: _number(value) and value >= 0, "a number of 0 or more"),
@@ -70,21 +89,32 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     PARTIAL: (lambda value: _positive(value) and value <= 1, "a number above 0, at most 1"),
 } | {
     name: (_positive, "a positive number")
-    for name in ("attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "rope_theta")
+    for name in (
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "low_freq_factor",
+        "high_freq_factor",
+        "rope_theta",
+        "alpha",
+        "short_mscale",
+        "long_mscale",
+    )
 }
 
 
 def normalised(
-    scaling: Mapping[str, Any], *, theta: float, head_dim: int, original: int | None = None
+    scaling: Mapping[str, Any], *, theta: float, head_dim: int, original: int | None = None, family: str = ""
 ) -> dict[str, dict[str, Any]]:
     """Layer type -> parameters, with rope_type always and `type` never among them. One entry "" if all layers share them.
 
     theta: base, where the parameters name none. head_dim: elements of a head that can be rotated. original: published length,
-    tokens, where the parameters name none. Raises ConfigError if a parameter is unknown, missing, or out of range.
+    tokens, where the parameters name none. family: model.family, since some families read further parameters. Raises ConfigError if
+    a parameter is unknown, missing, or out of range.
     """
     nested = [name for name, value in scaling.items() if isinstance(value, Mapping)]
     if not nested:
-        found = _checked(scaling, "model.rope_scaling", head_dim, original)
+        found = _checked(scaling, "model.rope_scaling", head_dim, original, family)
         if found.setdefault("rope_theta", theta) != theta:
             raise ConfigError(
                 "model.rope_scaling.rope_theta",
@@ -97,10 +127,10 @@ def normalised(
                 f"model.rope_scaling.{name}",
                 f"{value} stands beside parameters by layer type; move it into {' or '.join(nested)}",
             )
-    return {name: _checked(scaling[name], f"model.rope_scaling.{name}", head_dim, original) for name in nested}
+    return {name: _checked(scaling[name], f"model.rope_scaling.{name}", head_dim, original, family) for name in nested}
 
 
-def _checked(given: Mapping[str, Any], at: str, head_dim: int, original: int | None) -> dict[str, Any]:
+def _checked(given: Mapping[str, Any], at: str, head_dim: int, original: int | None, family: str) -> dict[str, Any]:
     """The parameters of one layer type, of which `type` and null are resolved."""
     values = {str(name): value for name, value in given.items() if value is not None}
     kind = _kind(values, at)
@@ -111,7 +141,7 @@ def _checked(given: Mapping[str, Any], at: str, head_dim: int, original: int | N
             f"{at}.original_max_position_embeddings",
             f"{values[ORIGINAL]} contradicts model.extra.original_max_position_embeddings={original}; leave one out",
         )
-    allowed = (*_COMMON, *required, *optional)
+    allowed = (*_COMMON, *required, *optional, *_OF_FAMILY.get((family, kind), ()))
     for name, value in values.items():
         if name not in allowed:
             raise ConfigError(f"{at}.{name}", _unknown(name, value, kind, allowed))
@@ -133,9 +163,9 @@ def _kind(values: Mapping[str, Any], at: str) -> str:
             raise ConfigError(
                 f"{at}.{key}", f"'{name}' is for images and video, which ldft does not train; use a text model's"
             )
-        if _ALIASES.get(str(name), str(name)) not in TYPES:
+        if ALIASES.get(str(name), str(name)) not in TYPES:
             raise ConfigError(f"{at}.{key}", f"'{name}' does not exist; use one of {', '.join(TYPES)}")
-    kinds = {_ALIASES.get(name, name) for name in names.values()}
+    kinds = {ALIASES.get(name, name) for name in names.values()}
     if len(kinds) > 1:
         raise ConfigError(
             f"{at}.type", f"'{values['type']}' contradicts rope_type={values['rope_type']}; leave one of them out"
@@ -172,7 +202,7 @@ def check_together(values: Mapping[str, Any], at: str, head_dim: int) -> None:
         )
     if kind == "dynamic" and rotated == 2:
         raise ConfigError(f"{at}.rope_type", "dynamic needs more than one rotated pair; use a wider model.head_dim")
-    if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+    if kind == "llama3" and values["high_freq_factor"] < values["low_freq_factor"]:
         raise ConfigError(
             f"{at}.high_freq_factor",
             f"{values['high_freq_factor']} is not above low_freq_factor={values['low_freq_factor']}; use a higher one",

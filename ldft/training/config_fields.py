@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ldft.config import ModelConfig
+from ldft.config import ModelConfig, rope
 from ldft.preflight import experts
 
 TIE = "tie_word_embeddings"
@@ -48,10 +48,24 @@ def differing(ours: PretrainedConfig, theirs: PretrainedConfig, keys: Iterable[s
     return found
 
 
-def plain_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
+def plain_rope(parameters: dict[str, Any] | None) -> dict[str, Any]:
     """Rope parameters without null values and without `type`, the older name of rope_type."""
     return {
         key: plain_rope(value) if isinstance(value, dict) else value
-        for key, value in (rope or {}).items()
+        for key, value in (parameters or {}).items()
         if value is not None and key != "type"
+    }
+
+
+def renamed(values: Any) -> Any:
+    """The values with rope types under their present names: transformers knows an older one in some families alone."""
+    if isinstance(values, list):
+        return [renamed(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: rope.ALIASES.get(value, value)
+        if key in ("type", "rope_type") and isinstance(value, str)
+        else renamed(value)
+        for key, value in values.items()
     }

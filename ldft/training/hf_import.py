@@ -30,7 +30,7 @@ from ldft.preflight import experts, families
 from ldft.preflight.windows import SOFTCAPS, WINDOWED
 from ldft.training import checkpoint_faults, verification
 from ldft.training.architecture import REFUSED, hf_config, read_by_model, reads
-from ldft.training.config_fields import MOVED, NO_EFFECT, ROPE, TIE, differing, plain_rope, relevant
+from ldft.training.config_fields import MOVED, NO_EFFECT, ROPE, TIE, differing, plain_rope, relevant, renamed
 from ldft.training.config_json import ConfigJson
 
 # Fields of transformers' class -> ldft's keys. Rope, windows and heads have their own functions.
@@ -175,7 +175,7 @@ def _read(source: ConfigJson) -> PretrainedConfig:
     """The file as transformers reads it."""
     with TemporaryDirectory() as folder:
         file = Path(folder, "config.json")
-        file.write_text(json.dumps(source.values))
+        file.write_text(json.dumps(renamed(source.values)))
         try:
             return AutoConfig.from_pretrained(file, trust_remote_code=False)
         except REFUSED as error:
@@ -331,9 +331,9 @@ def _strays(text: PretrainedConfig, given: dict[str, Any]) -> tuple[dict[str, An
     )
     # What only the class's constructor reads shows in the fields that it fills.
     used = {key: given[key] for key in others if read_by_model(family, key)}
-    rope = [
+    older = [
         key
         for key in ROPE - MOVED
         if given.get(key) is not None and not reads(family, key) and (text.rope_parameters or {}).get(key) != given[key]
     ]
-    return used, sorted([*rope, *(key for key in others if not reads(family, key))])
+    return used, sorted([*older, *(key for key in others if not reads(family, key))])

@@ -264,10 +264,15 @@ def rotary_embedding(
     if parameters["rope_type"] == "default":
         dim = int(head_dim * parameters.get(rope.PARTIAL, 1.0))
         return parameters["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
+    if "alpha" in parameters:  # HunYuan's: a larger base, whatever its rope_type is called
+        base = parameters["rope_theta"] * parameters["alpha"] ** (head_dim / (head_dim - 2))
+        return base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim), 1.0
     carrier = LlamaConfig(
         head_dim=head_dim, max_position_embeddings=max_position_embeddings, rope_parameters=dict(parameters)
     )
     inv_freq, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](carrier, torch.device("cpu"), seq_len=seq_len)
+    if "short_mscale" in parameters:  # Phi-3.5-MoE's, in place of the factor that the formula gives
+        factor = parameters["short_mscale" if seq_len <= parameters[rope.ORIGINAL] else "long_mscale"]
     return inv_freq.double(), factor
 
 
