@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,10 +19,12 @@ _ROPE, _EXTRA = "model.rope_scaling", "model.extra"
 # Hydra's own, in which each value on the command line and each file ends.
 _stock_apply = ConfigLoaderImpl._apply_overrides_to_config
 _stock_load = ConfigLoaderImpl._load_single_config
+_stock_read = ConfigRepository.load_config
 
 
 def install(sections: tuple[str, ...]) -> None:
-    """Let Hydra replace such mappings, and refuse such files. sections: keys with an open set of keys below them."""
+    """Let Hydra replace such mappings, and refuse such files and those that are not UTF-8. sections: keys with an open set of keys
+    below them."""
 
     def apply(overrides: list[Override], tree: DictConfig) -> None:
         for override in overrides:
@@ -35,6 +38,17 @@ def install(sections: tuple[str, ...]) -> None:
             refuse_missing(OmegaConf.to_container(found.config), where=f" in {default.config_path}.yaml")
         return found
 
+    def read(self: ConfigRepository, config_path: str) -> Any:
+        try:
+            return _stock_read(self, config_path)
+        except UnicodeDecodeError as error:
+            folder = next(source.path for source in self.get_sources() if source.is_config(config_path))
+            raise ConfigError(
+                f"{folder}/{config_path.removesuffix('.yaml')}.yaml",
+                f"not UTF-8 (byte {error.start}); save it as UTF-8, or name another option",
+            ) from None
+
+    ConfigRepository.load_config = read
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)
     ConfigLoaderImpl._load_single_config = load
 

@@ -7,8 +7,12 @@ Found by running DeepSpeed 0.19.8 with each key of its config switched on. Impor
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
+from netrc import NetrcParseError, netrc
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ldft.config import Config, Device, OffloadDevice
 from ldft.config.memory import Pinning
@@ -113,6 +117,25 @@ def _unconditional(own: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 f"true needs the package {package}, which is not installed (No module named '{package}'); "
                 f"pip install {package}, or use false",
             )
+        elif name == "wandb" and own.get("wandb.enabled") and not _logged_in():
+            yield (
+                "wandb.enabled",
+                "true needs a login to W&B (No API key); run wandb login, set WANDB_API_KEY or WANDB_MODE=offline, or use false",
+            )
+
+
+def _logged_in() -> bool:
+    """Whether the package wandb would find a key, or needs none. It keeps keys in the user's netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    for file in (Path(os.environ.get("NETRC") or "~/.netrc").expanduser(), Path("~/_netrc").expanduser()):
+        try:
+            if netrc(file).authenticators(host):
+                return True
+        except (OSError, NetrcParseError):
+            continue
+    return False
 
 
 def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:

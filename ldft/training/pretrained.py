@@ -129,9 +129,10 @@ def _not_finite(group: Group, read: _Reader, entries: dict[str, safetensors_inde
             )
     most = max(float(read(name).abs().max()) for name, _ in group.sources)
     precision = str(group.dtype).removeprefix("torch.")
+    wider = "bf16 or fp32" if group.dtype is torch.float16 and most <= torch.finfo(torch.bfloat16).max else "fp32"
     return ConfigError(
         "train.precision",
-        f"{precision} cannot hold {group.first}, which has values up to {most:g}; use train.precision=bf16 or fp32",
+        f"{precision} cannot hold {group.first}, which has values up to {most:g}; use train.precision={wider}",
     )
 
 

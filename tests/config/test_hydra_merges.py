@@ -106,3 +106,14 @@ def test_a_value_that_is_empty_or_no_option_is_named_as_such(
 ) -> None:
     done = here("launch.device=cpu", override)
     assert done.exit_code == 2 and done.stderr.startswith(f"ldft: {says}") and done.stderr.count("\n") == 1
+
+
+def test_an_option_that_is_not_utf8_is_named(tmp_path: Path, here: Callable[..., Done]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "bin.yaml").write_bytes(b"name: \xff\xfe\n")
+    done = here("--config-dir", str(tmp_path), "model=bin", "launch.device=cpu")
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("ldft: ")
+        and f"{tmp_path}/model/bin.yaml: not UTF-8 (byte 6); save it as UTF-8" in done.stderr
+    )

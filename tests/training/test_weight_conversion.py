@@ -244,6 +244,10 @@ def test_values_beyond_fp16_are_its_fault_not_the_files(tmp_path: Path) -> None:
     built("llama", "train.precision=bf16", path=tmp_path)
     told = line("llama", tmp_path, "train.precision=fp16")
     assert told.startswith("train.precision: float16 cannot hold model.norm.weight, which has values up to 70000; use")
+    assert told.endswith("use train.precision=bf16 or fp32")
+    rewritten(tmp_path, lambda held: held | {"model.norm.weight": torch.full((64,), 3.4e38)})
+    for precision in ("fp16", "bf16"):  # beyond bf16, too
+        assert line("llama", tmp_path, f"train.precision={precision}").endswith("use train.precision=fp32")
 
 
 def test_config_json_beside_them_is_not_needed(tmp_path: Path) -> None:

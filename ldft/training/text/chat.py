@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _ASSISTANT = "assistant"
+# What other formats call it. The turns of such a role would not be trained.
+_OTHER_NAMES = ("ai", "assistant", "bot", "chatbot", "chatgpt", "gpt", "model")
 # Far above any length: transformers warns of texts longer than the model's.
 _NO_LIMIT = 1 << 62
 
@@ -57,8 +59,8 @@ class ChatTemplate:
         """
         marked = only_assistant and self._marks(document)
         text, spans = self._render(document, document.content, spans=marked)
-        if only_assistant and not marked:
-            spans = self._turns(document, text)
+        if only_assistant:
+            spans = _checked(document, spans) if marked else self._turns(document, text)
         encoding = self._tokenizer(text, add_special_tokens=False)[0]
         return encoding.ids, _within(encoding, spans) if only_assistant else None
 
@@ -112,17 +114,23 @@ class ChatTemplate:
         the prompt that the template would write for it."""
         messages, spans = document.content, []
         for number, message in enumerate(messages):
-            if message["role"] != _ASSISTANT:
+            _check_role(document, number)
+            if message["role"] != _ASSISTANT or not _weight(document, number):
                 continue
             before = prompted = after = whole
-            if number:
+            try:
                 before = self._render(document, messages[:number])[0]
                 prompted = self._render(document, messages[:number], prompt=True)[0]
+            except ConfigError:
+                if number:
+                    raise  # else the template refuses to begin without a message
             if number < len(messages) - 1:
                 after = self._render(document, messages[: number + 1])[0]
             start = _shared(prompted, whole)
             end = _end_of_turn(whole, start, after, message.get("content", ""), self._tokenizer.eos_token)
-            if not number or end is None or not whole.startswith((before, prompted)):
+            # Without a message before it, only a prompt shows where the turn begins.
+            hidden = not number and not (whole.startswith(prompted) and before != prompted)
+            if hidden or end is None or not whole.startswith((before, prompted)):
                 raise ConfigError(
                     "data.loss",
                     f"assistant: {document.place}, message {number + 1}: the chat template does not show where the turn begins and "
@@ -130,6 +138,46 @@ class ChatTemplate:
                 )
             spans.append((start, end))
         return spans
+
+
+def _check_role(document: Document, number: int) -> None:
+    """Raise ConfigError for a message of the assistant under another name."""
+    role = document.content[number]["role"]
+    if role != _ASSISTANT and role.strip().lower() in _OTHER_NAMES:
+        raise ConfigError(
+            "data.loss",
+            f"assistant: {document.place}, message {number + 1}: its role is '{role}', and only turns of '{_ASSISTANT}' are "
+            f"trained; rename it to {_ASSISTANT}, or use data.loss=all",
+        )
+
+
+def _weight(document: Document, number: int) -> int:
+    """OpenAI's weight of a message: 0 for a turn that is not trained. Raises ConfigError for any other than 0 and 1."""
+    weight = document.content[number].get("weight", 1)
+    if weight not in (0, 1):
+        raise ConfigError(
+            "data.loss",
+            f"assistant: {document.place}, message {number + 1}: weight {weight} is not possible; use 0 or 1",
+        )
+    return int(weight)
+
+
+def _checked(document: Document, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The spans of generation blocks that are trained: one for each turn of the assistant, without those of weight 0."""
+    turns = [n for n, message in enumerate(document.content) if message["role"].strip().lower() in _OTHER_NAMES]
+    if len(spans) < len(turns):
+        for number in turns:
+            _check_role(document, number)
+    weights = [_weight(document, number) for number in turns]
+    if all(weights):
+        return spans
+    if len(spans) != len(turns):
+        raise ConfigError(
+            "data.loss",
+            f"assistant: {document.place}: the chat template marks {len(spans)} parts for {len(turns)} turns, so weight 0 cannot "
+            "be followed; leave such conversations out",
+        )
+    return [span for span, weight in zip(spans, weights, strict=True) if weight]
 
 
 def _described(folder: Path) -> dict[str, str]:

@@ -21,18 +21,34 @@ def check(config: Config) -> list[str]:
     source = Source.of(config)
     _check_file(source, config.data.path)
     encode, loaded = encoder(source)
-    characters, any_text = 0, False
+    characters, any_text, unweighted = 0, False, False
+    roles: dict[str, None] = {}
     for number, document in enumerate(documents.read(source.path, source.column, chat=source.chat)):
         if document.content is not None and characters < _CHARACTERS:
             part = document.content[:_CHARACTERS] if isinstance(document.content, str) else document.content
             encode(replace(document, content=part))
             characters += len(str(part))
+        if source.chat and document.content:
+            roles |= dict.fromkeys(message["role"] for message in document.content)
+            unweighted = unweighted or any(message.get("weight") == 0 for message in document.content)
         any_text = any_text or bool(document.content and (source.chat or document.content.strip()))
+        if source.only_assistant and "assistant" not in roles:
+            continue
         if any_text and (number >= _DOCUMENTS or characters >= _CHARACTERS):
             break
     if not any_text:
         what = "conversation" if source.chat else "text"
         raise ConfigError("data.path", f"'{config.data.path}' contains no {what}; name a file with some")
+    if source.only_assistant and "assistant" not in roles:
+        raise ConfigError(
+            "data.loss",
+            f"assistant: '{config.data.path}' has no turn of it, only the roles {', '.join(map(repr, list(roles)[:8]))}; rename "
+            "the one that is to be trained to assistant, or use data.loss=all",
+        )
+    if unweighted and not source.only_assistant:
+        return [
+            "data.loss=all: messages of weight 0 are trained like all others; data.loss=assistant follows their weight"
+        ]
     if loaded.end is None and not source.chat:
         return [
             f"data.tokenizer: no eos_token in the files of {source.tokenizer}: documents follow each other without a token "

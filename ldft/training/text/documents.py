@@ -102,6 +102,8 @@ def _tools(value: Any, place: str) -> list[dict[str, Any]] | None:
             raise ConfigError(
                 "data.path", f'{place}, has "{_TOOLS}" that are not JSON ({error.msg}); fix them'
             ) from None
+        except RecursionError:
+            raise ConfigError("data.path", f'{place}, has "{_TOOLS}" that are nested too deeply; fix them') from None
     if value and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
         raise ConfigError("data.path", f'{place}, has "{_TOOLS}" that are no list of objects; write JSON schemas')
     return value or None

@@ -163,7 +163,8 @@ def _id(token: str, folder: Path, tokenizer: Tokenizer) -> int | None:
     number: int | None = tokenizer.token_to_id(token)
     if number is not None:
         return number
-    for key, added in (settings(folder).get("added_tokens_decoder") or {}).items():
+    listed = settings(folder).get("added_tokens_decoder")
+    for key, added in listed.items() if isinstance(listed, dict) else ():
         if isinstance(added, dict) and added.get("content") == token and str(key).isdecimal():
             return int(key)
     number = _object_if_there(folder / "added_tokens.json").get(token)

@@ -15,6 +15,7 @@ _PIECE_CHARACTERS = 1 << 20
 # A line this long is cut, so that a file without line ends needs bounded memory.
 _LINE_CHARACTERS = 16 << 20
 _UTF_16 = "convert it to UTF-8, e.g. iconv -f UTF-16 -t UTF-8"
+_CONTROLS_OF_TEXT = b"\t\n\v\f\r\x1b"
 # How files begin that are not text, whatever their name says.
 _MAGIC = {
     b"\xff\xfe\0\0": ("UTF-32", "convert it to UTF-8, e.g. iconv -f UTF-32 -t UTF-8"),
@@ -67,8 +68,17 @@ def check_is_text(path: Path) -> None:
     # ASCII in UTF-16 is valid UTF-8 with a NUL beside each character.
     half = len(start) // 2
     every_other = half in (start[: 2 * half : 2].count(0), start[1 : 2 * half : 2].count(0))
-    if half >= 2 and every_other and any(start):
+    # Cyrillic and Greek in UTF-16 may be valid UTF-8, too, with a control character beside each other character.
+    controls = [at for at, byte in enumerate(start) if byte < 32 and byte not in _CONTROLS_OF_TEXT]
+    sides = [sum(at % 2 == side for at in controls) for side in (0, 1)]
+    if half >= 2 and any(start) and (every_other or (2 * max(sides) > half and 8 * min(sides) < half)):
         raise ConfigError("data.path", f"{path} is UTF-16 without a byte order mark, not UTF-8 text; {_UTF_16}")
+    # Of a .jsonl the JSON decoder says in which line they are.
+    if path.suffix.lower() == ".txt" and (0 in start or 8 * len(controls) > len(start)):
+        raise ConfigError(
+            "data.path",
+            f"{path} is no text: {len(controls)} of its first {len(start)} bytes are control characters; name a text file",
+        )
 
 
 @contextmanager

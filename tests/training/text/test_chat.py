@@ -240,9 +240,9 @@ def test_a_template_that_fails_is_one_line(
 def test_turns_that_cannot_be_told_apart_are_refused(
     talk: list[dict[str, str]], folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Every message depends on the number of messages; or the assistant speaks first, and nothing shows where its turn begins."""
+    """Every message depends on the number of messages; or the assistant speaks first in a template that needs a message."""
     tokenizer = folder(
-        PLAIN
+        f"{{{{ messages[0].role }}}}{PLAIN}"
         if talk[0]["role"] == "assistant"
         else "{% for m in messages %}{{ messages | length ~ m.content }}{% endfor %}"
     )

@@ -38,6 +38,8 @@ def test_bytes_that_are_not_utf8_are_found_in_the_file(data: bytes, where: str, 
         "a b c".encode("utf-16"): "is UTF-16, not UTF-8 text; convert it to UTF-8, e.g. iconv -f UTF-16",
         "a b c".encode("utf-16-be"): "is UTF-16 without a byte order mark",
         "a b c".encode("utf-16-le"): "is UTF-16 without a byte order mark",
+        "привет мир и так далее".encode("utf-16-le"): "is UTF-16 without a byte order mark",
+        "привет мир и так далее".encode("utf-16-be"): "is UTF-16 without a byte order mark",
         "a b c".encode("utf-32"): "is UTF-32, not UTF-8 text",
         gzip.compress(b"a b c", mtime=0): "is gzip, not UTF-8 text; decompress it",
         b"PAR1 and more": "is parquet, not UTF-8 text; give it the suffix .parquet",
@@ -50,6 +52,16 @@ def test_bytes_that_are_not_utf8_are_found_in_the_file(data: bytes, where: str, 
 def test_what_is_no_utf8_text_is_named(data: bytes, what: str, suffix: str, tmp_path: Path, words: Path) -> None:
     (tmp_path / f"x.{suffix}").write_bytes(data)
     assert what in refusal(tmp_path / f"x.{suffix}", words)
+
+
+@pytest.mark.parametrize("data", [b"a\0b c d", b"\x01\x02a b \x03\x04 c"])
+def test_text_with_nul_or_many_control_characters_is_none(data: bytes, tmp_path: Path, words: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(data)
+    assert f"of its first {len(data)} bytes are control characters; name a text file" in refusal(
+        tmp_path / "x.txt", words
+    )
+    (tmp_path / "x.txt").write_bytes(b"a\tb\r\n\x1b[1mc\x0c")
+    utf8.check_is_text(tmp_path / "x.txt")
 
 
 @pytest.mark.parametrize(

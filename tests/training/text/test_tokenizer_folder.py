@@ -172,3 +172,11 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_named(kind: str, folder: Pat
         "x.jsonl, line 2, cannot be encoded (WordLevel error: Missing [UNK] token from the vocabulary); correct"
         in found
     )
+
+
+def test_added_tokens_that_are_no_mapping_are_none(words: Path) -> None:
+    (words / "tokenizer_config.json").write_text('{"eos_token": "<nowhere>", "added_tokens_decoder": [1]}')
+    with pytest.raises(
+        ConfigError, match=r"^data.tokenizer: eos_token \"<nowhere>\" of .* is no token of tokenizer.json"
+    ):
+        tokenizer_folder.load(str(words), 16)
