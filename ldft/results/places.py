@@ -8,6 +8,8 @@ from pathlib import Path
 from ldft.results.schema import ROW_FILE
 
 _ATTEMPT = "attempt-"
+MERGED = "rows-*.parquet"
+_NOT_READ = f"is not named {MERGED}, so it is read only if you name it"
 # How far below a folder without rows to look for rows, and how many folders to name.
 _DEPTH, _MOST_NAMED = 3, 3
 
@@ -34,9 +36,42 @@ def results_dir(path: Path) -> Path:
 
 
 def missing(path: Path) -> str:
-    """The line for a path without rows: where rows are instead, if they are further down."""
+    """The line for a path without rows: where rows are instead, if they are further down, or what else is there."""
     further = further_down(path)
-    return f"no rows in {path}; {f'they {further}' if further else 'python -m ldft writes one per run'}"
+    if further:
+        return f"no rows in {path}; they {further}"
+    links = sorted(one for one in path.iterdir() if one.is_symlink() and not one.exists()) if path.is_dir() else []
+    if links:
+        return f"no rows in {path}; {links[0].name} is a link to {links[0].readlink()}, which is not there: restore that folder"
+    if others := unread(path):
+        return f"no rows in {path}; {', '.join(others)} {_NOT_READ}"
+    if path.is_file() or merged(path):
+        return f"no rows in {path}: its file has none; name the results.dir of a run"
+    if path.is_dir() and any(path.glob("*/" * _DEPTH + "*/*")):
+        return f"no rows in {path} or {_DEPTH} folders below it; name a folder further down"
+    return f"no rows in {path}; python -m ldft writes one per run"
+
+
+def merged(folder: Path) -> list[Path]:
+    """Files with compacted rows."""
+    return sorted(folder.glob(MERGED))
+
+
+def unread(folder: Path) -> list[str]:
+    """Names of parquet files in a folder that are not read, since ldft does not name files so."""
+    if not folder.is_dir() or (folder / ROW_FILE).is_file():
+        return []
+    return sorted(one.name for one in folder.glob("*.parquet") if not one.match(MERGED) and one.is_file())[:_MOST_NAMED]
+
+
+def left_out(folder: Path) -> str:
+    """The line about rows beside or below those of a results folder that are not read with them; empty if there are none."""
+    if of_one_run(folder) is not None:
+        return ""
+    told = [f"{', '.join(others)} {_NOT_READ}"] if (others := unread(folder)) else []
+    if further := further_down(folder):
+        told.append(f"more rows {further}")
+    return f"{folder}: not read: {'; '.join(told)}" if told else ""
 
 
 def further_down(path: Path) -> str:
@@ -53,7 +88,11 @@ def below(folder: Path, depth: int = _DEPTH) -> list[Path]:
     with os.scandir(folder) as entries:
         subfolders = sorted(Path(one.path) for one in entries if one.is_dir() and not one.name.startswith("."))
     for subfolder in subfolders:
-        if any(subfolder.glob("rows-*.parquet")) or any(subfolder.glob(f"*/{_ATTEMPT}*/{ROW_FILE}")):
+        if os.access(subfolder, os.R_OK | os.X_OK) and any(
+            one.name.startswith(_ATTEMPT) for one in subfolder.iterdir()
+        ):
+            continue  # a run: a results folder may have thousands
+        if any(subfolder.glob(MERGED)) or any(subfolder.glob(f"*/{_ATTEMPT}*/{ROW_FILE}")):
             found.append(subfolder)
         elif depth > 1 and os.access(subfolder, os.R_OK | os.X_OK):
             found += below(subfolder, depth - 1)

@@ -53,7 +53,7 @@ def write_row(row: dict[str, Any], path: Path) -> None:
 
 def merged_files(results_dir: Path) -> list[Path]:
     """Files with compacted rows."""
-    return sorted(results_dir.glob("rows-*.parquet"))
+    return places.merged(results_dir)
 
 
 def loose_files(results_dir: Path) -> list[Path]:
@@ -171,6 +171,8 @@ def read_table(results_dir: str | Path, columns: list[str] | None = None) -> pa.
         print(f"ldft: skipped unreadable {path}: {problem}", file=sys.stderr)
     if not len(table) and not reader.unreadable and places.below(reader.results_dir):
         print(f"ldft: {places.missing(Path(results_dir))}", file=sys.stderr)
+    elif len(table) and (told := places.left_out(reader.results_dir)):
+        print(f"ldft: {told}", file=sys.stderr)
     return table
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ldft.results import places, rewritten
+from ldft.results import places, rewritten, store
 from ldft.results.schema import ROW_FILE
 
 
@@ -43,6 +43,36 @@ def test_three_folders_are_named_and_the_others_counted(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert places.missing(empty) == f"no rows in {empty}; python -m ldft writes one per run"
+    row(empty / "a" / "b" / "c" / "d" / "e")
+    assert places.missing(empty) == f"no rows in {empty} or 3 folders below it; name a folder further down"
+
+
+def test_why_there_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "all.parquet").touch()
+    told = f"no rows in {tmp_path}; all.parquet is not named rows-*.parquet, so it is read only if you name it"
+    assert places.missing(tmp_path) == told
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert f"; gone is a link to {tmp_path}/nowhere, which is not there: restore that folder" in places.missing(
+        tmp_path
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "rows-1.parquet").touch()
+    assert places.missing(empty) == f"no rows in {empty}: its file has none; name the results.dir of a run"
+
+
+def test_rows_beside_and_below_those_that_are_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.write_row({"run_id": "0123456789ab", "attempt": 1}, row(tmp_path))
+    assert len(store.read_table(tmp_path)) == 1 and capsys.readouterr().err == ""
+    store.write_row({"run_id": "0123456789ac", "attempt": 1}, row(tmp_path / "sub"))
+    (tmp_path / "all.parquet").touch()
+    assert len(store.read_table(tmp_path)) == 1
+    assert capsys.readouterr().err == (
+        f"ldft: {tmp_path}: not read: all.parquet is not named rows-*.parquet, so it is read only if you name it; "
+        f"more rows are further down: name one of {tmp_path}/sub\n"
+    )
 
 
 def test_attempts_of_a_run_come_in_their_order(tmp_path: Path) -> None:
