@@ -164,7 +164,7 @@ def test_windows_reach_the_layers_that_have_one(
             {"sliding_window": 8, "extra": {"use_sliding_window": False}},
             r"extra.use_sliding_window: False contradicts model.sliding_window=8",
         ),
-        ("gemma2", {}, r"sliding_window: 0, but 1 of the 2 layers .* have a window; .* model.extra.layer_types="),
+        ("gemma2", {}, r"sliding_window: 0, but transformers' gemma2 has a window in 1 of 2 layers; .* model.extra.layer_types="),
         ("olmoe", {"sliding_window": 8}, r"sliding_window: 8 reaches no layer .* attention.kind=flash_attention_2"),
         ("llama", {"sliding_window": 8}, r"sliding_window: 8: transformers' llama does not support it"),
         ("gemma3_text", {"sliding_window": 8, "attention_softcap": 5.0}, r"attention_softcap: 5 does not arrive"),
