@@ -39,7 +39,8 @@ LDFT_INLINE void ask_for(const void* array, std::size_t bytes) {
 
 template <typename Gradient, typename OneRule>
 LDFT_INLINE void ask_for_block(const Partition& all, std::size_t from, std::size_t count) {
-  ask_for(static_cast<const typename Gradient::Stored*>(all.gradients) + from, count * sizeof(typename Gradient::Stored));
+  ask_for(static_cast<const typename Gradient::Stored*>(all.gradients) + from,
+          count * sizeof(typename Gradient::Stored));
   ask_for(all.weights + from, count * sizeof(float));
   ask_for(all.momentum + from, count * sizeof(float));
   if constexpr (std::is_same_v<OneRule, AdamW>) ask_for(all.variance + from, count * sizeof(float));
