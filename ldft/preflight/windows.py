@@ -14,7 +14,7 @@ from ldft.errors import ConfigError
 from ldft.preflight import families
 from ldft.terminal import plural
 
-WINDOWED = "sliding_attention"
+WINDOWED, WHOLE = "sliding_attention", "full_attention"
 # transformers' names of ldft's keys that are 0 for none.
 SOFTCAPS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
 WINDOWS_AND_CAPS = {"sliding_window": "sliding_window", **SOFTCAPS}
@@ -38,8 +38,21 @@ def _all_but_each(default: int, key: str = "") -> Callable[[dict[str, Any], int]
     return lambda extra, layer: (layer + 1) % int(extra.get(key, default)) != 0
 
 
+def _but_the_first_of_four(_: dict[str, Any], layer: int) -> bool:
+    return layer % 4 != 0
+
+
 # Family -> whether a layer has a window, by model.extra and the layer's number.
 _RULES: dict[str, Callable[[dict[str, Any], int], bool]] = {
+    "afmoe": _all_but_each(4, "global_attn_every_n_layers"),
+    "cohere2": _all_but_each(4, "sliding_window_pattern"),
+    "exaone4": _all_but_each(4, "sliding_window_pattern"),
+    "exaone_moe": _all_but_each(4, "sliding_window_pattern"),
+    "gemma3n_text": _all_but_each(5),
+    "granite_swa": _but_the_first_of_four,
+    "granitemoe_swa": _but_the_first_of_four,
+    "mimo_v2_flash": lambda _, layer: layer > 0 and (layer + 1) % 6 != 0,
+    "vaultgemma": _all_but_each(2),
     "qwen2": _from_layer,
     "qwen3": _from_layer,
     "qwen2_moe": _every_other_until,

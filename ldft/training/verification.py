@@ -155,6 +155,7 @@ def _check_attention(seen: Observed, model: ModelConfig, kind: AttentionKind) ->
         if (call.softcap or 0) != model.attention_softcap:
             raise ConfigError("model.attention_softcap", _differs(model, model.attention_softcap, call.softcap or 0))
     flash = kind.name.startswith("flash")
+    _check_layer_types(seen.attention, model, flash)
     lengths = {_window(call, flash) for call in seen.attention}
     asked = model.sliding_window
     if lengths - {asked, 0}:
@@ -167,6 +168,23 @@ def _check_attention(seen: Observed, model: ModelConfig, kind: AttentionKind) ->
         else:
             fix = windows.fix_of_layers(reads(model.family, "max_window_layers"))
         raise windows.reaches_no_layer(model, fix)
+
+
+def _check_layer_types(calls: list[AttentionCall], model: ModelConfig, flash: bool) -> None:
+    """Of layers whose type is asked for by name, each has the window of its type, or none."""
+    named = model.extra.get("layer_types")
+    if not model.sliding_window or not isinstance(named, list):
+        return
+    wanted = {windows.WINDOWED: True, windows.WHOLE: False}
+    for call in calls:
+        name = named[call.layer] if call.layer is not None and call.layer < len(named) else None
+        if name in wanted and wanted[name] is not bool(_window(call, flash)):
+            there = "none" if wanted[name] else "one"
+            raise ConfigError(
+                "model.extra.layer_types",
+                f"{name} of layer {call.layer} does not arrive: that layer should have {'a' if wanted[name] else 'no'} window, but "
+                f"transformers' {model.family} gives it {there}; use the names that this family reads",
+            )
 
 
 def _window(call: AttentionCall, flash: bool) -> int:

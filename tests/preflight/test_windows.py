@@ -16,28 +16,43 @@ from tests.training.test_the_model_that_runs import config_of, verified
 FAMILIES = sorted(windows._RULES)
 
 
+# What the configs of some families cannot be without.
+NEEDED: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {"logit_softcap": 30.0},
+    "mimo_v2_flash": {"head_dim": 192},
+    "vaultgemma": {"logit_softcap": 30.0, "attention_softcap": 50.0},
+}
+
+
 @pytest.mark.parametrize("length", [0, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_rule_of_a_family_is_that_of_transformers(family: str, length: int) -> None:
     keys: dict[str, list[Any]] = {
         "max_window_layers": [0, 3, 28, 29],
+        "global_attn_every_n_layers": [3],
         "sliding_window_pattern": [2, 7],
         "no_rope_layer_interval": [3],
         "no_rope_layers": [[1, 0] * 15],
     }
     extras = [{}, *({key: value} for key, found in keys.items() if reads(family, key) for value in found)]
     for extra in extras:
-        model = config_of(family, sliding_window=length, num_layers=30, extra=extra).model
+        model = config_of(family, sliding_window=length, num_layers=30, extra=extra, **NEEDED.get(family, {})).model
         ours = windows._kinds(model, switched="use_sliding_window" in families.config_keys(family))
         assert ours is not None
-        built = hf_config(model).layer_types
+        try:
+            built = hf_config(model).layer_types
+        except ConfigError:
+            assert length == 0, "with a window it can be built"
+            continue  # transformers refuses this family without one
         assert [kind == windows.WINDOWED for kind in ours] == [kind == windows.WINDOWED for kind in built], extra
 
 
+# Families of each rule; the others would only repeat them, and each takes seconds.
+USUAL = ("qwen2", "qwen2_moe", "smollm3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "granite_swa")
 FULL, SLIDING = "full_attention", windows.WINDOWED
 CASES: list[tuple[str, dict[str, Any]]] = [
     (family, {"sliding_window": length, "extra": extra})
-    for family in (*FAMILIES, "qwen3_moe", "mistral", "llama", "phi3", "granite")
+    for family in (*USUAL, "qwen3_moe", "mistral", "llama", "phi3", "granite")
     for length in (0, 8)
     for extra in (
         {},

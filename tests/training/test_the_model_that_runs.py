@@ -21,7 +21,8 @@ from ldft.training.architecture import hf_config, reads
 from tests.conftest import compose
 
 TOKENS = 100
-EXPERTS = ("deepseek_v2", "gpt_oss", "llama4_text", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next")
+EXPERTS = ("afmoe", "deepseek_v2", "exaone_moe", "gpt_oss", "granitemoe_swa", "llama4_text", "mimo_v2_flash", "olmoe", "qwen2_moe",
+           "qwen3_moe", "qwen3_next")  # fmt: skip
 
 
 def config_of(family: str, **values: Any) -> Config:
@@ -165,6 +166,12 @@ def test_windows_reach_the_layers_that_have_one(
             r"extra.use_sliding_window: False contradicts model.sliding_window=8",
         ),
         ("gemma2", {}, r"sliding_window: 0, but transformers' gemma2 has a window in 1 of 2 layers; .* model.extra.layer_types="),
+        (
+            "inkling_text",  # its own name for them is another
+            {"sliding_window": 8, "num_experts": 4, "num_experts_per_token": 2, "expert_intermediate_size": 16,
+             "extra": {"layer_types": ["full_attention", "sliding_attention"]}},
+            r"extra.layer_types: full_attention of layer 0 does not arrive: that layer should have no window, but .* gives it one",
+        ),
         ("olmoe", {"sliding_window": 8}, r"sliding_window: 8 reaches no layer .* attention.kind=flash_attention_2"),
         ("llama", {"sliding_window": 8}, r"sliding_window: 8: transformers' llama does not support it"),
         ("gemma3_text", {"sliding_window": 8, "attention_softcap": 5.0}, r"attention_softcap: 5 does not arrive"),
