@@ -291,6 +291,8 @@ def _run_ranks(
     except signals.Stopped as told:
         interrupted = told.name
     waited_s = time.monotonic() - wait_start
+    for left_over in folder.glob(".rank-*.tmp"):  # of a rank that was killed while it wrote its report
+        left_over.unlink(missing_ok=True)
     reports = [attempt.rank_report(folder, rank) for rank in range(config.launch.num_ranks)]
     states = hosts.states(folder, config)
     kills = final_status.oom_kills() - kills_before + sum(state.get("oom_kills", 0) for state in states)

@@ -67,7 +67,9 @@ class Hosts:
                 ]
                 return sorted(found, key=lambda one: int(one.environ()["RANK"]))
             time.sleep(0.1)
-        raise AssertionError("it never trained")
+        for process in self.processes:
+            process.kill()
+        raise AssertionError(f"it never trained: {[process.communicate()[0] for process in self.processes]}")
 
 
 @pytest.fixture

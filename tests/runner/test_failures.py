@@ -133,7 +133,7 @@ def trace_of(folder: Path, row) -> list[dict[str, Any]]:
     ],
 )
 def test_a_signal_to_one_of_two_ranks_ends_the_run_with_a_row(start, number, status) -> None:
-    run = start(*ENDLESS, "launch.num_ranks=2")
+    run = start(*ENDLESS, "launch.num_ranks=2", "monitor.interval_s=0.1")
     run.wait_for(iterations=6)
     victim = next(p for p in run.ranks() if p.environ()["RANK"] == "1")
     victim.send_signal(number)
@@ -171,7 +171,10 @@ UPDATING = (*ENDLESS, "seq_len.tokens=8", "model.vocab_size=60000", "optimizer.o
 def test_killing_a_rank_during_an_update_ends_the_run_with_a_row(start, ranks: int) -> None:
     run = start(*UPDATING, f"launch.num_ranks={ranks}", "monitor.interval_s=0.1")
     run.wait_for(iterations=2)
-    run.stop_during_an_update(rank=ranks - 1).kill()
+    victim = run.stop_during_an_update(rank=ranks - 1)
+    # As if it had been killed while it wrote its report.
+    (next(run.results_dir.glob("*/attempt-1")) / ".rank-0.json.somewhere-1.tmp").write_text('{"iteration_s": [')
+    victim.kill()
     exit_code, out = run.end()
     row = only_row(run.results_dir)
     assert (row.status, row.signal, exit_code) == ("error", "SIGKILL", 1), out
