@@ -190,7 +190,7 @@ def test_more_hosts_than_the_partition_has_are_refused_at_once(call) -> None:
     ("around", "said"),
     [
         ((), "launch.num_hosts: 2: several hosts need an allocation of SLURM"),
-        (("salloc", "--quiet", "--nodes=1", "--ntasks=1"), "this job has 1 nodes; use sbatch --nodes=2"),
+        (("salloc", "--quiet", "--nodes=1", "--ntasks=1"), "this job has 1 node; use sbatch --nodes=2"),
     ],
 )
 def test_several_hosts_need_an_allocation_of_as_many(call, around: tuple[str, ...], said: str) -> None:
