@@ -18,7 +18,6 @@ from ldft.preflight.layer_memory import hidden_bytes
 from ldft.preflight.selection import Selection
 
 Parts = dict[str, int]
-Gathered = deepspeed_gathering.Gathered
 
 # CUDA's context with its libraries on one GPU (0.5 to 0.7 GiB on an H200), and the fraction that the allocator needs beyond
 # allocated memory: freed blocks too small for any request.

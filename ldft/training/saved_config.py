@@ -8,15 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ldft.config import Config
+from ldft.config import Config, rope
 from ldft.errors import ConfigError, shown
 from ldft.preflight.windows import WINDOWS_AND_CAPS
 from ldft.training import config_json
 
 # Parts of these names belong to training, not to the model that the weights are of.
 _TRAINING = ("dropout", "pdrop", "jitter_noise", "aux_loss_coef", "output_router_logits")
-# Embeddings that depend on the published length.
-_BY_LENGTH = ("dynamic", "longrope")
 
 
 def check(config: Config, folder: Path, *, given: bool) -> list[str]:
@@ -43,7 +41,7 @@ def check(config: Config, folder: Path, *, given: bool) -> list[str]:
     fields.pop("initializer_range", None)  # nothing is drawn
     changed = differing(ours, theirs, fields)
     found_keys = [(name, *one) for name, values in changed.items() for one in _named(name, *values)]
-    by_length = any(kind in str(ours.rope_parameters) for kind in _BY_LENGTH)
+    by_length = any(kind in str(ours.rope_parameters) for kind in rope.BY_LENGTH)
     refused = [one for one in found_keys if not (given or _of_training(one[0], by_length=by_length))]
     if refused:
         _, key, one, two = refused[0]
@@ -67,8 +65,8 @@ def _named(name: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
     from ldft.training.hf_import import SIZES
 
     if name == "rope_parameters":
-        bases = [rope.get("rope_theta") for rope in (ours, theirs)]
-        rests = [{key: value for key, value in rope.items() if key != "rope_theta"} for rope in (ours, theirs)]
+        bases = [parameters.get("rope_theta") for parameters in (ours, theirs)]
+        rests = [{key: one for key, one in values.items() if key != "rope_theta"} for values in (ours, theirs)]
         found = [("model.rope_theta", *bases), ("model.rope_scaling", *rests)]
         return [(key, one, two) for key, one, two in found if one != two]
     keys = SIZES | WINDOWS_AND_CAPS | {key: key for key in ("num_key_value_heads", "head_dim", "tie_word_embeddings")}
