@@ -144,6 +144,36 @@ def test_overrides_behind_a_list_are_no_runs(tmp_path: Path) -> None:
     assert done.stderr.endswith(": --runs: model=nano: no contender of contenders.py; overrides come before --runs\n")
 
 
+def test_the_regret_of_a_plan_is_against_neighbours_that_ran_again(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import pandas as pd
+    import plans
+
+    def run(setting: str, changed: str, again: int, took: float) -> dict[str, object]:
+        row = {"cell": "c", "status": "ok", "setting": setting, "changed": changed, "again": again}
+        samples = [9.0, took - 0.1, took, took + 0.1]
+        return row | {
+            "iteration_s": samples,
+            "warmup_iterations": 1,
+            "tokens_per_iteration": 8,
+            "predicted_iteration_s": 1.8,
+        }
+
+    rows = [
+        run("plan", "", 0, 2.0),
+        run("neighbour", "lucky", 0, 1.0),
+        run("neighbour", "a", 0, 1.9),
+        run("neighbour", "b", 0, 2.4),
+    ]
+    (line,) = plans.regret(pd.DataFrame(rows)).to_dict("records")
+    assert (line["measured_s"], line["error"], line["tokens_per_s"]) == (2.0, pytest.approx(-0.1), 4.0)
+    assert "regret" not in line  # nothing ran again
+    rows += [run("plan", "", 1, 2.2), run("neighbour", "a", 1, 1.9), run("neighbour", "b", 1, 2.0)]
+    (line,) = plans.regret(pd.DataFrame(rows)).to_dict("records")
+    assert (line["neighbours"], line["best_neighbour_s"]) == (3, 1.9)
+    assert line["regret"] == pytest.approx(2.1 / 1.9 - 1)
+
+
 def test_exchanges_between_ranks_have_a_line_of_their_own(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     import profile_iteration

@@ -42,7 +42,7 @@ def _device(device: Device, precision: str) -> dict[str, Any]:
         raise LdftError(f"the measuring process ended with code {done.returncode}; its output is above")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if device is Device.cuda:
-        print("ldft: the host's time for a layer: two small runs", file=sys.stderr, flush=True)
+        print("ldft: the host's time for a layer: four small runs", file=sys.stderr, flush=True)
         found["layer_host_s"] = layers.seconds(Precision[precision])
         found |= {"gpu": environment.gpus()[0], "driver": environment.driver()}
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 
 from multirun_analysis import evidence, load, publish
@@ -101,6 +102,33 @@ def training_line(row: dict[str, Any], digits: int, each: bool) -> str:
     parts = " / ".join(f"{median(row, part):.{digits}f}" for part in ("forward_s", "backward_s", "step_s"))
     rates = f"{rate(row):.0f} | {rate(row) / row['ranks']:.0f}" if each else f"{rate(row):.0f}"
     return f"| {rates} | {parts} | {max(row['peak_vram_allocated_gib']):.1f} | {row['peak_host_gib']:.1f} |"
+
+
+def turns_lines() -> list[str]:
+    """Contenders of two rounds: medians over the iterations of both."""
+    found = []
+    for name in ("overlap-llama3_3b-8k-32cores-h200", "overlap-llama3_3b-8k-16cores-h200"):
+        for mine in by(rows(name), "contender").values():
+            joined = mine[0] | {
+                part: [*mine[0][part], *(sample for row in mine[1:] for sample in counted(row, part))]
+                for part in ("iteration_s", "forward_s", "backward_s", "step_s")
+            }
+            found.append(training_line(joined, 3, False))
+    return found
+
+
+def plan_lines() -> list[str]:
+    """One line a cell, from all runs of its plan."""
+    mine = pd.read_parquet(RESULTS / "plans-h200.parquet")
+    found = []
+    for cell, line in script("plans").regret(mine).set_index("cell").iterrows():
+        row = mine[(mine["cell"] == cell) & (mine["setting"] == "plan")].iloc[0]
+        asked = dict(word.split("=") for word in str(cell).split())
+        cells = [f"{asked['model']}, {asked['seq_len']}", asked.get("memory.vram_gib", "-")]
+        cells += [f"{line['predicted_s']:.3f}", f"{line['measured_s']:.3f}", f"{line['error']:+.1%}"]
+        cells += [f"{line['tokens_per_s']:.0f}", f"{max(row['peak_vram_allocated_gib']):.1f}"]
+        found.append(f"| {' | '.join(cells)} | {row['peak_host_gib']:.1f} |")
+    return found
 
 
 def checkpointing_lines() -> list[str]:
@@ -222,6 +250,6 @@ def expected() -> tuple[str, ...]:
     """The measured part of every line of every table, from the rows."""
     found = [training_line(row, digits, each) for name, digits, each in TRAINING for row in rows(name)]
     found += [*checkpointing_lines(), *placement_lines(), *attention_lines(), *host_memory_lines(), *estimate_lines()]
-    found += contention_lines()
+    found += [*contention_lines(), *turns_lines(), *plan_lines()]
     found += evidence.speeds(load(publish.DATA)).splitlines()[2:]
     return tuple(found)

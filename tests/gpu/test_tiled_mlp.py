@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -52,8 +53,10 @@ def test_memory_is_as_estimated_and_time_as_without(ldft: Callable[..., Done]) -
         assert row.status == "ok", row.error_message
         assert row.predicted_vram_gib == pytest.approx(row.peak_vram_allocated_gib[0], rel=0.09), row.name
     assert tiles.peak_vram_allocated_gib[0] < 0.75 * whole.peak_vram_allocated_gib[0]
-    assert min(tiles.iteration_s[1:]) < 1.05 * min(whole.iteration_s[1:])
     assert list(tiles.loss) == pytest.approx(list(whole.loss), rel=5e-3)
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+        pytest.skip("all but the time is right; other tests share the GPU, so run it with -n 0 to compare that, too")
+    assert min(tiles.iteration_s[1:]) < 1.05 * min(whole.iteration_s[1:])
 
 
 def test_inputs_that_stay_on_the_device_are_in_its_estimate(ldft: Callable[..., Done]) -> None:
