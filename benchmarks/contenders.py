@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composed import resolved_config
+from composed import resolved_config, without_plan
 
 from ldft import environment, results
 from ldft.config import Config, to_dict
@@ -197,7 +197,7 @@ SAMPLES = (
 
 
 def _ours(contender: Contender, setting: Setting, folder: Path) -> dict[str, Any]:
-    overrides = [*setting.overrides, *contender.overrides, f"attention={setting.attention}"]
+    overrides = without_plan([*setting.overrides, *contender.overrides, f"attention={setting.attention}"])
     overrides += [f"kernels.liger={str(setting.liger).lower()}", f"launch.timeout_s={setting.timeout_s}"]
     with (folder / "log").open("w") as log:
         command = [sys.executable, "-m", "ldft", *overrides, f"results.dir={folder}"]

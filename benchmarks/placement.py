@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from composed import without_plan
 
 from ldft import results
 
@@ -28,7 +29,7 @@ INIT = ("imports", "operators", "rendezvous", "model", "checkpoint_buffers", "en
 
 def run(mode: str, overrides: list[str], folder: Path) -> pa.Table:
     """One run's row. Exits if the run fails."""
-    command = [sys.executable, "-m", "ldft", *overrides, *MODES[mode], f"results.dir={folder}"]
+    command = [sys.executable, "-m", "ldft", *without_plan(overrides), *MODES[mode], f"results.dir={folder}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     table = results.read_table(folder)
     row = table.to_pylist()[0]

@@ -215,7 +215,9 @@ def goals(frame: pd.DataFrame) -> pd.Series:
     """The goal of the plan that chose a row's values; empty if none did."""
     asked = frame["cfg.asked"] if "cfg.asked" in frame else pd.Series("", index=frame.index, dtype=object)
     found = asked.map(lambda text: _asked(text).get("plan.goal", ""))
-    return found.where(found.isin([goal.name for goal in Goal]), "").astype(object)
+    if "cfg.plan.goal" in frame:
+        found = found.mask(found == Goal.auto.name, frame["cfg.plan.goal"])
+    return found.where(found.isin([goal.name for goal in Goal if goal is not Goal.none]), "").astype(object)
 
 
 def _asked(text: Any) -> dict[str, str]:

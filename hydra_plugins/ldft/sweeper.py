@@ -44,6 +44,8 @@ class LdftSweeper(Sweeper):
 
         tree = self._composer(overrides)
         tree._set_flag(["struct", "readonly"], [False, False])
+        if tree["plan"]["goal"] == Goal.auto:
+            tree["plan"]["goal"] = Goal.none  # cells differ only in what is swept
         if tree["plan"]["goal"] != Goal.none:
             tree["plan"]["keep"] += keys(overrides)
         return tree

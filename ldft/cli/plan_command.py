@@ -59,7 +59,7 @@ def resolved_config(given: list[str]) -> Config:
     config.plan.keep += overrides.keys(given)
     goal, config.plan.goal = config.plan.goal, Goal.none
     checks.resolve(config)
-    config.plan.goal = Goal.fastest if goal is Goal.none else goal
+    config.plan.goal = Goal.fastest if goal in (Goal.none, Goal.auto) else goal
     config.validate()
     with assumed_machine.assumed(config):
         checks.check_config(config, assumed_machine.topology(config))

@@ -9,9 +9,11 @@ from ldft.errors import ConfigError
 
 
 class Goal(Enum):
-    """none: ldft changes nothing. fastest: the shortest time per token. longest: the longest sequence. leanest: the least host
-    memory within 5% of the fastest."""
+    """auto: fastest for a single run on a GPU whose machine is measured and without a NUMA policy, else none. none: ldft changes
+    nothing. fastest: the shortest time per token. longest: the longest sequence. leanest: the least host memory within 5% of the
+    fastest."""
 
+    auto = "auto"
     none = "none"
     fastest = "fastest"
     longest = "longest"
@@ -20,7 +22,7 @@ class Goal(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    goal: Goal = Goal.none
+    goal: Goal = Goal.auto
     """What the chosen values aim at. Chosen are: what is offloaded, which layers are recomputed, where their inputs and attention
     outputs wait, tiles, and micro-batches; with longest also seq_len, and with several NUMA nodes the placement. Only values at
     their default are chosen."""

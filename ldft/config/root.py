@@ -294,7 +294,7 @@ def _measured(key: str, without: tuple[str, ...] = ()) -> bool:
 def disagreements(given: Config, run: Config) -> list[tuple[str, str, str]]:
     """Keys of what is measured that `given`, as composed from a command, has otherwise than the command that `run` is of, with both
     values. run: with ldft's choices in place of auto; `run.asked` says which these are."""
-    asked = {key: value for key, value in run.asked.items() if key != "plan.goal"}
+    asked = {key: value for key, value in run.asked.items() if key != "plan.goal" or value == "auto"}
     theirs = {key: text_of(value) for key, value in flatten(run).items()} | asked
     # What a config.json filled in, and what it is merged with, is compared by its name alone.
     open_keys = [key for key, value in given.asked.items() if value == FROM_FILE]
@@ -311,7 +311,7 @@ def _identity(config: Config, without: tuple[str, ...] = ()) -> str:
         for key, value in flatten(config).items()
         if _measured(key, without) and not (key in _LATER and value == defaults[key])
     }
-    if config.asked.get("plan.goal", config.plan.goal.name) != config.plan.goal.name:
+    if ": " in config.asked.get("plan.goal", ""):
         identity["plan.goal"] = config.asked["plan.goal"]  # why there is no plan: not the run that the values would be
     text = json.dumps({"version": _IDENTITY_VERSION, **identity}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

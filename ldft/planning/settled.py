@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ldft.config import Config, Device, Goal
+from ldft.config import THIS, Config, Device, Goal, NumaConfig
 from ldft.config.root import flatten, text_of
 from ldft.errors import CombinationError, ConfigError
 from ldft.planning import machine, search
@@ -24,20 +24,52 @@ _ASK = "; python -m ldft.plan with the same settings says what would"
 
 def settle(config: Config) -> None:
     """Replace values that were left at their default by those of the best plan, and record them in `asked`; nothing if no plan is
-    asked for, or if it is made. Where there is none, `asked` says why, so that the run becomes a row; check() raises it."""
-    if config.plan.goal is Goal.none or DONE in config.asked:
+    asked for, or if it is made. Where there is none, `asked` says why, so that the run becomes a row; check() raises it. With
+    plan=auto, the run goes on without."""
+    asked = config.plan.goal
+    if asked is Goal.none or DONE in config.asked:
         return
+    if asked is Goal.auto:
+        config.plan.goal = Goal.none if declined(config) else Goal.fastest
+        config.asked[DONE] = asked.name
+        if config.plan.goal is Goal.none:
+            return
     try:
         config.validate()
         plan = best(config)
     except ConfigError as error:
-        config.asked[DONE] = str(error)
+        if asked is Goal.auto:  # the checks of the values as they are say what is wrong with them
+            config.plan.goal = Goal.none
+        else:
+            config.asked[DONE] = str(error)
         return
     chosen = plan.run.config
     config.asked |= {key: text_of(before) for key, before, _ in changed(config, chosen)}
-    config.asked[DONE] = config.plan.goal.name
+    config.asked[DONE] = asked.name
     for field in dataclasses.fields(config):
         setattr(config, field.name, getattr(chosen, field.name) if field.name != "asked" else config.asked)
+
+
+def declined(config: Config) -> str:
+    """Why plan=auto leaves this config as it is; empty if it makes a plan."""
+    if config.sweep.started_at:
+        return "the cells of a sweep differ only in what it sweeps"
+    if config.launch.device is Device.cpu:
+        return "on a CPU, expected times only compare plans"
+    if config.machine.name != THIS:
+        return "what these very values need on another machine is asked"
+    if config.numa != NumaConfig(bandwidth=config.numa.bandwidth):
+        return "numa is set, and a plan could leave nothing to place"
+    try:
+        machine.rates(config)
+    except ConfigError as error:
+        return str(error).removeprefix(f"{DONE}: {config.plan.goal.name}: ")
+    return ""
+
+
+def made(config: Config) -> bool:
+    """Whether a plan chose values."""
+    return config.plan.goal is not Goal.none and DONE in config.asked and ": " not in config.asked[DONE]
 
 
 def changed(config: Config, chosen: Config) -> list[tuple[str, Any, Any]]:

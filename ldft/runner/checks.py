@@ -72,8 +72,12 @@ def resolutions(config: Config) -> list[str]:
     text = ", ".join(f"{key}={chosen[key]}" for key in config.asked if key in chosen)
     because = f"; {native_precision(config.launch.device)[1]}" if "train.precision" in config.asked else ""
     lines = [f"{text} (auto{because})"] if text else []
-    if config.asked.get(settled.DONE) == config.plan.goal.name:
-        lines.append(f"plan={config.plan.goal.name}: {', '.join(settled.overrides(config)) or 'the defaults are best'}")
+    auto = config.asked.get(settled.DONE) == Goal.auto.name
+    if settled.made(config):
+        values = ", ".join(settled.overrides(config)) or "the defaults are best"
+        lines.append(f"plan={config.plan.goal.name}{' (auto)' * auto}: {values}")
+    elif auto and config.launch.device is Device.cuda and (why := settled.declined(config)):
+        lines.append(f"plan=none (auto; {why})")
     if model_source.ASKED in config.asked:
         lines.append(f"model {config.model.name} {config.asked[model_source.ASKED]}")
     return lines

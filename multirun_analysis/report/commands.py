@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from ldft.config import Config, columns, to_dict
+from ldft.config import Config, Device, columns, to_dict
 from ldft.config import run_id as identity
 from ldft.environment import CONF_DIR
 from multirun_analysis import options
@@ -40,8 +40,7 @@ def command(config: dict[str, Any]) -> str:
 def overrides(config: dict[str, Any]) -> list[str]:
     """The same as a list of overrides, as Hydra takes them."""
     wanted, left_out = _leaves(config), set(_LEFT_OUT)
-    goal = wanted["plan.goal"]
-    if wanted["asked"].get("plan.goal", goal) != goal:
+    if ": " in wanted["asked"].get("plan.goal", ""):
         left_out.discard("plan")  # no plan was found: only asking for it again ends in the same way
     found, base = [], dict(_leaves({}))
     for group, default in _groups().items():
@@ -57,6 +56,8 @@ def overrides(config: dict[str, Any]) -> list[str]:
             if isinstance(value, dict) and _merged(base[key], value) != value:
                 raise NoCommandError(f"{key} lacks a value that its option sets; use the version that wrote the row")
             found.append(f"{key}={_as_override(value)}")
+    if "plan" in left_out and wanted["launch.device"] == Device.cuda.name:
+        found.append("plan=none")  # or plan=auto could choose others
     return found
 
 

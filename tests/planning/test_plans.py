@@ -153,6 +153,18 @@ def test_without_rates_there_is_no_plan_but_a_row(
     assert done.row["status"] == "invalid" and "Traceback" not in done.stderr
 
 
+def test_a_single_run_may_be_planned_by_default_the_cells_of_a_sweep_are_not(
+    here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = ("model=nano", "train.iterations=0")  # a row without ranks
+    row = here(*refused).row
+    assert row["cfg.plan.goal"] == "none" and json.loads(row["cfg.asked"])["plan.goal"] == "auto"  # on a CPU
+    monkeypatch.setattr(settled, "declined", lambda config: pytest.fail("planned"))
+    cells = here("-m", *refused, "train.seed=1,2").rows.iloc[-2:]
+    assert list(cells["cfg.plan.goal"]) == ["none", "none"]
+    assert not any("plan.goal" in json.loads(asked) for asked in cells["cfg.asked"])
+
+
 def test_a_run_refuses_a_machine_that_is_not_here(here: Callable[..., Done]) -> None:
     done = here("model=nano", "machine=h200", "launch.device=cpu")
     assert done.exit_code == 2 and "machine: h200 is not this machine; add dry_run=true" in done.stderr
@@ -233,7 +245,7 @@ def test_why_nothing_is_possible_is_said_to_its_end(ask: Callable[..., tuple[int
     [
         (["model=llama4"], "model: 'llama4' does not exist"),
         (["machine=h300"], "machine: 'h300' does not exist"),
-        (["machine=h200", "plan.goal=cheapest"], "plan.goal: 'cheapest' does not fit; give one of none, fastest"),
+        (["machine=h200", "plan.goal=cheapest"], "plan.goal: 'cheapest' does not fit; give one of auto, none, fastest"),
         (["machine=h200", "machine.host_gib=-1"], "machine.host_gib: -1 is not positive"),
         (["machine=h200", "machine.capability=[9]"], "machine.capability: [9] is not a compute capability"),
         (["machine=h200", "machine.gpu=Radeon"], "machine.gpu: 'Radeon': its peak is not known here"),

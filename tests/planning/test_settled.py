@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from ldft.config import Config, Device, Goal, Precision
+from ldft.config import Config, Device, Goal, NumaStrategy, Precision, disagreements, run_id
 from ldft.config.root import text_of
 from ldft.errors import CombinationError, ConfigError
 from ldft.memory.topology import Topology
 from ldft.planning import machine, settled
 from ldft.planning.iteration_time import Times
 from ldft.planning.search import HOST, VRAM, Search
+from ldft.runner import checks
 
 TIMES = Times(forward_s=1, backward_s=2, step_s=4, update_s=0, exposed_s=0, arithmetic_s=3, launch_s=0, link_s=5)
 
@@ -179,3 +180,78 @@ def test_times_are_those_of_known_rates(monkeypatch: pytest.MonkeyPatch) -> None
         settled.times(run)
     problem[0] = machine.UnknownRatesError("a", "unknown")
     assert settled.times(run) is None
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[ConfigError]:
+    """A machine whose rates are known, as long as this list is empty."""
+    problems: list[ConfigError] = []
+
+    def rates(config: Config) -> str:
+        if problems:
+            raise problems[0]
+        return "rates"
+
+    monkeypatch.setattr(machine, "rates", rates)
+    monkeypatch.setattr(settled, "best", chosen_of)
+    return problems
+
+
+def test_auto_is_fastest_where_rates_are_known(measured: list[ConfigError]) -> None:
+    config = config_of(Goal.auto)
+    settled.settle(config)
+    assert (config.plan.goal, config.checkpointing.layers) == (Goal.fastest, 1)
+    assert config.asked["plan.goal"] == "auto" and settled.made(config)
+    settled.check(config)
+    assert checks.resolutions(config) == ["plan=fastest (auto): checkpointing.layers=1, kernels.mlp_tiles=16"]
+    # It is the run that these values are, whoever chose them, and another host's same command agrees.
+    by_hand = config_of(Goal.none)
+    by_hand.checkpointing.layers, by_hand.kernels.mlp_tiles = 1, 16
+    assert run_id(config) == run_id(by_hand)
+    assert disagreements(config_of(Goal.auto), config) == []
+    assert ("plan.goal", "fastest", "auto") in disagreements(config_of(Goal.fastest), config)
+
+
+@pytest.mark.parametrize("case", ["sweep", "cpu", "machine", "numa", "rates", "hosts", "damaged"])
+def test_auto_changes_nothing_where_a_plan_would_surprise(measured: list[ConfigError], case: str) -> None:
+    config = config_of(Goal.auto)
+    why = ""
+    if case == "sweep":
+        config.sweep.started_at, why = 1.0, "the cells of a sweep differ only in what it sweeps"
+    elif case == "cpu":
+        config.launch.device = Device.cpu
+    elif case == "machine":
+        config.machine.name, why = "h200", "what these very values need on another machine is asked"
+    elif case == "numa":
+        config.numa.strategy, why = NumaStrategy.cxl_aware, "numa is set, and a plan could leave nothing to place"
+    elif case == "rates":
+        measured.append(machine.UnknownRatesError("plan.goal", "none: the rates of cuda bf16 are unknown; measure"))
+        why = "the rates of cuda bf16 are unknown; measure"
+    elif case == "hosts":
+        measured.append(machine.UnknownRatesError("machine.network_gb_per_s", "0: unknown"))
+        why = "machine.network_gb_per_s: 0: unknown"
+    else:
+        measured.append(ConfigError("plan.goal", "none: the profile p cannot be read"))
+        why = "the profile p cannot be read"
+    settled.settle(config)
+    assert (config.plan.goal, config.checkpointing.layers) == (Goal.none, -1)
+    assert config.asked == {"plan.goal": "auto"} and not settled.made(config)
+    settled.check(config)
+    assert checks.resolutions(config) == ([f"plan=none (auto; {why})"] if why else [])
+    settled.settle(config)  # once
+    assert config.plan.goal is Goal.none
+
+
+def test_auto_leaves_a_config_for_which_there_is_no_plan_to_the_usual_checks(
+    measured: list[ConfigError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def best(config: Config) -> Any:
+        raise ConfigError("plan.goal", "fastest: nothing fits")
+
+    monkeypatch.setattr(settled, "best", best)
+    config = config_of(Goal.auto)
+    settled.settle(config)
+    assert config.plan.goal is Goal.none and config.asked == {"plan.goal": "auto"}
+    settled.check(config)
+    assert checks.resolutions(config) == []
+    assert run_id(config) == run_id(config_of(Goal.none))
