@@ -1,5 +1,5 @@
-"""What Hydra merges without a word: a mapping on the command line into the one that is there, so that an empty one does nothing and
-a rotary embedding of another type keeps parameters that nobody wrote; and `???` in a file, which it drops.
+"""What Hydra merges without a word: a mapping, on the command line or in a file, into the one that is there, so that an empty one
+does nothing and a rotary embedding of another type keeps parameters that nobody wrote; and `???` in a file, which it drops.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ldft.errors import ConfigError
 _ROPE, _EXTRA = "model.rope_scaling", "model.extra"
 # Hydra's own, in which each value on the command line and each file ends.
 _stock_apply = ConfigLoaderImpl._apply_overrides_to_config
+_stock_compose = ConfigLoaderImpl._compose_config_from_defaults_list
 _stock_load = ConfigLoaderImpl._load_single_config
 _stock_read = ConfigRepository.load_config
 
@@ -25,17 +26,37 @@ _stock_read = ConfigRepository.load_config
 def install(sections: tuple[str, ...]) -> None:
     """Let Hydra replace such mappings, and refuse such files and those that are not UTF-8. sections: keys with an open set of keys
     below them."""
+    loaded: list[DictConfig] = []
+    """The files of a composition, in the order in which Hydra merges them."""
 
     def apply(overrides: list[Override], tree: DictConfig) -> None:
         for override in overrides:
-            if override.key_or_group in sections and not override.is_delete():
-                _make_way(override.key_or_group, override.value(), tree)
+            key = override.key_or_group
+            given = override.value() if key.startswith(sections) and not override.is_delete() else None
+            if isinstance(given, dict) and key.startswith(f"{_ROPE}."):  # of one layer type
+                key, given = _ROPE, {key.removeprefix(f"{_ROPE}."): given}
+            if isinstance(given, dict) and key in sections:  # else the typed tree says what is wrong
+                _set(tree, key, _left(key, _section(tree, key), given, tree))
             _stock_apply([override], tree)
+
+    def compose(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
+        loaded.clear()
+        tree: DictConfig = _stock_compose(self, defaults, repo)
+        for key in sections:
+            found: Any = None
+            for given in (_section(one, key) for one in loaded):
+                if isinstance(given, dict):
+                    found = OmegaConf.to_container(OmegaConf.merge(_left(key, found or {}, given, tree), given))
+            if found is not None:
+                _set(tree, key, found)
+        return tree
 
     def load(self: ConfigLoaderImpl, default: Any, repo: Any) -> Any:
         found = _stock_load(self, default, repo)
         if not (default.config_path or "").startswith("hydra/"):
             refuse_missing(OmegaConf.to_container(found.config), where=f" in {default.config_path}.yaml")
+            if default.config_path != "schema":  # whose empty mappings nobody wrote
+                loaded.append(found.config)
         return found
 
     def read(self: ConfigRepository, config_path: str) -> Any:
@@ -50,31 +71,39 @@ def install(sections: tuple[str, ...]) -> None:
 
     ConfigRepository.load_config = read
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)
+    ConfigLoaderImpl._compose_config_from_defaults_list = compose
     ConfigLoaderImpl._load_single_config = load
 
 
-def _make_way(key: str, given: Any, tree: DictConfig) -> None:
-    """Take out of the tree what the given mapping replaces. Raises ConfigError if that is not known yet."""
-    if not isinstance(given, dict):
-        return  # the typed tree says what is wrong
-    there: Any = OmegaConf.to_container(OmegaConf.select(tree, key))
-    model: Any = OmegaConf.to_container(tree.model)
-    left: Any = _left(there, given) if key == _ROPE or not given else there
-    if not given and FROM_FILE in model.values():
+def _section(tree: DictConfig, key: str) -> Any:
+    found = OmegaConf.select(tree, key)
+    return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+
+
+def _set(tree: DictConfig, key: str, value: dict[str, Any]) -> None:
+    if value != _section(tree, key):
+        OmegaConf.update(tree, key, value, merge=False)
+
+
+def _left(key: str, there: dict[str, Any], given: Mapping[str, Any], tree: DictConfig) -> dict[str, Any]:
+    """What stays of a section when `given` is merged into it. Raises ConfigError if that is not known yet."""
+    if not given and FROM_FILE in _section(tree, "model").values():
         if key == _EXTRA:
             raise ConfigError(key, "{} would leave the keys of config.json; give those that are to change")
-        left = {"rope_type": "default"} if key == _ROPE else left  # an empty one would be filled from the file
-    if left != there:
-        OmegaConf.update(tree, key, left, merge=False)
+        if key == _ROPE:
+            return {"rope_type": "default"}  # an empty one would be filled from the file
+    if key == _ROPE:
+        return _left_of_rope(there, given)
+    return there if given else {}
 
 
-def _left(there: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What stays of a mapping when `given` comes: nothing if that is empty or of another type, or only one is by layer type."""
+def _left_of_rope(there: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing if `given` is empty or of another type, or if only one of them is by layer type."""
     if not given or _by_layer(there) != _by_layer(given):
         return {}
     if _by_layer(there):
         return {
-            name: _left(value, given[name]) if isinstance(given.get(name), Mapping) else value
+            name: _left_of_rope(value, given[name]) if isinstance(given.get(name), Mapping) else value
             for name, value in there.items()
         }
     return there if _kind(given) in (None, _kind(there)) else {}

@@ -143,6 +143,13 @@ def _checked(given: Mapping[str, Any], at: str, head_dim: int, original: int | N
         )
     allowed = (*_COMMON, *required, *optional, *_OF_FAMILY.get((family, kind), ()))
     for name, value in values.items():
+        if name not in allowed and any(name in one.required + one.optional for one in TYPES.values()):
+            whole = _override({name: values.get(name, "...") for name in allowed if name in (*required, *values)}, at)
+            raise ConfigError(
+                f"{at}.{name}",
+                f"{value} has no effect with rope_type={kind}; leave it out, or give the parameters of {kind} together, which "
+                f"replaces those of another type: {whole}",
+            )
         if name not in allowed:
             raise ConfigError(f"{at}.{name}", _unknown(name, value, kind, allowed))
         possible, what = _RANGES.get(name, (lambda value: True, ""))
@@ -168,7 +175,7 @@ def _kind(values: Mapping[str, Any], at: str) -> str:
     kinds = {ALIASES.get(name, name) for name in names.values()}
     if len(kinds) > 1:
         raise ConfigError(
-            f"{at}.type", f"'{values['type']}' contradicts rope_type={values['rope_type']}; leave one of them out"
+            f"{at}.type", f"'{values['type']}' contradicts rope_type={values['rope_type']}; set rope_type alone"
         )
     others = [name for name in values if name not in _COMMON]
     if not kinds and others:
@@ -178,11 +185,16 @@ def _kind(values: Mapping[str, Any], at: str) -> str:
     return kinds.pop() if kinds else "default"
 
 
+def _override(values: Mapping[str, Any], at: str) -> str:
+    """The parameters of one layer type as typed on the command line."""
+    text = ", ".join(f"{name}: {'...' if isinstance(value, list) else value}" for name, value in values.items())
+    layer = at.removeprefix("model.rope_scaling").removeprefix(".")
+    return f"'model.rope_scaling={{{f'{layer}: {{{text}}}' if layer else text}}}'"
+
+
 def _unknown(name: str, value: Any, kind: str, allowed: tuple[str, ...]) -> str:
     if name in _MULTIMODAL:
         return f"{value} is for images and video, which ldft does not train; leave it out"
-    if any(name in one.required + one.optional for one in TYPES.values()):
-        return f"{value} has no effect with rope_type={kind}; leave it out, or choose the type that it belongs to"
     close = difflib.get_close_matches(name, allowed, n=1)
     return f"rope_type={kind} has no such parameter; " + (
         f"did you mean {close[0]}?" if close else f"use {', '.join(allowed)}"

@@ -1,14 +1,17 @@
-"""Mappings on the command line: an empty one and a rotary embedding of another type replace the option's; no value is missing."""
+"""Mappings, on the command line or in a file: an empty one and a rotary embedding of another type replace the option's; no value is
+missing."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hydra_plugins.ldft import search_path
 from ldft.config import from_dict, to_dict
 from ldft.errors import ConfigError
 from ldft.runner import checks
@@ -27,6 +30,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "model.rope_scaling={rope_type:llama3,factor:4.0}": LLAMA3 | {"factor": 4.0},
     "model.rope_scaling.factor=4.0": LLAMA3 | {"factor": 4.0},
     "model.rope_scaling={full_attention:{rope_type:yarn,factor:4.0}}": {"full_attention": YARN},
+    "model.rope_scaling.full_attention={rope_type:yarn,factor:4.0}": {"full_attention": YARN},
 }
 
 
@@ -34,6 +38,38 @@ GIVEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("override", GIVEN)
 def test_a_rotary_embedding_of_another_type_replaces_the_options(override: str, make: Callable[..., Any]) -> None:
     assert make("model=llama3_1b", override).model.rope_scaling == GIVEN[override]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            "model=llama3_1b model.rope_scaling.rope_type=yarn model.rope_scaling.factor=4",
+            "model.rope_scaling.low_freq_factor: 1.0 has no effect with rope_type=yarn; leave it out, or give the parameters of "
+            "yarn together, which replaces those of another type: 'model.rope_scaling={rope_type: yarn, factor: 4, "
+            "original_max_position_embeddings: 8192}'\n",
+        ),
+        (
+            "model=llama3_1b model.rope_scaling.rope_type=longrope",
+            "'model.rope_scaling={rope_type: longrope, short_factor: ..., long_factor: ..., original_max_position_embeddings: "
+            "8192, factor: 32.0}'\n",
+        ),
+        (
+            "model=gemma3_4b model.rope_scaling.full_attention.rope_type=default",
+            "'model.rope_scaling={full_attention: {rope_type: default, rope_theta: 1000000.0}}'\n",
+        ),
+        (
+            "model=llama3_1b model.rope_scaling.type=yarn",
+            "model.rope_scaling.type: 'yarn' contradicts rope_type=llama3; set rope_type alone\n",
+        ),
+    ],
+)
+def test_a_type_alone_is_answered_by_the_whole_mapping(words: str, says: str, here: Callable[..., Done]) -> None:
+    done = here(*words.split(), "launch.device=cpu", "dry_run=true")
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and done.stderr.endswith(says)
+    if override := re.search(r"'(model.rope_scaling=.*)'$", done.stderr):
+        model = compose(words.split()[0], override[1].replace("...", "[" + "2," * 31 + "2]")).model
+        assert model.rope_parameters()  # what is proposed is accepted
 
 
 def test_what_comes_later_is_merged_into_it() -> None:
@@ -45,6 +81,47 @@ def test_what_comes_later_is_merged_into_it() -> None:
     assert compose("model=gemma3_4b", by_layer, later).model.rope_scaling == expected
 
 
+@pytest.mark.parametrize("override", [override for override in GIVEN if override.startswith("model.rope_scaling=")])
+@pytest.mark.parametrize("where", ["this machine's defaults", "an option of the user's", "a sweep"])
+def test_a_file_means_what_the_command_line_means(
+    override: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_path, "CONF_DIR", tmp_path)
+    folder, mapping = tmp_path / "local", override.partition("=")[2].replace(":", ": ")
+    for name in ("model", "sweep", "local"):
+        (folder / name).mkdir(parents=True)
+    (folder / "model" / "mine.yaml").write_text("defaults: [llama3_1b, _self_]\n")
+    (folder / "sweep" / "mine.yaml").write_text("# @package _global_\n")
+    if where == "an option of the user's":
+        (folder / "model" / "mine.yaml").write_text(f"defaults: [llama3_1b, _self_]\nrope_scaling: {mapping}\n")
+    else:
+        file = folder / ("sweep/mine.yaml" if where == "a sweep" else "local/default.yaml")
+        file.write_text(f"# @package _global_\nmodel:\n  rope_scaling: {mapping}\n")
+    words = ("model=mine", "+sweep=mine")
+    assert compose_afresh(*words).model.rope_scaling == GIVEN[override]
+    # The command line comes last.
+    assert compose_afresh(*words, "model.rope_scaling={type:linear,factor:2}").model.rope_scaling == {
+        "type": "linear",
+        "factor": 2,
+    }
+
+
+def test_an_empty_mapping_in_a_file_replaces_in_every_open_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_path, "CONF_DIR", tmp_path)
+    (tmp_path / "local" / "local").mkdir(parents=True)
+    mine = tmp_path / "local" / "local" / "default.yaml"
+    mine.write_text("# @package _global_\nmodel:\n  extra: {}\n")
+    assert compose_afresh("model=llama3_1b").model.extra == {}
+    with pytest.raises(ConfigError, match=r"^model.extra: \{\} would leave the keys of config.json"):
+        compose_afresh("model=from_hf")
+    mine.write_text("# @package _global_\nmodel:\n  extra: {rms_norm_eps: 1.0e-6}\n")
+    assert compose_afresh("model=gemma2_9b").model.extra == compose("model=gemma2_9b").model.extra | {
+        "rms_norm_eps": 1e-6
+    }
+
+
 def test_an_empty_mapping_replaces_in_every_open_section() -> None:
     assert compose("model=llama3_1b").model.extra and not compose("model=llama3_1b", "model.extra={}").model.extra
     words = ("offload.deepspeed={zero_optimization:{sub_group_size:7}}", "offload.deepspeed={}")
@@ -54,9 +131,12 @@ def test_an_empty_mapping_replaces_in_every_open_section() -> None:
 def test_an_empty_mapping_beside_from_hf(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published("meta-llama/Llama-3.1-8B")))
     words = ("model=from_hf", "launch.device=cpu", f"model.path={tmp_path}")
-    config = compose(*words, "model.rope_scaling={}")
-    checks.resolve(config)
-    assert config.model.rope_parameters()[""] == {"rope_type": "default", "rope_theta": 500000.0}
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "none.yaml").write_text("# @package _global_\nmodel:\n  rope_scaling: {}\n")
+    in_file = ("+sweep=none", f"hydra.searchpath=[file://{tmp_path}]")
+    for config in (compose(*words, "model.rope_scaling={}"), compose_afresh(*words, *in_file)):
+        checks.resolve(config)
+        assert config.model.rope_parameters()[""] == {"rope_type": "default", "rope_theta": 500000.0}
     with pytest.raises(ConfigError, match=r"^model.extra: \{\} would leave the keys of config.json"):
         compose(*words, "model.extra={}")
 
