@@ -69,6 +69,7 @@ LONGEST = (
     "config/test_wrong_input.py",
     "sweep/test_plan.py",
     "training/test_weight_conversion.py",
+    "training/test_built_parts.py",
     "runner/test_numa_options.py",
     "runner/test_from_hf.py",
     "planning/test_plans.py",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldft.config import Config, Device, OffloadDevice
+from ldft.config import Config, Device, ModelConfig, OffloadDevice
 from ldft.config.checkpointing import CheckpointingMode, KeepAttention
 from ldft.planning.rates import HostTime, Rates
 from ldft.preflight import (
@@ -26,6 +26,7 @@ from ldft.preflight import (
     windows,
     zero_buckets,
 )
+from ldft.preflight.decoder_layers import Layer
 from ldft.preflight.selection import Selection
 
 # Without offload, DeepSpeed (0.19) spends as much as this traffic to device memory for each parameter: copies of weights and
@@ -168,14 +169,13 @@ def _seen(run: Selection) -> float:
     return part * seen + (1 - part) * length / 2
 
 
-def _products(config: Config, sparse: bool) -> float:
+def _products(model: ModelConfig, layer: Layer) -> float:
     """Weights of a layer that one token is multiplied with."""
-    model = config.model
-    found = sum(inputs * outputs for inputs, outputs in decoder_layers.linears(model, sparse).values())
-    if sparse:
+    found = float(sum(inputs * outputs for inputs, outputs in layer.linears.values()))
+    if layer.experts:
         found += model.num_experts * model.hidden_size
-        found += model.num_experts_per_token * 3 * experts.expert_width(model) * model.hidden_size
-    return float(found)
+        found += sum(layer.experts) * model.num_experts_per_token / model.num_experts
+    return found
 
 
 def _layer(run: Selection, rates: Rates) -> _Layer:
@@ -183,7 +183,7 @@ def _layer(run: Selection, rates: Rates) -> _Layer:
     config = run.config
     model, tokens, width = config.model, layer_memory.tokens(config), parameter_counts.width(config)
     kinds = decoder_layers.kinds(model)
-    weights = sum(count * _products(config, sparse) for sparse, count in kinds.items()) / model.num_layers
+    weights = sum(count * _products(model, layer) for layer, count in kinds.items()) / model.num_layers
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
     if model.num_experts:
@@ -194,7 +194,7 @@ def _layer(run: Selection, rates: Rates) -> _Layer:
     passes_back = per_byte * (12 * hidden + 4 * queries + 6 * keys + 5 * inner)
     # An adapter reads its input; its output is written, scaled (2) and added to the module's (3). Backward, the gradient is scaled
     # (2) and read twice, the input read once, and its gradient written and added to the module's (4).
-    sizes = [one for sparse in kinds for one in kinds[sparse] * [*parameter_counts.adapted(config, sparse).values()]]
+    sizes = [one for layer in kinds for one in kinds[layer] * [*parameter_counts.adapted(config, layer).values()]]
     read, written = (sum(column) / model.num_layers for column in zip(*sizes, strict=True)) if sizes else (0.0, 0.0)
     passes += per_byte * (read + 6 * written)
     passes_back += per_byte * (5 * read + 4 * written)

@@ -1,9 +1,11 @@
-"""The parameters of one decoder layer, family by family. Imports no torch.
+"""The parameters of a model: those of each kind of decoder layer, and those outside the layers. Imports no torch.
 
 Llama's layer is the pattern: four projections of attention, three of the MLP, two norms. A row of FAMILIES says how a family
 differs. In a mixture of experts the MLP of some or all layers is replaced by experts: a router, E x H; the experts' gate and up
 projections as one weight of three dimensions, E x 2 I x H; and their down projections, E x H x I (transformers 5; some families
 store them transposed, which has the same size).
+
+A family without a row is built instead, on torch's meta device. That takes seconds and torch, so it is left to `builder`.
 """
 
 from __future__ import annotations
@@ -22,8 +24,34 @@ from ldft.preflight import experts
 _QKV = ("q_proj", "k_proj", "v_proj")
 _QKVO = (*_QKV, "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-# Modules that make queries, keys and values.
-PROJECTIONS = (*_QKV, "qkv_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layer:
+    """Parameters of one kind of decoder layer."""
+
+    linears: Mapping[str, tuple[int, int]]
+    """Name -> (inputs, outputs) of its linear modules in the order in which they compute, attention's first."""
+    of_attention: int
+    """How many of them are attention's. The last of those is its output projection, the others make queries, keys and values."""
+    sizes: Counter[int]
+    """Elements -> number of parameters of that size."""
+    experts: tuple[int, ...] = ()
+    """Elements of the experts' matrices, each of all experts together; none in a layer without experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Parameters of a model."""
+
+    layers: Counter[Layer]
+    """Each kind of decoder layer, and how many there are."""
+    outside: Counter[int]
+    """Elements -> number of parameters of that size outside the layers; a tied embedding counts once."""
+
+
+builder: Callable[[ModelConfig], Parts] | None = None
+"""Builds a model whose family has no row. Set where torch may be imported (ldft/runner/__init__.py)."""
 
 
 class HeadNorms(Enum):
@@ -64,7 +92,7 @@ class Family:
 
 
 _ATTENTION_BIAS = {"attention_bias": _QKVO}
-# Families with exact counts, which a test compares with transformers. Others are counted as Llama.
+# Families with formulas, which a test compares with transformers. Others are built.
 FAMILIES = {
     "llama": Family(biases={**_ATTENTION_BIAS, "mlp_bias": _MLP}),
     "mistral": Family(),
@@ -113,7 +141,34 @@ def of(model: ModelConfig) -> Family:
 
 
 @remembered
-def kinds(model: ModelConfig) -> Counter[bool]:
+def parts(model: ModelConfig) -> Parts:
+    """Raises ConfigError if transformers cannot build a model whose family has no row."""
+    if model.family not in FAMILIES:
+        assert builder is not None, "set by ldft.runner"
+        return builder(model)
+    layers = Counter({_layer(model, sparse): count for sparse, count in _kinds(model).items()})
+    embedding = model.vocab_size * model.hidden_size
+    return Parts(layers, Counter({embedding: 1 if model.tie_word_embeddings else 2}) + Counter([model.hidden_size]))
+
+
+def kinds(model: ModelConfig) -> Counter[Layer]:
+    """Each kind of decoder layer, and how many there are."""
+    return parts(model).layers
+
+
+@remembered
+def largest(model: ModelConfig) -> Layer:
+    """The kind of layer with most parameters."""
+    return max(kinds(model), key=lambda layer: sum(size * count for size, count in layer.sizes.items()))
+
+
+def last_product(model: ModelConfig, layer: Layer) -> str:
+    """Name of the linear module that returns from the MLP to the residual stream; empty if only experts do."""
+    of_mlp = [*layer.linears.items()][layer.of_attention :]
+    return next((name for name, (_, outputs) in reversed(of_mlp) if outputs == model.hidden_size), "")
+
+
+def _kinds(model: ModelConfig) -> Counter[bool]:
     """Number of decoder layers with experts (True) and without."""
     if not model.num_experts:
         return Counter({False: model.num_layers})
@@ -129,58 +184,51 @@ def shared_width(model: ModelConfig) -> int:
     return int(model.extra.get("shared_expert_intermediate_size", default)) if default else 0
 
 
-def linears(model: ModelConfig, sparse: bool) -> dict[str, tuple[int, int]]:
-    """Name -> (inputs, outputs) of the linear modules of a decoder layer with experts, if `sparse`, or without."""
-    family, hidden = of(model), model.hidden_size
+def _attention(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Name -> (inputs, outputs) of attention's linear modules."""
+    hidden = model.hidden_size
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    found: dict[str, tuple[int, int]] = {}
-    if family.fused_attention:
-        found["qkv_proj"] = hidden, queries + 2 * keys
-    else:
-        found |= {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
-    found["o_proj"] = queries, hidden
-    inner = shared_width(model) if sparse else model.intermediate_size
-    if inner and family.fused_mlp:
-        found["gate_up_proj"] = hidden, 2 * inner
-    elif inner:
-        found |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
-    if inner:
-        found["down_proj"] = inner, hidden
-    if sparse and inner:
-        found["shared_expert_gate"] = hidden, 1
-    return found
+    if of(model).fused_attention:
+        return {"qkv_proj": (hidden, queries + 2 * keys), "o_proj": (queries, hidden)}
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+    }
 
 
-def expert_matrices(model: ModelConfig) -> tuple[int, int]:
-    """Elements of the experts' gate and up projections, and of their down projections, of all experts of a layer."""
-    all_widths = model.num_experts * experts.expert_width(model)
-    return 2 * all_widths * model.hidden_size, all_widths * model.hidden_size
+def _mlp(model: ModelConfig, sparse: bool) -> dict[str, tuple[int, int]]:
+    """Name -> (inputs, outputs) of the linear modules of an MLP with experts, if `sparse`, or without."""
+    hidden, inner = model.hidden_size, shared_width(model) if sparse else model.intermediate_size
+    if not inner:
+        return {}
+    ahead = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
+    if of(model).fused_mlp:
+        ahead = {"gate_up_proj": (hidden, 2 * inner)}
+    return ahead | {"down_proj": (inner, hidden)} | ({"shared_expert_gate": (hidden, 1)} if sparse else {})
 
 
-@remembered
-def sizes(model: ModelConfig, sparse: bool) -> Counter[int]:
-    """Elements -> number of parameters of that size in one decoder layer."""
-    family, modules = of(model), linears(model, sparse)
-    found = Counter(inputs * outputs for inputs, outputs in modules.values())
+def _layer(model: ModelConfig, sparse: bool) -> Layer:
+    """A decoder layer with experts, if `sparse`, or without."""
+    family, attention = of(model), _attention(model)
+    modules = attention | _mlp(model, sparse)
+    sizes = Counter(inputs * outputs for inputs, outputs in modules.values())
     for key, names in family.biases.items():
         if model.extra.get(key, family.biased):
-            found.update(modules[name][1] for name in names if name in modules)
-    found[model.hidden_size] += family.norms
+            sizes.update(modules[name][1] for name in names if name in modules)
+    sizes[model.hidden_size] += family.norms
     if family.head_norms is HeadNorms.one_head:
-        found[model.head_dim] += 2
+        sizes[model.head_dim] += 2
     elif family.head_norms is HeadNorms.all_heads:
-        found.update(heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
+        sizes.update(heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
     if family.sinks:
-        found[model.num_attention_heads] += 1
+        sizes[model.num_attention_heads] += 1
+    matrices: tuple[int, ...] = ()
     if sparse:
         number, inner = model.num_experts, experts.expert_width(model)
-        found.update((number * model.hidden_size, *expert_matrices(model)))
+        matrices = (number * 2 * inner * model.hidden_size, number * inner * model.hidden_size)
+        sizes.update((number * model.hidden_size, *matrices))
         if family.expert_biases:
-            found.update((number, number * 2 * inner, number * model.hidden_size))
-    return found
-
-
-@remembered
-def largest(model: ModelConfig) -> bool:
-    """Whether the kind of layer with most parameters is the one with experts."""
-    return max(kinds(model), key=lambda sparse: sum(size * count for size, count in sizes(model, sparse).items()))
+            sizes.update((number, number * 2 * inner, number * model.hidden_size))
+    return Layer(linears=modules, of_attention=len(attention), sizes=sizes, experts=matrices)

@@ -70,19 +70,18 @@ def of(run: Selection) -> Gathered:
     """For a run of stage 3 that copies weights to the device, from host memory or from other ranks."""
     config, zero = run.config, run.zero
     model = config.model
-    sparse = decoder_layers.largest(model)
-    linears = decoder_layers.linears(model, sparse)
-    matrices: list[tuple[int, ...]] = [(inputs * outputs,) for inputs, outputs in linears.values()]
-    if sparse:
-        matrices.append(decoder_layers.expert_matrices(model))
+    largest = decoder_layers.largest(model)
+    matrices: list[tuple[int, ...]] = [(inputs * outputs,) for inputs, outputs in largest.linears.values()]
+    if largest.experts:
+        matrices.append(largest.experts)
     # Adapters that are too large to stay are fetched like other weights; they were added after all of the model.
     rank, least = config.lora.rank, int(zero["stage3_param_persistence_threshold"])
-    adapters = [rank * width for shape in parameter_counts.adapted(config, sparse).values() for width in shape]
+    adapters = [rank * width for shape in parameter_counts.adapted(config, largest).values() for width in shape]
     matrices += [(size,) for size in adapters if size >= least]
     layer = parameter_counts.layer_parameters(model) + sum(adapters)
     return _simulated(
         (tuple(size for module in matrices for size in module),) if run.fetches_whole_layers else tuple(matrices),
-        sum(name == "o_proj" or name in decoder_layers.PROJECTIONS for name in linears),
+        largest.of_attention,
         layer,
         model.num_layers,
         parameter_counts.embedding_parameters(model),

@@ -210,9 +210,11 @@ def _inside(run: Selection, recomputed: bool) -> Parts:
     mlp, of_attention = layer_memory.backward(run, recomputed)
     if config.lora.rank or not run.fetches_whole_layers:
         return {"inside a layer": max(mlp, of_attention)} | _gradients_of_a_layer(run)
-    sizes = {name: a * b for name, (a, b) in decoder_layers.linears(config.model, sparse=False).items()}
-    behind = sum(size for name, size in sizes.items() if name not in decoder_layers.PROJECTIONS)
-    last = sizes["down_proj"] if run.mlp_tiles == 1 else 0  # tiles have their own sums
+    largest = decoder_layers.largest(config.model)
+    sizes = {name: inputs * outputs for name, (inputs, outputs) in largest.linears.items()}
+    behind = sum([*sizes.values()][max(0, largest.of_attention - 1) :])
+    # Tiles have their own sums.
+    last = sizes.get(decoder_layers.last_product(config.model, largest), 0) if run.mlp_tiles == 1 else 0
     layer = parameter_counts.layer_parameters(config.model)
     together = config.checkpointing.every - 1 if recomputed else 0
     end = 2 * hidden + together * (layer_memory.kept(run) + hidden)

@@ -55,7 +55,11 @@ def forward(run: Selection) -> int:
     """Bytes in the forward pass of a layer that is recomputed later, in its MLP: w T (3 H + 3 I), or for one of n tiles 3 I / n."""
     config = run.config
     model = config.model
-    inner = of_experts(config) if decoder_layers.largest(model) else -(-3 * model.intermediate_size // run.mlp_tiles)
+    inner = (
+        of_experts(config)
+        if decoder_layers.largest(model).experts
+        else -(-3 * model.intermediate_size // run.mlp_tiles)
+    )
     return parameter_counts.width(config) * tokens(config) * (3 * model.hidden_size + inner) + _scores(run, 2)
 
 
@@ -68,14 +72,14 @@ def _mlp(run: Selection) -> int:
     """
     config = run.config
     model = config.model
-    sparse = decoder_layers.largest(model)
+    layer = decoder_layers.largest(model)
     elements = model.hidden_size
     if run.mlp_tiles > 1:
         return hidden_bytes(config) + _tile(run)
     of_experts = model.num_experts_per_token * (model.hidden_size + experts.expert_width(model))
-    elements += model.hidden_size + of_experts if sparse else model.intermediate_size
-    if "down_proj" in parameter_counts.adapted(config, sparse):
-        elements += decoder_layers.linears(model, sparse)["down_proj"][0] + 2 * model.hidden_size
+    elements += model.hidden_size + of_experts if layer.experts else model.intermediate_size
+    if last := parameter_counts.adapted(config, layer).get(decoder_layers.last_product(model, layer)):
+        elements += last[0] + 2 * model.hidden_size
     return parameter_counts.width(config) * tokens(config) * elements
 
 
@@ -118,13 +122,13 @@ def kept(run: Selection) -> int:
     config = run.config
     model = config.model
     queries, keys = _heads(run)
-    sparse = decoder_layers.largest(model)
+    layer = decoder_layers.largest(model)
     elements = 3 * model.hidden_size + 2 * queries + 2 * keys
     if run.mlp_tiles == 1:
-        elements += of_experts(config) if sparse else 3 * model.intermediate_size
+        elements += of_experts(config) if layer.experts else 3 * model.intermediate_size
     found = parameter_counts.width(config) * tokens(config) * elements + _scores(run, 4)
     if config.lora.dropout:
-        inputs = sum(inputs for inputs, _ in parameter_counts.adapted(config, sparse).values())
+        inputs = sum(inputs for inputs, _ in parameter_counts.adapted(config, layer).values())
         found += (parameter_counts.width(config) + 1) * tokens(config) * inputs
     return found
 

@@ -1,4 +1,4 @@
-"""Number and sizes of a model's parameters by formula. Imports no torch."""
+"""Number and sizes of a model's parameters. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,30 +7,35 @@ from collections import Counter
 from ldft.config import Config, ModelConfig, Precision
 from ldft.errors import ConfigError
 from ldft.preflight import decoder_layers
+from ldft.preflight.decoder_layers import Layer
 
 
 def layer_sizes(model: ModelConfig) -> Counter[int]:
     """Elements -> number of parameters of that size in one decoder layer, the largest."""
-    return decoder_layers.sizes(model, decoder_layers.largest(model))
+    return decoder_layers.largest(model).sizes
 
 
 @decoder_layers.remembered
 def parameter_sizes(model: ModelConfig) -> Counter[int]:
     """Elements -> number of parameters of that size in the model; a tied embedding counts once."""
-    sizes: Counter[int] = Counter()
-    for sparse, layers in decoder_layers.kinds(model).items():
-        for size, count in decoder_layers.sizes(model, sparse).items():
+    parts = decoder_layers.parts(model)
+    sizes = Counter(parts.outside)
+    for layer, layers in parts.layers.items():
+        for size, count in layer.sizes.items():
             sizes[size] += layers * count
-    sizes[embedding_parameters(model)] += 1 if model.tie_word_embeddings else 2
-    sizes[model.hidden_size] += 1
     return sizes
 
 
-def adapted(config: Config, sparse: bool) -> dict[str, tuple[int, int]]:
-    """The linear modules of a decoder layer that have an adapter, as in decoder_layers.linears()."""
+def adapted(config: Config, layer: Layer) -> dict[str, tuple[int, int]]:
+    """The linear modules of a decoder layer that have an adapter, as in Layer.linears."""
     named = config.lora.target_modules
-    found = decoder_layers.linears(config.model, sparse) if config.lora.rank else {}
-    return {name: shape for name, shape in found.items() if not named or name in named}
+    found = layer.linears if config.lora.rank else {}
+    return {name: shape for name, shape in found.items() if not named or any(_is(name, one) for one in named)}
+
+
+def _is(module: str, name: str) -> bool:
+    """Whether peft takes the name for this module: it is its path, or the end of it."""
+    return f".{module}".endswith(f".{name}")
 
 
 def trained_sizes(config: Config) -> Counter[int]:
@@ -39,8 +44,8 @@ def trained_sizes(config: Config) -> Counter[int]:
     if not rank:
         return parameter_sizes(model)
     sizes: Counter[int] = Counter()
-    for sparse, layers in decoder_layers.kinds(model).items():
-        for inputs, outputs in adapted(config, sparse).values():
+    for layer, layers in decoder_layers.kinds(model).items():
+        for inputs, outputs in adapted(config, layer).values():
             sizes[rank * inputs] += layers
             sizes[rank * outputs] += layers
     if "lm_head" in named:
@@ -49,15 +54,12 @@ def trained_sizes(config: Config) -> Counter[int]:
 
 
 def check_adapted(config: Config) -> None:
-    """Raise ConfigError if lora.target_modules names a module that the model lacks. For other families, peft checks it."""
+    """Raise ConfigError if lora.target_modules names a module that the model lacks."""
     model = config.model
-    if model.family not in decoder_layers.FAMILIES:
-        return
-    known = dict.fromkeys(
-        name for sparse in decoder_layers.kinds(model) for name in decoder_layers.linears(model, sparse)
-    )
     for name in config.lora.target_modules:
-        if name not in known and name != "lm_head":
+        modules = [module for layer in decoder_layers.kinds(model) for module in layer.linears]
+        if name != "lm_head" and not any(_is(module, name) for module in modules):
+            known = dict.fromkeys(module.rpartition(".")[2] for module in modules)
             experts = "; the weights of experts have no adapters" if model.num_experts else ""
             raise ConfigError(
                 "lora.target_modules",

@@ -16,7 +16,6 @@ from ldft.planning import settled
 from ldft.preflight import (
     assumed_machine,
     attention,
-    decoder_layers,
     device_inputs,
     fit,
     parameter_counts,
@@ -83,13 +82,12 @@ def summarize(config: Config) -> tuple[str, str]:
 def _what(run: Resolved) -> list[str]:
     config = run.config
     model, train = config.model, config.train
-    exact = "" if model.family in decoder_layers.FAMILIES else "about "
     weights = f"pretrained, from {model.path or 'the hub: ' + model.hf_id}"
     if model.weights is Weights.random:
         weights = f"random, train.seed={train.seed}"
     sequences = config.sequences_per_update
     data = f"{config.data.kind.name}{f', {config.data.path}' if config.data.reads_file else ''}"
-    parameters = f"{exact}{parameter_counts.num_parameters(model):,} parameters"
+    parameters = f"{parameter_counts.num_parameters(model):,} parameters"
     return [
         f"model: {model.name}, {model.family}, {plural(model.num_layers, 'layer')}, {parameters}",
         f"weights: {weights}; data: {data}",

@@ -66,7 +66,7 @@ class Imported:
 def convert(source: ConfigJson) -> Imported:
     """The model of a config.json. Raises ConfigError if ldft cannot build the same model, naming the key."""
     _check(source)
-    with _quiet():
+    with quiet():
         whole = _read(source)
         if whole.is_encoder_decoder:
             raise source.refusal(f"{whole.model_type} is an encoder-decoder; use a causal language model")
@@ -161,7 +161,7 @@ def _check_classes(source: ConfigJson, family: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own messages, which are no lines of ldft's."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)

@@ -80,8 +80,8 @@ def test_repeated_keys_and_values_are_kept_instead_of_those_of_groups(monkeypatc
 
 
 def test_dropout_keeps_an_input_and_a_mask_for_each_adapter() -> None:
-    modules = decoder_layers.linears(compose("model=llama3_1b").model, sparse=False)
-    inputs = sum(inputs for inputs, _ in modules.values())
+    layer = decoder_layers.largest(compose("model=llama3_1b").model)
+    inputs = sum(inputs for inputs, _ in layer.linears.values())
     assert activations("lora=r16", "lora.dropout=0.1") - activations("lora=r16") == 16 * (2 + 1) * 4096 * inputs
     two = activations("lora=r16", "lora.dropout=0.1", "lora.target_modules=[q_proj,down_proj]") - activations(
         "lora=r16"
