@@ -31,7 +31,8 @@ defaults prefetch waste device memory:
 from __future__ import annotations
 
 from ldft.config import Config, OffloadDevice
-from ldft.preflight.parameter_counts import layer_parameters, layer_sizes
+from ldft.preflight import decoder_layers
+from ldft.preflight.parameter_counts import adapted, layer_parameters, layer_sizes
 
 # DeepSpeed's own defaults, written out. All in elements.
 DEFAULTS = {
@@ -66,13 +67,16 @@ def leaf_modules(config: Config) -> dict[str, list[str]]:
     """Values of `zero_optimization.leaf_module`: the decoder layers, whose names end like this in every family.
 
     With adapters, of the first only its MLP: the layer's input, of frozen weights, needs no gradient, and then torch calls the hook
-    in which DeepSpeed reduces a leaf module's gradients before they are computed.
+    in which DeepSpeed reduces a leaf module's gradients before they are computed. And not that, if it may read the same input: if
+    attention has no adapter, or runs beside the MLP, as in some of the families that have no formula.
     """
     if not whole_layers(config):
         return {"classes": []}
     layers = [f"model.layers.{number}" for number in range(config.model.num_layers)]
     if config.lora.rank:
-        layers[0] += ".mlp"
+        first = decoder_layers.largest(config.model)
+        behind = {*[*first.linears][: first.of_attention]} & adapted(config, first).keys()
+        layers[:1] = [f"{layers[0]}.mlp"] if behind and config.model.family in decoder_layers.FAMILIES else []
     return {"classes": [], "name_suffixes": layers}
 
 

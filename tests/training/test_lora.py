@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -12,11 +13,11 @@ import torch
 from ldft.config import Config, Device, from_dict, to_dict
 from ldft.config.checkpointing import CheckpointingMode
 from ldft.errors import ConfigError
-from ldft.preflight import parameter_counts
+from ldft.preflight import parameter_counts, zero_buckets
 from ldft.preflight.selection import select
 from ldft.training import data, flops, model
 from ldft.training.checkpointing import checkpointing
-from tests.conftest import compose, long
+from tests.conftest import Done, compose, long
 from tests.training.test_equality import BASE, alone, relative_error, run_once  # noqa: F401
 
 LORA = ("lora=r8", "train.precision=fp32", "model.vocab_size=512", "seq_len.tokens=64", "optimizer.learning_rate=5e-3")
@@ -85,6 +86,17 @@ def test_the_row_counts_what_is_trained(run_once, reference: list[float]) -> Non
     assert (row.parameters, row.trainable_parameters) == (frozen + trained, trained)
     assert trained == 2 * 8 * (2 * 64 + 2 * (64 + 32) + 2 * 64 + 3 * (64 + config_of().model.intermediate_size))
     assert relative_error(row.loss, reference) < 1e-5
+
+
+@pytest.mark.parametrize("modules", ["down_proj", "o_proj"])
+def test_the_first_layer_may_have_an_mlp_whose_input_needs_no_gradient(modules: str, ldft: Callable[..., Done]) -> None:
+    """Under offload=full whole layers are fetched, in the first layer less: torch would reduce its gradients too early."""
+    done = ldft("lora=r8", f"lora.target_modules=[{modules}]", "offload=full", "launch.device=cpu")
+    assert done.exit_code == 0, done.stderr
+    read, written = {"down_proj": (128, 64), "o_proj": (64, 64)}[modules]
+    assert done.row["trainable_parameters"] == 2 * 8 * (read + written)
+    found = zero_buckets.leaf_modules(compose("model=nano", "lora=r8", f"lora.target_modules=[{modules}]"))
+    assert ("model.layers.0.mlp" in found["name_suffixes"]) == (modules == "o_proj")
 
 
 def test_a_frozen_weight_costs_four_flops_a_token_and_a_trained_one_six() -> None:
