@@ -64,7 +64,7 @@ def whole_layers(config: Config) -> bool:
 
 
 def leaf_modules(config: Config) -> dict[str, list[str]]:
-    """Values of `zero_optimization.leaf_module`: the decoder layers, whose names end like this in every family.
+    """Values of `zero_optimization.leaf_module`: the decoder layers, whose names end like this.
 
     With adapters, of the first only its MLP: the layer's input, of frozen weights, needs no gradient, and then torch calls the hook
     in which DeepSpeed reduces a leaf module's gradients before they are computed. And not that, if it may read the same input: if
@@ -72,11 +72,13 @@ def leaf_modules(config: Config) -> dict[str, list[str]]:
     """
     if not whole_layers(config):
         return {"classes": []}
-    layers = [f"model.layers.{number}" for number in range(config.model.num_layers)]
+    known = config.model.family in decoder_layers.FAMILIES
+    outer = "model" if known else ""  # gpt_neox.layers.0
+    layers = [f"{outer}.layers.{number}" for number in range(config.model.num_layers)]
     if config.lora.rank:
         first = decoder_layers.largest(config.model)
         behind = {*[*first.linears][: first.of_attention]} & adapted(config, first).keys()
-        layers[:1] = [f"{layers[0]}.mlp"] if behind and config.model.family in decoder_layers.FAMILIES else []
+        layers[:1] = [f"{layers[0]}.mlp"] if behind and known else []
     return {"classes": [], "name_suffixes": layers}
 
 

@@ -20,10 +20,10 @@ from transformers.initialization import no_init_weights
 from ldft.config import ModelConfig
 from ldft.errors import ConfigError
 from ldft.planning import iteration_time
-from ldft.preflight import decoder_layers, device_estimate, families, host_estimate, parameter_counts
+from ldft.preflight import decoder_layers, device_estimate, families, host_estimate, parameter_counts, zero_buckets
 from ldft.preflight.selection import select
 from ldft.runner import checks
-from ldft.training import config_json, hf_import, lora, model_option
+from ldft.training import config_json, hf_import, lora, model_option, verification
 from ldft.training.architecture import hf_config
 from tests.conftest import Done, compose
 
@@ -182,5 +182,10 @@ def test_a_run_trains_what_was_counted(
     assert done.row["parameters"] == parameter_counts.num_parameters(config.model) + (
         counted if config.lora.rank else 0
     )
+    # Layers are fetched whole: each name is one module's.
+    modules = [module for module, _ in verification.outline(hf_config(config.model), config.model).named_modules()]
+    leaves = zero_buckets.leaf_modules(config)["name_suffixes"]
+    assert len(leaves) == (1 if config.lora.rank else 2)
+    assert all(sum(module.endswith(leaf) for module in modules) == 1 for leaf in leaves)
     of_all_ranks = json.loads(done.row["predicted_host_json"])["master_weights"] * config.launch.num_ranks
     assert of_all_ranks == pytest.approx(4 * counted / 2**30, rel=0.01)
