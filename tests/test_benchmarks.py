@@ -174,6 +174,25 @@ def test_the_regret_of_a_plan_is_against_neighbours_that_ran_again(monkeypatch) 
     assert line["regret"] == pytest.approx(2.1 / 1.9 - 1)
 
 
+def test_alarms_of_the_gate_are_counted_from_runs_that_differ(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gate_alarms
+    import numpy as np
+
+    random = np.random.default_rng(3)
+
+    def cells(between: float) -> list[list[np.ndarray]]:
+        return [
+            [100 * np.exp(random.normal(0, between) + random.normal(0, 0.02, 8)) for _ in range(8)] for _ in range(4)
+        ]
+
+    alike = {runs: gate_alarms.rates(cells(0.0), runs, 0.97, draws=200) for runs in (1, 4)}
+    assert all(alarms <= 0.05 and seen > 0.95 for alarms, seen in alike.values())
+    # Single runs do not show how much runs differ; several do.
+    single, several = (gate_alarms.rates(cells(0.05), runs, 0.97, draws=200) for runs in (1, 4))
+    assert single[0] > 0.3 and several[0] < 0.1
+
+
 def test_exchanges_between_ranks_have_a_line_of_their_own(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     import profile_iteration
