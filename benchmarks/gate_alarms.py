@@ -3,8 +3,8 @@
     python -m ldft -m model=llama3_1b seq_len=8k offload=none,full sweep.repeats=8 results.dir=ROWS
     python benchmarks/gate_alarms.py ROWS [--draws 2000]
 
-Of each cell's runs, some are drawn as before and others as after a change, and the gate judges all cells at once. A false alarm is a
-diff with a refused cell. Then the same with one cell whose runs after the change are a tenth slower, which the gate should refuse.
+Of each cell's runs, some are drawn as before and others as after a change, and the gate judges all cells at once. A false alarm is
+a diff with a refused cell. Then the same with one cell whose runs after the change are a tenth slower, which it should refuse.
 """
 
 from __future__ import annotations
