@@ -192,7 +192,9 @@ def _table_of(rows: list[tuple[str, str]]) -> list[str]:
 def _command(config: Config, plan: Plan, given: list[str]) -> list[str]:
     """The command that runs the plan here, or on the machine that it is for."""
     own = [text for text in given if text.partition("=")[0].partition(".")[0] not in ("plan", "machine")]
-    return [Path(sys.executable).name, "-m", "ldft", *own, *settled.changes(config, plan.run.config)]
+    # Or plan=auto could choose others there.
+    none = ["plan=none"] if config.launch.device is Device.cuda else []
+    return [Path(sys.executable).name, "-m", "ldft", *own, *settled.changes(config, plan.run.config), *none]
 
 
 def _grid(given: list[str]) -> list[list[str]]:
