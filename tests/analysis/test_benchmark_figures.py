@@ -125,6 +125,14 @@ def test_plans_beat_rows_made_by_hand() -> None:
     assert compared > 40
 
 
+def test_plans_in_the_readme() -> None:
+    table = script("plans").regret(pd.read_parquet(RESULTS / "plans-h200.parquet"))
+    longer = 1 / (1 + table["error"]) - 1
+    assert len(table) == 14
+    text = f"fourteen plans took between {longer.max():.0%} longer and {-longer.min():.0%} less than expected"
+    assert text in " ".join((REPOSITORY / "README.md").read_text().split())
+
+
 def test_neighbours_of_plans() -> None:
     plans, seconds = pd.read_parquet(RESULTS / "plans-h200.parquet"), script("plans").seconds
     faster, spread = [], []
