@@ -97,16 +97,18 @@ def _left(key: str, there: dict[str, Any], given: Mapping[str, Any], tree: DictC
     return there if given else {}
 
 
-def _left_of_rope(there: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _left_of_rope(there: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Nothing if `given` is empty or of another type, or if only one of them is by layer type."""
     if not given or _by_layer(there) != _by_layer(given):
         return {}
     if _by_layer(there):
         return {
-            name: _left_of_rope(value, given[name]) if isinstance(given.get(name), Mapping) else value
+            name: _left_of_rope(value, given[name])
+            if isinstance(value, Mapping) and isinstance(given.get(name), Mapping)
+            else value
             for name, value in there.items()
         }
-    return there if _kind(given) in (None, _kind(there)) else {}
+    return {**there} if _kind(given) in (None, _kind(there)) else {}
 
 
 def _by_layer(rope: Mapping[str, Any]) -> bool:

@@ -81,6 +81,12 @@ def test_what_comes_later_is_merged_into_it() -> None:
     assert compose("model=gemma3_4b", by_layer, later).model.rope_scaling == expected
 
 
+def test_a_layer_type_without_parameters_gets_the_given_ones() -> None:
+    words = ("model.rope_scaling.full_attention=null", "model.rope_scaling.full_attention={rope_type:linear,factor:8}")
+    rope = compose("model=gemma3_4b", *words).model.rope_scaling
+    assert rope["full_attention"] == {"rope_type": "linear", "factor": 8} and rope["sliding_attention"]
+
+
 @pytest.mark.parametrize("override", [override for override in GIVEN if override.startswith("model.rope_scaling=")])
 @pytest.mark.parametrize("where", ["this machine's defaults", "an option of the user's", "a sweep"])
 def test_a_file_means_what_the_command_line_means(
