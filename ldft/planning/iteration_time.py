@@ -299,7 +299,7 @@ def _update(run: Selection, rates: Rates) -> float:
     # Each state is read and written, the gradient read, the weight written. Stock DeepSpeed also unscales, and copies twice.
     traffic = 2 * (parameter_counts.state_bytes(config) + parameter_counts.width(config))
     if not run.fused_step:
-        single = run.zero["sub_group_size"] < parameter_counts.layer_parameters(config.model)
+        single = 0 < run.zero.get("sub_group_size", 0) < parameter_counts.layer_parameters(config.model)
         traffic += 3 * 4 + 2 * (4 + parameter_counts.width(config)) + single * _SINGLE_BYTES
     elif config.offload.stage < 3:
         traffic += _STAGE_2_BYTES
