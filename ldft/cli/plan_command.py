@@ -190,11 +190,10 @@ def _table_of(rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _command(config: Config, plan: Plan, given: list[str]) -> list[str]:
-    """The command that runs the plan here, or on the machine that it is for."""
+    """The command that runs the plan here, or on the machine that it is for. There plan=auto could choose others for what this plan
+    left at its default: it aims at fastest, and by that machine's rates."""
     own = [text for text in given if text.partition("=")[0].partition(".")[0] not in ("plan", "machine")]
-    # Or plan=auto could choose others there.
-    none = ["plan=none"] if config.launch.device is Device.cuda else []
-    return [Path(sys.executable).name, "-m", "ldft", *own, *settled.changes(config, plan.run.config), *none]
+    return [Path(sys.executable).name, "-m", "ldft", *own, *settled.changes(config, plan.run.config), "plan=none"]
 
 
 def _grid(given: list[str]) -> list[list[str]]:

@@ -195,7 +195,7 @@ def test_an_answer_has_the_plan_others_what_binds_it_and_a_command_that_gives_it
         assert part in out, part
     command = out.strip().splitlines()[-1].split()
     assert command[1:3] == ["-m", "ldft"] and "machine=h100_80g" not in command
-    assert command[-1] == "plan=none", "where the machine is measured, plan=auto could choose others"
+    assert command[-1] == "plan=none"  # or plan=auto would choose anew there
     chosen = [text for text in command[3:] if text not in given]
     config = compose(*given, *chosen)
     checks.resolve(config)
