@@ -31,12 +31,16 @@ def rates(config: Config) -> Rates:
         return found
     network = config.machine.network_gb_per_s
     if not network:
-        raise UnknownRatesError(
-            "machine.network_gb_per_s",
-            "0: what moves between several hosts takes a time that is not known; use the GB/s of all network adapters of a host",
-        )
+        raise unknown_network()
     # What rings carry from GPU to GPU passes once through each host's network, over all of its adapters.
     return dataclasses.replace(found, peers=min(found.peers, 1e9 * network))
+
+
+def unknown_network() -> UnknownRatesError:
+    return UnknownRatesError(
+        "machine.network_gb_per_s",
+        "0: what moves between several hosts takes a time that is not known; use the GB/s of all network adapters of a host",
+    )
 
 
 def _of_host(config: Config) -> Rates:
@@ -76,12 +80,13 @@ def _measured(config: Config) -> dict[str, Any]:
     """The profile's section of the GPU, checked against the GPU and the driver that are there."""
     path, goal = bandwidths.profile_path(), config.plan.goal.name
     try:
-        devices = json.loads(path.read_text()).get("devices", {})
+        found: Any = json.loads(path.read_text()).get("devices", {}).get(_key(config), {})
     except (FileNotFoundError, NotADirectoryError):
-        devices = {}
+        found = {}
     except (OSError, ValueError, AttributeError):
         raise ConfigError("plan.goal", f"{goal}: the profile {path} cannot be read; {_MEASURE}") from None
-    found: dict[str, Any] = devices.get(_key(config), {})
+    if not isinstance(found, dict):
+        raise _damaged(config)
     if not found:
         raise UnknownRatesError("plan.goal", f"{goal}: the rates of {_key(config)} are unknown; {_MEASURE}")
     if config.launch.device is Device.cuda:
@@ -95,6 +100,33 @@ def _measured(config: Config) -> dict[str, Any]:
     return found
 
 
+def _damaged(config: Config) -> ConfigError:
+    path = bandwidths.profile_path()
+    return ConfigError("plan.goal", f"{config.plan.goal.name}: the profile {path} is damaged; {_MEASURE}")
+
+
+def _number(value: Any, least: float = 0.0) -> float:
+    """Raises ValueError for what is no time of at least `least` seconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise ValueError(value)
+    return float(value)
+
+
+def _rate(value: Any, unit: float = 1.0) -> float:
+    """A rate in `unit`. Raises ValueError for none: times are divided by it."""
+    return unit * _number(value, least=math.ulp(0.0))
+
+
+def _attention(widths: dict[str, dict[str, list[float]]]) -> dict[int, dict[int, tuple[float, float]]]:
+    found = {
+        int(width): {int(tokens): (_rate(pair[0], 1e12), _rate(pair[1], 1e12)) for tokens, pair in lengths.items()}
+        for width, lengths in widths.items()
+    }
+    if not found or any(min(lengths, default=0) < 1 for lengths in found.values()):
+        raise ValueError(widths)
+    return found
+
+
 def _parse(device: dict[str, Any], host: Bandwidths, config: Config) -> Rates:
     try:
         # A CPU that computes has no other that starts its work.
@@ -102,22 +134,17 @@ def _parse(device: dict[str, Any], host: Bandwidths, config: Config) -> Rates:
             device["layer_host_s"] if config.launch.device is Device.cuda else {"fetched": _NONE, "resident": _NONE}
         )
         return Rates(
-            products=1e12 * device["products_tflops_per_s"],
-            attention={
-                int(width): {int(tokens): (1e12 * pair[0], 1e12 * pair[1]) for tokens, pair in lengths.items()}
-                for width, lengths in device["attention_tflops_per_s"].items()
-            },
-            device_memory=1e9 * device["memory_gb_per_s"],
+            products=_rate(device["products_tflops_per_s"], 1e12),
+            attention=_attention(device["attention_tflops_per_s"]),
+            device_memory=_rate(device["memory_gb_per_s"], 1e9),
             host=host,
-            launches_beside=device["launches_beside"],
-            fetched=HostTime(*host_s["fetched"]),
-            resident=HostTime(*host_s["resident"]),
-            peers=1e9 * device["peer_gb_per_s"]
+            launches_beside=_rate(device["launches_beside"]),
+            fetched=HostTime(*map(_number, host_s["fetched"])),
+            resident=HostTime(*map(_number, host_s["resident"])),
+            peers=_rate(device["peer_gb_per_s"], 1e9)
             if config.launch.ranks_per_host > 1 and device.get("peer_gb_per_s")
             else math.inf,
             measured=True,
         )
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise ConfigError(
-            "plan.goal", f"{config.plan.goal.name}: the profile {bandwidths.profile_path()} is damaged; {_MEASURE}"
-        ) from None
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        raise _damaged(config) from None

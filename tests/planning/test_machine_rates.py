@@ -122,11 +122,25 @@ def test_a_profile_is_read_in_its_units(here: Path) -> None:
         machine.rates(config)
 
 
+# Times are divided by each of these.
+NO_RATES: list[Any] = [0, -5, math.nan, math.inf, True, "600", None]
+NO_LENGTHS: list[Any] = [{}, [], None, {"128": {}}, {"128": {"0": [1.0, 1.0]}}, {"128": {"8192": [500.0, 0]}}]
+DAMAGED = [
+    *(("products_tflops_per_s", value) for value in NO_RATES),
+    *(("attention_tflops_per_s", value) for value in NO_LENGTHS),
+    *(("memory_gb_per_s", 0), ("launches_beside", 0), ("launches_beside", "x")),
+]
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
         ("{", "fastest: the profile .* cannot be read; measure this machine once"),
         ("[]", "cannot be read"),
+        ('{"devices": []}', "cannot be read"),
+        ('{"devices": null}', "cannot be read"),
+        ('{"devices": {"cpu bf16": 5}}', "is damaged"),
+        *((json.dumps({"devices": {"cpu bf16": PROFILE | {key: value}}}), "is damaged") for key, value in DAMAGED),
         (
             json.dumps({"devices": {"cpu bf16": PROFILE | {"attention_tflops_per_s": {"128": {"1": [5.0]}}}}}),
             "is damaged",
@@ -158,6 +172,10 @@ def test_gpus_that_are_assumed_have_no_rates_and_those_of_others_do_not_count(
         HostTime(1e-3, 2e-3, 3e-3),
         HostTime(4e-3, 5e-3, 6e-3),
     )
+    for times in ([1e-3], ["a", "b", "c"], [-1.0, 2.0, 3.0], [math.inf] * 3):
+        here.write_text(json.dumps({"devices": {"cuda bf16": profile | {"layer_host_s": host_s | {"fetched": times}}}}))
+        with pytest.raises(ConfigError, match="is damaged"):
+            machine.rates(config)
     for key, other in (("gpu", "NVIDIA H100"), ("driver", "4")):
         here.write_text(json.dumps({"devices": {"cuda bf16": profile | {key: other}}}))
         with pytest.raises(machine.UnknownRatesError, match=f"measured with {key} {other}, here is"):
