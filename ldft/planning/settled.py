@@ -17,6 +17,8 @@ from ldft.preflight.resolved import Resolved
 
 DONE = "plan.goal"
 """Key of config.asked that says that the plan is made."""
+WHY_NONE = "plan"
+"""Key of config.asked under which it is said why plan=auto found no plan."""
 # Lengths are searched in these steps, tokens; GPU kernels and tiles like multiples.
 _LENGTH_STEP = 4096
 _ASK = "; python -m ldft.plan with the same settings says what would"
@@ -25,21 +27,30 @@ _ASK = "; python -m ldft.plan with the same settings says what would"
 def settle(config: Config) -> None:
     """Replace values that were left at their default by those of the best plan, and record them in `asked`; nothing if no plan is
     asked for, or if it is made. Where there is none, `asked` says why, so that the run becomes a row; check() raises it. With
-    plan=auto, the run goes on without."""
-    asked = config.plan.goal
+    plan=auto, the run goes on without, unless plan.tokens_per_update asks for one."""
+    asked, tokens = config.plan.goal, config.plan.tokens_per_update
     if asked is Goal.none or DONE in config.asked:
         return
+    if asked is Goal.auto and (why := declined(config)):
+        if tokens:
+            none = ConfigError(
+                "plan.tokens_per_update",
+                f"{tokens} needs a plan, and plan=auto makes none ({why}); use plan=fastest, or train.micro_batch_size and "
+                "train.gradient_accumulation_steps",
+            )
+            config.asked[DONE] = str(none)
+        else:
+            config.plan.goal, config.asked[DONE] = Goal.none, asked.name
+        return
     if asked is Goal.auto:
-        config.plan.goal = Goal.none if declined(config) else Goal.fastest
-        config.asked[DONE] = asked.name
-        if config.plan.goal is Goal.none:
-            return
+        config.plan.goal = Goal.fastest
     try:
         config.validate()
         plan = best(config)
     except ConfigError as error:
-        if asked is Goal.auto:  # the checks of the values as they are say what is wrong with them
-            config.plan.goal = Goal.none
+        if asked is Goal.auto and not tokens:
+            config.plan.goal, config.asked[DONE] = Goal.none, asked.name
+            config.asked[WHY_NONE] = str(error).removeprefix(f"{DONE}: {Goal.fastest.name}: ")
         else:
             config.asked[DONE] = str(error)
         return
@@ -52,6 +63,17 @@ def settle(config: Config) -> None:
 
 def declined(config: Config) -> str:
     """Why plan=auto leaves this config as it is; empty if it makes a plan."""
+    if why := declined_everywhere(config):
+        return why
+    try:
+        machine.rates(config)
+    except ConfigError as error:
+        return str(error).removeprefix(f"{DONE}: {config.plan.goal.name}: ")
+    return ""
+
+
+def declined_everywhere(config: Config) -> str:
+    """The same, as far as it does not depend on what was measured on this machine."""
     if config.sweep.started_at:
         return "the cells of a sweep differ only in what it sweeps"
     if config.launch.device is Device.cpu:
@@ -60,10 +82,8 @@ def declined(config: Config) -> str:
         return "what these very values need on another machine is asked"
     if config.numa != NumaConfig(bandwidth=config.numa.bandwidth):
         return "numa is set, and a plan could leave nothing to place"
-    try:
-        machine.rates(config)
-    except ConfigError as error:
-        return str(error).removeprefix(f"{DONE}: {config.plan.goal.name}: ")
+    if config.launch.num_hosts > 1 and not config.machine.network_gb_per_s:
+        return str(machine.unknown_network())
     return ""
 
 

@@ -76,7 +76,8 @@ def resolutions(config: Config) -> list[str]:
     if settled.made(config):
         values = ", ".join(settled.overrides(config)) or "the defaults are best"
         lines.append(f"plan={config.plan.goal.name}{' (auto)' * auto}: {values}")
-    elif auto and config.launch.device is Device.cuda and (why := settled.declined(config)):
+    elif auto and config.launch.device is Device.cuda:
+        why = config.asked.get(settled.WHY_NONE) or settled.declined(config)
         lines.append(f"plan=none (auto; {why})")
     if model_source.ASKED in config.asked:
         lines.append(f"model {config.model.name} {config.asked[model_source.ASKED]}")
@@ -152,8 +153,11 @@ def check_joining(config: Config) -> None:
     config = copy.deepcopy(config)
     goal, config.plan.goal = config.plan.goal, Goal.none
     resolve(config)
+    config.plan.goal = goal
     config.validate()
-    if goal is Goal.none:
+    if goal is Goal.auto and settled.declined_everywhere(config):
+        settled.settle(config)  # makes none, as on the first host
+    if config.plan.goal is Goal.none or settled.DONE in config.asked:
         check_machine(config)
         return
     check_config(config, assumed_machine.topology(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -251,7 +252,40 @@ def test_auto_leaves_a_config_for_which_there_is_no_plan_to_the_usual_checks(
     monkeypatch.setattr(settled, "best", best)
     config = config_of(Goal.auto)
     settled.settle(config)
-    assert config.plan.goal is Goal.none and config.asked == {"plan.goal": "auto"}
+    assert config.plan.goal is Goal.none and config.asked == {"plan.goal": "auto", "plan": "nothing fits"}
     settled.check(config)
-    assert checks.resolutions(config) == []
-    assert run_id(config) == run_id(config_of(Goal.none))
+    assert checks.resolutions(config) == ["plan=none (auto; nothing fits)"]
+    assert run_id(config) == run_id(config_of(Goal.none)) and disagreements(config_of(Goal.auto), config) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda config: setattr(config.launch, "device", Device.cpu),
+            "plan.tokens_per_update: 2048 needs a plan, and plan=auto makes none (on a CPU, expected times only compare plans); "
+            "use plan=fastest, or train.micro_batch_size and train.gradient_accumulation_steps",
+        ),
+        (
+            lambda config: setattr(config.launch, "num_hosts", 2),
+            r"needs a plan, and plan=auto makes none \(machine.network_gb_per_s: 0: ",
+        ),
+        (lambda config: None, r"^plan.goal: fastest: nothing fits$"),
+    ],
+)
+def test_auto_says_why_a_number_of_tokens_has_no_plan(
+    measured: list[ConfigError], monkeypatch: pytest.MonkeyPatch, change: Any, says: str
+) -> None:
+    """The values as they are have another number, and that plan=none does not use it is not why."""
+
+    def best(config: Config) -> Any:
+        raise ConfigError("plan.goal", "fastest: nothing fits")
+
+    monkeypatch.setattr(settled, "best", best)
+    config = config_of(Goal.auto)
+    config.launch.num_ranks, config.plan.tokens_per_update = 2, 2048
+    change(config)
+    settled.settle(config)
+    config.validate()
+    with pytest.raises(ConfigError, match=says if says[0] in "n^" else f"^{re.escape(says)}$"):
+        settled.check(config)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tests.conftest import long
+import pytest
+
+from ldft.errors import LdftError
+from ldft.runner import checks
+from tests.conftest import compose, long
 from tests.runner.conftest import ENDLESS, Hosts
 
 
@@ -14,6 +18,27 @@ def test_what_the_first_host_refuses_the_others_refuse_at_once(hosts: Hosts) -> 
     assert (first.returncode, second.returncode) == (2, 2), said + also
     line = "ldft: seq_len.tokens: 97 is not divisible by launch.sequence_parallel=2; use 96 or 98\n"
     assert said.endswith(line) and also == line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        # Where plan=auto, the default, makes no plan on any host, the values are those that run.
+        (("attention=flash_attention_2",), "attention.kind: flash_attention_2 needs launch.device=cuda"),
+        (("launch.sequence_parallel=2", "offload=optimizer"), "launch.sequence_parallel: 2: needs offload.stage=3"),
+        (("plan.tokens_per_update=2048",), "plan.tokens_per_update: 2048 needs a plan, and plan=auto makes none"),
+        (("plan=none", "plan.tokens_per_update=2048"), "plan.tokens_per_update: 2048 is not used with plan=none"),
+        (("plan=fastest", "plan.tokens_per_update=2048"), ""),
+        ((), ""),
+    ],
+)
+def test_what_is_refused_does_not_wait_for_a_plan(words: tuple[str, ...], says: str) -> None:
+    config = compose("model=nano", "launch.device=cpu", "launch.num_hosts=2", "launch.num_ranks=2", *words)
+    if not says:
+        checks.check_joining(config)
+        return
+    with pytest.raises(LdftError, match=f"^{says}"):
+        checks.check_joining(config)
 
 
 @long
