@@ -78,7 +78,8 @@ def leaf_modules(config: Config) -> dict[str, list[str]]:
     if config.lora.rank:
         first = decoder_layers.largest(config.model)
         behind = {*[*first.linears][: first.of_attention]} & adapted(config, first).keys()
-        layers[:1] = [f"{layers[0]}.mlp"] if behind and known else []
+        # Nor the layers that are recomputed together with the first: their adapters would be used after they were released.
+        layers[: config.checkpointing.every] = [f"{layers[0]}.mlp"] if behind and known else []
     return {"classes": [], "name_suffixes": layers}
 
 

@@ -99,6 +99,14 @@ def test_the_first_layer_may_have_an_mlp_whose_input_needs_no_gradient(modules: 
     assert ("model.layers.0.mlp" in found["name_suffixes"]) == (modules == "o_proj")
 
 
+def test_layers_may_be_recomputed_together_with_the_first(run_once, reference: list[float]) -> None:  # noqa: F811
+    assert relative_error(run_once(*LORA, "offload=full", "checkpointing.every=2").loss, reference) < 1e-5
+    found = zero_buckets.leaf_modules(
+        compose("model=nano", "model.num_layers=4", "lora=r8", "checkpointing.every=2", "launch.device=cpu")
+    )
+    assert found["name_suffixes"] == ["model.layers.0.mlp", "model.layers.2", "model.layers.3"]
+
+
 def test_a_frozen_weight_costs_four_flops_a_token_and_a_trained_one_six() -> None:
     def dense(*overrides: str) -> float:
         config = config_of("offload=none", *overrides)
