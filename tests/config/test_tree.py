@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -99,6 +100,16 @@ def test_cfg_job_prints_the_composed_config_and_starts_nothing(tmp_path: Path) -
     done = say("--cfg", "job", "model=nano", "seq_len=8k", cwd=tmp_path)
     assert done.returncode == 0 and "tokens: 8192" in done.stdout and "name: nano" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_machines_own_defaults_turn_plans_off_as_documented(tmp_path: Path) -> None:
+    line = re.search(r"`(- [^`]*)` among the `defaults`", (CONF_DIR.parent / "docs" / "plan.md").read_text())
+    assert line
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text(f"# @package _global_\ndefaults:\n  {line[1]}\n")
+    for words, goal in (((), "none"), (("plan=fastest",), "fastest")):
+        done = say("--config-dir", str(tmp_path), "--cfg", "job", *words, cwd=tmp_path)
+        assert f"goal: {goal}\n" in done.stdout, done.stderr
 
 
 def test_a_machines_own_defaults_are_taken_and_the_command_line_wins(tmp_path: Path) -> None:
