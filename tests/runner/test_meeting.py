@@ -54,7 +54,7 @@ def test_the_same_command_on_each_host_is_one_run(hosts: Hosts) -> None:
         (
             ("model=llama3_1b", "machine=h200", "plan=fastest", "offload=full"),
             ("model=llama3_1b", "machine=h200", "offload=full"),
-            [("plan.goal", "none", "fastest")],
+            [("plan.goal", "auto", "fastest")],
         ),
         (("numa=bind_0",), ("numa=bind_0", "numa.nodes=[1]"), [("numa.nodes", "[1]", "[0]")]),
     ],
