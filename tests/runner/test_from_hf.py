@@ -52,7 +52,7 @@ def test_the_published_file_is_the_option(folder: Callable[..., Path]) -> None:
     option = compose("model=llama3_8b", "launch.device=cpu")
     assert hf_config(config.model).to_dict() == hf_config(option.model).to_dict()
     digest = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
-    assert config.asked == {"model": f"from {path}/config.json, sha256 {digest[:16]}"}
+    assert config.asked == {"model": f"from {path}/config.json, sha256 {digest[:16]}", "plan.goal": "auto"}
     assert checks.resolutions(config) == [f"model llama_3_1_8b {config.asked['model']}"]
     # The identity is the model's, wherever its file lies; so the option under this name has it, too.
     option.model.name, option.model.hf_id = config.model.name, ""

@@ -31,9 +31,10 @@ def test_on_gpus_by_generation(capability, expected, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(environment, "compute_capability", lambda: capability)
     config = auto(Device.cuda)
     checks.resolve(config)
-    assert config.train.precision.name == expected and config.asked == {"train.precision": "auto"}
-    (said,) = checks.resolutions(config)
+    assert config.train.precision.name == expected and config.asked == {"train.precision": "auto", "plan.goal": "auto"}
+    said, of_plan = checks.resolutions(config)
     assert said.startswith(f"train.precision={expected} (auto; compute capability ")
+    assert of_plan.startswith("plan=none (auto; the rates of cuda ")  # nobody measured this machine
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_a_run_has_the_id_of_what_it_was_resolved_to(monkeypatch: pytest.MonkeyP
         checks.resolve(config)
         assert run_id(config) == run_id(compose("model=nano", "launch.device=cpu", f"train.precision={named}"))
         checks.resolve(config)  # again, where a cell is run that a plan has resolved
-        assert config.asked == {"train.precision": "auto"}
+        assert config.asked == {"train.precision": "auto", "plan.goal": "auto"}
 
 
 def test_the_row_and_the_terminal_have_asked_and_resolved(ldft: Callable[..., Done]) -> None:
@@ -79,7 +80,7 @@ def test_the_row_and_the_terminal_have_asked_and_resolved(ldft: Callable[..., Do
     assert done.stdout.index(line) < done.stdout.index("importing torch")
     row = done.row
     assert row["cfg.train.precision"] == "fp32"
-    assert row["cfg.asked"] == '{"launch.device": "auto", "train.precision": "auto"}'
+    assert row["cfg.asked"] == '{"launch.device": "auto", "plan.goal": "auto", "train.precision": "auto"}'
     assert '"bf16": {"enabled": false}' in row.deepspeed_config_json
 
 
@@ -88,7 +89,7 @@ def test_bf16_by_name_is_obeyed_and_its_price_said(ldft: Callable[..., Done]) ->
     done = ldft("train.precision=bf16", "launch.device=cpu", env=WITHOUT_BF16)
     assert done.exit_code == 0, done.stdout + done.stderr
     row = done.row
-    assert row["cfg.train.precision"] == "bf16" and row["cfg.asked"] == "{}"
+    assert row["cfg.train.precision"] == "bf16" and row["cfg.asked"] == '{"plan.goal": "auto"}'
     (note,) = row.notes
     assert note.startswith("train.precision=bf16: this CPU has no bf16 instructions") and "50 times" in note
     assert done.stdout.count(note) == 1 and done.stdout.index(note) < done.stdout.index("importing torch")
