@@ -46,6 +46,21 @@ def chosen_of(config: Config) -> Any:
     )
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[ConfigError]:
+    """A machine whose rates are known, as long as this list is empty."""
+    problems: list[ConfigError] = []
+
+    def rates(config: Config) -> str:
+        if problems:
+            raise problems[0]
+        return "rates"
+
+    monkeypatch.setattr(machine, "rates", rates)
+    monkeypatch.setattr(settled, "best", chosen_of)
+    return problems
+
+
 def test_the_plans_values_replace_the_configs_and_what_they_were_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settled, "best", chosen_of)
     config = config_of()
@@ -147,17 +162,9 @@ def test_what_is_said_where_nothing_fits() -> None:
     assert said({}, {}) == "no combination is possible: every value is set"
 
 
-def test_times_are_those_of_known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_those_of_known_rates(measured: list[ConfigError], monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(Goal.none)
     run: Any = SimpleNamespace(config=config)
-    problem: list[Exception] = []
-
-    def rates(config: Config) -> str:
-        if problem:
-            raise problem[0]
-        return "rates"
-
-    monkeypatch.setattr(machine, "rates", rates)
     monkeypatch.setattr(settled, "predict", lambda run, rates: TIMES)
     assert settled.times(run) is TIMES
     assert settled.columns(run) == {
@@ -171,7 +178,7 @@ def test_times_are_those_of_known_rates(monkeypatch: pytest.MonkeyPatch) -> None
     assert settled.times(run) is None and settled.columns(run) == {}
     config.launch.device = Device.cuda
     # A damaged profile stops what needs it: a plan, and bandwidths that were set.
-    problem.append(ConfigError("a", "damaged"))
+    measured.append(ConfigError("a", "damaged"))
     assert settled.times(run) is None
     config.numa.bandwidth = {"node0": {"cpu": 1}}
     with pytest.raises(ConfigError, match="damaged"):
@@ -179,23 +186,8 @@ def test_times_are_those_of_known_rates(monkeypatch: pytest.MonkeyPatch) -> None
     config.numa.bandwidth, config.plan.goal = {}, Goal.fastest
     with pytest.raises(ConfigError, match="damaged"):
         settled.times(run)
-    problem[0] = machine.UnknownRatesError("a", "unknown")
+    measured[0] = machine.UnknownRatesError("a", "unknown")
     assert settled.times(run) is None
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[ConfigError]:
-    """A machine whose rates are known, as long as this list is empty."""
-    problems: list[ConfigError] = []
-
-    def rates(config: Config) -> str:
-        if problems:
-            raise problems[0]
-        return "rates"
-
-    monkeypatch.setattr(machine, "rates", rates)
-    monkeypatch.setattr(settled, "best", chosen_of)
-    return problems
 
 
 def test_auto_is_fastest_where_rates_are_known(measured: list[ConfigError]) -> None:
