@@ -1,5 +1,6 @@
 """What Hydra merges without a word: a mapping, on the command line or in a file, into the one that is there, so that an empty one
-does nothing and a rotary embedding of another type keeps parameters that nobody wrote; and `???` in a file, which it drops.
+does nothing and a rotary embedding of another type keeps parameters that nobody wrote; keys of this machine's defaults into an
+option that the command names; and `???` in a file, which it drops.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from ldft.config.root import FROM_FILE, refuse_missing
 from ldft.errors import ConfigError
 
 _ROPE, _EXTRA = "model.rope_scaling", "model.extra"
+_DEFAULTS = "local/default"
 # Hydra's own, in which each value on the command line and each file ends.
 _stock_apply = ConfigLoaderImpl._apply_overrides_to_config
 _stock_compose = ConfigLoaderImpl._compose_config_from_defaults_list
 _stock_load = ConfigLoaderImpl._load_single_config
+_stock_parse = ConfigLoaderImpl._parse_overrides_and_create_caching_repo
 _stock_read = ConfigRepository.load_config
 
 
@@ -28,6 +31,14 @@ def install(sections: tuple[str, ...]) -> None:
     below them."""
     loaded: list[DictConfig] = []
     """The files of a composition, in the order in which Hydra merges them."""
+    named: set[str] = set()
+    """What the command sets, groups among it."""
+
+    def parse(self: ConfigLoaderImpl, config_name: str | None, overrides: list[str]) -> Any:
+        found = _stock_parse(self, config_name, overrides)
+        named.clear()
+        named.update(one.key_or_group for one in found[0] if not one.is_sweep_override())
+        return found
 
     def apply(overrides: list[Override], tree: DictConfig) -> None:
         for override in overrides:
@@ -41,7 +52,7 @@ def install(sections: tuple[str, ...]) -> None:
 
     def compose(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
         loaded.clear()
-        tree: DictConfig = _stock_compose(self, defaults, repo)
+        tree: DictConfig = _stock_compose(self, _in_order(defaults, named), repo)
         for key in sections:
             found: Any = None
             for given in (_section(one, key) for one in loaded):
@@ -70,9 +81,18 @@ def install(sections: tuple[str, ...]) -> None:
             ) from None
 
     ConfigRepository.load_config = read
+    ConfigLoaderImpl._parse_overrides_and_create_caching_repo = parse
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)
     ConfigLoaderImpl._compose_config_from_defaults_list = compose
     ConfigLoaderImpl._load_single_config = load
+
+
+def _in_order(files: list[Any], named: set[str]) -> list[Any]:
+    """The files to merge, with options that the command names behind this machine's defaults: their values count."""
+    at = next((number for number, file in enumerate(files) if file.config_path == _DEFAULTS), 0)
+    before = files[:at]
+    chosen = [file for file in before if (file.config_path or "").partition("/")[0] in named]
+    return [*(file for file in before if file not in chosen), *files[at : at + 1], *chosen, *files[at + 1 :]]
 
 
 def _section(tree: DictConfig, key: str) -> Any:

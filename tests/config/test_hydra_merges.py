@@ -21,6 +21,8 @@ from tests.training.test_published_configs import published
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
+# The beginning of a file of this machine's defaults that chooses a model.
+OF_MINE = "# @package _global_\ndefaults:\n  - override /model: mine\n"
 GIVEN: dict[str, dict[str, Any]] = {
     "model.rope_scaling={}": {},
     "model.rope_scaling={rope_type:yarn,factor:4.0}": YARN,
@@ -100,10 +102,13 @@ def test_a_file_means_what_the_command_line_means(
     (folder / "sweep" / "mine.yaml").write_text("# @package _global_\n")
     if where == "an option of the user's":
         (folder / "model" / "mine.yaml").write_text(f"defaults: [llama3_1b, _self_]\nrope_scaling: {mapping}\n")
-    else:
-        file = folder / ("sweep/mine.yaml" if where == "a sweep" else "local/default.yaml")
-        file.write_text(f"# @package _global_\nmodel:\n  rope_scaling: {mapping}\n")
-    words = ("model=mine", "+sweep=mine")
+    elif where == "a sweep":
+        (folder / "sweep" / "mine.yaml").write_text(f"# @package _global_\nmodel:\n  rope_scaling: {mapping}\n")
+    words = ["+sweep=mine", "model=mine"]
+    if where == "this machine's defaults":
+        (folder / "local" / "default.yaml").write_text(f"{OF_MINE}model:\n  rope_scaling: {mapping}\n")
+        assert compose_afresh(*words).model.rope_scaling == LLAMA3, "an option that the command names comes later"
+        words.pop()
     assert compose_afresh(*words).model.rope_scaling == GIVEN[override]
     # The command line comes last.
     assert compose_afresh(*words, "model.rope_scaling={type:linear,factor:2}").model.rope_scaling == {
@@ -118,14 +123,39 @@ def test_an_empty_mapping_in_a_file_replaces_in_every_open_section(
     monkeypatch.setattr(search_path, "CONF_DIR", tmp_path)
     (tmp_path / "local" / "local").mkdir(parents=True)
     mine = tmp_path / "local" / "local" / "default.yaml"
-    mine.write_text("# @package _global_\nmodel:\n  extra: {}\n")
-    assert compose_afresh("model=llama3_1b").model.extra == {}
+    mine.write_text(OF_MINE.replace("mine", "llama3_1b") + "model:\n  extra: {}\n")
+    assert compose_afresh().model.extra == {}
+    mine.write_text(OF_MINE.replace("mine", "from_hf") + "model:\n  extra: {}\n")
     with pytest.raises(ConfigError, match=r"^model.extra: \{\} would leave the keys of config.json"):
-        compose_afresh("model=from_hf")
-    mine.write_text("# @package _global_\nmodel:\n  extra: {rms_norm_eps: 1.0e-6}\n")
-    assert compose_afresh("model=gemma2_9b").model.extra == compose("model=gemma2_9b").model.extra | {
-        "rms_norm_eps": 1e-6
-    }
+        compose_afresh()
+    mine.write_text(OF_MINE.replace("mine", "gemma2_9b") + "model:\n  extra: {rms_norm_eps: 1.0e-6}\n")
+    assert compose_afresh().model.extra == compose("model=gemma2_9b").model.extra | {"rms_norm_eps": 1e-6}
+
+
+def test_an_option_on_the_command_line_comes_before_keys_of_this_machines_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_path, "CONF_DIR", tmp_path)
+    for name in ("local", "sweep"):
+        (tmp_path / "local" / name).mkdir(parents=True)
+    (tmp_path / "local" / "local" / "default.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: nano\n"
+        "checkpointing: {mode: gpu, layers: 1}\noffload: {stage: 2, parameters: none}\nplan: {goal: longest}\n"
+    )
+    (tmp_path / "local" / "sweep" / "mine.yaml").write_text("# @package _global_\nplan: {goal: leanest}\n")
+
+    def values(*words: str) -> tuple[str, str, int, int, str]:
+        found = compose_afresh(*words)
+        kept = found.checkpointing
+        return found.model.name, kept.mode.name, kept.layers, found.offload.stage, found.plan.goal.name
+
+    assert values() == ("nano", "gpu", 1, 2, "longest")
+    # What the option does not set stays.
+    assert values("checkpointing=cpu") == ("nano", "cpu", 1, 2, "longest")
+    assert values("plan=none", "offload=full", "model=tiny") == ("tiny", "gpu", 1, 3, "none")
+    assert values("checkpointing.mode=none") == ("nano", "none", 1, 2, "longest")
+    # A sweep's file is named, too, and comes last.
+    assert values("+sweep=mine", "plan=none")[-1] == "leanest"
 
 
 def test_an_empty_mapping_replaces_in_every_open_section() -> None:
