@@ -84,7 +84,7 @@ class Search:
             try:
                 run = self._select(candidates.applied(config, choice))
             except ConfigError as error:
-                self.invalid[str(error)] = self.invalid.get(str(error), 0) + 1
+                self._forbid(error)
                 continue
             heapq.heappush(queue, (self._least(run), number, choice, run))
         while queue:
@@ -186,6 +186,9 @@ class Search:
     def _fits_both(self, run: Selection, size: float) -> bool:
         return room.device_room(run, size, _DEVICE_SPARE) >= 0 and not self._is_too_much(room.host_bytes(run))
 
+    def _forbid(self, why: ConfigError) -> None:
+        self.invalid[str(why)] = self.invalid.get(str(why), 0) + 1
+
     def _refuse(self, why: str) -> None:
         self.refusals[why] = self.refusals.get(why, 0) + 1
 
@@ -205,7 +208,8 @@ class Search:
         for choice in candidates.leanest(config):
             try:
                 plan = self._plan(choice, self._select(candidates.applied(config, choice)))
-            except ConfigError:
+            except ConfigError as error:
+                self._forbid(error)
                 continue
             if plan is not None and self.fits(plan) is not None:
                 return True

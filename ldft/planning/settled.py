@@ -136,8 +136,11 @@ def longest(searched: Search) -> Plan | None:
         )
 
     few, many = 0, 1
-    while at(many).any_fits():
+    while (tried := at(many)).any_fits():
         few, many = many, 2 * many
+    if not few:  # for nothing_fits()
+        searched.refusals.update(tried.refusals)
+        searched.invalid.update(tried.invalid)
     while many - few > 1:
         middle = (few + many) // 2
         few, many = (middle, many) if at(middle).any_fits() else (few, middle)

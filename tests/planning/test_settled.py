@@ -107,6 +107,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     def fits(self: Search) -> bool:
         assert not self.refusals and not self.invalid, "each length counts its own"
+        self.refusals[VRAM] = 1
         return self.config.seq_len.tokens <= said["tokens"]
 
     monkeypatch.setattr(Search, "any_fits", fits)
@@ -126,7 +127,9 @@ def test_the_longest_is_found_in_steps_of_4096_tokens(limit: dict[str, int], ste
 def test_there_may_be_no_longest_and_a_set_length_is_none(limit: dict[str, int]) -> None:
     limit["tokens"] = 4095
     config = config_of(Goal.longest)
-    assert settled.longest(search_of(config)) is None
+    searched = search_of(config)
+    assert settled.longest(searched) is None
+    assert settled.nothing_fits(searched, ask="") == "nothing fits: every combination lacks VRAM"
     for key in ("seq_len", "seq_len.tokens"):
         config.plan.keep = ["offload", key]
         with pytest.raises(CombinationError, match=r"longest chooses seq_len, and seq_len\.tokens=1024 is set"):
@@ -143,10 +146,11 @@ def test_best_asks_for_the_goal_and_says_why_there_is_none(
     assert settled.best(config_of()) == "the best"  # type: ignore[comparison-overlap]
     assert settled.best(config_of(Goal.longest)) == 8192  # type: ignore[comparison-overlap]
     found[0], limit["tokens"] = None, 0
-    for goal in (Goal.leanest, Goal.longest):
-        with pytest.raises(
-            ConfigError, match=f"^plan.goal: {goal.name}: no combination is possible: every value is set"
-        ):
+    for goal, why in (
+        (Goal.leanest, "no combination is possible: every value is set"),
+        (Goal.longest, "nothing fits: every combination lacks VRAM; "),
+    ):
+        with pytest.raises(ConfigError, match=f"^plan.goal: {goal.name}: {why}"):
             settled.best(config_of(goal))
 
 
