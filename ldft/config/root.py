@@ -149,6 +149,7 @@ class Config:
         ):
             part.validate()
         self.checkpointing.validate(self.model.num_layers)
+        self._check_kept()
         if self.repeat < 1:
             raise ConfigError("repeat", f"{self.repeat} is too small; use 1 or more")
         if self.train.precision is Precision.fp16 and self.launch.device is Device.cpu:
@@ -166,6 +167,15 @@ class Config:
             raise ConfigError("launch.device", "auto must be resolved to cuda or cpu first")
         if self.train.precision is Precision.auto:
             raise ConfigError("train.precision", "auto must be resolved to bf16, fp16 or fp32 first")
+
+    def _check_kept(self) -> None:
+        for name in self.plan.keep:
+            if not name.startswith("hydra") and not any(
+                f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for key in _keys()
+            ):
+                raise ConfigError(
+                    "plan.keep", f"'{name}' is no group and no key; use one, such as checkpointing.layers"
+                )
 
 
 @functools.cache

@@ -95,6 +95,7 @@ WRONG = {
     "memory.capacity_gib=inf": ["memory.capacity_gib: inf is not finite"],
     "optimizer.betas=[0.9]": ["optimizer.betas: [0.9] is not two numbers", "[0.9,0.95]"],
     "model=gemma3_1b model.num_layers=10001": ["model.num_layers: 10001 is too large; use at most 10000"],
+    "plan.keep=[checkpoint]": ["plan.keep: 'checkpoint' is no group and no key", "checkpointing.layers"],
     "launch.num_ranks=0": ["launch.num_ranks: 0 is too small", "1 or more"],
     "model.num_key_value_heads=3": ["model.num_key_value_heads: 3 does not divide", "use a divisor"],
     "model.family=lama": ["model.family: transformers has no causal language model 'lama'; did you mean", "llama"],
