@@ -79,7 +79,7 @@ def declined_everywhere(config: Config) -> str:
     if config.launch.device is Device.cpu:
         return "on a CPU, expected times only compare plans"
     if config.machine.name != THIS:
-        return "what these very values need on another machine is asked"
+        return "on another machine the values count as they are"
     if config.numa != NumaConfig(bandwidth=config.numa.bandwidth):
         return "numa is set, and a plan could leave nothing to place"
     if config.launch.num_hosts > 1 and not config.machine.network_gb_per_s:

@@ -218,7 +218,7 @@ def test_auto_changes_nothing_where_a_plan_would_surprise(measured: list[ConfigE
     elif case == "cpu":
         config.launch.device = Device.cpu
     elif case == "machine":
-        config.machine.name, why = "h200", "what these very values need on another machine is asked"
+        config.machine.name, why = "h200", "on another machine the values count as they are"
     elif case == "numa":
         config.numa.strategy, why = NumaStrategy.cxl_aware, "numa is set, and a plan could leave nothing to place"
     elif case == "rates":
