@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -314,6 +314,13 @@ def disagreements(given: Config, run: Config) -> list[tuple[str, str, str]]:
     return [(key, mine[key], theirs[key]) for key in compared if mine[key] != theirs[key]]
 
 
+def missing_plan(asked: Mapping[str, str]) -> str:
+    """Why there is no plan although one was asked for, as `key: problem`; empty if there is one, or none was asked for. asked: of a
+    config that is resolved."""
+    said = asked.get("plan.goal", "")
+    return said if ": " in said else ""
+
+
 def _identity(config: Config, without: tuple[str, ...] = ()) -> str:
     defaults = flatten(Config())
     identity = {
@@ -321,8 +328,8 @@ def _identity(config: Config, without: tuple[str, ...] = ()) -> str:
         for key, value in flatten(config).items()
         if _measured(key, without) and not (key in _LATER and value == defaults[key])
     }
-    if ": " in config.asked.get("plan.goal", ""):
-        identity["plan.goal"] = config.asked["plan.goal"]  # why there is no plan: not the run that the values would be
+    if problem := missing_plan(config.asked):
+        identity["plan.goal"] = problem  # not the run that the values would be
     text = json.dumps({"version": _IDENTITY_VERSION, **identity}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from ldft.config import THIS, Config, Device, Goal, NumaConfig
-from ldft.config.root import flatten, text_of
+from ldft.config.root import flatten, missing_plan, text_of
 from ldft.errors import CombinationError, ConfigError
 from ldft.planning import machine, search
 from ldft.planning.iteration_time import Times, predict
@@ -89,7 +89,7 @@ def declined_everywhere(config: Config) -> str:
 
 def made(config: Config) -> bool:
     """Whether a plan chose values."""
-    return config.plan.goal is not Goal.none and DONE in config.asked and ": " not in config.asked[DONE]
+    return config.plan.goal is not Goal.none and DONE in config.asked and not missing_plan(config.asked)
 
 
 def changed(config: Config, chosen: Config) -> list[tuple[str, Any, Any]]:
@@ -100,7 +100,7 @@ def changed(config: Config, chosen: Config) -> list[tuple[str, Any, Any]]:
 
 def check(config: Config) -> None:
     """Raise ConfigError if a plan was asked for and there is none."""
-    key, _, problem = config.asked.get(DONE, "").partition(": ")
+    key, _, problem = missing_plan(config.asked).partition(": ")
     if problem:
         raise ConfigError(key, problem)
 

@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from ldft.config import Config, Device, columns, to_dict
 from ldft.config import run_id as identity
+from ldft.config.root import missing_plan
 from ldft.environment import CONF_DIR
 from multirun_analysis import options
 
@@ -40,7 +41,7 @@ def command(config: dict[str, Any]) -> str:
 def overrides(config: dict[str, Any]) -> list[str]:
     """The same as a list of overrides, as Hydra takes them."""
     wanted, left_out = _leaves(config), set(_LEFT_OUT)
-    if ": " in wanted["asked"].get("plan.goal", ""):
+    if missing_plan(wanted["asked"]):
         left_out.discard("plan")  # no plan was found: only asking for it again ends in the same way
     found, base = [], dict(_leaves({}))
     for group, default in _groups().items():
